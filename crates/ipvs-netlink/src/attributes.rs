@@ -1,0 +1,167 @@
+//! Numbers of `linux/ip_vs.h` and the encoding of attributes.
+
+use netlink_packet_core::{DecodeError, NLA_HEADER_SIZE, NlaBuffer, NlasIterator};
+
+/// `IPVS_GENL_NAME`.
+pub(crate) const FAMILY_NAME: &str = "IPVS";
+/// `IPVS_GENL_VERSION`.
+pub(crate) const FAMILY_VERSION: u8 = 1;
+
+/// `enum` of `IPVS_CMD_*`.
+pub(crate) mod command {
+    pub(crate) const NEW_SERVICE: u8 = 1;
+    pub(crate) const SET_SERVICE: u8 = 2;
+    pub(crate) const DEL_SERVICE: u8 = 3;
+    pub(crate) const GET_SERVICE: u8 = 4;
+    pub(crate) const NEW_DEST: u8 = 5;
+    pub(crate) const SET_DEST: u8 = 6;
+    pub(crate) const DEL_DEST: u8 = 7;
+    pub(crate) const GET_DEST: u8 = 8;
+    pub(crate) const SET_CONFIG: u8 = 12;
+    pub(crate) const GET_CONFIG: u8 = 13;
+    pub(crate) const SET_INFO: u8 = 14;
+    pub(crate) const GET_INFO: u8 = 15;
+    pub(crate) const FLUSH: u8 = 17;
+}
+
+/// `IPVS_CMD_ATTR_*`, and `IPVS_INFO_ATTR_*`, which stand at the same level.
+pub(crate) mod top {
+    pub(crate) const SERVICE: u16 = 1;
+    pub(crate) const DEST: u16 = 2;
+    pub(crate) const TIMEOUT_TCP: u16 = 4;
+    pub(crate) const TIMEOUT_TCP_FIN: u16 = 5;
+    pub(crate) const TIMEOUT_UDP: u16 = 6;
+    pub(crate) const INFO_VERSION: u16 = 1;
+    pub(crate) const INFO_CONN_TAB_SIZE: u16 = 2;
+}
+
+/// `IPVS_SVC_ATTR_*`.
+pub(crate) mod service {
+    pub(crate) const AF: u16 = 1;
+    pub(crate) const PROTOCOL: u16 = 2;
+    pub(crate) const ADDR: u16 = 3;
+    pub(crate) const PORT: u16 = 4;
+    pub(crate) const FWMARK: u16 = 5;
+    pub(crate) const SCHED_NAME: u16 = 6;
+    pub(crate) const FLAGS: u16 = 7;
+    pub(crate) const TIMEOUT: u16 = 8;
+    pub(crate) const NETMASK: u16 = 9;
+    pub(crate) const STATS: u16 = 10;
+    pub(crate) const STATS64: u16 = 12;
+}
+
+/// `IPVS_DEST_ATTR_*`.
+pub(crate) mod dest {
+    pub(crate) const ADDR: u16 = 1;
+    pub(crate) const PORT: u16 = 2;
+    pub(crate) const FWD_METHOD: u16 = 3;
+    pub(crate) const WEIGHT: u16 = 4;
+    pub(crate) const U_THRESH: u16 = 5;
+    pub(crate) const L_THRESH: u16 = 6;
+    pub(crate) const ACTIVE_CONNS: u16 = 7;
+    pub(crate) const INACT_CONNS: u16 = 8;
+    pub(crate) const PERSIST_CONNS: u16 = 9;
+    pub(crate) const STATS: u16 = 10;
+    pub(crate) const ADDR_FAMILY: u16 = 11;
+    pub(crate) const STATS64: u16 = 12;
+}
+
+/// The name of an attribute as the header spells it, for errors.
+pub(crate) fn name(command: u8, attribute: u16) -> &'static str {
+    // Only attributes inside IPVS_CMD_ATTR_SERVICE and _DEST are ever complained about by offset.
+    let destination = (command::NEW_DEST..=command::GET_DEST).contains(&command);
+    match (destination, attribute) {
+        (false, service::AF) => "IPVS_SVC_ATTR_AF",
+        (false, service::PROTOCOL) => "IPVS_SVC_ATTR_PROTOCOL",
+        (false, service::ADDR) => "IPVS_SVC_ATTR_ADDR",
+        (false, service::PORT) => "IPVS_SVC_ATTR_PORT",
+        (false, service::FWMARK) => "IPVS_SVC_ATTR_FWMARK",
+        (false, service::SCHED_NAME) => "IPVS_SVC_ATTR_SCHED_NAME",
+        (false, service::FLAGS) => "IPVS_SVC_ATTR_FLAGS",
+        (false, service::TIMEOUT) => "IPVS_SVC_ATTR_TIMEOUT",
+        (false, service::NETMASK) => "IPVS_SVC_ATTR_NETMASK",
+        (true, dest::ADDR) => "IPVS_DEST_ATTR_ADDR",
+        (true, dest::PORT) => "IPVS_DEST_ATTR_PORT",
+        (true, dest::FWD_METHOD) => "IPVS_DEST_ATTR_FWD_METHOD",
+        (true, dest::WEIGHT) => "IPVS_DEST_ATTR_WEIGHT",
+        (true, dest::U_THRESH) => "IPVS_DEST_ATTR_U_THRESH",
+        (true, dest::L_THRESH) => "IPVS_DEST_ATTR_L_THRESH",
+        (true, dest::ADDR_FAMILY) => "IPVS_DEST_ATTR_ADDR_FAMILY",
+        _ => "unknown",
+    }
+}
+
+/// Writes attributes into a buffer, or, without one, counts the bytes: one description of a message serves both.
+pub(crate) struct Encoder<'a> {
+    buffer: Option<&'a mut [u8]>,
+    position: usize,
+}
+
+impl<'a> Encoder<'a> {
+    pub(crate) fn counting() -> Self {
+        Self { buffer: None, position: 0 }
+    }
+
+    pub(crate) fn writing(buffer: &'a mut [u8]) -> Self {
+        Self { buffer: Some(buffer), position: 0 }
+    }
+
+    pub(crate) fn position(&self) -> usize {
+        self.position
+    }
+
+    pub(crate) fn bytes(&mut self, kind: u16, value: &[&[u8]]) {
+        let header = self.position;
+        self.position += NLA_HEADER_SIZE;
+        for part in value {
+            if let Some(buffer) = self.buffer.as_deref_mut() {
+                buffer[self.position..self.position + part.len()].copy_from_slice(part);
+            }
+            self.position += part.len();
+        }
+        self.finish(header, kind);
+    }
+
+    pub(crate) fn u16(&mut self, kind: u16, value: u16) {
+        self.bytes(kind, &[&value.to_ne_bytes()]);
+    }
+
+    pub(crate) fn u32(&mut self, kind: u16, value: u32) {
+        self.bytes(kind, &[&value.to_ne_bytes()]);
+    }
+
+    pub(crate) fn nested(&mut self, kind: u16, content: impl FnOnce(&mut Self)) {
+        let header = self.position;
+        self.position += NLA_HEADER_SIZE;
+        content(self);
+        self.finish(header, kind);
+        if let Some(buffer) = self.buffer.as_deref_mut() {
+            NlaBuffer::new(&mut buffer[header..]).set_nested_flag();
+        }
+    }
+
+    fn finish(&mut self, header: usize, kind: u16) {
+        let length = self.position - header;
+        let padded = header + length.next_multiple_of(4);
+        if let Some(buffer) = self.buffer.as_deref_mut() {
+            let mut attribute = NlaBuffer::new(&mut buffer[header..]);
+            attribute.set_kind(kind);
+            // The largest attribute of this family is 104 bytes long.
+            attribute.set_length(u16::try_from(length).unwrap_or(u16::MAX));
+            buffer[self.position..padded].fill(0);
+        }
+        self.position = padded;
+    }
+}
+
+/// Calls `each` for every attribute in `buffer`, in order.
+pub(crate) fn each_attribute(
+    buffer: &[u8],
+    mut each: impl FnMut(u16, &[u8]) -> Result<(), DecodeError>,
+) -> Result<(), DecodeError> {
+    for attribute in NlasIterator::new(buffer) {
+        let attribute = attribute?;
+        each(attribute.kind(), attribute.value())?;
+    }
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! The client: one socket, and a method for each thing one asks of IPVS.
+
+use std::fmt;
+use std::net::SocketAddr;
+
+use netlink_batch::protocols::NETLINK_GENERIC;
+use netlink_batch::{Request, Socket};
+use netlink_packet_generic::GenlMessage;
+use netlink_packet_generic::constants::GENL_ID_CTRL;
+use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
+use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
+
+use crate::attributes::FAMILY_NAME;
+use crate::error::Error;
+use crate::message::Message;
+use crate::real_server::{RealServer, RealServerEntry};
+use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
+
+/// Seconds an idle connection is kept, for all virtual servers (`ipvsadm --set`). To [`Client::set_timeouts`] 0 means
+/// "as it is".
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timeouts {
+    /// TCP connections; 900 unless set.
+    pub tcp: u32,
+    /// TCP connections after a FIN; 120 unless set.
+    pub tcp_fin: u32,
+    /// UDP flows; 300 unless set.
+    pub udp: u32,
+}
+
+/// What IPVS says about itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Info {
+    /// Major, minor and patch version; 1.2.1 in every Linux since 2.6.28.
+    pub version: (u8, u8, u8),
+    /// Buckets of the connection table.
+    pub connection_table_size: u32,
+}
+
+impl Info {
+    pub(crate) fn new(version: u32, connection_table_size: u32) -> Self {
+        let [_, major, minor, patch] = version.to_be_bytes();
+        Self { version: (major, minor, patch), connection_table_size }
+    }
+}
+
+/// A connection to the IPVS of one network namespace.
+pub struct Client {
+    socket: Socket,
+    family: u16,
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("family", &self.family).finish_non_exhaustive()
+    }
+}
+
+impl Client {
+    /// Connects to the IPVS of the calling thread's network namespace. Asking for the family makes the kernel load
+    /// `ip_vs` where it is a module.
+    pub fn connect() -> Result<Self, Error> {
+        let mut socket = Socket::open(NETLINK_GENERIC).map_err(Error::connecting)?;
+        let ask =
+            GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![GenlCtrlAttrs::FamilyName(FAMILY_NAME.to_owned())] };
+        let mut ask = GenlMessage::from_payload(ask);
+        ask.set_resolved_family_id(GENL_ID_CTRL);
+        let mut family = None;
+        socket
+            .request(ask, |answer: GenlMessage<GenlCtrl>| {
+                family = answer.payload.nlas.iter().find_map(|attribute| match attribute {
+                    GenlCtrlAttrs::FamilyId(id) => Some(*id),
+                    _ => None,
+                });
+            })
+            .map_err(Error::connecting)?;
+        let family = family.ok_or_else(|| {
+            Error::connecting(netlink_batch::Error::Decode("the answer names no family number".into()))
+        })?;
+        Ok(Self { socket, family })
+    }
+
+    /// The version of IPVS and the size of its connection table.
+    pub fn info(&mut self) -> Result<Info, Error> {
+        let mut info = None;
+        self.ask(Message::GetInfo, |answer| {
+            if let Message::Info(answer) = answer {
+                info = Some(answer);
+            }
+        })?;
+        info.ok_or_else(|| unanswered(&Message::GetInfo))
+    }
+
+    /// The timeouts of idle connections.
+    pub fn timeouts(&mut self) -> Result<Timeouts, Error> {
+        let mut timeouts = None;
+        self.ask(Message::GetTimeouts, |answer| {
+            if let Message::Timeouts(answer) = answer {
+                timeouts = Some(answer);
+            }
+        })?;
+        timeouts.ok_or_else(|| unanswered(&Message::GetTimeouts))
+    }
+
+    /// Sets the timeouts of idle connections; those that are 0 stay as they are.
+    pub fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error> {
+        self.ask(Message::SetTimeouts(timeouts), |_| {})
+    }
+
+    /// All virtual servers, in the kernel's order.
+    pub fn virtual_servers(&mut self) -> Result<Vec<VirtualServerEntry>, Error> {
+        let mut entries = Vec::new();
+        self.dump(Message::ListVirtualServers, |answer| {
+            if let Message::VirtualServer(entry) = answer {
+                entries.push(entry);
+            }
+        })?;
+        Ok(entries)
+    }
+
+    /// One virtual server; [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) where there is none.
+    pub fn virtual_server(&mut self, id: &VirtualServerId) -> Result<VirtualServerEntry, Error> {
+        let mut found = None;
+        self.ask(Message::GetVirtualServer(*id), |answer| {
+            if let Message::VirtualServer(entry) = answer {
+                found = Some(entry);
+            }
+        })?;
+        found.ok_or_else(|| unanswered(&Message::GetVirtualServer(*id)))
+    }
+
+    /// The real servers of a virtual server, in the kernel's order; none where there is no such virtual server.
+    pub fn real_servers(&mut self, id: &VirtualServerId) -> Result<Vec<RealServerEntry>, Error> {
+        let mut entries = Vec::new();
+        self.dump(Message::ListRealServers(*id), |answer| {
+            if let Message::RealServer(entry) = answer {
+                entries.push(entry);
+            }
+        })?;
+        Ok(entries)
+    }
+
+    /// Makes a virtual server.
+    pub fn add_virtual_server(&mut self, server: &VirtualServer) -> Result<(), Error> {
+        self.ask(Message::AddVirtualServer(*server), |_| {})
+    }
+
+    /// Changes everything about a virtual server but what identifies it; its connections stay.
+    pub fn set_virtual_server(&mut self, server: &VirtualServer) -> Result<(), Error> {
+        self.ask(Message::SetVirtualServer(*server), |_| {})
+    }
+
+    /// Deletes a virtual server and its real servers.
+    pub fn delete_virtual_server(&mut self, id: &VirtualServerId) -> Result<(), Error> {
+        self.ask(Message::DeleteVirtualServer(*id), |_| {})
+    }
+
+    /// Deletes every virtual server of the namespace.
+    pub fn flush(&mut self) -> Result<(), Error> {
+        self.ask(Message::Flush, |_| {})
+    }
+
+    /// Gives a virtual server one more real server.
+    pub fn add_real_server(&mut self, id: &VirtualServerId, server: &RealServer) -> Result<(), Error> {
+        self.ask(Message::AddRealServer(*id, *server), |_| {})
+    }
+
+    /// Changes everything about a real server but its address and port.
+    pub fn set_real_server(&mut self, id: &VirtualServerId, server: &RealServer) -> Result<(), Error> {
+        self.ask(Message::SetRealServer(*id, *server), |_| {})
+    }
+
+    /// Takes a real server from a virtual server.
+    pub fn delete_real_server(&mut self, id: &VirtualServerId, address: SocketAddr) -> Result<(), Error> {
+        self.ask(Message::DeleteRealServer(*id, address), |_| {})
+    }
+
+    /// Carries out messages that change something, in order, in few system calls; a failure does not stop the rest.
+    ///
+    /// Returns one result for each message. An `Err` of the whole means that the socket failed, and that it is not known
+    /// what was carried out. See [`Socket::batch`] for how it works.
+    pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
+        let family = self.family;
+        let requests = messages.iter().map(|message| Request::from(wrap(*message, family)));
+        let results = self.socket.batch(requests).map_err(|error| {
+            let first = messages.first().unwrap_or(&Message::ListVirtualServers);
+            Error::new(first, error)
+        })?;
+        Ok(results
+            .into_iter()
+            .zip(messages)
+            .map(|(result, message)| result.map_err(|refusal| Error::new(message, refusal.into())))
+            .collect())
+    }
+
+    fn ask(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+        self.socket
+            .request(wrap(message, self.family), |answer: GenlMessage<Message>| each(answer.payload))
+            .map_err(|error| Error::new(&message, error))
+    }
+
+    fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+        self.socket
+            .dump(&wrap(message, self.family), |answer: GenlMessage<Message>| each(answer.payload))
+            .map_err(|error| Error::new(&message, error))
+    }
+}
+
+fn wrap(message: Message, family: u16) -> GenlMessage<Message> {
+    let mut message = GenlMessage::from_payload(message);
+    message.set_resolved_family_id(family);
+    message
+}
+
+fn unanswered(message: &Message) -> Error {
+    Error::new(message, netlink_batch::Error::Decode("the kernel acknowledged without an answer".into()))
+}

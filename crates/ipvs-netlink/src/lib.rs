@@ -1,0 +1,44 @@
+//! A client for IPVS, the Linux kernel's load balancer, over generic netlink.
+//!
+//! IPVS balances connections to a *virtual server* over its *real servers*. The kernel's header calls them service and
+//! destination, and this crate keeps those names where it speaks of commands and attributes of `linux/ip_vs.h`.
+//!
+//! ```no_run
+//! use ipvs_netlink::{Client, Protocol, RealServer, Scheduler, VirtualServer, VirtualServerId};
+//!
+//! let mut ipvs = Client::connect()?;
+//! let id = VirtualServerId::address(Protocol::Tcp, "10.0.0.1:80".parse()?);
+//! ipvs.add_virtual_server(&VirtualServer::new(id, Scheduler::WeightedLeastConnection))?;
+//! ipvs.add_real_server(&id, &RealServer::new("10.1.0.7:8080".parse()?))?;
+//! for entry in ipvs.virtual_servers()? {
+//!     println!("{} {}: {} connections", entry.server.id, entry.server.scheduler, entry.stats.connections);
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! * Every call is synchronous: the kernel handles a request inside the system call that sends it.
+//! * [`Client::apply`] sends many [`Message`]s in few system calls and returns one result each.
+//! * A client belongs to the network namespace of the thread that connected it; IPVS is per namespace.
+//! * Attributes this crate does not know are skipped, so that a newer kernel can be read.
+//! * Reading and writing needs `CAP_NET_ADMIN` in the initial user namespace.
+
+#![forbid(unsafe_code)]
+
+mod attributes;
+mod client;
+mod error;
+mod message;
+mod real_server;
+mod stats;
+mod virtual_server;
+
+pub use client::{Client, Info, Timeouts};
+pub use error::{Error, ErrorKind};
+pub use message::Message;
+pub use netlink_batch::Refusal;
+pub use real_server::{Forwarding, RealServer, RealServerEntry};
+pub use stats::Stats;
+pub use virtual_server::{
+    Family, InvalidScheduler, Netmask, Protocol, Scheduler, SchedulerFlags, SchedulerName, VirtualServer,
+    VirtualServerEntry, VirtualServerId,
+};

@@ -1,0 +1,217 @@
+//! The messages of the family: what one asks the kernel, and what it answers.
+
+use std::net::SocketAddr;
+
+use netlink_packet_core::{DecodeError, Emitable, ParseableParametrized, parse_u32};
+use netlink_packet_generic::{GenlFamily, GenlHeader};
+
+use crate::attributes::{Encoder, FAMILY_NAME, FAMILY_VERSION, command, each_attribute, top};
+use crate::client::{Info, Timeouts};
+use crate::real_server::{RealServer, RealServerEntry, encode_id};
+use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
+
+/// A message to or from the kernel.
+///
+/// It implements the traits of [`netlink_packet_generic`], so it also travels over any other socket of that family of
+/// crates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Message {
+    /// `IPVS_CMD_NEW_SERVICE`: fails with `EEXIST` where it exists.
+    AddVirtualServer(VirtualServer),
+    /// `IPVS_CMD_SET_SERVICE`: fails with `ESRCH` where it does not exist.
+    SetVirtualServer(VirtualServer),
+    /// `IPVS_CMD_DEL_SERVICE`: with all its real servers.
+    DeleteVirtualServer(VirtualServerId),
+    /// `IPVS_CMD_GET_SERVICE`: one virtual server.
+    GetVirtualServer(VirtualServerId),
+    /// `IPVS_CMD_GET_SERVICE` as a dump: all of them.
+    ListVirtualServers,
+    /// `IPVS_CMD_NEW_DEST`: fails with `EEXIST` where it exists, with `ESRCH` where the virtual server does not.
+    AddRealServer(VirtualServerId, RealServer),
+    /// `IPVS_CMD_SET_DEST`: fails with `ENOENT` where it does not exist.
+    SetRealServer(VirtualServerId, RealServer),
+    /// `IPVS_CMD_DEL_DEST`: its connections stay until they end or `expire_nodest_conn` ends them.
+    DeleteRealServer(VirtualServerId, SocketAddr),
+    /// `IPVS_CMD_GET_DEST` as a dump: the real servers of a virtual server; none where it does not exist.
+    ListRealServers(VirtualServerId),
+    /// `IPVS_CMD_GET_CONFIG`.
+    GetTimeouts,
+    /// `IPVS_CMD_SET_CONFIG`.
+    SetTimeouts(Timeouts),
+    /// `IPVS_CMD_GET_INFO`.
+    GetInfo,
+    /// `IPVS_CMD_FLUSH`: every virtual server goes.
+    Flush,
+    /// The kernel lists a virtual server.
+    VirtualServer(VirtualServerEntry),
+    /// The kernel lists a real server.
+    RealServer(RealServerEntry),
+    /// The kernel tells its timeouts.
+    Timeouts(Timeouts),
+    /// The kernel tells about itself.
+    Info(Info),
+}
+
+impl Message {
+    /// What the message does, as in "cannot … web:80".
+    pub(crate) fn operation(&self) -> &'static str {
+        match self {
+            Self::AddVirtualServer(_) => "add virtual server",
+            Self::SetVirtualServer(_) => "change virtual server",
+            Self::DeleteVirtualServer(_) => "delete virtual server",
+            Self::GetVirtualServer(_) | Self::VirtualServer(_) => "read virtual server",
+            Self::ListVirtualServers => "list the virtual servers",
+            Self::AddRealServer(..) => "add real server",
+            Self::SetRealServer(..) => "change real server",
+            Self::DeleteRealServer(..) => "delete real server",
+            Self::RealServer(_) => "read real server",
+            Self::ListRealServers(_) => "list the real servers of",
+            Self::GetTimeouts | Self::Timeouts(_) => "read the IPVS timeouts",
+            Self::SetTimeouts(_) => "set the IPVS timeouts to",
+            Self::GetInfo | Self::Info(_) => "read the version of IPVS",
+            Self::Flush => "delete all virtual servers",
+        }
+    }
+
+    /// What the message is about; empty where the operation says it.
+    pub(crate) fn object(&self) -> String {
+        match self {
+            Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => server.id.to_string(),
+            Self::VirtualServer(entry) => entry.server.id.to_string(),
+            Self::DeleteVirtualServer(id) | Self::GetVirtualServer(id) | Self::ListRealServers(id) => id.to_string(),
+            Self::AddRealServer(id, server) | Self::SetRealServer(id, server) => {
+                format!("{} of {id}", server.socket_address())
+            }
+            Self::DeleteRealServer(id, address) => format!("{address} of {id}"),
+            Self::RealServer(entry) => entry.server.socket_address().to_string(),
+            Self::SetTimeouts(timeouts) => format!("{timeouts:?}"),
+            _ => String::new(),
+        }
+    }
+
+    fn encode(&self, out: &mut Encoder<'_>) {
+        match self {
+            Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => {
+                out.nested(top::SERVICE, |out| server.encode(out));
+            }
+            Self::DeleteVirtualServer(id) | Self::GetVirtualServer(id) | Self::ListRealServers(id) => {
+                out.nested(top::SERVICE, |out| id.encode(out));
+            }
+            Self::AddRealServer(id, server) | Self::SetRealServer(id, server) => {
+                out.nested(top::SERVICE, |out| id.encode(out));
+                out.nested(top::DEST, |out| server.encode(out));
+            }
+            Self::DeleteRealServer(id, address) => {
+                out.nested(top::SERVICE, |out| id.encode(out));
+                out.nested(top::DEST, |out| encode_id(out, *address));
+            }
+            Self::SetTimeouts(timeouts) => {
+                for (kind, seconds) in [
+                    (top::TIMEOUT_TCP, timeouts.tcp),
+                    (top::TIMEOUT_TCP_FIN, timeouts.tcp_fin),
+                    (top::TIMEOUT_UDP, timeouts.udp),
+                ] {
+                    out.u32(kind, seconds);
+                }
+            }
+            // Requests without arguments, and answers, which nobody sends to the kernel.
+            Self::ListVirtualServers
+            | Self::GetTimeouts
+            | Self::GetInfo
+            | Self::Flush
+            | Self::VirtualServer(_)
+            | Self::RealServer(_)
+            | Self::Timeouts(_)
+            | Self::Info(_) => {}
+        }
+    }
+}
+
+impl GenlFamily for Message {
+    fn family_name() -> &'static str {
+        FAMILY_NAME
+    }
+
+    fn command(&self) -> u8 {
+        match self {
+            Self::AddVirtualServer(_) | Self::VirtualServer(_) => command::NEW_SERVICE,
+            Self::SetVirtualServer(_) => command::SET_SERVICE,
+            Self::DeleteVirtualServer(_) => command::DEL_SERVICE,
+            Self::GetVirtualServer(_) | Self::ListVirtualServers => command::GET_SERVICE,
+            Self::AddRealServer(..) | Self::RealServer(_) => command::NEW_DEST,
+            Self::SetRealServer(..) => command::SET_DEST,
+            Self::DeleteRealServer(..) => command::DEL_DEST,
+            Self::ListRealServers(_) => command::GET_DEST,
+            Self::GetTimeouts => command::GET_CONFIG,
+            Self::SetTimeouts(_) | Self::Timeouts(_) => command::SET_CONFIG,
+            Self::GetInfo => command::GET_INFO,
+            Self::Info(_) => command::SET_INFO,
+            Self::Flush => command::FLUSH,
+        }
+    }
+
+    fn version(&self) -> u8 {
+        FAMILY_VERSION
+    }
+}
+
+impl Emitable for Message {
+    fn buffer_len(&self) -> usize {
+        let mut out = Encoder::counting();
+        self.encode(&mut out);
+        out.position()
+    }
+
+    fn emit(&self, buffer: &mut [u8]) {
+        self.encode(&mut Encoder::writing(buffer));
+    }
+}
+
+/// Answers bear the command that would make what they list.
+impl ParseableParametrized<[u8], GenlHeader> for Message {
+    fn parse_with_param(buffer: &[u8], header: GenlHeader) -> Result<Self, DecodeError> {
+        match header.cmd {
+            command::NEW_SERVICE => VirtualServerEntry::parse(&nested(buffer, top::SERVICE)?).map(Self::VirtualServer),
+            command::NEW_DEST => RealServerEntry::parse(&nested(buffer, top::DEST)?).map(Self::RealServer),
+            command::SET_CONFIG => {
+                let mut timeouts = Timeouts::default();
+                each_attribute(buffer, |kind, value| {
+                    match kind {
+                        top::TIMEOUT_TCP => timeouts.tcp = parse_u32(value)?,
+                        top::TIMEOUT_TCP_FIN => timeouts.tcp_fin = parse_u32(value)?,
+                        top::TIMEOUT_UDP => timeouts.udp = parse_u32(value)?,
+                        _ => {}
+                    }
+                    Ok(())
+                })?;
+                Ok(Self::Timeouts(timeouts))
+            }
+            command::SET_INFO => {
+                let (mut version, mut table_size) = (0, 0);
+                each_attribute(buffer, |kind, value| {
+                    match kind {
+                        top::INFO_VERSION => version = parse_u32(value)?,
+                        top::INFO_CONN_TAB_SIZE => table_size = parse_u32(value)?,
+                        _ => {}
+                    }
+                    Ok(())
+                })?;
+                Ok(Self::Info(Info::new(version, table_size)))
+            }
+            other => Err(format!("command {other} is not known as an answer of IPVS").into()),
+        }
+    }
+}
+
+/// The content of the one attribute of a kind that an answer holds.
+fn nested(buffer: &[u8], wanted: u16) -> Result<Vec<u8>, DecodeError> {
+    let mut found = None;
+    each_attribute(buffer, |kind, value| {
+        if kind == wanted {
+            found = Some(value.to_vec());
+        }
+        Ok(())
+    })?;
+    found.ok_or_else(|| format!("an answer lacks its attribute {wanted}").into())
+}

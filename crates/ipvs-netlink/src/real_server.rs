@@ -1,0 +1,172 @@
+//! Real servers: where they are, how packets reach them, and their attributes.
+
+use std::fmt;
+use std::net::{IpAddr, SocketAddr};
+
+use netlink_packet_core::{DecodeError, parse_u16, parse_u16_be, parse_u32};
+
+use crate::attributes::{Encoder, dest, each_attribute};
+use crate::stats::Stats;
+use crate::virtual_server::{Family, decode_address, encode_address};
+
+/// `IP_VS_CONN_F_FWD_MASK`: the forwarding method among the flags of a destination.
+const FORWARDING_MASK: u32 = 0x7;
+
+/// How packets reach a real server (`IP_VS_CONN_F_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Forwarding {
+    /// Network address translation (`ipvsadm -m`); the only method that can change the port.
+    #[default]
+    Masquerade,
+    /// To a process of this host; the kernel lists it so where the address is one of its own.
+    Local,
+    /// In a tunnel (`ipvsadm -i`).
+    Tunnel,
+    /// By the link-layer address alone (`ipvsadm -g`).
+    DirectRoute,
+    /// Past the cache servers (`IP_VS_CONN_F_BYPASS`).
+    Bypass,
+}
+
+impl Forwarding {
+    fn number(self) -> u32 {
+        match self {
+            Self::Masquerade => 0,
+            Self::Local => 1,
+            Self::Tunnel => 2,
+            Self::DirectRoute => 3,
+            Self::Bypass => 4,
+        }
+    }
+
+    fn from_number(number: u32) -> Result<Self, DecodeError> {
+        Ok(match number & FORWARDING_MASK {
+            0 => Self::Masquerade,
+            1 => Self::Local,
+            2 => Self::Tunnel,
+            3 => Self::DirectRoute,
+            4 => Self::Bypass,
+            other => return Err(format!("{other} is no forwarding method").into()),
+        })
+    }
+}
+
+impl fmt::Display for Forwarding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Masquerade => "masquerade",
+            Self::Local => "local",
+            Self::Tunnel => "tunnel",
+            Self::DirectRoute => "direct-route",
+            Self::Bypass => "bypass",
+        })
+    }
+}
+
+/// A real server as one configures it. Within its virtual server, address and port identify it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RealServer {
+    /// The address. Only a tunnel can lead to another family than the virtual server's.
+    pub address: IpAddr,
+    /// The port; the virtual server's own for every method but masquerade.
+    pub port: u16,
+    /// How packets reach it.
+    pub forwarding: Forwarding,
+    /// Its share of new connections, 0 to 2,147,483,647; 0 takes none.
+    pub weight: u32,
+    /// At this many connections it takes no new ones; 0 for no limit.
+    pub upper_threshold: u32,
+    /// Below this many connections it takes new ones again; at most the upper threshold.
+    pub lower_threshold: u32,
+}
+
+impl RealServer {
+    /// One that is reached by masquerading, of weight 1, without thresholds.
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address: address.ip(),
+            port: address.port(),
+            forwarding: Forwarding::Masquerade,
+            weight: 1,
+            upper_threshold: 0,
+            lower_threshold: 0,
+        }
+    }
+
+    /// Address and port.
+    pub fn socket_address(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
+    pub(crate) fn encode(&self, out: &mut Encoder<'_>) {
+        encode_id(out, self.socket_address());
+        out.u32(dest::FWD_METHOD, self.forwarding.number());
+        out.u32(dest::WEIGHT, self.weight);
+        out.u32(dest::U_THRESH, self.upper_threshold);
+        out.u32(dest::L_THRESH, self.lower_threshold);
+    }
+}
+
+/// What identifies a real server within its virtual server.
+pub(crate) fn encode_id(out: &mut Encoder<'_>, address: SocketAddr) {
+    encode_address(out, dest::ADDR, address.ip());
+    out.bytes(dest::PORT, &[&address.port().to_be_bytes()]);
+    out.u16(dest::ADDR_FAMILY, Family::of(address.ip()).number());
+}
+
+/// A real server as the kernel lists it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RealServerEntry {
+    /// The configuration.
+    pub server: RealServer,
+    /// Connections in a state that counts as active; for TCP, established ones.
+    pub active_connections: u32,
+    /// All other connections, such as TCP ones that are closing.
+    pub inactive_connections: u32,
+    /// Persistence templates that lead here.
+    pub persistent_connections: u32,
+    /// What has passed.
+    pub stats: Stats,
+}
+
+impl RealServerEntry {
+    /// Whether no connection leads here any more.
+    pub fn is_idle(&self) -> bool {
+        self.active_connections == 0 && self.inactive_connections == 0
+    }
+
+    /// Reads the attributes inside `IPVS_CMD_ATTR_DEST`. The address family is among them since Linux 3.18.
+    pub(crate) fn parse(buffer: &[u8]) -> Result<Self, DecodeError> {
+        let (mut family, mut address, mut port) = (None, None, 0);
+        let (mut forwarding, mut weight, mut upper, mut lower) = (Forwarding::default(), 0, 0, 0);
+        let (mut active, mut inactive, mut persistent) = (0, 0, 0);
+        let (mut stats32, mut stats64) = (None, None);
+        each_attribute(buffer, |kind, value| {
+            match kind {
+                dest::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a destination's address is short")?),
+                dest::PORT => port = parse_u16_be(value)?,
+                dest::FWD_METHOD => forwarding = Forwarding::from_number(parse_u32(value)?)?,
+                dest::WEIGHT => weight = parse_u32(value)?,
+                dest::U_THRESH => upper = parse_u32(value)?,
+                dest::L_THRESH => lower = parse_u32(value)?,
+                dest::ACTIVE_CONNS => active = parse_u32(value)?,
+                dest::INACT_CONNS => inactive = parse_u32(value)?,
+                dest::PERSIST_CONNS => persistent = parse_u32(value)?,
+                dest::ADDR_FAMILY => family = Some(Family::from_number(parse_u16(value)?)?),
+                dest::STATS => stats32 = Some(Stats::parse(value)?),
+                dest::STATS64 => stats64 = Some(Stats::parse(value)?),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        let family = family.ok_or("a destination has no address family")?;
+        let address = decode_address(family, &address.ok_or("a destination has no address")?)?;
+        Ok(Self {
+            server: RealServer { address, port, forwarding, weight, upper_threshold: upper, lower_threshold: lower },
+            active_connections: active,
+            inactive_connections: inactive,
+            persistent_connections: persistent,
+            stats: stats64.or(stats32).unwrap_or_default(),
+        })
+    }
+}

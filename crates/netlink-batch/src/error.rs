@@ -1,0 +1,158 @@
+//! What can go wrong on a netlink socket, and what the kernel said when it refused.
+
+use std::fmt;
+use std::io;
+
+use netlink_packet_core::{DecodeError, NLA_HEADER_SIZE, NlasIterator, parse_string, parse_u16, parse_u32};
+
+/// TLVs of an extended ACK (`enum nlmsgerr_attrs` in `linux/netlink.h`).
+const NLMSGERR_ATTR_MSG: u16 = 1;
+const NLMSGERR_ATTR_OFFS: u16 = 2;
+const NLMSGERR_ATTR_MISS_TYPE: u16 = 5;
+
+/// The kernel's "no" to one request: an errno and, where the kernel gives it, an extended ACK.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// The errno, positive, as in `errno.h`.
+    pub errno: i32,
+    /// The kernel's own words (`NLMSGERR_ATTR_MSG`).
+    pub message: Option<String>,
+    /// The type of the attribute the kernel objects to (found at `NLMSGERR_ATTR_OFFS`), without its flag bits.
+    pub attribute: Option<u16>,
+    /// The type of an attribute the kernel misses (`NLMSGERR_ATTR_MISS_TYPE`).
+    pub missing: Option<u16>,
+}
+
+impl Refusal {
+    pub(crate) fn new(errno: i32) -> Self {
+        Self { errno, message: None, attribute: None, missing: None }
+    }
+
+    /// Reads the extended ACK in `tlvs`; `request` is the message it answers, for the attribute at the offset it names.
+    /// A malformed extended ACK costs its details, never the errno.
+    pub(crate) fn with_extended_ack(mut self, tlvs: &[u8], request: Option<&[u8]>) -> Self {
+        for tlv in NlasIterator::new(tlvs).map_while(Result::ok) {
+            match tlv.kind() {
+                NLMSGERR_ATTR_MSG => self.message = parse_string(tlv.value()).ok(),
+                NLMSGERR_ATTR_OFFS => {
+                    let offset = parse_u32(tlv.value()).ok().and_then(|offset| usize::try_from(offset).ok());
+                    self.attribute = offset.zip(request).and_then(|(offset, request)| attribute_at(request, offset));
+                }
+                NLMSGERR_ATTR_MISS_TYPE => {
+                    self.missing = parse_u32(tlv.value()).ok().and_then(|kind| u16::try_from(kind).ok());
+                }
+                _ => {}
+            }
+        }
+        self
+    }
+}
+
+fn attribute_at(request: &[u8], offset: usize) -> Option<u16> {
+    let header = request.get(offset..offset.checked_add(NLA_HEADER_SIZE)?)?;
+    Some(parse_u16(&header[2..4]).ok()? & netlink_packet_core::NLA_TYPE_MASK)
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", io::Error::from_raw_os_error(self.errno))?;
+        if let Some(message) = &self.message {
+            write!(f, ": {message}")?;
+        }
+        if let Some(attribute) = self.attribute {
+            write!(f, " (attribute {attribute})")?;
+        }
+        if let Some(missing) = self.missing {
+            write!(f, " (attribute {missing} is missing)")?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Refusal {}
+
+/// Why a call on a [`Socket`](crate::Socket) has no result.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The socket could not be made.
+    #[error("cannot open a netlink socket of protocol {protocol}: {source}")]
+    Open {
+        /// The protocol, as in `NETLINK_ROUTE`.
+        protocol: isize,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// `send` failed. None of the requests in the datagram was handled.
+    #[error("cannot send to the kernel: {0}")]
+    Send(#[source] io::Error),
+    /// `recv` failed; `ENOBUFS` means that answers were lost. Requests may have been handled.
+    #[error("cannot receive from the kernel: {0}")]
+    Receive(#[source] io::Error),
+    /// An answer cannot be understood.
+    #[error("cannot decode an answer of the kernel: {0}")]
+    Decode(DecodeError),
+    /// A dump was interrupted by changes again and again.
+    #[error("what the kernel holds changed during each of {attempts} dumps in a row")]
+    Interrupted {
+        /// How often the dump was tried.
+        attempts: u32,
+    },
+    /// The kernel refused the request.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+impl Error {
+    /// The kernel's answer, where it gave one.
+    #[must_use]
+    pub fn refusal(&self) -> Option<&Refusal> {
+        match self {
+            Self::Refused(refusal) => Some(refusal),
+            _ => None,
+        }
+    }
+}
+
+impl From<DecodeError> for Error {
+    fn from(error: DecodeError) -> Self {
+        Self::Decode(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A request of a 16-byte header and two attributes, of types 1 and 7.
+    const REQUEST: [u8; 32] = [
+        32, 0, 0, 0, 16, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
+        8, 0, 1, 0, 9, 9, 9, 9, // attribute 1
+        8, 0, 7, 0x80, 9, 9, 9, 9, // attribute 7, nested
+    ];
+
+    #[test]
+    fn an_extended_ack_names_the_attribute_at_its_offset() {
+        let mut tlvs = vec![11, 0, 1, 0];
+        tlvs.extend_from_slice(b"no way\0\0");
+        tlvs.extend_from_slice(&[8, 0, 2, 0, 24, 0, 0, 0]);
+        let refusal = Refusal::new(libc::EINVAL).with_extended_ack(&tlvs, Some(&REQUEST));
+        assert_eq!(refusal.attribute, Some(7));
+        assert_eq!(refusal.to_string(), "Invalid argument (os error 22): no way (attribute 7)");
+    }
+
+    #[test]
+    fn an_offset_outside_the_request_names_no_attribute() {
+        for offset in [30_u32, 32, u32::MAX] {
+            let mut tlvs = vec![8, 0, 2, 0];
+            tlvs.extend_from_slice(&offset.to_ne_bytes());
+            assert_eq!(Refusal::new(1).with_extended_ack(&tlvs, Some(&REQUEST)).attribute, None);
+        }
+    }
+
+    #[test]
+    fn a_malformed_extended_ack_keeps_the_errno() {
+        let refusal = Refusal::new(libc::EPERM).with_extended_ack(&[200, 0, 1, 0, 1], None);
+        assert_eq!(refusal, Refusal::new(libc::EPERM));
+    }
+}

@@ -1,0 +1,27 @@
+//! One synchronous netlink socket for any family: request, dump, batch.
+//!
+//! Netlink to the kernel is a function call: the kernel handles a datagram inside `send`, and when `send` returns every
+//! answer is queued on the socket. So this crate needs no task, no thread and no timer. It knows no family either:
+//! messages are whatever implements the traits of [`netlink_packet_core`].
+//!
+//! ```no_run
+//! use netlink_batch::{protocols::NETLINK_ROUTE, Socket};
+//! use netlink_packet_route::{RouteNetlinkMessage, link::LinkMessage};
+//!
+//! let mut socket = Socket::open(NETLINK_ROUTE)?;
+//! socket.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()), |answer: RouteNetlinkMessage| {
+//!     println!("{answer:?}");
+//! })?;
+//! # Ok::<(), netlink_batch::Error>(())
+//! ```
+//!
+//! What a batch is, and what was measured about it, stands at [`Socket::batch`].
+
+#![forbid(unsafe_code)]
+
+mod error;
+mod socket;
+
+pub use error::{Error, Refusal};
+pub use netlink_sys::protocols;
+pub use socket::{BATCH_MESSAGES, Request, Socket};
