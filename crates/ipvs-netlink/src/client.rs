@@ -67,7 +67,7 @@ impl Client {
         ask.set_resolved_family_id(GENL_ID_CTRL);
         let mut family = None;
         socket
-            .request(ask, |answer: GenlMessage<GenlCtrl>| {
+            .request(&ask.into(), |answer: GenlMessage<GenlCtrl>| {
                 family = answer.payload.nlas.iter().find_map(|attribute| match attribute {
                     GenlCtrlAttrs::FamilyId(id) => Some(*id),
                     _ => None,
@@ -195,7 +195,7 @@ impl Client {
 
     fn ask(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
         self.socket
-            .request(wrap(message, self.family), |answer: GenlMessage<Message>| each(answer.payload))
+            .request(&wrap(message, self.family).into(), |answer: GenlMessage<Message>| each(answer.payload))
             .map_err(|error| Error::new(&message, error))
     }
 

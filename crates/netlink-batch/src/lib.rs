@@ -1,4 +1,4 @@
-//! One synchronous netlink socket for any family: request, dump, batch.
+//! One synchronous netlink socket for any family: request, dump, batch; and one for notifications.
 //!
 //! Netlink to the kernel is a function call: the kernel handles a datagram inside `send`, and when `send` returns every
 //! answer is queued on the socket. So this crate needs no task, no thread and no timer. It knows no family either:
@@ -21,7 +21,9 @@
 
 mod error;
 mod socket;
+mod subscription;
 
 pub use error::{Error, Refusal};
 pub use netlink_sys::protocols;
 pub use socket::{BATCH_MESSAGES, Request, Socket};
+pub use subscription::{Received, Subscription};

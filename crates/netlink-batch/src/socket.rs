@@ -20,7 +20,7 @@ pub const BATCH_MESSAGES: usize = 128;
 const BATCH_BYTES: usize = 64 * 1024;
 
 /// The kernel fills at most 32 KiB a datagram of a dump, and fewer for a reader with a smaller buffer.
-const RECEIVE_BYTES: usize = 64 * 1024;
+pub(crate) const RECEIVE_BYTES: usize = 64 * 1024;
 
 const HEADER_BYTES: usize = 16;
 const NLM_F_DUMP_INTR: u16 = 0x10;
@@ -81,12 +81,11 @@ impl Socket {
     }
 
     /// Sends one request and hands each message of the answer to `each`, until the kernel acknowledges.
-    pub fn request<M, R>(&mut self, request: impl Into<Request<M>>, mut each: impl FnMut(R)) -> Result<(), Error>
+    pub fn request<M, R>(&mut self, request: &Request<M>, mut each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
-        let request = request.into();
         self.outgoing.clear();
         let sequence = self.push(&request.message, request.flags | NLM_F_ACK);
         self.send()?;
@@ -226,29 +225,33 @@ impl Socket {
         loop {
             let received = retry(|| self.raw.recv(&mut &mut self.incoming[..], 0)).map_err(Error::Receive)?;
             let mut rest = &self.incoming[..received.min(self.incoming.len())];
-            while !rest.is_empty() {
-                let buffer = NetlinkBuffer::new_checked(&rest)?;
-                let length = buffer.length() as usize;
-                let header = header_of(&buffer);
-                if let Some(answer) = answer(header, buffer.payload(), &self.outgoing)?
+            while let Some((header, payload)) = next_message(&mut rest)? {
+                if let Some(answer) = answer(header, payload, &self.outgoing)?
                     && handle(header.sequence_number, answer)?
                 {
                     return Ok(());
                 }
-                rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
             }
         }
     }
 }
 
-fn header_of(buffer: &NetlinkBuffer<&&[u8]>) -> NetlinkHeader {
+/// Takes the first message off a datagram.
+pub(crate) fn next_message<'a>(datagram: &mut &'a [u8]) -> Result<Option<(NetlinkHeader, &'a [u8])>, Error> {
+    if datagram.is_empty() {
+        return Ok(None);
+    }
+    let buffer = NetlinkBuffer::new_checked(*datagram)?;
+    let length = buffer.length() as usize;
     let mut header = NetlinkHeader::default();
     header.length = buffer.length();
     header.message_type = buffer.message_type();
     header.flags = buffer.flags();
     header.sequence_number = buffer.sequence_number();
     header.port_number = buffer.port_number();
-    header
+    let payload = &datagram[HEADER_BYTES..length];
+    *datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Ok(Some((header, payload)))
 }
 
 /// Reads one message; `None` is one that says nothing.
@@ -294,11 +297,11 @@ fn request_in(mut datagram: &[u8], sequence: u32) -> Option<&[u8]> {
     }
 }
 
-fn decode<R: NetlinkDeserializable>(header: &NetlinkHeader, payload: &[u8]) -> Result<R, Error> {
+pub(crate) fn decode<R: NetlinkDeserializable>(header: &NetlinkHeader, payload: &[u8]) -> Result<R, Error> {
     R::deserialize(header, payload).map_err(|error| Error::Decode(error.to_string().into()))
 }
 
-fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(crate) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

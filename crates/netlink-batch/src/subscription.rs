@@ -1,0 +1,59 @@
+//! Notifications: what the kernel tells a multicast group.
+
+use netlink_packet_core::{NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NetlinkDeserializable};
+use netlink_sys::{Socket as RawSocket, SocketAddr};
+
+use crate::error::Error;
+use crate::socket::{RECEIVE_BYTES, decode, next_message, retry};
+
+/// What a wait for notifications ended with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Received {
+    /// One or more notifications.
+    Notifications,
+    /// Some were lost since they came faster than they were read (`ENOBUFS`): what they were about must be read anew.
+    Overrun,
+}
+
+/// A socket that receives the notifications of some multicast groups of a protocol.
+#[derive(Debug)]
+pub struct Subscription {
+    raw: RawSocket,
+    incoming: Vec<u8>,
+}
+
+impl Subscription {
+    /// Joins the groups, by number as in `RTNLGRP_LINK`, in the network namespace of the calling thread. Nothing that
+    /// happens after this call is missed.
+    pub fn open(protocol: isize, groups: &[u32]) -> Result<Self, Error> {
+        let open = || {
+            let mut raw = RawSocket::new(protocol)?;
+            raw.bind_auto()?;
+            raw.connect(&SocketAddr::new(0, 0))?;
+            for group in groups {
+                raw.add_membership(*group)?;
+            }
+            Ok(raw)
+        };
+        let raw = open().map_err(|source| Error::Open { protocol, source })?;
+        Ok(Self { raw, incoming: vec![0; RECEIVE_BYTES] })
+    }
+
+    /// Waits for notifications and hands each to `each`.
+    pub fn receive<R: NetlinkDeserializable>(&mut self, mut each: impl FnMut(R)) -> Result<Received, Error> {
+        let received = match retry(|| self.raw.recv(&mut &mut self.incoming[..], 0)) {
+            Ok(received) => received,
+            Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Received::Overrun),
+            Err(error) => return Err(Error::Receive(error)),
+        };
+        let mut rest = &self.incoming[..received.min(self.incoming.len())];
+        while let Some((header, payload)) = next_message(&mut rest)? {
+            match header.message_type {
+                NLMSG_NOOP | NLMSG_ERROR => {}
+                NLMSG_OVERRUN => return Ok(Received::Overrun),
+                _ => each(decode(&header, payload)?),
+            }
+        }
+        Ok(Received::Notifications)
+    }
+}

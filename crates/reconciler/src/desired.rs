@@ -1,0 +1,158 @@
+//! What is desired: the sum of all contributions, with one owner for each front end.
+
+use std::collections::{BTreeSet, HashMap};
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use service_watch::{ObjectName, Service};
+
+use crate::contribution::{Contribution, WantedServer};
+use crate::plan::{FrontEnd, Key};
+
+/// The order in which Services that claim one front end come: the oldest first, then by name.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim {
+    /// Seconds since 1970; a Service without the time of its making counts as the youngest.
+    created: i64,
+    service: ObjectName,
+}
+
+/// Two Services want one front end. The winner has it; the loser is served everywhere else.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Clash {
+    /// The front end.
+    pub front_end: FrontEnd,
+    /// Who has it.
+    pub winner: ObjectName,
+    /// Who wants it too.
+    pub loser: ObjectName,
+}
+
+#[derive(Debug)]
+struct Contributor {
+    created: i64,
+    contribution: Arc<Contribution>,
+}
+
+/// The sum of all contributions.
+#[derive(Debug, Default)]
+pub struct Desired {
+    contributors: HashMap<ObjectName, Contributor>,
+    /// Who claims a front end, the owner first; never empty.
+    claims: HashMap<FrontEnd, Vec<Claim>>,
+    /// Who wants a VIP bound; never empty.
+    addresses: HashMap<IpAddr, Vec<ObjectName>>,
+}
+
+impl Desired {
+    /// Puts a Service's contribution in the place of its last one. Every key that may now be desired otherwise goes to
+    /// `dirty`, every clash that arose to `clashes`.
+    pub fn update(
+        &mut self,
+        name: &ObjectName,
+        service: Option<&Service>,
+        contribution: Contribution,
+        dirty: &mut BTreeSet<Key>,
+        clashes: &mut Vec<Clash>,
+    ) {
+        let created = service.and_then(|service| service.created).unwrap_or(i64::MAX);
+        let before = self.contributors.remove(name);
+        let (before_created, before) = match &before {
+            Some(contributor) => (contributor.created, &*contributor.contribution),
+            None => (created, &Contribution::default()),
+        };
+        for (front_end, server) in &before.servers {
+            let same = created == before_created && contribution.servers.get(front_end) == Some(server);
+            if !same {
+                dirty.insert(Key::Server(*front_end));
+            }
+            if created != before_created || !contribution.servers.contains_key(front_end) {
+                self.withdraw(*front_end, name);
+            }
+        }
+        for (front_end, server) in &contribution.servers {
+            let held = before.servers.get(front_end);
+            if held != Some(server) {
+                dirty.insert(Key::Server(*front_end));
+            }
+            if created != before_created || held.is_none() {
+                self.claim(*front_end, Claim { created, service: name.clone() }, clashes);
+            }
+        }
+        for address in &before.addresses {
+            if contribution.addresses.binary_search(address).is_err() {
+                dirty.insert(Key::Address(*address));
+                self.release(*address, name);
+            }
+        }
+        for address in &contribution.addresses {
+            if before.addresses.binary_search(address).is_err() {
+                dirty.insert(Key::Address(*address));
+                self.addresses.entry(*address).or_default().push(name.clone());
+            }
+        }
+        if !contribution.servers.is_empty() {
+            let contribution = Arc::new(contribution);
+            self.contributors.insert(name.clone(), Contributor { created, contribution });
+        }
+    }
+
+    /// The virtual server wanted at a front end.
+    pub fn server(&self, front_end: &FrontEnd) -> Option<&WantedServer> {
+        self.contributors.get(self.owner(front_end)?)?.contribution.servers.get(front_end)
+    }
+
+    /// The Service that has a front end.
+    pub fn owner(&self, front_end: &FrontEnd) -> Option<&ObjectName> {
+        self.claims.get(front_end)?.first().map(|claim| &claim.service)
+    }
+
+    /// Whether a VIP is to be bound.
+    pub fn wants_address(&self, address: IpAddr) -> bool {
+        self.addresses.contains_key(&address)
+    }
+
+    /// The Services that want a VIP bound.
+    pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
+        self.addresses.get(&address).into_iter().flatten()
+    }
+
+    /// Every front end and VIP that is desired.
+    pub fn keys(&self) -> impl Iterator<Item = Key> {
+        self.claims.keys().copied().map(Key::Server).chain(self.addresses.keys().copied().map(Key::Address))
+    }
+
+    /// How many virtual servers are desired.
+    pub fn server_count(&self) -> usize {
+        self.claims.len()
+    }
+
+    fn claim(&mut self, front_end: FrontEnd, claim: Claim, clashes: &mut Vec<Clash>) {
+        let claims = self.claims.entry(front_end).or_default();
+        let place = claims.partition_point(|held| *held < claim);
+        claims.insert(place, claim);
+        if let [winner, .., _] = claims.as_slice() {
+            // Whoever came, the one who now stands behind the owner is the one to be told.
+            let loser = if place == 0 { &claims[1] } else { &claims[place] };
+            clashes.push(Clash { front_end, winner: winner.service.clone(), loser: loser.service.clone() });
+        }
+    }
+
+    fn withdraw(&mut self, front_end: FrontEnd, service: &ObjectName) {
+        if let Some(claims) = self.claims.get_mut(&front_end) {
+            claims.retain(|claim| claim.service != *service);
+            if claims.is_empty() {
+                self.claims.remove(&front_end);
+            }
+        }
+    }
+
+    fn release(&mut self, address: IpAddr, service: &ObjectName) {
+        if let Some(claimants) = self.addresses.get_mut(&address) {
+            claimants.retain(|claimant| claimant != service);
+            if claimants.is_empty() {
+                self.addresses.remove(&address);
+            }
+        }
+    }
+}

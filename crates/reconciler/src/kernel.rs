@@ -1,0 +1,73 @@
+//! The one seam to the kernel: reading what it holds, and carrying out plans.
+
+use std::net::IpAddr;
+
+use ipvs_netlink::RealServer;
+
+use crate::plan::{FrontEnd, Plan, ServerConfig};
+
+/// The name of the device that carries the VIPs.
+pub const DEVICE: &str = "kube-ipvs0";
+
+/// What to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope<'a> {
+    /// Everything.
+    All,
+    /// These virtual servers with their real servers.
+    Servers(&'a [FrontEnd]),
+}
+
+/// What was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Observed {
+    /// Virtual servers that a Service could have.
+    pub servers: Vec<ObservedServer>,
+    /// The addresses on `kube-ipvs0` with their prefix lengths; `None` without the device. Read with everything only.
+    pub addresses: Option<Vec<(IpAddr, u8)>>,
+}
+
+/// A virtual server as it was read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ObservedServer {
+    /// Its front end.
+    pub front_end: FrontEnd,
+    /// Its attributes.
+    pub config: ServerConfig,
+    /// Its real servers, and whether each was without connections.
+    pub real_servers: Vec<(RealServer, bool)>,
+}
+
+/// What a failed operation means for the mirror.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// What was to be made exists.
+    Exists,
+    /// What was to be changed or deleted does not.
+    NotFound,
+    /// `kube-ipvs0` does not exist.
+    NoDevice,
+    /// The kernel said no for another reason; the mirror is right.
+    Refused,
+    /// The socket failed: it is not known what was carried out.
+    Unknown,
+}
+
+/// A failed operation or reading.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text}")]
+pub struct KernelError {
+    /// What it means for the mirror.
+    pub cause: Cause,
+    /// The operation, the object, the kernel's reason, and what to do about it.
+    pub text: String,
+}
+
+/// A kernel, or what stands in for one.
+pub trait Kernel {
+    /// Reads what the kernel holds. A virtual server that is asked for and does not exist is left out.
+    fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError>;
+
+    /// Carries out a plan in order and returns one result for each operation. A failure does not stop the rest.
+    fn apply(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>>;
+}

@@ -1,0 +1,40 @@
+//! From Service changes to IPVS state: what should be, what is, and the plan between them.
+//!
+//! ```text
+//!  Change ──▶ ServiceTable ──dirty Services──▶ contribution ──▶ Desired ──dirty keys──▶ diff ──Plan──▶ Kernel
+//!                                                                                        ▲               │
+//!                                                                                     Mirror ◀──results──┘
+//! ```
+//!
+//! * [`table`]: every Service with its EndpointSlices; says which Services a change concerns.
+//! * [`contribution`]: a pure function of a Service, its endpoints, the node and the policy to what that Service wants.
+//! * [`desired`]: the sum of all contributions, with one owner for each front end.
+//! * [`mirror`]: what the kernel holds, as far as known.
+//! * [`diff`]: the operations that lead from the mirror to what is desired, for the keys that are dirty.
+//! * [`plan`]: operations, in phases whose order keeps traffic right at every instant.
+//! * [`kernel`]: the trait through which plans reach a kernel; [`linux`] is the real one, [`fake`] a model in memory.
+//! * [`reconciler`]: the composition of all of these; [`run`] gives it a thread and a clock.
+//!
+//! Everything up to `plan` is free of I/O and clocks. What must stay true: the kernel is the database. Nothing that
+//! matters is remembered here alone, so that an agent killed at any instant continues from a dump.
+
+#![forbid(unsafe_code)]
+
+pub mod contribution;
+pub mod desired;
+pub mod diff;
+pub mod fake;
+pub mod kernel;
+pub mod linux;
+pub mod local_addresses;
+pub mod mirror;
+pub mod node;
+pub mod plan;
+pub mod policy;
+pub mod reconciler;
+pub mod run;
+pub mod table;
+mod urgent;
+
+pub use policy::Policy;
+pub use reconciler::Reconciler;

@@ -1,0 +1,291 @@
+//! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink.
+
+use std::net::IpAddr;
+
+use ipvs_netlink::{Client, ErrorKind, Message};
+use netlink_batch::protocols::NETLINK_ROUTE;
+use netlink_batch::{Refusal, Request, Socket};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer, Scope};
+use crate::plan::{FrontEnd, Operation, Plan};
+
+// errno.h
+const EEXIST: i32 = 17;
+const ENODEV: i32 = 19;
+const EOPNOTSUPP: i32 = 95;
+const EADDRNOTAVAIL: i32 = 99;
+
+/// The kernel of one network namespace: that of the thread that connected.
+#[derive(Debug)]
+pub struct LinuxKernel {
+    ipvs: Client,
+    route: Socket,
+    /// The index of `kube-ipvs0`, once it was seen.
+    device: Option<u32>,
+}
+
+impl LinuxKernel {
+    /// Connects to IPVS and rtnetlink.
+    pub fn connect() -> Result<Self, KernelError> {
+        let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
+        let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
+        Ok(Self { ipvs, route, device: None })
+    }
+
+    /// The IPVS client, for what is no part of a plan: timeouts and the probing of schedulers.
+    pub fn ipvs(&mut self) -> &mut Client {
+        &mut self.ipvs
+    }
+
+    /// Makes `kube-ipvs0`, unless it exists. An interface of that name that is no dummy is refused.
+    pub fn ensure_device(&mut self) -> Result<(), KernelError> {
+        match self.find_device()? {
+            Some(index) => self.device = Some(index),
+            None => self.add_device()?,
+        }
+        Ok(())
+    }
+
+    fn add_device(&mut self) -> Result<(), KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
+        message.attributes.push(LinkAttribute::LinkInfo(vec![LinkInfo::Kind(InfoKind::Dummy)]));
+        let request = Request { message: RouteNetlinkMessage::NewLink(message), flags: NLM_F_CREATE | NLM_F_EXCL };
+        self.route.request(&request, |_: RouteNetlinkMessage| {}).map_err(|error| {
+            let (cause, hint) = match error.refusal().map(|refusal| refusal.errno) {
+                Some(EEXIST) => (Cause::Exists, ""),
+                Some(EOPNOTSUPP) => {
+                    (Cause::Refused, ": this kernel has no dummy devices; load them with `modprobe dummy`")
+                }
+                _ => (Cause::Refused, ""),
+            };
+            KernelError { cause, text: format!("cannot add device {DEVICE}: {error}{hint}") }
+        })?;
+        self.device = self.find_device()?;
+        Ok(())
+    }
+
+    /// The index of `kube-ipvs0`.
+    fn find_device(&mut self) -> Result<Option<u32>, KernelError> {
+        let mut message = LinkMessage::default();
+        message.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
+        let mut found = None;
+        let result = self.route.request(&RouteNetlinkMessage::GetLink(message).into(), |answer| {
+            if let RouteNetlinkMessage::NewLink(link) = answer {
+                let is_dummy = link.attributes.iter().any(|attribute| {
+                    matches!(attribute, LinkAttribute::LinkInfo(info)
+                        if info.contains(&LinkInfo::Kind(InfoKind::Dummy)))
+                });
+                found = Some((link.header.index, is_dummy));
+            }
+        });
+        match (result, found) {
+            (Err(error), _) if error.refusal().is_some_and(|refusal| refusal.errno == ENODEV) => Ok(None),
+            (Err(error), _) => Err(refused(format!("cannot look up device {DEVICE}: {error}"))),
+            (Ok(()), Some((_, false))) => Err(refused(format!(
+                "the interface {DEVICE} is no dummy device: rename or delete it, it is in the place of ours"
+            ))),
+            (Ok(()), found) => Ok(found.map(|(index, _)| index)),
+        }
+    }
+
+    fn addresses(&mut self, device: u32) -> Result<Vec<(IpAddr, u8)>, KernelError> {
+        let mut addresses = Vec::new();
+        self.route
+            .dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()), |answer| {
+                if let RouteNetlinkMessage::NewAddress(message) = answer
+                    && message.header.index == device
+                    && let Some(address) = address_of(&message)
+                {
+                    addresses.push((address, message.header.prefix_len));
+                }
+            })
+            .map_err(|error| refused(format!("cannot list the addresses of {DEVICE}: {error}")))?;
+        Ok(addresses)
+    }
+
+    fn observe(&mut self, server: ipvs_netlink::VirtualServer) -> Result<Option<ObservedServer>, KernelError> {
+        let Some(front_end) = FrontEnd::of(&server.id) else { return Ok(None) };
+        let real_servers = self.ipvs.real_servers(&server.id).map_err(|error| refused(error.to_string()))?;
+        Ok(Some(ObservedServer {
+            front_end,
+            config: server.into(),
+            real_servers: real_servers.into_iter().map(|entry| (entry.server, entry.is_idle())).collect(),
+        }))
+    }
+
+    fn apply_ipvs(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
+        let messages: Vec<Message> = operations.iter().filter_map(ipvs_message).collect();
+        match self.ipvs.apply(&messages) {
+            Ok(answers) => results.extend(answers.into_iter().map(|answer| answer.map_err(|error| ipvs_error(&error)))),
+            Err(error) => {
+                let error = unknown(error.to_string());
+                results.extend(operations.iter().map(|_| Err(error.clone())));
+            }
+        }
+    }
+
+    fn apply_addresses(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
+        let Some(device) = self.device else {
+            let text = |operation| format!("cannot {operation}: the device does not exist");
+            results.extend(
+                operations.iter().map(|operation| Err(KernelError { cause: Cause::NoDevice, text: text(operation) })),
+            );
+            return;
+        };
+        let requests = operations.iter().filter_map(|operation| address_message(operation, device));
+        match self.route.batch(requests) {
+            Ok(answers) => results.extend(
+                answers
+                    .into_iter()
+                    .zip(operations)
+                    .map(|(answer, operation)| answer.map_err(|refusal| address_error(operation, &refusal))),
+            ),
+            Err(error) => {
+                let error = unknown(error.to_string());
+                results.extend(operations.iter().map(|_| Err(error.clone())));
+            }
+        }
+        if results.iter().any(|result| result.as_ref().is_err_and(|error| error.cause == Cause::NoDevice)) {
+            self.device = None;
+        }
+    }
+}
+
+impl Kernel for LinuxKernel {
+    fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
+        let mut observed = Observed::default();
+        match scope {
+            Scope::All => {
+                self.device = self.find_device()?;
+                observed.addresses = self.device.map(|device| self.addresses(device)).transpose()?;
+                for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
+                    observed.servers.extend(self.observe(entry.server)?);
+                }
+            }
+            Scope::Servers(front_ends) => {
+                for front_end in front_ends {
+                    match self.ipvs.virtual_server(&front_end.id()) {
+                        Ok(entry) => observed.servers.extend(self.observe(entry.server)?),
+                        Err(error) if error.kind() == ErrorKind::NotFound => {}
+                        Err(error) => return Err(refused(error.to_string())),
+                    }
+                }
+            }
+        }
+        Ok(observed)
+    }
+
+    fn apply(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>> {
+        let mut results = Vec::with_capacity(plan.operations().len());
+        // Neighbours in the plan that go to one socket go in one batch: batches keep their order.
+        for run in plan.operations().chunk_by(|a, b| Target::of(a) == Target::of(b)) {
+            match Target::of(&run[0]) {
+                Target::Device => results.extend(run.iter().map(|_| self.add_device())),
+                Target::Ipvs => self.apply_ipvs(run, &mut results),
+                Target::Addresses => self.apply_addresses(run, &mut results),
+            }
+        }
+        results
+    }
+}
+
+/// Where an operation goes.
+#[derive(PartialEq)]
+enum Target {
+    Device,
+    Ipvs,
+    Addresses,
+}
+
+impl Target {
+    fn of(operation: &Operation) -> Self {
+        match operation {
+            Operation::AddDevice => Self::Device,
+            Operation::BindAddress(_) | Operation::UnbindAddress(_) => Self::Addresses,
+            _ => Self::Ipvs,
+        }
+    }
+}
+
+fn ipvs_message(operation: &Operation) -> Option<Message> {
+    Some(match *operation {
+        Operation::AddVirtualServer(front_end, config) => Message::AddVirtualServer(config.at(&front_end)),
+        Operation::SetVirtualServer(front_end, config) => Message::SetVirtualServer(config.at(&front_end)),
+        Operation::DeleteVirtualServer(front_end) => Message::DeleteVirtualServer(front_end.id()),
+        Operation::AddRealServer(front_end, server) => Message::AddRealServer(front_end.id(), server),
+        Operation::SetRealServer(front_end, server) | Operation::DrainRealServer(front_end, server) => {
+            Message::SetRealServer(front_end.id(), server)
+        }
+        Operation::DeleteRealServer(front_end, address) => Message::DeleteRealServer(front_end.id(), address),
+        Operation::AddDevice | Operation::BindAddress(_) | Operation::UnbindAddress(_) => return None,
+    })
+}
+
+fn address_message(operation: &Operation, device: u32) -> Option<Request<RouteNetlinkMessage>> {
+    let (address, is_new) = match *operation {
+        Operation::BindAddress(address) => (address, true),
+        Operation::UnbindAddress(address) => (address, false),
+        _ => return None,
+    };
+    let mut message = AddressMessage::default();
+    message.header.index = device;
+    message.header.scope = AddressScope::Universe;
+    (message.header.family, message.header.prefix_len) = match address {
+        IpAddr::V4(_) => (AddressFamily::Inet, 32),
+        IpAddr::V6(_) => (AddressFamily::Inet6, 128),
+    };
+    message.attributes.push(AddressAttribute::Local(address));
+    message.attributes.push(AddressAttribute::Address(address));
+    Some(if is_new {
+        Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+    } else {
+        RouteNetlinkMessage::DelAddress(message).into()
+    })
+}
+
+/// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, else that.
+pub(crate) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+    let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
+    find(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    })
+    .or_else(|| {
+        find(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(*address),
+            _ => None,
+        })
+    })
+}
+
+fn ipvs_error(error: &ipvs_netlink::Error) -> KernelError {
+    let cause = match error.kind() {
+        ErrorKind::Exists => Cause::Exists,
+        ErrorKind::NotFound => Cause::NotFound,
+        _ => Cause::Refused,
+    };
+    KernelError { cause, text: error.to_string() }
+}
+
+fn address_error(operation: &Operation, refusal: &Refusal) -> KernelError {
+    let cause = match refusal.errno {
+        EEXIST => Cause::Exists,
+        ENODEV => Cause::NoDevice,
+        EADDRNOTAVAIL => Cause::NotFound,
+        _ => Cause::Refused,
+    };
+    KernelError { cause, text: format!("cannot {operation}: {refusal}") }
+}
+
+fn refused(text: String) -> KernelError {
+    KernelError { cause: Cause::Refused, text }
+}
+
+fn unknown(text: String) -> KernelError {
+    KernelError { cause: Cause::Unknown, text }
+}

@@ -1,0 +1,140 @@
+//! The node as Services see it: its zone, its own addresses, and where NodePorts listen.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use ipvs_netlink::Family;
+use service_watch::Node;
+
+use crate::policy::{NodePortAddresses, Policy};
+
+/// What contributions depend on beside Services, endpoints and policy. Equal views give equal contributions.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NodeView {
+    /// The zone of the Node object.
+    pub zone: Option<Arc<str>>,
+    /// Addresses of all interfaces but `kube-ipvs0`: a VIP among them is not bound again. Link-local ones of IPv6 are
+    /// left out, as every new pod interface has one.
+    pub local: BTreeSet<IpAddr>,
+    /// The addresses NodePorts listen on.
+    pub node_ports: BTreeSet<IpAddr>,
+}
+
+impl NodeView {
+    /// Derives the view from the Node object and the addresses of all interfaces but `kube-ipvs0`.
+    pub fn new(node: Option<&Node>, interfaces: &BTreeSet<IpAddr>, policy: &Policy) -> Self {
+        let node_ips = node_ips(node, policy);
+        Self {
+            zone: node.and_then(|node| node.zone.clone()),
+            local: interfaces.iter().copied().filter(|address| !is_link_local_v6(*address)).collect(),
+            node_ports: policy
+                .families
+                .iter()
+                .flat_map(|family| node_port_addresses(family, &node_ips, interfaces, policy))
+                .collect(),
+        }
+    }
+}
+
+/// At most one IP a family: the first of the Node object, unless `--bind-address` names one.
+fn node_ips(node: Option<&Node>, policy: &Policy) -> Vec<IpAddr> {
+    let of_node = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
+    [Family::Ipv4, Family::Ipv6]
+        .into_iter()
+        .filter_map(|family| {
+            let is_of_family = |address: &IpAddr| Family::of(*address) == family;
+            policy.bind_address.filter(is_of_family).or_else(|| of_node.iter().copied().find(is_of_family))
+        })
+        .collect()
+}
+
+/// kube-proxy's two rules differ in more than the ranges: without one, link-local addresses of IPv6 do not count; with
+/// one that names them, they do. Loopback addresses never do.
+fn node_port_addresses(
+    family: Family,
+    node_ips: &[IpAddr],
+    interfaces: &BTreeSet<IpAddr>,
+    policy: &Policy,
+) -> Vec<IpAddr> {
+    let candidates =
+        interfaces.iter().copied().filter(|address| Family::of(*address) == family && !is_loopback(*address));
+    let within: Option<Vec<IpAddr>> = match &policy.node_port_addresses {
+        NodePortAddresses::All => None,
+        NodePortAddresses::Within(ranges) => {
+            let mut ranges = ranges.iter().filter(|range| Family::of(range.addr()) == family).peekable();
+            if ranges.peek().is_none() || ranges.clone().any(|range| range.prefix_len() == 0) {
+                None
+            } else {
+                let ranges: Vec<_> = ranges.collect();
+                Some(candidates.clone().filter(|address| ranges.iter().any(|range| range.contains(address))).collect())
+            }
+        }
+        NodePortAddresses::Primary => node_ips
+            .iter()
+            .find(|ip| Family::of(**ip) == family && !is_loopback(**ip))
+            .map(|ip| candidates.clone().filter(|address| address == ip).collect()),
+    };
+    within.unwrap_or_else(|| candidates.filter(|address| !is_link_local_v6(*address)).collect())
+}
+
+/// Whether an address is of `127.0.0.0/8` or is `::1`.
+pub(crate) fn is_loopback(address: IpAddr) -> bool {
+    address.is_loopback()
+}
+
+/// Whether an address is of `fe80::/10`.
+pub(crate) fn is_link_local_v6(address: IpAddr) -> bool {
+    matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set(addresses: &[&str]) -> BTreeSet<IpAddr> {
+        addresses.iter().map(|address| address.parse().unwrap()).collect()
+    }
+
+    fn within(ranges: &[&str]) -> NodePortAddresses {
+        NodePortAddresses::Within(ranges.iter().map(|range| range.parse().unwrap()).collect())
+    }
+
+    #[test]
+    fn node_ports_listen_where_the_flag_says() {
+        let interfaces =
+            set(&["127.0.0.1", "::1", "192.168.1.1", "169.254.3.4", "10.0.0.1", "fe80::1", "fd00::1", "fd01::1"]);
+        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap()], zone: None };
+        let all_v4 = ["192.168.1.1", "169.254.3.4", "10.0.0.1"];
+        let all_v6 = ["fd00::1", "fd01::1"];
+        for (flag, expected) in [
+            (NodePortAddresses::All, [&all_v4[..], &all_v6].concat()),
+            (within(&["10.0.0.0/8"]), [&["10.0.0.1"][..], &all_v6].concat()),
+            (within(&["10.0.0.0/8", "0.0.0.0/0"]), [&all_v4[..], &all_v6].concat()),
+            (within(&["127.0.0.0/8", "fe80::/10"]), vec!["fe80::1"]),
+            (within(&["172.16.0.0/12", "fd00::/16"]), vec!["fd00::1"]),
+            (NodePortAddresses::Primary, [&["10.0.0.1"][..], &all_v6].concat()),
+        ] {
+            let policy = Policy { node_port_addresses: flag.clone(), ..Policy::new("n") };
+            assert_eq!(NodeView::new(Some(&node), &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
+        }
+    }
+
+    #[test]
+    fn a_bind_address_replaces_the_node_ip_of_its_family() {
+        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()], zone: None };
+        let policy = Policy {
+            node_port_addresses: NodePortAddresses::Primary,
+            bind_address: Some("10.0.0.9".parse().unwrap()),
+            ..Policy::new("n")
+        };
+        let view = NodeView::new(Some(&node), &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
+        assert_eq!(view.node_ports, set(&["10.0.0.9", "fd00::1"]));
+    }
+
+    #[test]
+    fn a_new_link_local_address_changes_nothing() {
+        let view = |interfaces: &[&str]| NodeView::new(None, &set(interfaces), &Policy::new("n"));
+        assert_eq!(view(&["10.0.0.1"]), view(&["10.0.0.1", "fe80::1"]));
+    }
+}

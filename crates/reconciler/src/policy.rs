@@ -1,0 +1,92 @@
+//! What the operator chose: the same for every Service of a run.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ipvs_netlink::{Family, Scheduler, SchedulerFlags};
+
+/// On which of the node's addresses NodePorts listen (`--nodeport-addresses`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum NodePortAddresses {
+    /// On all.
+    #[default]
+    All,
+    /// On those within these ranges. A family without a range listens on all.
+    Within(Vec<IpNet>),
+    /// On the node's own IPs (`primary`).
+    Primary,
+}
+
+/// Which address families the node can serve.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Families {
+    /// IPv4.
+    pub ipv4: bool,
+    /// IPv6.
+    pub ipv6: bool,
+}
+
+impl Families {
+    /// Both.
+    pub const BOTH: Self = Self { ipv4: true, ipv6: true };
+
+    /// Whether a family is among them.
+    pub fn contain(self, family: Family) -> bool {
+        match family {
+            Family::Ipv4 => self.ipv4,
+            Family::Ipv6 => self.ipv6,
+        }
+    }
+
+    /// The families, IPv4 first.
+    pub fn iter(self) -> impl Iterator<Item = Family> {
+        [Family::Ipv4, Family::Ipv6].into_iter().filter(move |family| self.contain(*family))
+    }
+}
+
+/// What the operator chose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Policy {
+    /// The name of the own Node: endpoints with this `nodeName` are local.
+    pub node_name: String,
+    /// The scheduler of every virtual server (`--ipvs-scheduler`).
+    pub scheduler: Scheduler,
+    /// Virtual servers with an address in these ranges are never deleted (`--ipvs-exclude-cidrs`).
+    pub exclude: Vec<IpNet>,
+    /// `--nodeport-addresses`.
+    pub node_port_addresses: NodePortAddresses,
+    /// Takes the place of the node's IP of its family (`--bind-address`); `None` for the unspecified address.
+    pub bind_address: Option<IpAddr>,
+    /// Whether `spec.externalIPs` count (feature gate `AllowServiceExternalIPs`).
+    pub external_ips: bool,
+    /// The families the node can serve.
+    pub families: Families,
+}
+
+impl Policy {
+    /// Everything as kube-proxy has it without flags.
+    pub fn new(node_name: impl Into<String>) -> Self {
+        Self {
+            node_name: node_name.into(),
+            scheduler: Scheduler::RoundRobin,
+            exclude: Vec::new(),
+            node_port_addresses: NodePortAddresses::All,
+            bind_address: None,
+            external_ips: true,
+            families: Families::BOTH,
+        }
+    }
+
+    /// The flags of every virtual server: kube-proxy hashes the source port with `mh`, and sets no other flag.
+    pub fn scheduler_flags(&self) -> SchedulerFlags {
+        match self.scheduler {
+            Scheduler::MaglevHashing => SchedulerFlags::MH_PORT,
+            _ => SchedulerFlags::NONE,
+        }
+    }
+
+    /// Whether an address is in a range this agent must not delete virtual servers of.
+    pub fn is_excluded(&self, address: IpAddr) -> bool {
+        self.exclude.iter().any(|range| range.contains(&address))
+    }
+}

@@ -1,0 +1,458 @@
+//! The reconciler: takes changes in, and brings the kernel to what they ask for. Synchronous, and without a clock of its
+//! own: the caller says what time it is.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+use std::time::{Duration, Instant};
+
+use service_watch::{Change, ObjectName};
+
+use crate::contribution::Contribution;
+use crate::desired::{Clash, Desired};
+use crate::diff::diff;
+use crate::kernel::{Cause, Kernel, KernelError, Scope};
+use crate::mirror::Mirror;
+use crate::node::NodeView;
+use crate::plan::{FrontEnd, Key, Operation, Plan};
+use crate::policy::Policy;
+use crate::table::{Dirty, ServiceTable};
+use crate::urgent::is_urgent;
+
+/// A failed operation is tried again after this time, then after twice that, and so on.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// kube-proxy looks after draining real servers once a minute; the first looks come sooner, as most are idle by then.
+const DRAIN_FIRST: Duration = Duration::from_millis(100);
+/// The longest wait between two tries, and between two looks.
+const WAIT_MAX: Duration = Duration::from_secs(60);
+
+/// Something to be done again, each time after twice the wait.
+#[derive(Clone, Debug)]
+struct Again {
+    due: Instant,
+    wait: Duration,
+}
+
+impl Again {
+    fn after(wait: Duration, now: Instant) -> Self {
+        Self { due: now + wait, wait }
+    }
+
+    fn longer(&self, now: Instant) -> Self {
+        Self::after((self.wait * 2).min(WAIT_MAX), now)
+    }
+}
+
+/// A key whose last operation failed.
+#[derive(Clone, Debug)]
+struct Pending {
+    again: Again,
+    error: String,
+}
+
+/// An operation that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What it was about.
+    pub key: Key,
+    /// The Service that wants it, where one does.
+    pub service: Option<ObjectName>,
+    /// The operation, the kernel's reason, and what to do.
+    pub error: String,
+    /// Whether it failed in the same way the last time.
+    pub is_repeated: bool,
+}
+
+/// What a sync did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The operations the kernel carried out, by kind.
+    pub done: Done,
+    /// Those it did not.
+    pub failures: Vec<Failure>,
+    /// Keys that were found otherwise than this agent had left them.
+    pub drifted: Vec<Key>,
+    /// Front ends that two Services began to claim.
+    pub clashes: Vec<Clash>,
+    /// Whether everything was read from the kernel.
+    pub audited: bool,
+}
+
+/// How many operations of each kind were carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Virtual servers made.
+    pub servers_added: usize,
+    /// Virtual servers changed.
+    pub servers_changed: usize,
+    /// Virtual servers deleted.
+    pub servers_deleted: usize,
+    /// Real servers made.
+    pub real_servers_added: usize,
+    /// Real servers corrected, or taken back while they drained.
+    pub real_servers_changed: usize,
+    /// Real servers set to weight 0.
+    pub real_servers_drained: usize,
+    /// Real servers deleted.
+    pub real_servers_deleted: usize,
+    /// VIPs bound.
+    pub addresses_bound: usize,
+    /// VIPs taken from the device.
+    pub addresses_unbound: usize,
+    /// Whether the device was made.
+    pub device_added: usize,
+}
+
+impl Done {
+    /// How many operations in all.
+    pub fn total(&self) -> usize {
+        self.servers_added
+            + self.servers_changed
+            + self.servers_deleted
+            + self.real_servers_added
+            + self.real_servers_changed
+            + self.real_servers_drained
+            + self.real_servers_deleted
+            + self.addresses_bound
+            + self.addresses_unbound
+            + self.device_added
+    }
+
+    fn count(&mut self, operation: &Operation) {
+        *match operation {
+            Operation::AddDevice => &mut self.device_added,
+            Operation::AddVirtualServer(..) => &mut self.servers_added,
+            Operation::SetVirtualServer(..) => &mut self.servers_changed,
+            Operation::DeleteVirtualServer(_) => &mut self.servers_deleted,
+            Operation::AddRealServer(..) => &mut self.real_servers_added,
+            Operation::SetRealServer(..) => &mut self.real_servers_changed,
+            Operation::DrainRealServer(..) => &mut self.real_servers_drained,
+            Operation::DeleteRealServer(..) => &mut self.real_servers_deleted,
+            Operation::BindAddress(_) => &mut self.addresses_bound,
+            Operation::UnbindAddress(_) => &mut self.addresses_unbound,
+        } += 1;
+    }
+}
+
+/// Brings a kernel to what Services ask for.
+#[derive(Debug)]
+pub struct Reconciler<K> {
+    kernel: K,
+    policy: Policy,
+    table: ServiceTable,
+    /// Addresses of all interfaces but `kube-ipvs0`, once they are known.
+    interfaces: Option<BTreeSet<IpAddr>>,
+    node: NodeView,
+    desired: Desired,
+    /// `None` before the first dump, and after a failure that leaves open what the kernel holds.
+    mirror: Option<Mirror>,
+    dirty_services: BTreeSet<ObjectName>,
+    is_node_dirty: bool,
+    dirty: BTreeSet<Key>,
+    pending: BTreeMap<Key, Pending>,
+    draining: BTreeMap<FrontEnd, Again>,
+}
+
+impl<K: Kernel> Reconciler<K> {
+    /// One that knows nothing yet.
+    pub fn new(kernel: K, policy: Policy) -> Self {
+        Self {
+            kernel,
+            policy,
+            table: ServiceTable::default(),
+            interfaces: None,
+            node: NodeView::default(),
+            desired: Desired::default(),
+            mirror: None,
+            dirty_services: BTreeSet::new(),
+            is_node_dirty: true,
+            dirty: BTreeSet::new(),
+            pending: BTreeMap::new(),
+            draining: BTreeMap::new(),
+        }
+    }
+
+    /// Takes in a change. Nothing reaches the kernel before the next sync.
+    pub fn apply(&mut self, change: Change) {
+        match self.table.apply(change) {
+            Dirty::Services(names) => self.dirty_services.extend(names),
+            Dirty::Node => self.is_node_dirty = true,
+        }
+    }
+
+    /// Takes in the addresses of all interfaces but `kube-ipvs0`.
+    pub fn set_interfaces(&mut self, addresses: BTreeSet<IpAddr>) {
+        if self.interfaces.as_ref() != Some(&addresses) {
+            self.interfaces = Some(addresses);
+            self.is_node_dirty = true;
+        }
+    }
+
+    /// Whether enough is known to program anything: an incomplete picture would delete what is right.
+    pub fn is_ready(&self) -> bool {
+        self.table.is_synced() && self.interfaces.is_some()
+    }
+
+    /// Whether a sync has changes to look at.
+    pub fn is_dirty(&self) -> bool {
+        self.is_node_dirty || !self.dirty_services.is_empty() || !self.dirty.is_empty()
+    }
+
+    /// When a failed operation or a draining real server is due for another look.
+    pub fn next_look(&self) -> Option<Instant> {
+        let pending = self.pending.values().map(|pending| pending.again.due);
+        pending.chain(self.draining.values().map(|again| again.due)).min()
+    }
+
+    /// How many virtual servers are desired.
+    pub fn server_count(&self) -> usize {
+        self.desired.server_count()
+    }
+
+    /// The kernel.
+    pub fn kernel(&self) -> &K {
+        &self.kernel
+    }
+
+    /// The kernel, to be tampered with.
+    pub fn kernel_mut(&mut self) -> &mut K {
+        &mut self.kernel
+    }
+
+    /// Brings to the kernel what changed, what failed and is due again, and what has drained. Reads nothing but the
+    /// virtual servers that drain. The first sync is an audit.
+    pub fn sync(&mut self, now: Instant) -> Result<Outcome, KernelError> {
+        if self.mirror.is_none() {
+            return self.audit(now);
+        }
+        let mut outcome = Outcome::default();
+        self.recompute(&mut outcome);
+        let mut keys = std::mem::take(&mut self.dirty);
+        keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| *key));
+        let drained: Vec<FrontEnd> =
+            self.draining.iter().filter(|(_, again)| again.due <= now).map(|(front_end, _)| *front_end).collect();
+        let looked = self.refresh(&drained);
+        keys.extend(drained.into_iter().map(Key::Server));
+        if let Err(error) = looked {
+            // Unread, they would be planned from a stale mirror.
+            self.dirty = keys;
+            return Err(error);
+        }
+        self.execute(keys, now, &mut outcome);
+        Ok(outcome)
+    }
+
+    /// Reads everything from the kernel and repairs what is otherwise than desired.
+    pub fn audit(&mut self, now: Instant) -> Result<Outcome, KernelError> {
+        let mut outcome = Outcome { audited: true, ..Outcome::default() };
+        self.recompute(&mut outcome);
+        let is_first = self.mirror.is_none();
+        let mirror = Mirror::from_dump(self.kernel.dump(Scope::All)?);
+        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain([Key::Device]).collect();
+        self.mirror = Some(mirror);
+        let expected = std::mem::take(&mut self.dirty);
+        if is_first {
+            let (urgent, rest) = keys.into_iter().partition(|key| self.is_urgent(*key));
+            self.execute(urgent, now, &mut outcome);
+            keys = rest;
+        } else {
+            outcome.drifted = self.drifted(&keys, &expected);
+        }
+        // A socket that failed over the urgent ones leaves the mirror open: the rest waits for the next reading.
+        if self.mirror.is_some() {
+            self.execute(keys, now, &mut outcome);
+        }
+        Ok(outcome)
+    }
+
+    /// Recomputes the contributions of all Services that changed.
+    fn recompute(&mut self, outcome: &mut Outcome) {
+        let mut names = std::mem::take(&mut self.dirty_services);
+        if std::mem::take(&mut self.is_node_dirty) {
+            let empty = BTreeSet::new();
+            let interfaces = self.interfaces.as_ref().unwrap_or(&empty);
+            let node = NodeView::new(self.table.node(), interfaces, &self.policy);
+            if node != self.node {
+                self.node = node;
+                names = self.table.names().cloned().collect();
+            }
+        }
+        for name in &names {
+            let entry = self.table.get(name);
+            let contribution = entry.map(|entry| Contribution::of(entry, &self.node, &self.policy)).unwrap_or_default();
+            let service = entry.and_then(|entry| entry.service.as_deref());
+            self.desired.update(name, service, contribution, &mut self.dirty, &mut outcome.clashes);
+        }
+    }
+
+    fn refresh(&mut self, front_ends: &[FrontEnd]) -> Result<(), KernelError> {
+        if let Some(mirror) = &mut self.mirror
+            && !front_ends.is_empty()
+        {
+            mirror.refresh(front_ends, self.kernel.dump(Scope::Servers(front_ends))?);
+        }
+        Ok(())
+    }
+
+    /// The keys that need operations although nothing changed them and nothing about them was pending.
+    fn drifted(&self, keys: &BTreeSet<Key>, expected: &BTreeSet<Key>) -> Vec<Key> {
+        let Some(mirror) = &self.mirror else { return Vec::new() };
+        let is_known = |key: &Key| {
+            expected.contains(key)
+                || self.pending.contains_key(key)
+                || matches!(key, Key::Server(front_end) if self.draining.contains_key(front_end))
+        };
+        let mut operations = Vec::new();
+        keys.iter()
+            .filter(|key| !is_known(key))
+            .filter(|key| {
+                operations.clear();
+                diff(**key, mirror, &self.desired, &self.policy, &mut operations);
+                !operations.is_empty()
+            })
+            .copied()
+            .collect()
+    }
+
+    fn is_urgent(&self, key: Key) -> bool {
+        let is_urgent = |name: &ObjectName| {
+            self.table.get(name).and_then(|entry| entry.service.as_ref()).is_some_and(|service| is_urgent(service))
+        };
+        match key {
+            Key::Device => true,
+            Key::Server(front_end) => self.desired.owner(&front_end).is_some_and(is_urgent),
+            Key::Address(address) => self.desired.claimants(address).any(is_urgent),
+        }
+    }
+
+    /// Plans and applies, at most twice: where the mirror turns out to be wrong about a key, that key is read and planned
+    /// again.
+    fn execute(&mut self, mut keys: BTreeSet<Key>, now: Instant, outcome: &mut Outcome) {
+        for is_last in [false, true] {
+            let Some(mirror) = &mut self.mirror else { return };
+            if !mirror.has_device() {
+                keys.insert(Key::Device);
+            }
+            let mut operations = Vec::new();
+            for key in &keys {
+                let start = operations.len();
+                let is_draining = diff(*key, mirror, &self.desired, &self.policy, &mut operations);
+                if let Key::Server(front_end) = key {
+                    let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
+                    reschedule(&mut self.draining, *front_end, is_draining, began, now);
+                }
+            }
+            let plan = Plan::from_iter(operations);
+            let results = if plan.is_empty() { Vec::new() } else { self.kernel.apply(&plan) };
+
+            let mut failed = BTreeMap::new();
+            let mut stale = BTreeMap::new();
+            for (operation, result) in plan.operations().iter().zip(results) {
+                let error = match result {
+                    Ok(()) => {
+                        mirror.acknowledge(operation);
+                        outcome.done.count(operation);
+                        continue;
+                    }
+                    Err(error) => error,
+                };
+                match (operation, error.cause) {
+                    // Somebody was faster, to the same end.
+                    (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
+                    | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
+                    | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
+                    (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
+                        stale.entry(operation.key()).or_insert(error);
+                    }
+                    (_, Cause::Refused | Cause::Unknown) => {
+                        failed.entry(operation.key()).or_insert(error);
+                    }
+                }
+            }
+            if failed.values().any(|error| error.cause == Cause::Unknown) {
+                self.mirror = None;
+            }
+            // The real servers of a virtual server that was refused are missing their virtual server: no news.
+            stale.retain(|key, _| !failed.contains_key(key));
+            if is_last {
+                failed.append(&mut stale);
+            }
+            for key in &keys {
+                if !failed.contains_key(key) && !stale.contains_key(key) {
+                    self.pending.remove(key);
+                }
+            }
+            for (key, error) in failed {
+                self.fail(key, error.text, now, outcome);
+            }
+            if stale.is_empty() || self.mirror.is_none() {
+                return;
+            }
+            match self.reread(stale) {
+                Ok(again) => keys = again,
+                Err((stale, error)) => {
+                    for key in stale {
+                        self.fail(key, error.text.clone(), now, outcome);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Corrects the mirror about some keys and returns the keys to be planned again.
+    fn reread(&mut self, stale: BTreeMap<Key, KernelError>) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
+        let mut keys: BTreeSet<Key> = stale.into_keys().collect();
+        let servers: Vec<FrontEnd> = keys
+            .iter()
+            .filter_map(|key| match key {
+                Key::Server(front_end) => Some(*front_end),
+                Key::Device | Key::Address(_) => None,
+            })
+            .collect();
+        if let Err(error) = self.refresh(&servers) {
+            return Err((keys, error));
+        }
+        if keys.iter().any(|key| matches!(key, Key::Device | Key::Address(_)))
+            && let Some(mirror) = &mut self.mirror
+        {
+            // The device went away, and with it every address.
+            mirror.lose_device();
+            keys.insert(Key::Device);
+            keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));
+        }
+        Ok(keys)
+    }
+
+    fn fail(&mut self, key: Key, error: String, now: Instant, outcome: &mut Outcome) {
+        let before = self.pending.get(&key);
+        let is_repeated = before.is_some_and(|pending| pending.error == error);
+        let again = before.map_or_else(|| Again::after(RETRY_FIRST, now), |pending| pending.again.longer(now));
+        let service = match key {
+            Key::Device => None,
+            Key::Server(front_end) => self.desired.owner(&front_end).cloned(),
+            Key::Address(address) => self.desired.claimants(address).next().cloned(),
+        };
+        outcome.failures.push(Failure { key, service, error: error.clone(), is_repeated });
+        self.pending.insert(key, Pending { again, error });
+    }
+}
+
+/// When to look again at a virtual server: soon after it began to drain, then ever more rarely.
+fn reschedule(
+    draining: &mut BTreeMap<FrontEnd, Again>,
+    front_end: FrontEnd,
+    is_draining: bool,
+    has_begun: bool,
+    now: Instant,
+) {
+    if !is_draining {
+        draining.remove(&front_end);
+        return;
+    }
+    let again = match draining.get(&front_end) {
+        Some(again) if !has_begun && again.due > now => return,
+        Some(again) if !has_begun => again.longer(now),
+        _ => Again::after(DRAIN_FIRST, now),
+    };
+    draining.insert(front_end, again);
+}

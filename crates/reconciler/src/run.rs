@@ -1,0 +1,228 @@
+//! A thread and a clock for the reconciler: takes inputs from a channel and decides when to sync and when to audit.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use service_watch::Change;
+use tracing::{debug, error, info, warn};
+
+use crate::kernel::Kernel;
+use crate::reconciler::{Outcome, Reconciler};
+
+/// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
+const READ_AGAIN: Duration = Duration::from_secs(1);
+
+/// What the thread is told.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A source says so.
+    Change(Change),
+    /// The addresses of all interfaces but `kube-ipvs0`.
+    Interfaces(BTreeSet<IpAddr>),
+    /// Somebody deleted `kube-ipvs0`.
+    DeviceLost,
+}
+
+/// How often to sync.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Periods {
+    /// From the end of a sync to the start of the next at least this (`--ipvs-min-sync-period`); changes within it are
+    /// synced together.
+    pub min: Duration,
+    /// From the end of an audit to the start of the next at most this (`--ipvs-sync-period`).
+    pub audit: Duration,
+}
+
+/// What is to be done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Task {
+    Sync,
+    Audit,
+}
+
+/// When to do what. Free of clocks: it is told the time.
+#[derive(Debug)]
+struct Schedule {
+    periods: Periods,
+    /// Before this nothing is done.
+    not_before: Option<Instant>,
+    next_audit: Option<Instant>,
+}
+
+impl Schedule {
+    fn new(periods: Periods) -> Self {
+        Self { periods, not_before: None, next_audit: None }
+    }
+
+    /// The next task and its time, which may have passed. `look` is when the reconciler wants to look at something.
+    fn next(&self, is_dirty: bool, look: Option<Instant>, now: Instant) -> (Task, Instant) {
+        let audit = self.next_audit.unwrap_or(now);
+        let sync = if is_dirty { Some(now) } else { look };
+        let (task, at) = match sync {
+            Some(sync) if sync < audit => (Task::Sync, sync),
+            _ => (Task::Audit, audit),
+        };
+        (task, self.not_before.map_or(at, |not_before| at.max(not_before)))
+    }
+
+    fn ended(&mut self, task: Task, is_success: bool, now: Instant) {
+        if is_success {
+            self.not_before = Some(now + self.periods.min);
+            if task == Task::Audit {
+                self.next_audit = Some(now + self.periods.audit);
+            }
+        } else {
+            self.not_before = Some(now + self.periods.min.max(READ_AGAIN));
+        }
+    }
+}
+
+/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns how many
+/// operations of the last sync failed.
+pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, periods: Periods, once: bool) -> usize {
+    let mut schedule = Schedule::new(periods);
+    let mut failed = 0;
+    loop {
+        let wait = reconciler.is_ready().then(|| {
+            let now = Instant::now();
+            let (_, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), now);
+            at.saturating_duration_since(now)
+        });
+        let received = match wait {
+            Some(wait) => inputs.recv_timeout(wait),
+            None => inputs.recv().map_err(|_| RecvTimeoutError::Disconnected),
+        };
+        match received {
+            Ok(input) => {
+                // All that has come by now is one change of state, not many.
+                for input in std::iter::once(input).chain(inputs.try_iter()) {
+                    match input {
+                        Input::Change(change) => reconciler.apply(change),
+                        Input::Interfaces(addresses) => reconciler.set_interfaces(addresses),
+                        Input::DeviceLost => schedule.next_audit = None,
+                    }
+                }
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => return failed,
+        }
+        if !reconciler.is_ready() {
+            continue;
+        }
+        let start = Instant::now();
+        let (task, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), start);
+        if at > start {
+            continue;
+        }
+        let result = match task {
+            Task::Sync => reconciler.sync(start),
+            Task::Audit => reconciler.audit(start),
+        };
+        let end = Instant::now();
+        match &result {
+            Ok(outcome) => {
+                failed = outcome.failures.len();
+                tell(outcome, end - start, reconciler.server_count());
+            }
+            Err(error) => error!("cannot read the state of the kernel, will try again: {error}"),
+        }
+        schedule.ended(task, result.is_ok(), end);
+        if once && result.is_ok() {
+            return failed;
+        }
+    }
+}
+
+/// One line for a sync that did something, and one for each problem that is new.
+fn tell(outcome: &Outcome, took: Duration, servers: usize) {
+    for clash in &outcome.clashes {
+        warn!(
+            service = %clash.loser, front_end = %clash.front_end,
+            "another Service has this front end: {} keeps it, being older or first by name; give one of the two another \
+             address or port", clash.winner
+        );
+    }
+    if !outcome.drifted.is_empty() {
+        let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
+    }
+    for failure in &outcome.failures {
+        let service = failure.service.as_ref().map(tracing::field::display);
+        if failure.is_repeated {
+            debug!(service, "still fails: {}", failure.error);
+        } else {
+            warn!(service, "{}; will try again", failure.error);
+        }
+    }
+    let done = &outcome.done;
+    if done.total() > 0 {
+        info!(
+            virtual_servers = %format_args!("+{} ~{} -{}", done.servers_added, done.servers_changed, done.servers_deleted),
+            real_servers = %format_args!(
+                "+{} ~{} -{}", done.real_servers_added, done.real_servers_changed, done.real_servers_deleted
+            ),
+            draining = done.real_servers_drained,
+            addresses = %format_args!("+{} -{}", done.addresses_bound, done.addresses_unbound),
+            failed = outcome.failures.len(),
+            total = servers,
+            took = ?took,
+            "{}", if outcome.audited { "audited" } else { "synced" }
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIN: Duration = Duration::from_secs(1);
+    const AUDIT: Duration = Duration::from_secs(30);
+
+    fn schedule() -> Schedule {
+        Schedule::new(Periods { min: MIN, audit: AUDIT })
+    }
+
+    #[test]
+    fn the_first_run_is_an_audit_and_is_not_delayed() {
+        let now = Instant::now();
+        assert_eq!(schedule().next(true, None, now), (Task::Audit, now));
+    }
+
+    #[test]
+    fn changes_within_the_minimum_period_wait_for_its_end() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        schedule.ended(Task::Audit, true, start);
+        let soon = start + MIN / 2;
+        assert_eq!(schedule.next(true, None, soon), (Task::Sync, start + MIN));
+        let late = start + MIN * 3;
+        assert_eq!(schedule.next(true, None, late), (Task::Sync, late));
+    }
+
+    #[test]
+    fn syncs_do_not_put_off_the_audit() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        schedule.ended(Task::Audit, true, start);
+        for second in 1..30 {
+            schedule.ended(Task::Sync, true, start + Duration::from_secs(second));
+        }
+        assert_eq!(schedule.next(false, None, start + AUDIT), (Task::Audit, start + AUDIT));
+        assert_eq!(schedule.next(true, None, start + AUDIT * 2).0, Task::Audit);
+    }
+
+    #[test]
+    fn a_look_is_a_sync_at_its_time() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        schedule.ended(Task::Audit, true, start);
+        let look = start + MIN * 5;
+        assert_eq!(schedule.next(false, Some(look), start), (Task::Sync, look));
+    }
+
+    #[test]
+    fn a_failed_reading_is_tried_again_soon_but_not_at_once() {
+        let (mut schedule, start) = (Schedule::new(Periods { min: Duration::ZERO, audit: AUDIT }), Instant::now());
+        schedule.ended(Task::Audit, false, start);
+        assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_AGAIN));
+    }
+}
