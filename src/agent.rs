@@ -1,0 +1,155 @@
+//! The parts wired together: a source of Services, the node's addresses, and the reconciler on its own thread.
+
+use std::ops::ControlFlow;
+use std::process::ExitCode;
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use ipvs_netlink::Timeouts;
+use reconciler::local_addresses::LocalAddresses;
+use reconciler::run::{Input, Periods};
+use reconciler::{Policy, Reconciler};
+use service_watch::{ApiServer, Connection, Manifests, Message, Source};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::oneshot;
+use tracing::{debug, info, warn};
+
+use crate::flags::{Flags, Origin};
+use crate::preflight;
+
+/// Runs until a signal, or with `--once` until the first sync has ended.
+pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
+    // Checked when they were parsed.
+    let policy = Policy {
+        scheduler: flags.ipvs_scheduler,
+        exclude: flags.excluded().map_err(anyhow::Error::msg)?,
+        node_port_addresses: flags.node_port_addresses().map_err(anyhow::Error::msg)?,
+        bind_address: flags.bind_address(),
+        external_ips: flags.allows_external_ips(),
+        families: preflight::families(),
+        ..Policy::new(flags.node_name())
+    };
+    info!(version = env!("CARGO_PKG_VERSION"), node = policy.node_name, scheduler = %policy.scheduler, "starting");
+    tell_without_effect(flags);
+
+    let mut kernel = preflight::kernel(policy.scheduler)?;
+    preflight::set_timeouts(
+        kernel.ipvs(),
+        Timeouts {
+            tcp: whole_seconds(flags.ipvs_tcp_timeout),
+            tcp_fin: whole_seconds(flags.ipvs_tcpfin_timeout),
+            udp: whole_seconds(flags.ipvs_udp_timeout),
+        },
+    );
+
+    let (inputs, inbox) = mpsc::channel();
+    follow_addresses(inputs.clone())?;
+    let node_name = policy.node_name.clone();
+    let once = flags.once;
+    let periods = Periods { min: flags.ipvs_min_sync_period, audit: flags.ipvs_sync_period };
+    let (ended, end) = oneshot::channel();
+    thread::Builder::new()
+        .name("reconciler".to_owned())
+        .spawn(move || {
+            let mut reconciler = Reconciler::new(kernel, policy);
+            // Nobody is left to hear it where the process is already stopping.
+            let _ = ended.send(reconciler::run::run(&mut reconciler, &inbox, periods, once));
+        })
+        .context("cannot start a thread")?;
+
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+        let source = source(flags.origin(), &node_name).await?;
+        let sink = move |message| match message {
+            Message::Change(change) => match inputs.send(Input::Change(change)) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            },
+            // Said in the log by the source.
+            Message::Report(_) => ControlFlow::Continue(()),
+        };
+        tokio::select! {
+            result = source.run(sink) => {
+                result?;
+                Err(anyhow!("the source of Services ended; the kernel stays as it is"))
+            }
+            result = end => match result {
+                Ok(0) => Ok(ExitCode::SUCCESS),
+                Ok(failed) => Err(anyhow!("the kernel refused {failed} operations")),
+                Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
+            },
+            _ = terminate.recv() => Ok(stopped("SIGTERM")),
+            _ = interrupt.recv() => Ok(stopped("SIGINT")),
+        }
+    })
+}
+
+fn stopped(signal: &str) -> ExitCode {
+    info!("{signal}: stopping; virtual servers and addresses stay as they are, and so does their traffic");
+    ExitCode::SUCCESS
+}
+
+async fn source(origin: Origin, node_name: &str) -> Result<Source> {
+    Ok(match origin {
+        Origin::Manifests(directory) => {
+            info!(directory = %directory.display(), "taking Services from manifests");
+            Source::Manifests(Manifests::new(directory, node_name))
+        }
+        Origin::ApiServer { kubeconfig, master } => {
+            let user_agent = Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned());
+            let server = ApiServer::connect(&Connection { kubeconfig, master, user_agent }, node_name).await?;
+            info!(server = server.server(), "taking Services from an API server");
+            Source::ApiServer(server)
+        }
+    })
+}
+
+/// Tells the reconciler the addresses of the node's interfaces, now and whenever they change.
+fn follow_addresses(inputs: Sender<Input>) -> Result<()> {
+    let mut addresses = LocalAddresses::open().context("cannot follow the addresses of the node's interfaces")?;
+    inputs.send(Input::Interfaces(addresses.current())).context("the reconciler is gone")?;
+    let follow = move || {
+        loop {
+            match addresses.wait() {
+                Ok(changed) => {
+                    let interfaces = changed.addresses.then(|| Input::Interfaces(addresses.current()));
+                    let device = changed.device_lost.then_some(Input::DeviceLost);
+                    for input in interfaces.into_iter().chain(device) {
+                        if inputs.send(input).is_err() {
+                            return;
+                        }
+                    }
+                }
+                Err(error) => {
+                    warn!("cannot follow the addresses of the node's interfaces, will try again: {error}");
+                    thread::sleep(Duration::from_secs(1));
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("addresses".to_owned()).spawn(follow).context("cannot start a thread")?;
+    Ok(())
+}
+
+fn tell_without_effect(flags: &Flags) {
+    let mut names = flags.without_effect.clone();
+    if flags.ipvs_strict_arp {
+        names.push("--ipvs-strict-arp".to_owned());
+    }
+    if !names.is_empty() {
+        info!("flags of kube-proxy without effect here: {}", names.join(" "));
+    }
+    let gates = flags.ignored_gates();
+    if !gates.is_empty() {
+        debug!("feature gates without a meaning here: {}", gates.join(" "));
+    }
+}
+
+/// IPVS counts whole seconds; fractions are cut off, as kube-proxy does.
+fn whole_seconds(duration: Duration) -> u32 {
+    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,26 @@
+//! Structured logs on standard error.
+
+use std::io::IsTerminal;
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+
+/// Starts logging. Verbosity counts as kube-proxy's: 4 and more show debugging output, 6 and more everything, that of
+/// the client library included.
+pub(crate) fn start(verbosity: u8) {
+    let (ours, theirs) = match verbosity {
+        0..4 => (LevelFilter::INFO, LevelFilter::ERROR),
+        4..6 => (LevelFilter::DEBUG, LevelFilter::WARN),
+        6.. => (LevelFilter::TRACE, LevelFilter::DEBUG),
+    };
+    let filter = ["kube_ipvs", "reconciler", "service_watch", "ipvs_netlink"]
+        .into_iter()
+        .fold(Targets::new().with_default(theirs), |filter, target| filter.with_target(target, ours));
+    let format = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
+    tracing_subscriber::registry().with(filter).with(format).init();
+}

@@ -1,0 +1,39 @@
+//! kube-ipvs: makes Kubernetes Services work with the kernel's own load balancer, IPVS.
+//!
+//! * `flags`: the command line, spelled as kube-proxy spells it.
+//! * `preflight`: what the kernel has, and what to do where it lacks something.
+//! * `agent`: the parts wired together, from start to signal.
+//!
+//! What the agent does with Services is in the crate `reconciler`, where they come from in `service-watch`.
+
+#![forbid(unsafe_code)]
+
+mod agent;
+mod flags;
+mod go;
+mod logging;
+mod preflight;
+
+use std::process::ExitCode;
+
+use tracing::error;
+
+fn main() -> ExitCode {
+    let flags = match flags::parse(std::env::args_os()) {
+        Ok(flags) => flags,
+        Err(error) => {
+            // clap's own answers to --help and --version come this way too, and are no errors.
+            let is_error = error.use_stderr();
+            let _ = error.print();
+            return if is_error { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+        }
+    };
+    logging::start(flags.verbosity);
+    match agent::run(&flags) {
+        Ok(code) => code,
+        Err(error) => {
+            error!("{error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

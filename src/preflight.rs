@@ -1,0 +1,73 @@
+//! Before anything is programmed: what this kernel has, and what to do where it lacks something.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use ipvs_netlink::{Client, ErrorKind, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
+use reconciler::linux::LinuxKernel;
+use reconciler::policy::Families;
+use tracing::{info, warn};
+
+/// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
+pub(crate) fn kernel(scheduler: Scheduler) -> Result<LinuxKernel> {
+    let mut kernel = LinuxKernel::connect()?;
+    // The first request that takes a privilege.
+    let in_use = kernel.ipvs().virtual_servers()?;
+    if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {
+        probe(kernel.ipvs(), scheduler)?;
+    }
+    kernel.ensure_device()?;
+    Ok(kernel)
+}
+
+/// A scheduler is there if a virtual server can have it; asking makes the kernel load its module. The address is one of
+/// TEST-NET-2, where no Service can be.
+fn probe(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
+    let id = VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([198, 51, 100, 0], 20000)));
+    match ipvs.add_virtual_server(&VirtualServer::new(id, scheduler)) {
+        Ok(()) => {}
+        Err(error) if error.kind() == ErrorKind::NoScheduler => {
+            bail!(
+                "--ipvs-scheduler={scheduler}: this kernel has no such scheduler, and could not load its module. Load it \
+                 with `modprobe ip_vs_{scheduler}`, or choose another, such as rr. Nothing was changed"
+            );
+        }
+        // Left behind by a probe that was killed.
+        Err(error) if error.kind() == ErrorKind::Exists => {}
+        Err(error) => return Err(error).context("cannot find out whether the kernel has the scheduler"),
+    }
+    ipvs.delete_virtual_server(&id).context("cannot take back the virtual server that probed for the scheduler")
+}
+
+/// The address families this node can serve.
+pub(crate) fn families() -> Families {
+    let ipv6_is_off =
+        std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "1");
+    let ipv6 = Path::new("/proc/net/if_inet6").exists() && !ipv6_is_off;
+    if !ipv6 {
+        info!("this node has no IPv6: only IPv4 is served");
+    }
+    Families { ipv4: true, ipv6 }
+}
+
+/// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.
+pub(crate) fn set_timeouts(ipvs: &mut Client, wanted: Timeouts) {
+    if wanted == Timeouts::default() {
+        return;
+    }
+    let result = ipvs.timeouts().and_then(|current| {
+        let differs = |wanted: u32, current: u32| wanted != 0 && wanted != current;
+        if differs(wanted.tcp, current.tcp)
+            || differs(wanted.tcp_fin, current.tcp_fin)
+            || differs(wanted.udp, current.udp)
+        {
+            ipvs.set_timeouts(wanted)?;
+            info!(tcp = wanted.tcp, tcp_fin = wanted.tcp_fin, udp = wanted.udp, "set the IPVS timeouts (0: as it was)");
+        }
+        Ok(())
+    });
+    if let Err(error) = result {
+        warn!("{error}");
+    }
+}
