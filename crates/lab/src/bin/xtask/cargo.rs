@@ -1,0 +1,147 @@
+//! What cargo knows: which executables have tests, and where the agent's is.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde::Deserialize;
+
+/// The executable with the tests of one target.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct TestExecutable {
+    /// The target's name: that of the library, or that of the file in `tests/`.
+    pub(crate) target: String,
+    pub(crate) path: PathBuf,
+    /// The directory of the package, where its tests run.
+    pub(crate) package_dir: PathBuf,
+}
+
+/// One line of `cargo --message-format=json`, as far as it matters here.
+#[derive(Deserialize)]
+struct Message {
+    reason: String,
+    executable: Option<PathBuf>,
+    manifest_path: Option<PathBuf>,
+    target: Option<Target>,
+    profile: Option<Profile>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+    kind: Vec<String>,
+}
+
+#[derive(Deserialize)]
+struct Profile {
+    test: bool,
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    targets: Vec<Target>,
+}
+
+/// The cargo that started us, or the one in `PATH`.
+pub(crate) fn cargo() -> Command {
+    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+}
+
+/// Builds all tests of the workspace.
+pub(crate) fn test_executables() -> Result<Vec<TestExecutable>> {
+    let arguments = ["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"];
+    parse_test_executables(&stdout(cargo().args(arguments))?)
+}
+
+/// Builds the agent, if the workspace has it, and says where it is.
+pub(crate) fn agent() -> Result<Option<PathBuf>> {
+    let metadata = stdout(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
+    if !has_agent(&metadata)? {
+        return Ok(None);
+    }
+    let arguments = ["build", "--package=kube-ipvs", "--bin=kube-ipvs", "--message-format=json-render-diagnostics"];
+    parse_binary(&stdout(cargo().args(arguments))?, "kube-ipvs").map(Some)
+}
+
+fn stdout(command: &mut Command) -> Result<String> {
+    let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
+    if !output.status.success() {
+        bail!("`cargo {}` failed", command.get_args().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" "));
+    }
+    String::from_utf8(output.stdout).context("cargo's answer is not text")
+}
+
+fn messages(output: &str) -> impl Iterator<Item = Result<Message>> {
+    let lines = output.lines().filter(|line| line.starts_with('{'));
+    lines.map(|line| serde_json::from_str(line).with_context(|| format!("cannot understand cargo's message {line}")))
+}
+
+fn parse_test_executables(output: &str) -> Result<Vec<TestExecutable>> {
+    let mut found = Vec::new();
+    for message in messages(output) {
+        let message = message?;
+        if message.reason != "compiler-artifact" || !message.profile.is_some_and(|profile| profile.test) {
+            continue;
+        }
+        if let (Some(path), Some(manifest), Some(target)) = (message.executable, message.manifest_path, message.target)
+        {
+            let package_dir = manifest.parent().context("a package's manifest has no directory")?.to_owned();
+            found.push(TestExecutable { target: target.name, path, package_dir });
+        }
+    }
+    Ok(found)
+}
+
+fn parse_binary(output: &str, name: &str) -> Result<PathBuf> {
+    for message in messages(output) {
+        let message = message?;
+        let wanted = message.target.is_some_and(|target| target.name == name && target.kind == ["bin"]);
+        if let (true, Some(path)) = (wanted, message.executable) {
+            return Ok(path);
+        }
+    }
+    bail!("cargo built {name} but does not say where it is")
+}
+
+fn has_agent(metadata: &str) -> Result<bool> {
+    let metadata: Metadata = serde_json::from_str(metadata).context("cannot understand cargo's metadata")?;
+    let is_bin = |target: &Target| target.name == "kube-ipvs" && target.kind == ["bin"];
+    Ok(metadata.packages.iter().any(|package| package.name == "kube-ipvs" && package.targets.iter().any(is_bin)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = r#"
+{"reason":"compiler-artifact","package_id":"path+file:///w#dep@1.0.0","manifest_path":"/w/dep/Cargo.toml","target":{"kind":["lib"],"crate_types":["lib"],"name":"dep","src_path":"/w/dep/src/lib.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":false},"features":[],"filenames":["/t/libdep.rlib"],"executable":null,"fresh":true}
+{"reason":"compiler-artifact","package_id":"path+file:///w#a@1.0.0","manifest_path":"/w/a/Cargo.toml","target":{"kind":["bin"],"crate_types":["bin"],"name":"kube-ipvs","src_path":"/w/a/src/main.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":false},"features":[],"filenames":["/t/kube-ipvs"],"executable":"/t/kube-ipvs","fresh":false}
+{"reason":"compiler-artifact","package_id":"path+file:///w#a@1.0.0","manifest_path":"/w/a/Cargo.toml","target":{"kind":["test"],"crate_types":["bin"],"name":"boot","src_path":"/w/a/tests/boot.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":true},"features":[],"filenames":["/t/boot-1"],"executable":"/t/boot-1","fresh":false}
+{"reason":"build-script-executed","package_id":"x","linked_libs":[],"linked_paths":[],"cfgs":[],"env":[],"out_dir":"/t/out"}
+{"reason":"build-finished","success":true}
+"#;
+
+    #[test]
+    fn test_executables_are_those_built_with_the_test_profile() {
+        let boot = TestExecutable { target: "boot".into(), path: "/t/boot-1".into(), package_dir: "/w/a".into() };
+        assert_eq!(parse_test_executables(OUTPUT).unwrap(), [boot]);
+        assert!(parse_test_executables("{\"reason\":").is_err());
+        assert!(parse_test_executables("").unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_agent_is_found_among_the_artifacts() {
+        assert_eq!(parse_binary(OUTPUT, "kube-ipvs").unwrap(), PathBuf::from("/t/kube-ipvs"));
+        assert!(parse_binary(OUTPUT, "boot").is_err());
+        let with = r#"{"packages":[{"name":"kube-ipvs","targets":[{"name":"kube-ipvs","kind":["bin"]}]}]}"#;
+        let without = r#"{"packages":[{"name":"kube-ipvs","targets":[{"name":"kube_ipvs","kind":["lib"]}]}]}"#;
+        assert!(has_agent(with).unwrap());
+        assert!(!has_agent(without).unwrap());
+    }
+}

@@ -1,0 +1,144 @@
+//! Where the agent differs from kube-proxy on purpose: rules that turn what kube-proxy left in the kernel into what is
+//! right. A state is compared exactly under a rule too; a rule excuses nothing but what it says.
+//!
+//! The reasons stand in `docs/deviations.md`, under the same names.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use super::case::{Case, Expectation, Step};
+use super::state::State;
+
+/// A rule: its name in the document, and what it makes of an expectation.
+type Rule = (&'static str, fn(&mut Expectation, &Objects));
+
+const RULES: [Rule; 3] = [
+    ("drift-is-repaired", drift_is_repaired),
+    ("node-ports-not-on-vips", node_ports_not_on_vips),
+    ("slice-follows-its-label", slice_follows_its_label),
+];
+
+/// The rules under which a state is as expected: one alone if possible.
+pub(crate) fn explain(expected: &Expectation, state: &State, objects: &Objects) -> Option<Vec<&'static str>> {
+    let holds = |rules: &[Rule]| {
+        let mut changed = expected.clone();
+        for (_, apply) in rules {
+            apply(&mut changed, objects);
+        }
+        state.diff(&changed).is_empty()
+    };
+    let single = RULES.iter().find(|rule| holds(&[**rule])).map(|rule| vec![rule.0]);
+    single.or_else(|| holds(&RULES).then(|| RULES.iter().map(|rule| rule.0).collect()))
+}
+
+/// The objects of the API at a step.
+#[derive(Default)]
+pub(crate) struct Objects {
+    by_file: BTreeMap<String, Value>,
+}
+
+impl Objects {
+    /// Takes in what a step deletes and applies.
+    pub(crate) fn take_in(&mut self, case: &Case, step: &Step) -> Result<()> {
+        for object in &step.delete {
+            self.by_file.remove(&object.file_name());
+        }
+        for file in &step.apply {
+            let path = case.dir.join(file);
+            let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+            let object = serde_saphyr::from_str(&text).with_context(|| format!("cannot understand {file}"))?;
+            let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+            self.by_file.insert(name, object);
+        }
+        Ok(())
+    }
+
+    fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Value> {
+        self.by_file.values().filter(move |object| object["kind"] == kind)
+    }
+
+    fn ports(&self, field: &str) -> BTreeSet<(u64, &str)> {
+        self.of_kind("Service")
+            .flat_map(|service| list(&service["spec"]["ports"]))
+            .filter_map(|port| Some((port[field].as_u64()?, port["protocol"].as_str().unwrap_or("TCP"))))
+            .collect()
+    }
+}
+
+fn list(value: &Value) -> &[Value] {
+    value.as_array().map_or(&[], Vec::as_slice)
+}
+
+fn is_on_device(expected: &Expectation, address: IpAddr) -> bool {
+    let on_device = expected.kube_ipvs0.iter().flatten().filter_map(|entry| entry.split('/').next());
+    on_device.filter_map(|entry| entry.parse::<IpAddr>().ok()).any(|entry| entry == address)
+}
+
+/// Everything the agent writes it also compares: forwarding methods, weights, thresholds and netmasks of what it manages.
+fn drift_is_repaired(expected: &mut Expectation, _: &Objects) {
+    let managed: Vec<bool> = expected
+        .virtual_servers
+        .iter()
+        .map(|server| server.address.is_some_and(|address| is_on_device(expected, address)))
+        .collect();
+    for (server, _) in expected.virtual_servers.iter_mut().zip(managed).filter(|(_, managed)| *managed) {
+        server.netmask = if server.address.is_some_and(|a| a.is_ipv4()) { "255.255.255.255" } else { "128" }.to_owned();
+        for real in &mut server.real_servers {
+            "masquerade".clone_into(&mut real.forward);
+            (real.weight, real.upper_threshold, real.lower_threshold) = (1, 0, 0);
+        }
+    }
+}
+
+/// NodePorts listen on the node's own addresses, and a VIP is none of them.
+fn node_ports_not_on_vips(expected: &mut Expectation, objects: &Objects) {
+    let (node_ports, ports) = (objects.ports("nodePort"), objects.ports("port"));
+    let is_extra: Vec<bool> = expected
+        .virtual_servers
+        .iter()
+        .map(|server| {
+            let front_end = server.port.map(u64::from).zip(server.protocol.as_deref());
+            server.address.is_some_and(|address| is_on_device(expected, address))
+                && front_end.is_some_and(|front_end| node_ports.contains(&front_end) && !ports.contains(&front_end))
+        })
+        .collect();
+    let mut is_extra = is_extra.into_iter();
+    expected.virtual_servers.retain(|_| !is_extra.next().unwrap_or(false));
+}
+
+/// A slice serves the Service its label names, and no longer the one it named before.
+fn slice_follows_its_label(expected: &mut Expectation, objects: &Objects) {
+    for server in &mut expected.virtual_servers {
+        let Some(address) = server.address else { continue };
+        let has_address = |service: &&Value| {
+            list(&service["spec"]["clusterIPs"]).iter().any(|ip| ip.as_str() == Some(&address.to_string()))
+        };
+        let Some(service) = objects.of_kind("Service").find(has_address) else { continue };
+        let endpoints: BTreeSet<IpAddr> = objects
+            .of_kind("EndpointSlice")
+            .filter(|slice| {
+                slice["metadata"]["namespace"] == service["metadata"]["namespace"]
+                    && slice["metadata"]["labels"]["kubernetes.io/service-name"] == service["metadata"]["name"]
+            })
+            .flat_map(|slice| list(&slice["endpoints"]))
+            .filter_map(|endpoint| endpoint["addresses"][0].as_str()?.parse().ok())
+            .collect();
+        server.real_servers.retain(|real| endpoints.contains(&real.address));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_names_every_rule() {
+        let document = include_str!("../../../../../../docs/deviations.md");
+        for (name, _) in RULES {
+            assert!(document.contains(&format!("`{name}`")), "docs/deviations.md does not mention {name}");
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! Plays one case: a node in a network namespace of its own, the agent on it, and one step after the other.
+//!
+//! When has the agent caught up? The runner asks nothing of the agent but what it does anyway. A marker Service gets a new
+//! port after each step: once its virtual server is there, the step's changes have been taken in. Then the runner gives
+//! the marker a real server that nobody wants, and waits until an audit has removed it; what one audit began, the next
+//! ones have finished. All trace of the marker is left out of the comparison.
+
+use std::fs;
+use std::io::Write;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use ipvs_netlink::{Client, Protocol, RealServer, VirtualServerId};
+use lab::Scratch;
+use lab::netns::Namespace;
+
+use super::case::{Case, Expectation, Step};
+use super::deviations::{self, Objects};
+use super::state::State;
+use super::{CaseResult, Failure};
+
+const MARKER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 255, 250));
+const MARKER_FILE: &str = "zz-marker.yaml";
+const STRAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 244, 255, 251)), 1);
+
+/// How long the agent may take to catch up. It takes a fraction of a second, unless it hangs.
+const PATIENCE: Duration = Duration::from_secs(20);
+const AUDITS: usize = 3;
+const PERIOD: &str = "--ipvs-sync-period=150ms";
+
+/// The node of a case while it is played.
+struct Node<'a> {
+    case: &'a Case,
+    agent: &'a Path,
+    dir: Scratch,
+    process: Option<Child>,
+}
+
+impl Drop for Node<'_> {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Plays all steps and puts what differs into `result`.
+pub(crate) fn play(agent: &Path, case: &Case, result: &mut CaseResult) -> Result<()> {
+    let namespace = Namespace::new()?;
+    namespace.run(|| {
+        let mut node = Node { case, agent, dir: Scratch::new()?, process: None };
+        node.set_up()?;
+        let mut objects = Objects::default();
+        for (index, step) in case.steps.iter().enumerate() {
+            let number = index + 1;
+            objects.take_in(case, step)?;
+            node.step(number, step).with_context(|| format!("step {number}"))?;
+            let expected = case.expectation(step)?;
+            result.not_compared.extend(expected.others.keys().cloned());
+            let state = node.state()?;
+            compare(case, number, &expected, &state, &objects, result);
+        }
+        Ok(())
+    })?
+}
+
+fn compare(
+    case: &Case,
+    step: usize,
+    expected: &Expectation,
+    state: &State,
+    objects: &Objects,
+    result: &mut CaseResult,
+) {
+    let diff = state.diff(expected);
+    if diff.is_empty() {
+        return;
+    }
+    match deviations::explain(expected, state, objects) {
+        Some(rules) => result.rules.extend(rules.into_iter().map(str::to_owned)),
+        None => result.failures.push(Failure { case: case.name.clone(), step, diff }),
+    }
+}
+
+impl Node<'_> {
+    /// Makes the interfaces and what existed before.
+    fn set_up(&self) -> Result<()> {
+        if !self.case.families.iter().any(|family| family == "IPv6") {
+            fs::write("/proc/sys/net/ipv6/conf/all/disable_ipv6", "1").context("cannot switch IPv6 off")?;
+        }
+        // No interface gives itself a link-local address.
+        let _ = fs::write("/proc/sys/net/ipv6/conf/default/addr_gen_mode", "1");
+        for interface in &self.case.interfaces {
+            let name = &interface.name;
+            if name != "lo" {
+                shell(&format!("ip link add {name} type dummy && ip link set {name} up"))?;
+            }
+            for address in &interface.addresses {
+                let nodad = if address.contains(':') { "nodad" } else { "" };
+                shell(&format!("ip address add {address} dev {name} {nodad}"))?;
+            }
+        }
+        if let Some(addresses) = &self.case.preexisting.kube_ipvs0 {
+            shell("ip link add kube-ipvs0 type dummy")?;
+            for address in addresses {
+                shell(&format!("ip address add {address} dev kube-ipvs0"))?;
+            }
+        }
+        if !self.case.preexisting.ipvsadm.is_empty() {
+            restore(&self.case.preexisting.ipvsadm)?;
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, number: usize, step: &Step) -> Result<()> {
+        if step.restart {
+            self.kill();
+        }
+        for command in &step.commands {
+            shell(command)?;
+        }
+        for object in &step.delete {
+            let path = self.manifests().join(object.file_name());
+            fs::remove_file(&path).with_context(|| format!("cannot delete {}", path.display()))?;
+        }
+        for file in &step.apply {
+            let content = fs::read(self.case.dir.join(file)).with_context(|| format!("cannot read {file}"))?;
+            let name = Path::new(file).file_name().context("a manifest without a name")?;
+            self.write(&name.to_string_lossy(), &content)?;
+        }
+        let port = 1000 + u16::try_from(number)?;
+        self.write(MARKER_FILE, marker(port).as_bytes())?;
+        if self.process.is_none() {
+            self.start()?;
+        }
+        self.wait(port)
+    }
+
+    fn manifests(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
+    /// Puts a manifest in place in one move, so that nobody reads half of it.
+    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        let temporary = self.manifests().join(format!(".{name}"));
+        fs::write(&temporary, content).context("cannot write a manifest")?;
+        fs::rename(&temporary, self.manifests().join(name)).context("cannot put a manifest in place")?;
+        Ok(())
+    }
+
+    fn start(&mut self) -> Result<()> {
+        let log = fs::File::create(self.log()).context("cannot create the agent's log")?;
+        let process = Command::new(self.agent)
+            .arg("--manifests")
+            .arg(self.manifests())
+            .arg(format!("--hostname-override={}", self.case.node_name))
+            .args(&self.case.flags)
+            .args(["--ipvs-min-sync-period=0s", PERIOD, "-v=4"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("cannot start the agent")?;
+        self.process = Some(process);
+        Ok(())
+    }
+
+    fn log(&self) -> PathBuf {
+        self.manifests().join(".agent.log")
+    }
+
+    fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// Waits until the agent has caught up.
+    fn wait(&mut self, port: u16) -> Result<()> {
+        let mut ipvs = Client::connect()?;
+        let id = VirtualServerId::address(Protocol::Udp, SocketAddr::new(MARKER, port));
+        self.until("take in the step", || Ok(!ipvs.real_servers(&id)?.is_empty()))?;
+        for _ in 0..AUDITS {
+            ipvs.add_real_server(&id, &RealServer::new(STRAY))?;
+            self.until("audit", || {
+                Ok(!ipvs.real_servers(&id)?.iter().any(|entry| entry.server.socket_address() == STRAY))
+            })?;
+        }
+        Ok(())
+    }
+
+    fn until(&mut self, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+        let start = Instant::now();
+        while !done()? {
+            let ended = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
+            if ended.is_some() || start.elapsed() > PATIENCE {
+                let log = fs::read_to_string(self.log()).unwrap_or_default();
+                let tail: Vec<&str> = log.lines().rev().take(15).collect();
+                let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
+                let ended = ended.map(|status| format!(" ({status})")).unwrap_or_default();
+                bail!("the agent did not {what} within {PATIENCE:?}{ended}; the end of its log:\n{tail}");
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Ok(())
+    }
+
+    /// The kernel's state without the marker.
+    fn state(&self) -> Result<State> {
+        let mut state = State::read()?;
+        state.virtual_servers.retain(|server| server.address != Some(MARKER));
+        if let Some(addresses) = &mut state.kube_ipvs0 {
+            addresses.remove(&format!("{MARKER}/32"));
+        }
+        Ok(state)
+    }
+}
+
+/// A Service and an endpoint that no case has, on a port that changes with each step.
+fn marker(port: u16) -> String {
+    format!(
+        "apiVersion: v1
+kind: Service
+metadata: {{name: marker, namespace: conformance}}
+spec:
+  clusterIP: {MARKER}
+  clusterIPs: [{MARKER}]
+  ipFamilies: [IPv4]
+  ports: [{{name: p, protocol: UDP, port: {port}}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: marker-1, namespace: conformance, labels: {{kubernetes.io/service-name: marker}}}}
+addressType: IPv4
+ports: [{{name: p, protocol: UDP, port: 9}}]
+endpoints: [{{addresses: [10.244.255.250], conditions: {{ready: true}}}}]
+"
+    )
+}
+
+fn shell(command: &str) -> Result<()> {
+    let output = Command::new("sh").args(["-c", command]).stdin(Stdio::null()).output();
+    let output = output.with_context(|| format!("cannot run `{command}`"))?;
+    if !output.status.success() {
+        bail!("`{command}` failed ({}): {}", output.status, String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}
+
+fn restore(lines: &[String]) -> Result<()> {
+    let mut child = Command::new("ipvsadm")
+        .arg("-R")
+        .stdin(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot run ipvsadm")?;
+    let mut input = child.stdin.take().context("ipvsadm has no input")?;
+    input.write_all((lines.join("\n") + "\n").as_bytes()).context("cannot write to ipvsadm")?;
+    drop(input);
+    let output = child.wait_with_output()?;
+    if !output.status.success() {
+        bail!("ipvsadm -R failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(())
+}

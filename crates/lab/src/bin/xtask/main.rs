@@ -1,0 +1,54 @@
+//! The project's chores: `cargo xtask`.
+//!
+//! One file per subcommand. The executable is also the first process of the lab's guest.
+
+mod cargo;
+mod conformance;
+mod guest_tests;
+mod in_lab;
+mod test;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Chores of the kube-ipvs project.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Lab(in_lab::Args),
+    Test(test::Args),
+    Conformance(conformance::Args),
+    #[command(hide = true)]
+    GuestConformance(conformance::GuestArgs),
+    #[command(hide = true)]
+    GuestTests(guest_tests::Args),
+}
+
+fn main() -> ExitCode {
+    if lab::init::is_init() {
+        lab::init::main();
+    }
+    let outcome = match Cli::parse().command {
+        Command::Lab(args) => in_lab::run(&args),
+        Command::Test(args) => test::run(&args),
+        Command::Conformance(args) => conformance::run(&args),
+        Command::GuestConformance(args) => conformance::run_guest(&args),
+        Command::GuestTests(args) => guest_tests::run(&args),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        // As `timeout` and its like do: codes that a command hardly ever has.
+        match error.downcast_ref::<lab::Error>() {
+            Some(lab::Error::TimeLimit { .. }) => ExitCode::from(124),
+            Some(_) => ExitCode::from(125),
+            None => ExitCode::FAILURE,
+        }
+    })
+}

@@ -1,0 +1,37 @@
+//! A kernel with IPVS for tests and demonstrations, on machines whose own kernel has none.
+//!
+//! [`run`] runs a command where IPVS is: right here, in a fresh network namespace, when the kernel of this machine has
+//! IPVS and we are root; otherwise in a guest. The guest is User-Mode Linux: a Linux kernel that is an ordinary
+//! program, needs no privileges, boots in a fraction of a second and sees the files of this machine read-only. Its
+//! kernel is built once, from the distribution's source package, and kept in a cache.
+//!
+//! Inside the lab, [`netns`] gives each test a network of its own.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), lab::Error> {
+//! let status = lab::run(&lab::Job::new("ipvsadm").arg("-Ln"))?;
+//! assert!(status.success());
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! What the environment says: `KUBE_IPVS_LAB=guest` or `host` decides where commands run, `KUBE_IPVS_LAB_CACHE` names
+//! the cache directory, and `KUBE_IPVS_LAB_KERNEL` a User-Mode Linux to use as it is instead of building one.
+
+mod error;
+mod guest;
+mod host;
+pub mod init;
+mod job;
+mod kernel;
+pub mod netns;
+mod packages;
+mod process;
+mod progress;
+mod run;
+mod scratch;
+
+pub use error::{Error, Result};
+pub use job::{Job, Output, Status};
+pub use run::{Place, output, prepare, run};
+pub use scratch::Scratch;

@@ -1,0 +1,64 @@
+//! Runs a job where IPVS is: on this machine's own kernel, or in the guest.
+
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+use crate::job::{Job, Output, Status};
+use crate::process::Sink;
+use crate::{guest, host, kernel, packages};
+
+/// Where jobs run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the kernel of this machine, in fresh network and mount namespaces.
+    Host,
+    /// In a guest with a kernel of its own.
+    Guest,
+}
+
+/// Makes everything ready that [`run`] needs, and says where jobs will run. The first time this builds a kernel.
+pub fn prepare() -> Result<Place> {
+    Ok(match guest_kernel()? {
+        None => Place::Host,
+        Some(_) => Place::Guest,
+    })
+}
+
+/// Makes everything ready; the guest's kernel if jobs run there.
+fn guest_kernel() -> Result<Option<PathBuf>> {
+    packages::ensure_programs(&[("ip", "iproute2"), ("ipvsadm", "ipvsadm")])?;
+    match place()? {
+        Place::Host => Ok(None),
+        Place::Guest => kernel::prepare().map(Some),
+    }
+}
+
+/// Runs a job, its output going to ours as it comes.
+pub fn run(job: &Job) -> Result<Status> {
+    dispatch(job, [Sink::Stdout, Sink::Stderr]).map(|output| output.status)
+}
+
+/// Runs a job and returns its output.
+pub fn output(job: &Job) -> Result<Output> {
+    dispatch(job, [Sink::Memory; 2])
+}
+
+fn dispatch(job: &Job, sinks: [Sink; 2]) -> Result<Output> {
+    match guest_kernel()? {
+        None => host::run(job, sinks),
+        Some(kernel) => guest::run(job, &kernel, sinks),
+    }
+}
+
+fn place() -> Result<Place> {
+    let wish = std::env::var("KUBE_IPVS_LAB").unwrap_or_default();
+    match wish.as_str() {
+        "guest" => Ok(Place::Guest),
+        "host" => match host::unusable() {
+            None => Ok(Place::Host),
+            Some(reason) => Err(Error::Usage(format!("KUBE_IPVS_LAB=host, but {reason}"))),
+        },
+        "" => Ok(if host::unusable().is_none() { Place::Host } else { Place::Guest }),
+        other => Err(Error::Usage(format!("KUBE_IPVS_LAB is `{other}`; it can be `guest` or `host`"))),
+    }
+}
