@@ -18,9 +18,8 @@ pub(crate) fn start(verbosity: u8) {
     let filter = ["kube_ipvs", "reconciler", "service_watch", "ipvs_netlink"]
         .into_iter()
         .fold(Targets::new().with_default(theirs), |filter, target| filter.with_target(target, ours));
-    let format = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_target(false);
+    let is_colored =
+        std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
+    let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(is_colored).with_target(false);
     tracing_subscriber::registry().with(filter).with(format).init();
 }

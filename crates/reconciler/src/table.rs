@@ -79,8 +79,12 @@ impl ServiceTable {
                     return Dirty::Node;
                 }
             }
-            // What is known of a Node stays: a Node object deleted under a running agent is no reason to move traffic.
-            Change::NodeGone => {}
+            // As if it had never been known: what is programmed follows from what the API holds, not from its history.
+            Change::NodeGone => {
+                if self.node.take().is_some() {
+                    return Dirty::Node;
+                }
+            }
             Change::Synced => self.synced = true,
         }
         Dirty::Services(dirty.into_iter().collect())

@@ -1,0 +1,166 @@
+//! Services, slices and a reconciler on a model of the kernel, in few words.
+
+#![allow(dead_code, unreachable_pub, clippy::allow_attributes, reason = "every test file uses a part of this one")]
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
+use std::time::{Duration, Instant};
+
+use reconciler::fake::{FakeKernel, FakeServer};
+use reconciler::plan::FrontEnd;
+use reconciler::reconciler::Outcome;
+use reconciler::{Policy, Reconciler};
+use service_watch::{
+    Change, Endpoint, EndpointSlice, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+};
+
+/// The own node.
+pub const NODE: &str = "node-a";
+
+pub fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+pub fn ips(texts: &[&str]) -> BTreeSet<IpAddr> {
+    texts.iter().map(|text| ip(text)).collect()
+}
+
+pub fn name(name: &str) -> ObjectName {
+    ObjectName::new("default", name)
+}
+
+pub fn port(number: u16) -> NonZeroU16 {
+    NonZeroU16::new(number).unwrap()
+}
+
+/// A Service with a TCP port 80 named `http`.
+pub fn service(service_name: &str, cluster_ips: &[&str]) -> Service {
+    Service {
+        name: name(service_name),
+        created: None,
+        kind: ServiceKind::ClusterIp,
+        cluster_ips: cluster_ips.iter().map(|text| ip(text)).collect(),
+        external_ips: vec![],
+        load_balancer_ips: vec![],
+        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
+        affinity_seconds: None,
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+    }
+}
+
+/// A ready endpoint elsewhere.
+pub fn endpoint(address: &str) -> Endpoint {
+    Endpoint {
+        address: ip(address),
+        ready: true,
+        serving: true,
+        terminating: false,
+        node: Some("node-b".into()),
+        zone_hints: vec![],
+        node_hints: vec![],
+    }
+}
+
+/// A slice with a TCP port 8080 named `http`.
+pub fn slice(slice_name: &str, service: &str, endpoints: Vec<Endpoint>) -> EndpointSlice {
+    EndpointSlice {
+        name: name(slice_name),
+        service: name(service),
+        ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
+        endpoints,
+    }
+}
+
+/// A slice of ready endpoints elsewhere.
+pub fn ready(slice_name: &str, service: &str, addresses: &[&str]) -> EndpointSlice {
+    slice(slice_name, service, addresses.iter().map(|address| endpoint(address)).collect())
+}
+
+pub fn tcp(address: &str, port: u16) -> FrontEnd {
+    FrontEnd { address: ip(address), port, protocol: Protocol::Tcp }
+}
+
+/// A reconciler on a model of the kernel, and a clock that only tests move.
+pub struct World {
+    pub reconciler: Reconciler<FakeKernel>,
+    pub now: Instant,
+}
+
+impl World {
+    /// One whose source has said nothing yet.
+    pub fn unsynced(kernel: FakeKernel, policy: Policy) -> Self {
+        Self { reconciler: Reconciler::new(kernel, policy), now: Instant::now() }
+    }
+
+    /// One that has synced a node with an address and no Service.
+    pub fn new() -> Self {
+        Self::with(FakeKernel::default(), Policy::new(NODE), vec![])
+    }
+
+    /// One that has synced these changes.
+    pub fn with(kernel: FakeKernel, policy: Policy, changes: Vec<Change>) -> Self {
+        let mut world = Self::unsynced(kernel, policy);
+        world.reconciler.set_interfaces(ips(&["127.0.0.1", "192.168.1.1", "fd01::1"]));
+        for change in changes {
+            world.reconciler.apply(change);
+        }
+        world.reconciler.apply(Change::Synced);
+        world.settle();
+        world
+    }
+
+    pub fn apply(&mut self, change: Change) -> &mut Self {
+        self.reconciler.apply(change);
+        self
+    }
+
+    pub fn sync(&mut self) -> Outcome {
+        self.reconciler.sync(self.now).unwrap()
+    }
+
+    pub fn audit(&mut self) -> Outcome {
+        self.reconciler.audit(self.now).unwrap()
+    }
+
+    pub fn wait(&mut self, duration: Duration) -> &mut Self {
+        self.now += duration;
+        self
+    }
+
+    /// Syncs, then lets time pass until nothing is left to be looked at, or ten minutes have passed.
+    pub fn settle(&mut self) -> &mut Self {
+        self.sync();
+        let deadline = self.now + Duration::from_secs(600);
+        while let Some(look) = self.reconciler.next_look().filter(|look| *look < deadline) {
+            self.now = look.max(self.now);
+            self.sync();
+        }
+        self
+    }
+
+    pub fn kernel(&mut self) -> &mut FakeKernel {
+        self.reconciler.kernel_mut()
+    }
+
+    pub fn server(&mut self, address: &str, port: u16) -> &mut FakeServer {
+        self.kernel().servers.get_mut(&tcp(address, port)).unwrap()
+    }
+
+    /// Addresses and weights of the real servers of a front end.
+    pub fn weights(&mut self, address: &str, port: u16) -> BTreeMap<String, u32> {
+        let real_servers = &self.server(address, port).real_servers;
+        real_servers.values().map(|held| (held.server.socket_address().to_string(), held.server.weight)).collect()
+    }
+
+    pub fn connections(&mut self, front_end: (&str, u16), real_server: &str, connections: u32) {
+        let address: SocketAddr = real_server.parse().unwrap();
+        self.server(front_end.0, front_end.1).real_servers.get_mut(&address).unwrap().connections = connections;
+    }
+
+    /// The kernel, to be given to the next agent.
+    pub fn kill(mut self) -> FakeKernel {
+        std::mem::take(self.kernel())
+    }
+}

@@ -1,0 +1,258 @@
+//! Random histories of changes: whatever the path, the kernel ends up where the objects alone would have led it.
+
+mod common;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::IpAddr;
+
+use common::{NODE, World, ip, port};
+use proptest::collection::vec;
+use proptest::option;
+use proptest::prelude::*;
+use proptest::sample::{select, subsequence};
+use reconciler::Policy;
+use reconciler::fake::FakeKernel;
+use reconciler::policy::NodePortAddresses;
+use service_watch::{
+    Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
+    TrafficPolicy,
+};
+
+const SERVICES: [&str; 4] = ["a", "b", "c", "d"];
+const SLICES: [&str; 5] = ["s1", "s2", "s3", "s4", "s5"];
+const PORT_NAMES: [&str; 2] = ["http", "dns"];
+/// Few addresses, so that Services clash, share VIPs, and have VIPs that the node has too.
+const VIPS: [&str; 6] = ["203.0.113.1", "203.0.113.2", "192.168.1.1", "fd03::1", "fd03::2", "fd01::1"];
+const ENDPOINTS: [&str; 6] = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2", "fd00::3"];
+const INTERFACES: [&str; 5] = ["127.0.0.1", "192.168.1.1", "192.168.1.2", "fd01::1", "fe80::1"];
+
+/// One event of a history.
+#[derive(Clone, Debug)]
+enum Event {
+    Change(Change),
+    Interfaces(BTreeSet<IpAddr>),
+    Audit,
+}
+
+/// All that exists at some point of a history.
+#[derive(Clone, Debug, Default)]
+struct Objects {
+    services: BTreeMap<ObjectName, Service>,
+    slices: BTreeMap<ObjectName, EndpointSlice>,
+    node: Option<Node>,
+    interfaces: BTreeSet<IpAddr>,
+}
+
+impl Objects {
+    fn take_in(&mut self, event: &Event) {
+        match event.clone() {
+            Event::Change(Change::Service(service)) => {
+                self.services.insert(service.name.clone(), service);
+            }
+            Event::Change(Change::ServiceGone(name)) => {
+                self.services.remove(&name);
+            }
+            Event::Change(Change::Slice(slice)) => {
+                self.slices.insert(slice.name.clone(), slice);
+            }
+            Event::Change(Change::SliceGone(name)) => {
+                self.slices.remove(&name);
+            }
+            Event::Change(Change::Node(node)) => self.node = Some(node),
+            Event::Change(Change::NodeGone) => self.node = None,
+            Event::Change(Change::Synced) | Event::Audit => {}
+            Event::Interfaces(addresses) => self.interfaces = addresses,
+        }
+    }
+
+    /// A kernel that an agent has filled that never knew anything else.
+    fn from_nothing(&self, policy: &Policy) -> FakeKernel {
+        let mut world = World::unsynced(FakeKernel::default(), policy.clone());
+        world.reconciler.set_interfaces(self.interfaces.clone());
+        // In another order than the histories': slices before Services, and backwards.
+        for slice in self.slices.values().rev() {
+            world.apply(Change::Slice(slice.clone()));
+        }
+        for service in self.services.values().rev() {
+            world.apply(Change::Service(service.clone()));
+        }
+        if let Some(node) = &self.node {
+            world.apply(Change::Node(node.clone()));
+        }
+        world.apply(Change::Synced).settle();
+        world.kill()
+    }
+}
+
+fn name(of: &str) -> ObjectName {
+    ObjectName::new("default", of)
+}
+
+fn policy_of_traffic() -> impl Strategy<Value = TrafficPolicy> {
+    prop_oneof![Just(TrafficPolicy::Cluster), Just(TrafficPolicy::Local)]
+}
+
+fn protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![3 => Just(Protocol::Tcp), 1 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
+}
+
+fn addresses(from: &'static [&'static str]) -> impl Strategy<Value = Vec<IpAddr>> {
+    subsequence(from.to_vec(), 0..=3).prop_map(|texts| texts.into_iter().map(ip).collect())
+}
+
+fn service() -> impl Strategy<Value = Service> {
+    let kind = prop_oneof![Just(ServiceKind::ClusterIp), Just(ServiceKind::NodePort), Just(ServiceKind::LoadBalancer)];
+    let service_port = (select(&PORT_NAMES[..]), protocol(), 80_u16..83, option::of(30080_u16..30082)).prop_map(
+        |(port_name, protocol, number, node_port)| ServicePort {
+            name: port_name.into(),
+            protocol,
+            port: port(number),
+            node_port: node_port.map(port),
+        },
+    );
+    (
+        (0..SERVICES.len(), option::of(0_i64..3), kind, 1_u8..4),
+        (addresses(&VIPS), addresses(&VIPS), vec(service_port, 1..3)),
+        (option::of(1_u32..3), policy_of_traffic(), policy_of_traffic()),
+    )
+        .prop_map(
+            |(
+                (index, created, kind, families),
+                (external_ips, load_balancer_ips, ports),
+                (affinity_seconds, internal_policy, external_policy),
+            )| {
+                let cluster_ips = [(1, format!("10.96.0.{index}")), (2, format!("fd96::{index}"))];
+                Service {
+                    name: name(SERVICES[index]),
+                    created,
+                    kind,
+                    cluster_ips: cluster_ips
+                        .iter()
+                        .filter(|(bit, _)| families & bit != 0)
+                        .map(|(_, text)| ip(text))
+                        .collect(),
+                    external_ips,
+                    load_balancer_ips,
+                    ports,
+                    affinity_seconds,
+                    internal_policy,
+                    external_policy,
+                }
+            },
+        )
+}
+
+fn endpoint() -> impl Strategy<Value = Endpoint> {
+    let node = prop_oneof![Just(None), Just(Some(NODE)), Just(Some("node-b"))];
+    let hints = |of: &'static [&'static str]| subsequence(of.to_vec(), 0..=of.len());
+    (
+        select(&ENDPOINTS[..]),
+        prop::bool::weighted(0.7),
+        any::<bool>(),
+        prop::bool::weighted(0.3),
+        node,
+        hints(&["zone-1", "zone-2"]),
+        hints(&[NODE]),
+    )
+        .prop_map(|(address, ready, serving, terminating, node, zones, nodes)| Endpoint {
+            address: ip(address),
+            ready,
+            serving,
+            terminating,
+            node: node.map(Into::into),
+            zone_hints: zones.into_iter().map(Into::into).collect(),
+            node_hints: nodes.into_iter().map(Into::into).collect(),
+        })
+}
+
+fn slice() -> impl Strategy<Value = EndpointSlice> {
+    let slice_port = (select(&PORT_NAMES[..]), protocol(), 8080_u16..8082)
+        .prop_map(|(port_name, protocol, number)| SlicePort { name: port_name.into(), protocol, port: port(number) });
+    (select(&SLICES[..]), select(&SERVICES[..]), vec(slice_port, 1..3), vec(endpoint(), 0..4)).prop_map(
+        |(slice_name, owner, ports, endpoints)| EndpointSlice {
+            name: name(slice_name),
+            service: name(owner),
+            ports,
+            endpoints,
+        },
+    )
+}
+
+fn node() -> impl Strategy<Value = Node> {
+    let zone = prop_oneof![Just(None), Just(Some("zone-1")), Just(Some("zone-2"))];
+    (addresses(&INTERFACES), zone).prop_map(|(addresses, zone)| Node { addresses, zone: zone.map(Into::into) })
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let interfaces = subsequence(INTERFACES.to_vec(), 0..=INTERFACES.len())
+        .prop_map(|texts| Event::Interfaces(texts.into_iter().map(ip).collect()));
+    prop_oneof![
+        6 => service().prop_map(|service| Event::Change(Change::Service(service))),
+        8 => slice().prop_map(|slice| Event::Change(Change::Slice(slice))),
+        2 => select(&SERVICES[..]).prop_map(|of| Event::Change(Change::ServiceGone(name(of)))),
+        2 => select(&SLICES[..]).prop_map(|of| Event::Change(Change::SliceGone(name(of)))),
+        2 => node().prop_map(|node| Event::Change(Change::Node(node))),
+        1 => Just(Event::Change(Change::NodeGone)),
+        1 => interfaces,
+        1 => Just(Event::Audit),
+    ]
+}
+
+fn policy() -> impl Strategy<Value = Policy> {
+    prop_oneof![
+        Just(NodePortAddresses::All),
+        Just(NodePortAddresses::Primary),
+        Just(NodePortAddresses::Within(vec!["192.168.0.0/16".parse().unwrap()])),
+    ]
+    .prop_map(|node_port_addresses| Policy { node_port_addresses, ..Policy::new(NODE) })
+}
+
+/// What clients see: everything but how it came about.
+fn visible(kernel: &FakeKernel) -> (&BTreeMap<reconciler::plan::FrontEnd, reconciler::fake::FakeServer>, Vec<IpAddr>) {
+    (&kernel.servers, kernel.addresses.iter().flat_map(|addresses| addresses.keys().copied()).collect())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn step_by_step_leads_where_the_objects_alone_lead(policy in policy(), history in vec(event(), 1..16)) {
+        let mut objects = Objects::default();
+        let mut world = World::unsynced(FakeKernel::default(), policy.clone());
+        world.reconciler.set_interfaces(BTreeSet::new());
+        world.apply(Change::Synced).settle();
+        for event in history {
+            objects.take_in(&event);
+            match event {
+                Event::Change(change) => { world.apply(change); }
+                Event::Interfaces(addresses) => world.reconciler.set_interfaces(addresses),
+                Event::Audit => { world.audit(); }
+            }
+            world.settle();
+            let fresh = objects.from_nothing(&policy);
+            prop_assert_eq!(visible(world.kernel()), visible(&fresh));
+            let again = world.audit();
+            prop_assert_eq!(again.done.total(), 0, "a second plan is empty");
+            prop_assert_eq!(again.failures, vec![]);
+        }
+    }
+
+    #[test]
+    fn many_changes_in_one_sync_lead_where_each_alone_leads(policy in policy(), history in vec(event(), 1..30)) {
+        let mut objects = Objects::default();
+        let mut world = World::unsynced(FakeKernel::default(), policy.clone());
+        world.reconciler.set_interfaces(BTreeSet::new());
+        world.apply(Change::Synced).settle();
+        for event in history {
+            objects.take_in(&event);
+            match event {
+                Event::Change(change) => { world.apply(change); }
+                Event::Interfaces(addresses) => world.reconciler.set_interfaces(addresses),
+                Event::Audit => {}
+            }
+        }
+        world.settle();
+        let fresh = objects.from_nothing(&policy);
+        prop_assert_eq!(visible(world.kernel()), visible(&fresh));
+    }
+}

@@ -1,0 +1,463 @@
+//! What the reconciler does with changes, failures, drift and restarts, on a model of the kernel.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
+use ipvs_netlink::{Forwarding, Scheduler};
+use reconciler::Policy;
+use reconciler::fake::FakeKernel;
+use reconciler::kernel::Cause;
+use reconciler::plan::{Key, Operation, Phase};
+use service_watch::{Change, Endpoint, Protocol, Service, ServiceKind, TrafficPolicy};
+
+fn weights(expected: &[(&str, u32)]) -> BTreeMap<String, u32> {
+    expected.iter().map(|(address, weight)| ((*address).to_owned(), *weight)).collect()
+}
+
+/// A synced world with the Service `web` of two endpoints.
+fn web() -> World {
+    World::with(
+        FakeKernel::default(),
+        Policy::new(NODE),
+        vec![
+            Change::Service(service("web", &["10.96.0.10"])),
+            Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"])),
+        ],
+    )
+}
+
+#[test]
+fn a_service_becomes_a_virtual_server_and_an_address() {
+    let mut world = web();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.2:8080", 1)]));
+    assert_eq!(world.kernel().addresses, Some([(ip("10.96.0.10"), 32)].into()));
+}
+
+#[test]
+fn a_service_without_endpoints_has_a_virtual_server_too() {
+    let mut world = World::new();
+    world.apply(Change::Service(service("web", &["10.96.0.10", "fd96::10"]))).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[]));
+    assert_eq!(world.weights("fd96::10", 80), weights(&[]));
+}
+
+#[test]
+fn nothing_is_ready_before_source_and_addresses_are_known() {
+    let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
+    assert!(!world.reconciler.is_ready());
+    world.apply(Change::Synced);
+    assert!(!world.reconciler.is_ready());
+    world.reconciler.set_interfaces(ips(&[]));
+    assert!(world.reconciler.is_ready());
+}
+
+#[test]
+fn one_endpoint_among_5000_services_costs_one_or_two_messages_and_no_dump() {
+    let mut changes = Vec::new();
+    for i in 0..5000_u32 {
+        let (high, low) = (i / 250, i % 250 + 1);
+        changes.push(Change::Service(service(&format!("s{i}"), &[&format!("10.96.{high}.{low}")])));
+        changes.push(Change::Slice(ready(
+            &format!("s{i}-1"),
+            &format!("s{i}"),
+            &[&format!("10.{high}.{low}.1"), &format!("10.{high}.{low}.2")],
+        )));
+    }
+    let mut world = World::with(FakeKernel::default(), Policy::new(NODE), changes);
+    let before = world.kernel().counts;
+    let added = ready("s7-1", "s7", &["10.0.8.1", "10.0.8.2", "10.0.8.3"]);
+    world.apply(Change::Slice(added)).settle();
+    let after_add = world.kernel().counts;
+    assert_eq!(after_add.operations - before.operations, 1, "the new real server");
+    assert_eq!((after_add.full_dumps, after_add.servers_read), (before.full_dumps, before.servers_read));
+
+    world.apply(Change::Slice(ready("s7-1", "s7", &["10.0.8.1", "10.0.8.2"]))).settle();
+    let after_remove = world.kernel().counts;
+    assert_eq!(after_remove.operations - after_add.operations, 2, "weight 0, then the deletion");
+    assert_eq!(after_remove.full_dumps, after_add.full_dumps);
+    assert_eq!(after_remove.servers_read - after_add.servers_read, 1, "the one that drained");
+}
+
+#[test]
+fn a_restart_with_nothing_changed_writes_nothing() {
+    let changes = || {
+        vec![
+            Change::Service(Service { affinity_seconds: Some(300), ..service("web", &["10.96.0.10", "fd96::10"]) }),
+            Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"])),
+        ]
+    };
+    let policy = Policy { scheduler: Scheduler::MaglevHashing, ..Policy::new(NODE) };
+    let kernel = World::with(FakeKernel::default(), policy.clone(), changes()).kill();
+    let writes = kernel.counts.operations;
+    let mut world = World::with(kernel, policy, changes());
+    assert_eq!(world.kernel().counts.operations, writes);
+}
+
+#[test]
+fn an_unchanged_object_makes_nothing_dirty() {
+    let mut world = web();
+    world.apply(Change::Service(service("web", &["10.96.0.10"])));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"])));
+    assert!(!world.reconciler.is_dirty());
+}
+
+#[test]
+fn a_removed_endpoint_drains_until_its_last_connection_ends() {
+    let mut world = web();
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1"]))).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.2:8080", 0)]));
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 0);
+    world.wait(Duration::from_secs(60)).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1)]));
+}
+
+#[test]
+fn a_draining_endpoint_that_comes_back_takes_connections_again() {
+    let mut world = web();
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1"]))).settle();
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"]))).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.2:8080", 1)]));
+    assert_eq!(world.reconciler.next_look(), None);
+}
+
+#[test]
+fn a_restarted_agent_goes_on_draining_without_a_write() {
+    let mut world = web();
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
+    let changes =
+        || vec![Change::Service(service("web", &["10.96.0.10"])), Change::Slice(ready("web-1", "web", &["10.0.0.1"]))];
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1"]))).settle();
+    let kernel = world.kill();
+    let writes = kernel.counts.operations;
+    let mut world = World::with(kernel, Policy::new(NODE), changes());
+    assert_eq!(world.kernel().counts.operations, writes);
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 0);
+    world.wait(Duration::from_secs(60)).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1)]));
+}
+
+#[test]
+fn a_connection_that_comes_between_look_and_deletion_is_impossible() {
+    // Connections are counted only once the weight is 0: an idle real server is drained first, never deleted at once.
+    let mut world = web();
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1"])));
+    world.sync();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.2:8080", 0)]));
+}
+
+#[test]
+fn udp_and_sctp_real_servers_go_at_once() {
+    for protocol in [Protocol::Udp, Protocol::Sctp] {
+        let mut dns = service("dns", &["10.96.0.20"]);
+        dns.ports[0].protocol = protocol;
+        let mut both = ready("dns-1", "dns", &["10.0.0.1", "10.0.0.2"]);
+        both.ports[0].protocol = protocol;
+        let mut one = both.clone();
+        one.endpoints.truncate(1);
+        let mut world =
+            World::with(FakeKernel::default(), Policy::new(NODE), vec![Change::Service(dns), Change::Slice(both)]);
+        for server in world.kernel().servers.values_mut() {
+            server.real_servers.values_mut().for_each(|real| real.connections = 5);
+        }
+        world.apply(Change::Slice(one));
+        let outcome = world.sync();
+        assert_eq!(outcome.done.real_servers_deleted, 1, "{protocol:?}");
+    }
+}
+
+#[test]
+fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
+    let mut world = web();
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
+    world.apply(Change::ServiceGone(name("web")));
+    let outcome = world.sync();
+    assert_eq!((outcome.done.servers_deleted, outcome.done.addresses_unbound, outcome.done.total()), (1, 1, 2));
+    assert!(world.kernel().servers.is_empty());
+}
+
+#[test]
+fn what_an_earlier_run_left_is_removed_but_for_excluded_ranges_and_firewall_marks() {
+    let mut kernel = World::with(
+        FakeKernel::default(),
+        Policy::new(NODE),
+        vec![
+            Change::Service(service("old", &["10.96.0.99"])),
+            Change::Service(service("kept", &["10.50.0.1"])),
+            Change::Service(service("odd", &["10.96.0.77"])),
+        ],
+    )
+    .kill();
+    // Somebody bound one with a prefix that we never use: not ours.
+    kernel.addresses.as_mut().unwrap().insert(ip("10.96.0.77"), 24);
+    let policy = Policy { exclude: vec!["10.50.0.0/16".parse().unwrap()], ..Policy::new(NODE) };
+    let mut world = World::with(kernel, policy, vec![]);
+    assert_eq!(world.kernel().servers.keys().copied().collect::<Vec<_>>(), [tcp("10.50.0.1", 80)]);
+    assert_eq!(world.kernel().addresses, Some([(ip("10.96.0.77"), 24)].into()));
+}
+
+#[test]
+fn a_vip_of_two_services_stays_until_the_last_is_gone() {
+    let shared = |service_name: &str, cluster_ip: &str, number: u16| {
+        let mut shared = service(service_name, &[cluster_ip]);
+        shared.external_ips = vec![ip("203.0.113.1")];
+        shared.ports[0].port = port(number);
+        shared
+    };
+    let mut world = World::new();
+    world.apply(Change::Service(shared("a", "10.96.0.1", 81))).apply(Change::Service(shared("b", "10.96.0.2", 82)));
+    world.settle().apply(Change::ServiceGone(name("a"))).settle();
+    assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip("203.0.113.1")));
+    world.apply(Change::ServiceGone(name("b"))).settle();
+    assert!(world.kernel().addresses.as_ref().unwrap().is_empty());
+}
+
+#[test]
+fn the_older_of_two_services_has_the_front_end_and_the_clash_is_told_once() {
+    let clashing = |service_name: &str, cluster_ip: &str, created: i64| Service {
+        created: Some(created),
+        external_ips: vec![ip("203.0.113.1")],
+        ..service(service_name, &[cluster_ip])
+    };
+    for order in [["young", "old"], ["old", "young"]] {
+        let mut world = World::new();
+        let mut clashes = Vec::new();
+        for service_name in order {
+            let (cluster_ip, created) = if service_name == "old" { ("10.96.0.1", 1) } else { ("10.96.0.2", 2) };
+            world.apply(Change::Service(clashing(service_name, cluster_ip, created)));
+            let address = if service_name == "old" { "10.0.0.1" } else { "10.0.0.2" };
+            world.apply(Change::Slice(ready(service_name, service_name, &[address])));
+            clashes.extend(world.sync().clashes);
+        }
+        assert_eq!(clashes.len(), 1);
+        assert_eq!((&clashes[0].winner, &clashes[0].loser), (&name("old"), &name("young")));
+        world.settle();
+        assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.1:8080", 1)]));
+        assert_eq!(world.weights("10.96.0.2", 80), weights(&[("10.0.0.2:8080", 1)]), "the loser keeps its own");
+        world.apply(Change::ServiceGone(name("old"))).settle();
+        assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.2:8080", 1)]), "the loser inherits");
+    }
+}
+
+#[test]
+fn a_slice_that_moves_to_another_service_serves_only_that_one() {
+    let mut world = web();
+    world.apply(Change::Service(service("b", &["10.96.0.11"])));
+    world.apply(Change::Slice(ready("web-1", "b", &["10.0.0.1"]))).settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[]));
+    assert_eq!(world.weights("10.96.0.11", 80), weights(&[("10.0.0.1:8080", 1)]));
+}
+
+#[test]
+fn a_new_address_of_the_node_gets_its_node_ports_at_once() {
+    let mut web_port = service("web", &["10.96.0.10"]);
+    web_port.kind = ServiceKind::NodePort;
+    web_port.ports[0].node_port = Some(port(30080));
+    let mut world = World::new();
+    world.apply(Change::Service(web_port)).settle();
+    assert!(world.kernel().servers.contains_key(&tcp("192.168.1.1", 30080)));
+    world.reconciler.set_interfaces(ips(&["192.168.1.2", "fd01::1"]));
+    let outcome = world.sync();
+    assert_eq!((outcome.done.servers_added, outcome.done.servers_deleted), (1, 1));
+    assert!(world.kernel().servers.contains_key(&tcp("192.168.1.2", 30080)));
+}
+
+#[test]
+fn a_vip_that_appears_on_another_interface_is_taken_from_ours() {
+    let mut lb = service("web", &["10.96.0.10"]);
+    lb.load_balancer_ips = vec![ip("203.0.113.1")];
+    let mut world = World::new();
+    world.apply(Change::Service(lb)).settle();
+    world.reconciler.set_interfaces(ips(&["192.168.1.1", "203.0.113.1"]));
+    assert_eq!(world.sync().done.addresses_unbound, 1);
+    assert!(world.kernel().servers.contains_key(&tcp("203.0.113.1", 80)), "the virtual server stays");
+}
+
+#[test]
+fn an_audit_repairs_what_others_changed_and_says_so() {
+    let mut world = web();
+    let foreign = world.server("10.96.0.10", 80).clone();
+    world.kernel().servers.insert(tcp("10.77.0.1", 80), foreign);
+    world.kernel().addresses.as_mut().unwrap().clear();
+    let server = world.server("10.96.0.10", 80);
+    server.config.scheduler = Scheduler::LeastConnection;
+    let mut real_servers = server.real_servers.values_mut();
+    real_servers.next().unwrap().server.weight = 0;
+    real_servers.next().unwrap().server.forwarding = Forwarding::DirectRoute;
+    let outcome = world.audit();
+    assert_eq!(
+        outcome.drifted,
+        [Key::Server(tcp("10.77.0.1", 80)), Key::Server(tcp("10.96.0.10", 80)), Key::Address(ip("10.96.0.10")),]
+    );
+    assert_eq!(world.audit().done.total(), 0, "all is repaired");
+    assert_eq!(world.audit().drifted, []);
+}
+
+#[test]
+fn changes_that_wait_for_a_sync_are_no_drift() {
+    let mut world = web();
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
+    let outcome = world.audit();
+    assert_eq!((outcome.drifted.len(), outcome.done.real_servers_added), (0, 1));
+}
+
+#[test]
+fn a_missing_scheduler_holds_up_nothing_else_and_is_told_once() {
+    let mut world = web();
+    world.kernel().missing_schedulers.insert(Scheduler::RoundRobin);
+    world.apply(Change::Service(service("new", &["10.96.0.11"])));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
+    let outcome = world.sync();
+    assert_eq!(outcome.done.real_servers_added, 1, "the rest is served");
+    assert_eq!(outcome.done.addresses_bound, 1);
+    assert_eq!(outcome.failures.len(), 1);
+    assert_eq!(outcome.failures[0].service, Some(name("new")));
+    assert!(!outcome.failures[0].is_repeated);
+    // Again after a second, then after two.
+    world.wait(Duration::from_secs(1));
+    assert!(world.sync().failures[0].is_repeated);
+    world.wait(Duration::from_secs(1));
+    assert_eq!(world.sync().failures, []);
+    world.kernel().missing_schedulers.clear();
+    world.wait(Duration::from_secs(1));
+    assert_eq!(world.sync().done.servers_added, 1);
+    assert_eq!(world.reconciler.next_look(), None);
+}
+
+#[test]
+fn one_refused_real_server_costs_no_other() {
+    let mut world = World::new();
+    world.kernel().fault = Some(Box::new(|operation| match operation {
+        Operation::AddRealServer(_, server) if server.address == ip("224.0.0.1") => Some(Cause::Refused),
+        _ => None,
+    }));
+    world.apply(Change::Service(service("web", &["10.96.0.10"])));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "224.0.0.1"])));
+    let outcome = world.sync();
+    assert_eq!(outcome.failures.len(), 1);
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1)]));
+}
+
+#[test]
+fn what_others_did_meanwhile_is_read_and_planned_again_in_the_same_sync() {
+    let mut world = web();
+    let foreign = world.server("10.96.0.10", 80).clone();
+    // Somebody made the virtual server we are about to make, deleted one we are about to change, and bound an address.
+    world.kernel().servers.insert(tcp("10.96.0.11", 80), foreign);
+    world.kernel().servers.remove(&tcp("10.96.0.10", 80));
+    world.kernel().addresses.as_mut().unwrap().insert(ip("10.96.0.11"), 32);
+    world.apply(Change::Service(service("new", &["10.96.0.11"])));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.3"])));
+    let outcome = world.sync();
+    assert_eq!(outcome.failures, []);
+    world.settle();
+    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.3:8080", 1)]));
+    assert_eq!(world.weights("10.96.0.11", 80), weights(&[]));
+}
+
+#[test]
+fn a_lost_device_comes_back_with_all_its_addresses() {
+    let mut world = web();
+    world.kernel().addresses = None;
+    world.apply(Change::Service(service("new", &["10.96.0.11"])));
+    let outcome = world.sync();
+    assert_eq!((outcome.done.device_added, outcome.done.addresses_bound), (1, 2));
+    assert_eq!(outcome.failures, []);
+}
+
+#[test]
+fn after_a_failed_socket_everything_is_read_anew() {
+    let mut world = web();
+    let mut fails = true;
+    world.kernel().fault = Some(Box::new(move |_| std::mem::take(&mut fails).then_some(Cause::Unknown)));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
+    assert_eq!(world.sync().failures.len(), 1);
+    let dumps = world.kernel().counts.full_dumps;
+    let outcome = world.sync();
+    assert_eq!(outcome.done.real_servers_added, 1);
+    assert_eq!(world.kernel().counts.full_dumps, dumps + 1);
+}
+
+#[test]
+fn operations_come_in_phases() {
+    let mut world = web();
+    world.connections(("10.96.0.10", 80), "10.0.0.1:8080", 1);
+    world.kernel().log.clear();
+    world.apply(Change::Service(service("gone", &["10.96.0.98"]))).settle();
+    world.apply(Change::ServiceGone(name("gone")));
+    world.apply(Change::Service(service("new", &["10.96.0.11"])));
+    world.apply(Change::Slice(ready("new-1", "new", &["10.0.0.7"])));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"])));
+    world.kernel().log.clear();
+    world.sync();
+    let phases: Vec<Phase> = world.kernel().log.iter().map(Operation::phase).collect();
+    assert_eq!(
+        phases,
+        [
+            Phase::VirtualServersIn,
+            Phase::RealServersIn,
+            Phase::RealServersIn,
+            Phase::AddressesIn,
+            Phase::RealServersOut,
+            Phase::AddressesOut,
+            Phase::VirtualServersOut,
+        ]
+    );
+}
+
+#[test]
+fn on_a_cold_start_the_api_server_and_dns_come_first() {
+    let mut dns = service("dns", &["10.96.0.250"]);
+    dns.ports[0].port = port(53);
+    let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
+    world.reconciler.set_interfaces(ips(&[]));
+    for change in [
+        Change::Service(service("a", &["10.96.0.10"])),
+        Change::Service(dns),
+        Change::Service(service("kubernetes", &["10.96.0.251"])),
+        Change::Synced,
+    ] {
+        world.apply(change);
+    }
+    world.sync();
+    let order: Vec<String> = world
+        .kernel()
+        .log
+        .iter()
+        .filter_map(|operation| match operation {
+            Operation::BindAddress(address) => Some(address.to_string()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(order, ["10.96.0.250", "10.96.0.251", "10.96.0.10"]);
+}
+
+#[test]
+fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
+    let hinted = |address: &str, zone: &str| Endpoint { zone_hints: vec![zone.into()], ..endpoint(address) };
+    let mut world = World::new();
+    world.apply(Change::Service(service("web", &["10.96.0.10"])));
+    world.apply(Change::Slice(slice("web-1", "web", vec![hinted("10.0.0.1", "a"), hinted("10.0.0.2", "b")])));
+    for (zone, expected) in [("a", "10.0.0.1:8080"), ("b", "10.0.0.2:8080")] {
+        world.apply(Change::Node(service_watch::Node { addresses: vec![], zone: Some(zone.into()) })).settle();
+        assert_eq!(world.weights("10.96.0.10", 80), weights(&[(expected, 1)]));
+    }
+}
+
+#[test]
+fn a_local_policy_counts_per_front_end() {
+    let mut lb = service("web", &["10.96.0.10"]);
+    lb.kind = ServiceKind::LoadBalancer;
+    lb.load_balancer_ips = vec![ip("203.0.113.1")];
+    lb.external_policy = TrafficPolicy::Local;
+    let local = Endpoint { node: Some(NODE.into()), ..endpoint("10.0.0.1") };
+    let mut world = World::new();
+    world.apply(Change::Service(lb)).apply(Change::Slice(slice("web-1", "web", vec![local, endpoint("10.0.0.2")])));
+    world.settle();
+    assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.1:8080", 1)]));
+    assert_eq!(world.weights("10.96.0.10", 80).len(), 2);
+}
