@@ -32,8 +32,20 @@ fn main() -> ExitCode {
     match agent::run(&flags) {
         Ok(code) => code,
         Err(error) => {
-            error!("{error:#}");
+            error!("{}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes; many errors say their cause themselves, and once is enough.
+fn in_one_line(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut line, cause| {
+        let cause = cause.to_string();
+        if !line.contains(&cause) {
+            line += if line.is_empty() { "" } else { ": " };
+            line += &cause;
+        }
+        line
+    })
 }

@@ -1,0 +1,491 @@
+//! From what the API has to what a proxy serves: kube-proxy's intake rules, and checks that say what they drop.
+
+mod problems;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use kube::api::ObjectMeta;
+use serde::de::DeserializeOwned;
+
+use self::problems::{In, Interner, Item, Problems};
+use crate::lenient::{Lenient, Short};
+use crate::model::{
+    Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
+    TrafficPolicy,
+};
+use crate::report::Kind;
+use crate::wire;
+
+/// A Service with this label, whatever its value, belongs to another proxy.
+const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
+/// A slice with this label, whatever its value, is of a headless Service.
+const HEADLESS: &str = "service.kubernetes.io/headless";
+/// The Service a slice belongs to.
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// What `sessionAffinity: ClientIP` means where nothing else is said: three hours.
+const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
+
+const KEPT: &str = "the object stays as it was";
+const PORT_OUT: &str = "this port is not served";
+const ADDRESS_OUT: &str = "not served on this address";
+const ENDPOINT_OUT: &str = "this endpoint gets no traffic";
+const UNSET: &str = "taken as unset";
+
+/// An object as the API has it, of a kind that a proxy reads.
+pub(crate) trait Object:
+    kube::Resource<DynamicType = ()> + DeserializeOwned + Clone + fmt::Debug + Send + 'static
+{
+    const KIND: Kind;
+
+    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change>;
+}
+
+impl Object for wire::Service {
+    const KIND: Kind = Kind::Service;
+
+    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+        converter.service(name, self).map(Change::Service)
+    }
+}
+
+impl Object for wire::EndpointSlice {
+    const KIND: Kind = Kind::EndpointSlice;
+
+    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+        converter.slice(name, self).map(Change::Slice)
+    }
+}
+
+impl Object for wire::Node {
+    const KIND: Kind = Kind::Node;
+
+    fn convert(&self, _: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+        converter.node(self).map(Change::Node)
+    }
+}
+
+/// An object, read.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Converted<T> {
+    pub(crate) outcome: Outcome<T>,
+    /// What had to be left out and why.
+    pub(crate) problems: Vec<String>,
+}
+
+impl<T> Converted<T> {
+    fn map<U>(self, f: impl FnOnce(T) -> U) -> Converted<U> {
+        let outcome = match self.outcome {
+            Outcome::Serve(value) => Outcome::Serve(f(value)),
+            Outcome::Ignore => Outcome::Ignore,
+            Outcome::Broken => Outcome::Broken,
+        };
+        Converted { outcome, problems: self.problems }
+    }
+}
+
+/// What is to be done with an object.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome<T> {
+    /// It is served.
+    Serve(T),
+    /// By its own words it is none of a proxy's business.
+    Ignore,
+    /// It makes no sense: what it was before stays.
+    Broken,
+}
+
+/// Reads objects; shares the texts that many of them have in common.
+#[derive(Debug, Default)]
+pub(crate) struct Converter {
+    names: Interner,
+}
+
+impl Converter {
+    /// Namespace and name; a manifest without namespace means `default`. `None` without a usable name.
+    pub(crate) fn name(&mut self, meta: &ObjectMeta) -> Option<ObjectName> {
+        let name = meta.name.as_deref().filter(|name| !name.is_empty())?;
+        let namespace = meta.namespace.as_deref().filter(|namespace| !namespace.is_empty()).unwrap_or("default");
+        Some(ObjectName::new(self.names.get(namespace), name))
+    }
+
+    fn service(&mut self, name: &ObjectName, object: &wire::Service) -> Converted<Service> {
+        let problems = Problems::default();
+        let outcome = self.read_service(name, object, &problems);
+        problems.with(outcome)
+    }
+
+    fn slice(&mut self, name: &ObjectName, object: &wire::EndpointSlice) -> Converted<EndpointSlice> {
+        let problems = Problems::default();
+        let outcome = self.read_slice(name, object, &problems);
+        problems.with(outcome)
+    }
+
+    fn node(&mut self, object: &wire::Node) -> Converted<Node> {
+        let problems = Problems::default();
+        let node = self.read_node(object, &problems);
+        problems.with(Outcome::Serve(node))
+    }
+
+    fn read_service(&mut self, name: &ObjectName, object: &wire::Service, problems: &Problems) -> Outcome<Service> {
+        if label(&object.metadata, SERVICE_PROXY_NAME).is_some() {
+            return Outcome::Ignore;
+        }
+        let spec = match problems.field(&object.spec, "spec", KEPT) {
+            Ok(Some(spec)) => spec,
+            // Without a ClusterIP.
+            Ok(None) => return Outcome::Ignore,
+            Err(_) => return Outcome::Broken,
+        };
+        let kind = match problems.value(&spec.r#type, "spec.type", "taken as ClusterIP").map_or("", |text| text) {
+            "ExternalName" => return Outcome::Ignore,
+            "NodePort" => ServiceKind::NodePort,
+            "LoadBalancer" => ServiceKind::LoadBalancer,
+            "ClusterIP" | "" => ServiceKind::ClusterIp,
+            other => {
+                problems.unknown(other, "spec.type", "taken as ClusterIP", "ClusterIP, NodePort or LoadBalancer");
+                ServiceKind::ClusterIp
+            }
+        };
+        let cluster_ips = match cluster_ips(spec, problems) {
+            Outcome::Serve(cluster_ips) => cluster_ips,
+            Outcome::Ignore => return Outcome::Ignore,
+            Outcome::Broken => return Outcome::Broken,
+        };
+        Outcome::Serve(Service {
+            name: name.clone(),
+            created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
+            kind,
+            cluster_ips,
+            external_ips: problems
+                .items(&spec.external_ips, "spec.externalIPs", ADDRESS_OUT)
+                .filter_map(|(at, ip)| problems.ip(problems.value(ip, at, ADDRESS_OUT)?, at, ADDRESS_OUT))
+                .collect(),
+            load_balancer_ips: load_balancer_ips(object, problems),
+            ports: problems
+                .items(&spec.ports, "spec.ports", "no port is served")
+                .filter_map(|(at, port)| self.service_port(port, at, problems))
+                .collect(),
+            affinity_seconds: affinity(spec, problems),
+            internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
+            external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
+        })
+    }
+
+    fn service_port(
+        &mut self,
+        port: &Lenient<wire::ServicePort>,
+        at: Item<&str>,
+        problems: &Problems,
+    ) -> Option<ServicePort> {
+        const WITHOUT: &str = "served without NodePort";
+        let port = problems.value(port, at, PORT_OUT)?;
+        let (name, protocol) = self.port_identity(&port.name, &port.protocol, at, problems)?;
+        let number = problems.field(&port.port, In(at, "port"), PORT_OUT).ok()?.copied().unwrap_or(0);
+        let number = problems.port(number, In(at, "port"), PORT_OUT)?;
+        let node_port = match problems.value(&port.node_port, In(at, "nodePort"), WITHOUT) {
+            None | Some(0) => None,
+            Some(&node_port) => problems.port(node_port, In(at, "nodePort"), WITHOUT),
+        };
+        Some(ServicePort { name, protocol, port: number, node_port })
+    }
+
+    /// Name and protocol of a port of a Service or slice: what matches one to the other.
+    fn port_identity(
+        &mut self,
+        name: &Lenient<Box<str>>,
+        protocol: &Lenient<Box<str>>,
+        at: Item<&str>,
+        problems: &Problems,
+    ) -> Option<(Arc<str>, Protocol)> {
+        // The API server makes an absent name "".
+        let name = problems.field(name, In(at, "name"), PORT_OUT).ok()?.map_or("", |name| name);
+        let protocol = match problems.field(protocol, In(at, "protocol"), PORT_OUT).ok()?.map_or("", |text| text) {
+            "TCP" | "" => Protocol::Tcp,
+            "UDP" => Protocol::Udp,
+            "SCTP" => Protocol::Sctp,
+            other => {
+                problems.unknown(other, In(at, "protocol"), PORT_OUT, "TCP, UDP or SCTP");
+                return None;
+            }
+        };
+        Some((self.names.get(name), protocol))
+    }
+
+    fn read_slice(
+        &mut self,
+        name: &ObjectName,
+        object: &wire::EndpointSlice,
+        problems: &Problems,
+    ) -> Outcome<EndpointSlice> {
+        if label(&object.metadata, HEADLESS).is_some() {
+            return Outcome::Ignore;
+        }
+        let Some(service) = label(&object.metadata, SERVICE_NAME).filter(|service| !service.is_empty()) else {
+            return Outcome::Ignore;
+        };
+        let Ok(address_type) = problems.field(&object.address_type, "addressType", KEPT) else {
+            return Outcome::Broken;
+        };
+        let family = match address_type.map_or("", |text| text) {
+            "IPv4" => Family::V4,
+            "IPv6" => Family::V6,
+            "FQDN" => return Outcome::Ignore,
+            other => {
+                problems.unknown(other, "addressType", KEPT, "IPv4 or IPv6");
+                return Outcome::Broken;
+            }
+        };
+        Outcome::Serve(EndpointSlice {
+            name: name.clone(),
+            service: ObjectName { namespace: name.namespace.clone(), name: self.names.get(service) },
+            ports: problems
+                .items(&object.ports, "ports", "no port is served")
+                .filter_map(|(at, port)| self.slice_port(port, at, problems))
+                .collect(),
+            endpoints: problems
+                .items(&object.endpoints, "endpoints", "no endpoint gets traffic")
+                .filter_map(|(at, endpoint)| self.endpoint(endpoint, at, family, problems))
+                .collect(),
+        })
+    }
+
+    fn slice_port(
+        &mut self,
+        port: &Lenient<wire::SlicePort>,
+        at: Item<&str>,
+        problems: &Problems,
+    ) -> Option<SlicePort> {
+        let port = problems.value(port, at, PORT_OUT)?;
+        // No number means all ports to other consumers; a proxy has no use for that, so it is nothing to report.
+        let number = *problems.value(&port.port, In(at, "port"), PORT_OUT)?;
+        let number = problems.port(number, In(at, "port"), PORT_OUT)?;
+        let (name, protocol) = self.port_identity(&port.name, &port.protocol, at, problems)?;
+        Some(SlicePort { name, protocol, port: number })
+    }
+
+    fn endpoint(
+        &mut self,
+        endpoint: &Lenient<wire::Endpoint>,
+        at: Item<&str>,
+        family: Family,
+        problems: &Problems,
+    ) -> Option<Endpoint> {
+        let endpoint = problems.value(endpoint, at, ENDPOINT_OUT)?;
+        let address = first_address(endpoint, at, family, problems)?;
+        let unset = wire::Conditions::default();
+        let conditions = problems.field(&endpoint.conditions, In(at, "conditions"), ENDPOINT_OUT).ok()?;
+        let conditions = conditions.unwrap_or(&unset);
+        let condition = |value: &Lenient<bool>, name: &'static str, unset: bool| {
+            let value = problems.field(value, In(In(at, "conditions"), name), ENDPOINT_OUT).ok()?;
+            Some(value.copied().unwrap_or(unset))
+        };
+        let ready = condition(&conditions.ready, "ready", true)?;
+        let serving = condition(&conditions.serving, "serving", true)?;
+        let terminating = condition(&conditions.terminating, "terminating", false)?;
+        let node = problems.value(&endpoint.node_name, In(at, "nodeName"), UNSET).filter(|node| !node.is_empty());
+        let hints = problems.value(&endpoint.hints, In(at, "hints"), UNSET);
+        Some(Endpoint {
+            address,
+            ready,
+            serving,
+            terminating,
+            node: node.map(|node| self.names.get(node)),
+            zone_hints: hints
+                .map(|hints| self.hints(&hints.for_zones, In(at, "hints.forZones"), problems))
+                .unwrap_or_default(),
+            node_hints: hints
+                .map(|hints| self.hints(&hints.for_nodes, In(at, "hints.forNodes"), problems))
+                .unwrap_or_default(),
+        })
+    }
+
+    fn hints(
+        &mut self,
+        names: &Lenient<Vec<Lenient<wire::Named>>>,
+        at: In<Item<&str>>,
+        problems: &Problems,
+    ) -> Vec<Arc<str>> {
+        problems
+            .items(names, at, UNSET)
+            .filter_map(|(at, named)| problems.value(&problems.value(named, at, UNSET)?.name, at, UNSET))
+            .map(|name| self.names.get(name))
+            .collect()
+    }
+
+    fn read_node(&mut self, object: &wire::Node, problems: &Problems) -> Node {
+        const UNUSED: &str = "this address is not used";
+        let status = problems.value(&object.status, "status", "the Node counts as without addresses");
+        let mut internal = Vec::new();
+        let mut external = Vec::new();
+        for (at, address) in status
+            .into_iter()
+            .flat_map(|status| problems.items(&status.addresses, "status.addresses", "the Node counts as without"))
+        {
+            let Some(address) = problems.value(address, at, UNUSED) else { continue };
+            let list = match problems.value(&address.r#type, In(at, "type"), UNUSED).map_or("", |text| text) {
+                "InternalIP" => &mut internal,
+                "ExternalIP" => &mut external,
+                // Names, and types that others make up.
+                _ => continue,
+            };
+            let text = problems.value(&address.address, In(at, "address"), UNUSED);
+            list.extend(text.and_then(|text| problems.ip(text, In(at, "address"), UNUSED)));
+        }
+        internal.append(&mut external);
+        let zone = label(&object.metadata, ZONE).filter(|zone| !zone.is_empty());
+        Node { addresses: internal, zone: zone.map(|zone| self.names.get(zone)) }
+    }
+}
+
+/// Only the first address counts: further ones are other addresses of the same endpoint.
+fn first_address(endpoint: &wire::Endpoint, at: Item<&str>, family: Family, problems: &Problems) -> Option<IpAddr> {
+    let addresses = problems.field(&endpoint.addresses, In(at, "addresses"), ENDPOINT_OUT).ok()?;
+    let Some(first) = addresses.and_then(|addresses| addresses.first()) else {
+        problems.add(format_args!("{at} has no address: {ENDPOINT_OUT}; give it one"));
+        return None;
+    };
+    let at = In(at, "addresses[0]");
+    let text = problems.field(first, at, ENDPOINT_OUT).ok()?.map_or("", |text| text);
+    let address = problems.ip(text, at, ENDPOINT_OUT)?;
+    if Family::of(address) != family {
+        problems.add(format_args!(
+            "{at} {address} is not {}, the slice's addressType: {ENDPOINT_OUT}; put it into a slice of its own type",
+            family.name()
+        ));
+        return None;
+    }
+    Some(address)
+}
+
+/// The ClusterIPs, one a family. With `ipFamilies`, a family's is the one at its index in `clusterIPs`; without, the
+/// address itself says its family. (The API server fills in both lists; a manifest may have `clusterIP` alone.)
+fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Outcome<Vec<IpAddr>> {
+    let (Ok(single), Ok(listed)) = (
+        problems.field(&spec.cluster_ip, "spec.clusterIP", KEPT),
+        problems.field(&spec.cluster_ips, "spec.clusterIPs", KEPT),
+    ) else {
+        return Outcome::Broken;
+    };
+    let mut texts: Vec<&str> = listed
+        .into_iter()
+        .flatten()
+        .enumerate()
+        .map(|(i, ip)| problems.value(ip, Item("spec.clusterIPs", i), ADDRESS_OUT).map_or("", |text| text))
+        .collect();
+    let single = single.map(|text| &**text);
+    match single.or_else(|| texts.first().copied()).unwrap_or("") {
+        "" | "None" => return Outcome::Ignore,
+        single if texts.is_empty() => texts.push(single),
+        _ => {}
+    }
+    let families: Vec<&str> = problems
+        .items(&spec.ip_families, "spec.ipFamilies", UNSET)
+        .map(|(at, family)| problems.value(family, at, ADDRESS_OUT).map_or("", |text| text))
+        .collect();
+    let mut ips: Vec<IpAddr> = Vec::new();
+    for (index, text) in texts.into_iter().enumerate().filter(|(_, text)| !text.is_empty()) {
+        let at = Item("spec.clusterIPs", index);
+        let Some(address) = problems.ip(text, at, ADDRESS_OUT) else { continue };
+        let family = Family::of(address);
+        let named = if families.is_empty() { Some(&family.name()) } else { families.get(index) };
+        if named != Some(&family.name()) {
+            let named = named.unwrap_or(&"");
+            problems.add(format_args!(
+                "{at} {address} is not of the family {:?} at its place in spec.ipFamilies: {ADDRESS_OUT}; make the two lists agree",
+                Short(named)
+            ));
+        } else if !ips.iter().any(|other| Family::of(*other) == family) {
+            ips.push(address);
+        }
+    }
+    if ips.is_empty() {
+        problems.add(format_args!("no usable ClusterIP is left: {KEPT}; correct spec.clusterIP and spec.clusterIPs"));
+        return Outcome::Broken;
+    }
+    Outcome::Serve(ips)
+}
+
+fn load_balancer_ips(object: &wire::Service, problems: &Problems) -> Vec<IpAddr> {
+    const NONE: &str = "not served on any address of a load balancer";
+    let balancer = problems
+        .value(&object.status, "status", NONE)
+        .and_then(|status| problems.value(&status.load_balancer, "status.loadBalancer", NONE));
+    let Some(balancer) = balancer else { return Vec::new() };
+    problems
+        .items(&balancer.ingress, "status.loadBalancer.ingress", NONE)
+        .filter_map(|(at, ingress)| {
+            let ingress = problems.value(ingress, at, ADDRESS_OUT)?;
+            let mode = problems.field(&ingress.ip_mode, In(at, "ipMode"), ADDRESS_OUT).ok()?;
+            if mode.is_some_and(|mode| &**mode != "VIP") {
+                // The load balancer delivers to addresses of nodes or endpoints itself.
+                return None;
+            }
+            // One that is known by a host name only has no IP.
+            let text = problems.value(&ingress.ip, In(at, "ip"), ADDRESS_OUT).filter(|text| !text.is_empty())?;
+            problems.ip(text, In(at, "ip"), ADDRESS_OUT)
+        })
+        .collect()
+}
+
+fn affinity(spec: &wire::ServiceSpec, problems: &Problems) -> Option<u32> {
+    const AT: &str = "spec.sessionAffinityConfig.clientIP.timeoutSeconds";
+    const DEFAULTED: &str = "taken as 10800";
+    match problems.value(&spec.session_affinity, "spec.sessionAffinity", "taken as None").map_or("", |text| text) {
+        "ClientIP" => {}
+        "None" | "" => return None,
+        other => {
+            problems.unknown(other, "spec.sessionAffinity", "taken as None", "None or ClientIP");
+            return None;
+        }
+    }
+    let seconds = problems
+        .value(&spec.session_affinity_config, "spec.sessionAffinityConfig", DEFAULTED)
+        .and_then(|config| problems.value(&config.client_ip, "spec.sessionAffinityConfig.clientIP", DEFAULTED))
+        .and_then(|config| problems.value(&config.timeout_seconds, AT, DEFAULTED));
+    let Some(&seconds) = seconds else { return Some(DEFAULT_AFFINITY_SECONDS) };
+    let valid = u32::try_from(seconds).ok().filter(|seconds| (1..=86_400).contains(seconds));
+    if valid.is_none() {
+        problems.add(format_args!("{AT} is {seconds}: {DEFAULTED}; give one from 1 to 86400"));
+    }
+    valid.or(Some(DEFAULT_AFFINITY_SECONDS))
+}
+
+fn policy(value: &Lenient<Box<str>>, at: &'static str, problems: &Problems) -> TrafficPolicy {
+    match problems.value(value, at, "taken as Cluster").map_or("", |text| text) {
+        "Local" => TrafficPolicy::Local,
+        "Cluster" | "" => TrafficPolicy::Cluster,
+        other => {
+            problems.unknown(other, at, "taken as Cluster", "Cluster or Local");
+            TrafficPolicy::Cluster
+        }
+    }
+}
+
+fn label<'a>(meta: &'a ObjectMeta, key: &str) -> Option<&'a str> {
+    meta.labels.as_ref()?.get(key).map(String::as_str)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::V4 } else { Self::V6 }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+}

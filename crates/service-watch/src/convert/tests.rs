@@ -1,0 +1,453 @@
+//! The intake rules as a table of objects.
+
+use serde_json::{Value, json};
+
+use super::{Converted, Converter, Object, Outcome};
+use crate::model::{Change, EndpointSlice, Node, Service, ServiceKind, TrafficPolicy};
+use crate::wire;
+
+fn convert<K: Object>(object: &Value) -> Converted<Change> {
+    // As from the API server: text, not a value.
+    let object: K = serde_json::from_str(&object.to_string()).unwrap();
+    let mut converter = Converter::default();
+    let name = converter.name(object.meta()).unwrap();
+    object.convert(&name, &mut converter)
+}
+
+/// `base` with `patch` merged into it; `null` removes.
+fn patched(mut base: Value, patch: &Value) -> Value {
+    fn merge(base: &mut Value, patch: &Value) {
+        match (base, patch) {
+            (Value::Object(base), Value::Object(patch)) => {
+                for (key, value) in patch {
+                    if value.is_null() {
+                        base.remove(key);
+                    } else {
+                        merge(base.entry(key.clone()).or_insert(Value::Null), value);
+                    }
+                }
+            }
+            (base, patch) => *base = patch.clone(),
+        }
+    }
+    merge(&mut base, patch);
+    base
+}
+
+fn service_json() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {
+            "name": "web", "namespace": "default", "creationTimestamp": "2026-01-02T03:04:05Z",
+            "annotations": { "x": "y" }, "managedFields": [{ "manager": "kubectl" }],
+        },
+        "spec": {
+            "type": "ClusterIP", "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"], "ipFamilies": ["IPv4"],
+            "ports": [{ "name": "http", "protocol": "TCP", "port": 80, "targetPort": "web" }],
+            "sessionAffinity": "None", "internalTrafficPolicy": "Cluster",
+        },
+        "status": { "loadBalancer": {} },
+    })
+}
+
+/// What becomes of the base Service with this patch: the Service and the problems.
+fn service(patch: &Value) -> (Option<Service>, Vec<String>) {
+    let converted = convert::<wire::Service>(&patched(service_json(), patch));
+    match converted.outcome {
+        Outcome::Serve(Change::Service(service)) => (Some(service), converted.problems),
+        Outcome::Ignore => (None, converted.problems),
+        other => panic!("{other:?} {:?}", converted.problems),
+    }
+}
+
+fn good_service(patch: &Value) -> Service {
+    let (service, problems) = service(patch);
+    assert_eq!(problems, [""; 0], "{patch}");
+    service.unwrap_or_else(|| panic!("ignored with {patch}"))
+}
+
+fn ips<I: ToString>(ips: impl IntoIterator<Item = I>) -> Vec<String> {
+    ips.into_iter().map(|ip| ip.to_string()).collect()
+}
+
+#[test]
+fn a_plain_service_is_read_whole() {
+    let service = good_service(&json!({}));
+    assert_eq!(service.name.to_string(), "default/web");
+    assert_eq!(service.created, Some(1_767_323_045));
+    assert_eq!(service.kind, ServiceKind::ClusterIp);
+    assert_eq!(ips(&service.cluster_ips), ["10.96.0.10"]);
+    assert_eq!((service.external_ips.len(), service.load_balancer_ips.len()), (0, 0));
+    assert_eq!((service.affinity_seconds, service.ports.len()), (None, 1));
+    let port = &service.ports[0];
+    assert_eq!((&*port.name, port.port.get(), port.node_port), ("http", 80, None));
+    assert_eq!((service.internal_policy, service.external_policy), (TrafficPolicy::Cluster, TrafficPolicy::Cluster));
+}
+
+#[test]
+fn services_that_a_proxy_does_not_serve_are_ignored_without_a_word() {
+    for patch in [
+        json!({ "spec": { "clusterIP": "None", "clusterIPs": ["None"] } }),
+        json!({ "spec": { "clusterIP": "", "clusterIPs": [] } }),
+        json!({ "spec": { "clusterIP": null, "clusterIPs": null } }),
+        json!({ "spec": { "clusterIP": null, "clusterIPs": ["None"] } }),
+        json!({ "spec": { "type": "ExternalName", "externalName": "a.example" } }),
+        json!({ "spec": null }),
+        json!({ "metadata": { "labels": { "service.kubernetes.io/service-proxy-name": "other" } } }),
+        json!({ "metadata": { "labels": { "service.kubernetes.io/service-proxy-name": "" } } }),
+        json!({ "metadata": { "labels": { "service.kubernetes.io/service-proxy-name": true } } }),
+    ] {
+        assert_eq!(service(&patch), (None, vec![]), "{patch}");
+    }
+    // Other labels do not matter, even the slices' one.
+    good_service(&json!({ "metadata": { "labels": { "service.kubernetes.io/headless": "", "app": 7 } } }));
+}
+
+#[test]
+fn cluster_ips_go_by_the_families_at_their_index() {
+    let v4 = "10.96.0.10";
+    let v6 = "fd00:10:96::a";
+    for (single, list, families, read) in [
+        (json!(v4), json!([v4]), json!(["IPv4"]), vec![v4]),
+        (json!(v4), json!([v4, v6]), json!(["IPv4", "IPv6"]), vec![v4, v6]),
+        (json!(v6), json!([v6, v4]), json!(["IPv6", "IPv4"]), vec![v6, v4]),
+        // Older servers and hand-written manifests.
+        (json!(v4), Value::Null, Value::Null, vec![v4]),
+        (json!(v6), Value::Null, Value::Null, vec![v6]),
+        (json!(v6), json!([]), json!(["IPv6"]), vec![v6]),
+        (Value::Null, json!([v4, v6]), Value::Null, vec![v4, v6]),
+        (json!("010.096.0.10"), Value::Null, Value::Null, vec![v4]),
+        (json!("::ffff:10.96.0.10"), Value::Null, json!(["IPv4"]), vec![v4]),
+    ] {
+        let patch = json!({ "spec": { "clusterIP": single, "clusterIPs": list, "ipFamilies": families } });
+        assert_eq!(ips(good_service(&patch).cluster_ips), read, "{patch}");
+    }
+}
+
+#[test]
+fn a_cluster_ip_that_makes_no_sense_costs_its_family_only() {
+    for (list, families, read) in [
+        (json!(["10.96.0.10", "nonsense"]), json!(["IPv4", "IPv6"]), ["10.96.0.10"]),
+        (json!([5, "fd00::1"]), json!(["IPv4", "IPv6"]), ["fd00::1"]),
+        (json!(["10.96.0.10", "10.96.0.11"]), json!(["IPv4", "IPv6"]), ["10.96.0.10"]),
+        (json!(["10.96.0.10", "fd00::1"]), json!(["IPv4"]), ["10.96.0.10"]),
+    ] {
+        let patch = json!({ "spec": { "clusterIPs": list, "ipFamilies": families } });
+        let (service, problems) = service(&patch);
+        assert_eq!(ips(service.unwrap().cluster_ips), read, "{patch}");
+        assert_eq!(problems.len(), 1, "{patch} {problems:?}");
+        assert!(problems[0].contains("spec.clusterIPs["), "{problems:?}");
+    }
+}
+
+#[test]
+fn a_service_that_makes_no_sense_as_a_whole_stays_as_it_was() {
+    for (patch, named) in [
+        (json!({ "spec": { "clusterIP": "10.96.0", "clusterIPs": ["10.96.0"] } }), "10.96.0"),
+        (json!({ "spec": { "clusterIP": 10 } }), "spec.clusterIP is the number 10, not text"),
+        (json!({ "spec": { "clusterIPs": "10.96.0.10" } }), "spec.clusterIPs"),
+        (json!({ "spec": ["ports"] }), "spec is a list, not a map"),
+        (json!({ "spec": { "ipFamilies": ["IPv6"] } }), "IPv6"),
+    ] {
+        let read = convert::<wire::Service>(&patched(service_json(), &patch));
+        assert_eq!(read.outcome, Outcome::Broken, "{patch}");
+        assert!(read.problems.iter().any(|problem| problem.contains(named)), "{:?}", read.problems);
+    }
+}
+
+#[test]
+fn ports_that_make_no_sense_are_left_out_and_the_others_served() {
+    let good = json!({ "name": "good", "port": 443, "protocol": "UDP", "nodePort": 30443 });
+    for (bad, said) in [
+        (json!({ "name": "x", "port": 0 }), "spec.ports[1].port is 0: this port is not served"),
+        (json!({ "name": "x" }), "spec.ports[1].port is 0"),
+        (json!({ "name": "x", "port": 65536 }), "spec.ports[1].port is 65536"),
+        (json!({ "name": "x", "port": -1 }), "spec.ports[1].port is -1"),
+        (json!({ "name": "x", "port": "x" }), "spec.ports[1].port is the text \"x\", not a whole number"),
+        (json!({ "name": "x", "port": 1.5 }), "spec.ports[1].port is the number 1.5, not a whole number"),
+        (json!({ "name": "x", "port": { "a": [1, { "b": 2 }] } }), "spec.ports[1].port is a map"),
+        (json!({ "name": 80, "port": 80 }), "spec.ports[1].name is the number 80, not text"),
+        (json!({ "name": "x", "port": 80, "protocol": "DCCP" }), "give TCP, UDP or SCTP"),
+        (json!({ "name": "x", "port": 80, "protocol": "tcp" }), "spec.ports[1].protocol is \"tcp\""),
+        (json!({ "name": "x", "port": 80, "protocol": 6 }), "spec.ports[1].protocol is the number 6"),
+        (json!("http"), "spec.ports[1] is the text \"http\", not a map"),
+    ] {
+        let (service, problems) = service(&json!({ "spec": { "ports": [good, bad, good] } }));
+        let ports = service.unwrap().ports;
+        assert_eq!(ports.len(), 2, "{bad}");
+        assert_eq!(ports[0].node_port.map(u16::from), Some(30443));
+        assert_eq!(problems.len(), 1, "{bad}: {problems:?}");
+        assert!(problems[0].contains(said), "{bad}: {problems:?}");
+    }
+}
+
+#[test]
+fn ports_default_and_a_wrong_node_port_costs_only_itself() {
+    let ports = |ports: Value| service(&json!({ "spec": { "ports": ports } }));
+    let (service, problems) = ports(json!([{ "port": 53, "nodePort": 0 }, { "port": 5, "protocol": "SCTP" }]));
+    let service = service.unwrap();
+    assert_eq!(problems, [""; 0]);
+    assert_eq!(format!("{:?}", service.ports[0].protocol), "Tcp");
+    assert_eq!((&*service.ports[0].name, service.ports[0].node_port), ("", None));
+    assert_eq!(format!("{:?}", service.ports[1].protocol), "Sctp");
+    for wrong in [json!(70_000), json!("30080"), json!(-5)] {
+        let (service, problems) = ports(json!([{ "port": 53, "nodePort": wrong }]));
+        assert_eq!(service.unwrap().ports[0].node_port, None);
+        assert!(problems[0].contains("nodePort") && problems[0].contains("served without NodePort"), "{problems:?}");
+    }
+}
+
+#[test]
+fn external_and_load_balancer_addresses_are_taken_where_they_are_usable() {
+    let (service, problems) = service(&json!({
+        "spec": { "type": "LoadBalancer", "externalIPs": ["198.51.100.1", "fd00::7", "nonsense", "198.51.100.02", 5] },
+        "status": { "loadBalancer": { "ingress": [
+            { "ip": "203.0.113.1" }, { "ip": "203.0.113.2", "ipMode": "VIP" }, { "ip": "203.0.113.3", "ipMode": "Proxy" },
+            { "hostname": "lb.example" }, { "ip": "", "hostname": "lb.example" }, { "ip": "fd00::8" }, { "ip": "no" },
+            { "ip": 4 }, "203.0.113.9",
+        ] } },
+    }));
+    let service = service.unwrap();
+    assert_eq!(service.kind, ServiceKind::LoadBalancer);
+    assert_eq!(ips(service.external_ips), ["198.51.100.1", "fd00::7", "198.51.100.2"]);
+    assert_eq!(ips(service.load_balancer_ips), ["203.0.113.1", "203.0.113.2", "fd00::8"]);
+    assert_eq!(problems.len(), 5, "{problems:?}");
+    assert!(problems[0].starts_with("spec.externalIPs[2] \"nonsense\" is no IP address"), "{problems:?}");
+    // Whatever the type is.
+    let patch = json!({ "status": { "loadBalancer": { "ingress": [{ "ip": "203.0.113.1" }] } } });
+    assert_eq!(good_service(&patch).load_balancer_ips.len(), 1);
+}
+
+#[test]
+fn affinity_has_the_seconds_it_says_or_three_hours() {
+    let with = |config: Value| json!({ "spec": { "sessionAffinity": "ClientIP", "sessionAffinityConfig": config } });
+    for (patch, seconds, problems) in [
+        (json!({ "spec": { "sessionAffinity": null } }), None, 0),
+        (with(Value::Null), Some(10_800), 0),
+        (with(json!({})), Some(10_800), 0),
+        (with(json!({ "clientIP": {} })), Some(10_800), 0),
+        (with(json!({ "clientIP": { "timeoutSeconds": 1 } })), Some(1), 0),
+        (with(json!({ "clientIP": { "timeoutSeconds": 86_400 } })), Some(86_400), 0),
+        (with(json!({ "clientIP": { "timeoutSeconds": 0 } })), Some(10_800), 1),
+        (with(json!({ "clientIP": { "timeoutSeconds": 86_401 } })), Some(10_800), 1),
+        (with(json!({ "clientIP": { "timeoutSeconds": "60" } })), Some(10_800), 1),
+        (with(json!({ "clientIP": 60 })), Some(10_800), 1),
+        (json!({ "spec": { "sessionAffinity": "Cookie" } }), None, 1),
+    ] {
+        let (service, told) = service(&patch);
+        assert_eq!((service.unwrap().affinity_seconds, told.len()), (seconds, problems), "{patch} {told:?}");
+    }
+}
+
+#[test]
+fn type_and_policies_are_read_and_unknown_ones_default() {
+    let local = good_service(&json!({ "spec": {
+        "type": "NodePort", "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
+    } }));
+    assert_eq!(local.kind, ServiceKind::NodePort);
+    assert_eq!((local.internal_policy, local.external_policy), (TrafficPolicy::Local, TrafficPolicy::Local));
+    let (odd, problems) = service(&json!({ "spec": {
+        "type": "Magic", "internalTrafficPolicy": "Near", "externalTrafficPolicy": 1,
+    } }));
+    let odd = odd.unwrap();
+    assert_eq!((odd.kind, odd.internal_policy, odd.external_policy), Default::default());
+    assert_eq!(problems.len(), 3, "{problems:?}");
+}
+
+#[test]
+fn wrong_types_of_what_nobody_reads_do_not_matter() {
+    let service = good_service(&json!({
+        "metadata": { "creationTimestamp": 5, "annotations": 7, "ownerReferences": "x", "generation": "many" },
+        "spec": { "selector": [1], "healthCheckNodePort": {}, "future": [[[]]] },
+    }));
+    assert_eq!(service.created, None);
+}
+
+fn slice_json() -> Value {
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": { "name": "web-1", "namespace": "default", "labels": { "kubernetes.io/service-name": "web" } },
+        "addressType": "IPv4",
+        "ports": [{ "name": "http", "protocol": "TCP", "port": 8080 }],
+        "endpoints": [{ "addresses": ["10.244.1.5", "10.244.1.6"], "conditions": { "ready": true }, "nodeName": "a" }],
+    })
+}
+
+fn slice(patch: &Value) -> (Option<EndpointSlice>, Vec<String>) {
+    let converted = convert::<wire::EndpointSlice>(&patched(slice_json(), patch));
+    match converted.outcome {
+        Outcome::Serve(Change::Slice(slice)) => (Some(slice), converted.problems),
+        Outcome::Ignore => (None, converted.problems),
+        other => panic!("{other:?} {:?}", converted.problems),
+    }
+}
+
+#[test]
+fn a_plain_slice_is_read_whole_with_the_first_address_of_each_endpoint() {
+    let (slice, problems) = slice(&json!({}));
+    let slice = slice.unwrap();
+    assert_eq!(problems, [""; 0]);
+    assert_eq!((slice.name.to_string(), slice.service.to_string()), ("default/web-1".into(), "default/web".into()));
+    assert_eq!((&*slice.ports[0].name, slice.ports[0].port.get()), ("http", 8080));
+    assert_eq!(ips(slice.endpoints.iter().map(|endpoint| endpoint.address)), ["10.244.1.5"]);
+    assert_eq!(slice.endpoints[0].node.as_deref(), Some("a"));
+}
+
+#[test]
+fn slices_that_a_proxy_does_not_read_are_ignored_without_a_word() {
+    for patch in [
+        json!({ "metadata": { "labels": null } }),
+        json!({ "metadata": { "labels": { "kubernetes.io/service-name": "" } } }),
+        json!({ "metadata": { "labels": { "service.kubernetes.io/headless": "" } } }),
+        json!({ "addressType": "FQDN", "endpoints": [{ "addresses": ["a.example"] }] }),
+    ] {
+        assert_eq!(slice(&patch), (None, vec![]), "{patch}");
+    }
+    // The proxy name is a matter of Services.
+    let other = json!({ "metadata": { "labels": { "service.kubernetes.io/service-proxy-name": "other" } } });
+    assert!(slice(&other).0.is_some());
+}
+
+#[test]
+fn a_slice_of_unknown_type_stays_as_it_was() {
+    for wrong in [json!("IPv5"), json!(4), json!("")] {
+        let read = convert::<wire::EndpointSlice>(&patched(slice_json(), &json!({ "addressType": wrong })));
+        assert_eq!((read.outcome, read.problems.len()), (Outcome::Broken, 1), "{wrong}");
+    }
+}
+
+#[test]
+fn slice_ports_need_a_number_and_default_the_rest() {
+    for (port, read, problems) in [
+        (json!({ "name": "http", "port": 8080 }), Some(("http", 8080)), 0),
+        (json!({ "name": "", "port": 8080 }), Some(("", 8080)), 0),
+        (json!({ "port": 8080 }), Some(("", 8080)), 0),
+        // All ports, to others.
+        (json!({ "name": "http" }), None, 0),
+        (json!({ "name": "http", "port": null }), None, 0),
+        (json!({ "name": "http", "port": 0 }), None, 1),
+        (json!({ "name": "http", "port": "8080" }), None, 1),
+        (json!({ "name": "http", "port": 8080, "protocol": "ICMP" }), None, 1),
+    ] {
+        let (slice, told) = slice(&json!({ "ports": [port] }));
+        let ports = slice.unwrap().ports;
+        assert_eq!(ports.first().map(|port| (&*port.name, port.port.get())), read, "{port}");
+        assert_eq!(told.len(), problems, "{port}: {told:?}");
+    }
+}
+
+#[test]
+fn unset_conditions_mean_ready_serving_and_not_terminating() {
+    for (conditions, read) in [
+        (Value::Null, (true, true, false)),
+        (json!({}), (true, true, false)),
+        (json!({ "ready": null }), (true, true, false)),
+        (json!({ "ready": false }), (false, true, false)),
+        (json!({ "ready": false, "serving": true, "terminating": true }), (false, true, true)),
+        (json!({ "ready": false, "serving": false, "terminating": false }), (false, false, false)),
+    ] {
+        let (slice, problems) =
+            slice(&json!({ "endpoints": [{ "addresses": ["10.0.0.1"], "conditions": conditions }] }));
+        let endpoint = &slice.unwrap().endpoints[0];
+        assert_eq!((endpoint.ready, endpoint.serving, endpoint.terminating), read, "{conditions}");
+        assert_eq!(problems, [""; 0]);
+    }
+}
+
+#[test]
+fn endpoints_that_make_no_sense_are_left_out_and_the_others_served() {
+    for (bad, said) in [
+        (json!({ "addresses": [] }), "endpoints[1] has no address"),
+        (json!({}), "endpoints[1] has no address"),
+        (json!({ "addresses": ["pod.example"] }), "\"pod.example\" is no IP address"),
+        (json!({ "addresses": ["fd00::1"] }), "is not IPv4, the slice's addressType"),
+        (json!({ "addresses": [7] }), "endpoints[1].addresses[0] is the number 7, not text"),
+        (json!({ "addresses": "10.0.0.1" }), "endpoints[1].addresses is the text"),
+        (json!({ "addresses": ["10.0.0.1"], "conditions": { "ready": "no" } }), "conditions.ready is the text \"no\""),
+        (json!({ "addresses": ["10.0.0.1"], "conditions": true }), "endpoints[1].conditions is true, not a map"),
+        (json!(["10.0.0.1"]), "endpoints[1] is a list, not a map"),
+    ] {
+        let good = |last: u8| json!({ "addresses": [format!("10.244.0.{last}")] });
+        let (slice, problems) = slice(&json!({ "endpoints": [good(1), bad, good(2)] }));
+        let endpoints = slice.unwrap().endpoints;
+        assert_eq!(ips(endpoints.iter().map(|endpoint| endpoint.address)), ["10.244.0.1", "10.244.0.2"], "{bad}");
+        assert_eq!(problems.len(), 1, "{bad}: {problems:?}");
+        assert!(problems[0].contains(said), "{bad}: {problems:?}");
+    }
+}
+
+#[test]
+fn endpoint_addresses_are_read_sloppily_and_mapped_ones_are_ipv4() {
+    for (family, address, read) in [
+        ("IPv4", "010.244.001.005", "10.244.1.5"),
+        ("IPv4", "::ffff:10.244.1.5", "10.244.1.5"),
+        ("IPv6", "FD00:0::0005", "fd00::5"),
+    ] {
+        let (slice, problems) = slice(&json!({ "addressType": family, "endpoints": [{ "addresses": [address] }] }));
+        assert_eq!(problems, [""; 0]);
+        assert_eq!(ips(slice.unwrap().endpoints.iter().map(|endpoint| endpoint.address)), [read]);
+    }
+}
+
+#[test]
+fn hints_are_read_and_wrong_ones_are_left_out() {
+    let (slice, problems) = slice(&json!({ "endpoints": [
+        { "addresses": ["10.0.0.1"], "hints": {
+            "forZones": [{ "name": "z1" }, { "name": "z2" }], "forNodes": [{ "name": "n1" }],
+        } },
+        { "addresses": ["10.0.0.2"], "hints": { "forZones": [{ "name": 5 }, {}] }, "nodeName": "" },
+    ] }));
+    let endpoints = slice.unwrap().endpoints;
+    let texts = |names: &[std::sync::Arc<str>]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(texts(&endpoints[0].zone_hints), ["z1", "z2"]);
+    assert_eq!(texts(&endpoints[0].node_hints), ["n1"]);
+    assert_eq!((endpoints[1].zone_hints.len(), endpoints[1].node.as_ref()), (0, None));
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    assert!(problems[0].contains("endpoints[1].hints.forZones[0]"), "{problems:?}");
+}
+
+fn node(object: &Value) -> (Node, Vec<String>) {
+    let converted = convert::<wire::Node>(object);
+    match converted.outcome {
+        Outcome::Serve(Change::Node(node)) => (node, converted.problems),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_node_has_its_internal_addresses_before_its_external_ones_and_its_zone() {
+    let (read, problems) = node(&json!({
+        "metadata": { "name": "node-a", "labels": { "topology.kubernetes.io/zone": "zone-1" } },
+        "status": { "addresses": [
+            { "type": "Hostname", "address": "node-a" }, { "type": "ExternalIP", "address": "198.51.100.1" },
+            { "type": "InternalIP", "address": "192.168.10.11" }, { "type": "InternalDNS", "address": "a.internal" },
+            { "type": "InternalIP", "address": "fd00::11" }, { "type": "InternalIP", "address": "nonsense" },
+        ] },
+    }));
+    assert_eq!(ips(read.addresses), ["192.168.10.11", "fd00::11", "198.51.100.1"]);
+    assert_eq!(read.zone.as_deref(), Some("zone-1"));
+    assert_eq!(problems.len(), 1, "{problems:?}");
+    for zoneless in [json!({ "name": "a" }), json!({ "name": "a", "labels": { "topology.kubernetes.io/zone": "" } })] {
+        assert_eq!(node(&json!({ "metadata": zoneless })), (Node::default(), vec![]));
+    }
+}
+
+#[test]
+fn one_odd_object_does_not_cost_the_others_of_its_page() {
+    let odd =
+        patched(service_json(), &json!({ "metadata": { "name": "odd", "labels": "x" }, "spec": 7, "status": [1] }));
+    let page = json!({
+        "apiVersion": "v1", "kind": "ServiceList", "metadata": { "resourceVersion": "1" },
+        "items": [service_json(), odd, service_json()],
+    });
+    let list: kube::core::ObjectList<wire::Service> = serde_json::from_str(&page.to_string()).unwrap();
+    assert_eq!(list.items.len(), 3);
+    let names: Vec<_> = list.items.iter().map(|item| item.metadata.name.as_deref().unwrap()).collect();
+    assert_eq!(names, ["web", "odd", "web"]);
+}
+
+#[test]
+fn metadata_that_is_not_used_is_not_kept() {
+    let object: wire::Service = serde_json::from_str(&service_json().to_string()).unwrap();
+    assert_eq!((object.metadata.annotations, object.metadata.managed_fields), (None, None));
+}

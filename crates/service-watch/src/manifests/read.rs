@@ -1,0 +1,150 @@
+//! Reading one file of manifests.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
+use tracing::debug;
+
+use crate::convert::{Converted, Converter, Object, Outcome};
+use crate::lenient::Short;
+use crate::model::Change;
+use crate::report::{Kind, Subject};
+use crate::wire;
+
+/// An object in a file.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) subject: Subject,
+    pub(super) outcome: Outcome<Change>,
+    pub(super) problems: Vec<String>,
+}
+
+/// A file, read.
+#[derive(Debug)]
+pub(super) enum FileRead {
+    /// There is no such file (any more), or it is a directory or the like.
+    Absent,
+    /// It cannot be read or does not parse; why.
+    Failed(String),
+    /// Its objects in their order, and what in it is no usable object.
+    Objects(Vec<Found>, Vec<String>),
+}
+
+pub(super) fn read_file(path: &Path, node: &Arc<str>, converter: &mut Converter) -> FileRead {
+    match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => {}
+        Ok(_) => return FileRead::Absent,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            return match fs::symlink_metadata(path) {
+                Ok(_) => FileRead::Failed("is a link to a file that does not exist; mend or remove the link".into()),
+                Err(_) => FileRead::Absent,
+            };
+        }
+        Err(error) => return FileRead::Failed(format!("cannot be read: {error}; check its permissions")),
+    }
+    let text = match fs::read_to_string(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return FileRead::Absent,
+        Err(error) => return FileRead::Failed(format!("cannot be read: {error}; check its permissions and encoding")),
+    };
+    let documents = match parse(&text, path.extension().is_some_and(|extension| extension == "json")) {
+        Ok(documents) => documents,
+        Err(problem) => return FileRead::Failed(format!("does not parse: {problem}; correct the file")),
+    };
+    let mut reader = Reader { node, converter, found: Vec::new(), problems: Vec::new() };
+    for (index, document) in documents.into_iter().enumerate() {
+        reader.object(document, &format!("document {}", index + 1), None);
+    }
+    FileRead::Objects(reader.found, reader.problems)
+}
+
+fn parse(text: &str, json: bool) -> Result<Vec<Value>, String> {
+    if json {
+        let documents = serde_json::Deserializer::from_str(text).into_iter::<Value>();
+        return documents.collect::<Result<_, _>>().map_err(|error| error.to_string());
+    }
+    // Whoever may write here decides what this node does: no limit on size. A snippet of the file has no place in a
+    // message of one line.
+    // A port may be called `y` or `no`: only true and false are booleans, as in YAML 1.2.
+    let options = serde_saphyr::options! { budget: None, with_snippet: false, strict_booleans: true };
+    serde_saphyr::from_multiple_with_options(text, options).map_err(|error| error.to_string().replace('\n', " "))
+}
+
+struct Reader<'a> {
+    node: &'a Arc<str>,
+    converter: &'a mut Converter,
+    found: Vec<Found>,
+    problems: Vec<String>,
+}
+
+impl Reader<'_> {
+    /// Takes in an object or a list of them. `item_of` is the kind that a typed list gives its items.
+    fn object(&mut self, value: Value, place: &str, item_of: Option<Kind>) {
+        let mut object = match value {
+            Value::Object(object) => object,
+            Value::Null => return,
+            _ => {
+                self.problems.push(format!("{place} is no object: skipped; give it apiVersion, kind and metadata"));
+                return;
+            }
+        };
+        let text = |key: &str| object.get(key).and_then(Value::as_str).unwrap_or("");
+        let (version, kind) = (text("apiVersion"), text("kind"));
+        let kind = match (version, kind, item_of) {
+            ("v1", "List", _) => return self.items(&mut object, place, None),
+            ("v1", "ServiceList", _) => return self.items(&mut object, place, Some(Kind::Service)),
+            ("v1", "NodeList", _) => return self.items(&mut object, place, Some(Kind::Node)),
+            ("discovery.k8s.io/v1", "EndpointSliceList", _) => {
+                return self.items(&mut object, place, Some(Kind::EndpointSlice));
+            }
+            ("v1", "Service", _) => Kind::Service,
+            ("v1", "Node", _) => Kind::Node,
+            ("discovery.k8s.io/v1", "EndpointSlice", _) => Kind::EndpointSlice,
+            ("", "", Some(kind)) => kind,
+            ("", _, _) | (_, "", _) => {
+                self.problems.push(format!("{place} has no apiVersion or no kind: skipped; give it both"));
+                return;
+            }
+            (version, kind, _) => {
+                debug!("{place}: {} {}: not of a kind that is read", Short(version), Short(kind));
+                return;
+            }
+        };
+        let read = match kind {
+            Kind::Service => self.keep::<wire::Service>(object),
+            Kind::EndpointSlice => self.keep::<wire::EndpointSlice>(object),
+            Kind::Node => self.keep::<wire::Node>(object),
+        };
+        if let Err(problem) = read {
+            self.problems.push(format!("{place}: {problem}"));
+        }
+    }
+
+    fn items(&mut self, list: &mut Map<String, Value>, place: &str, item_of: Option<Kind>) {
+        match list.remove("items") {
+            Some(Value::Array(items)) => {
+                for (index, item) in items.into_iter().enumerate() {
+                    self.object(item, &format!("{place}, items[{index}]"), item_of);
+                }
+            }
+            None | Some(Value::Null) => {}
+            Some(_) => self.problems.push(format!("{place}: items is no list: skipped; correct it")),
+        }
+    }
+
+    fn keep<K: Object>(&mut self, object: Map<String, Value>) -> Result<(), String> {
+        let object: K = serde_json::from_value(object.into()).map_err(|error| error.to_string())?;
+        let Some(name) = self.converter.name(object.meta()) else {
+            return Err("has no metadata.name that is text: skipped; give it one".into());
+        };
+        if K::KIND == Kind::Node && name.name != *self.node {
+            return Ok(());
+        }
+        let Converted { outcome, problems } = object.convert(&name, self.converter);
+        self.found.push(Found { subject: Subject::object(K::KIND, name), outcome, problems });
+        Ok(())
+    }
+}

@@ -1,0 +1,175 @@
+//! The vocabulary of changes: plain values without a client library's types. Whoever acts on changes needs this and no more.
+//!
+//! A source (an API server, a directory of manifests) turns what it reads into [`Change`]s. Everything here is already
+//! checked: an address is an [`IpAddr`], a port is not zero, a name is not empty. What could not be understood never
+//! becomes a `Change`; the source reports it.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::num::NonZeroU16;
+use std::sync::Arc;
+
+/// A transport protocol a Service port can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Protocol {
+    /// TCP, the default.
+    Tcp,
+    /// UDP.
+    Udp,
+    /// SCTP.
+    Sctp,
+}
+
+/// Namespace and name of an object, as in `default/web`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ObjectName {
+    /// The namespace; never empty.
+    pub namespace: Arc<str>,
+    /// The name; never empty.
+    pub name: Arc<str>,
+}
+
+impl ObjectName {
+    /// `namespace/name`.
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
+        Self { namespace: namespace.into(), name: name.into() }
+    }
+}
+
+impl fmt::Display for ObjectName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// What `internalTrafficPolicy` and `externalTrafficPolicy` say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum TrafficPolicy {
+    /// Any endpoint of the cluster.
+    #[default]
+    Cluster,
+    /// Endpoints on this node.
+    Local,
+}
+
+/// `spec.type`, as far as it matters to a proxy. Headless and `ExternalName` Services never become a [`Service`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum ServiceKind {
+    /// `ClusterIP`.
+    #[default]
+    ClusterIp,
+    /// `NodePort`.
+    NodePort,
+    /// `LoadBalancer`.
+    LoadBalancer,
+}
+
+/// A Service that has at least one ClusterIP.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    /// Which Service.
+    pub name: ObjectName,
+    /// `metadata.creationTimestamp` in seconds since 1970; `None` where the source has none. Of two Services that
+    /// claim one front end the older wins.
+    pub created: Option<i64>,
+    /// `spec.type`.
+    pub kind: ServiceKind,
+    /// At most one ClusterIP a family; never empty.
+    pub cluster_ips: Vec<IpAddr>,
+    /// `spec.externalIPs`, both families.
+    pub external_ips: Vec<IpAddr>,
+    /// `status.loadBalancer.ingress[].ip` whose `ipMode` is unset or `VIP`, both families.
+    pub load_balancer_ips: Vec<IpAddr>,
+    /// The ports, in the order of the object.
+    pub ports: Vec<ServicePort>,
+    /// Seconds of `ClientIP` affinity; `None` without affinity.
+    pub affinity_seconds: Option<u32>,
+    /// `spec.internalTrafficPolicy`.
+    pub internal_policy: TrafficPolicy,
+    /// `spec.externalTrafficPolicy`.
+    pub external_policy: TrafficPolicy,
+}
+
+/// One port of a Service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServicePort {
+    /// The port's name; empty for the only port of a Service.
+    pub name: Arc<str>,
+    /// TCP, UDP or SCTP.
+    pub protocol: Protocol,
+    /// The port on the VIPs.
+    pub port: NonZeroU16,
+    /// The port on the node's addresses, if any.
+    pub node_port: Option<NonZeroU16>,
+}
+
+/// A slice of a Service's endpoints, all of one family.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EndpointSlice {
+    /// Which slice.
+    pub name: ObjectName,
+    /// The Service it belongs to (label `kubernetes.io/service-name`), in the slice's namespace.
+    pub service: ObjectName,
+    /// The ports every endpoint of the slice listens on.
+    pub ports: Vec<SlicePort>,
+    /// The endpoints.
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A port of an EndpointSlice; it serves the Service port of the same name and protocol.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SlicePort {
+    /// The port's name; may be empty.
+    pub name: Arc<str>,
+    /// TCP, UDP or SCTP.
+    pub protocol: Protocol,
+    /// The port the endpoints listen on.
+    pub port: NonZeroU16,
+}
+
+/// An endpoint of a slice.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint {
+    /// The first address of the endpoint, of the slice's family.
+    pub address: IpAddr,
+    /// `conditions.ready`; unset means ready.
+    pub ready: bool,
+    /// `conditions.serving`; unset means serving.
+    pub serving: bool,
+    /// `conditions.terminating`; unset means not terminating.
+    pub terminating: bool,
+    /// `nodeName`.
+    pub node: Option<Arc<str>>,
+    /// `hints.forZones`.
+    pub zone_hints: Vec<Arc<str>>,
+    /// `hints.forNodes`.
+    pub node_hints: Vec<Arc<str>>,
+}
+
+/// The agent's own Node object.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Node {
+    /// IP addresses of `status.addresses`: first those of type `InternalIP`, then `ExternalIP`.
+    pub addresses: Vec<IpAddr>,
+    /// Label `topology.kubernetes.io/zone`; `None` when unset or empty.
+    pub zone: Option<Arc<str>>,
+}
+
+/// What a source says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// A Service is new or changed.
+    Service(Service),
+    /// A Service is gone, or no longer one a proxy serves.
+    ServiceGone(ObjectName),
+    /// A slice is new or changed.
+    Slice(EndpointSlice),
+    /// A slice is gone, or no longer one a proxy reads.
+    SliceGone(ObjectName),
+    /// The agent's own Node is new or changed.
+    Node(Node),
+    /// The agent's own Node is gone.
+    NodeGone,
+    /// Said once: all that existed at the start has been said. Nothing is programmed before.
+    Synced,
+}

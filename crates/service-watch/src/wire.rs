@@ -1,0 +1,277 @@
+//! Services, EndpointSlices and Nodes as the API has them, reduced to what a proxy reads.
+//!
+//! Decoding is total ([`Lenient`]), and metadata is reduced too: managed fields and annotations are often larger than
+//! the rest of the object. (Whoever needs an annotation adds it to [`Metadata`].)
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use kube::Resource;
+use kube::api::ObjectMeta;
+use kube::core::{ClusterResourceScope, NamespaceResourceScope};
+use serde::{Deserialize, Deserializer};
+
+use crate::lenient::{Lenient, records};
+
+type Text = Lenient<Box<str>>;
+type List<T> = Lenient<Vec<Lenient<T>>>;
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Service {
+    #[serde(deserialize_with = "metadata")]
+    pub(crate) metadata: ObjectMeta,
+    pub(crate) spec: Lenient<ServiceSpec>,
+    pub(crate) status: Lenient<ServiceStatus>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct ServiceSpec {
+    pub(crate) r#type: Text,
+    #[serde(rename = "clusterIP")]
+    pub(crate) cluster_ip: Text,
+    #[serde(rename = "clusterIPs")]
+    pub(crate) cluster_ips: List<Box<str>>,
+    pub(crate) ip_families: List<Box<str>>,
+    #[serde(rename = "externalIPs")]
+    pub(crate) external_ips: List<Box<str>>,
+    pub(crate) ports: List<ServicePort>,
+    pub(crate) session_affinity: Text,
+    pub(crate) session_affinity_config: Lenient<AffinityConfig>,
+    pub(crate) internal_traffic_policy: Text,
+    pub(crate) external_traffic_policy: Text,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct ServicePort {
+    pub(crate) name: Text,
+    pub(crate) protocol: Text,
+    pub(crate) port: Lenient<i64>,
+    pub(crate) node_port: Lenient<i64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct AffinityConfig {
+    #[serde(rename = "clientIP")]
+    pub(crate) client_ip: Lenient<ClientIpConfig>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct ClientIpConfig {
+    pub(crate) timeout_seconds: Lenient<i64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct ServiceStatus {
+    pub(crate) load_balancer: Lenient<LoadBalancer>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct LoadBalancer {
+    pub(crate) ingress: List<Ingress>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Ingress {
+    pub(crate) ip: Text,
+    pub(crate) ip_mode: Text,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct EndpointSlice {
+    #[serde(deserialize_with = "metadata")]
+    pub(crate) metadata: ObjectMeta,
+    pub(crate) address_type: Text,
+    pub(crate) ports: List<SlicePort>,
+    pub(crate) endpoints: List<Endpoint>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct SlicePort {
+    pub(crate) name: Text,
+    pub(crate) protocol: Text,
+    pub(crate) port: Lenient<i64>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Endpoint {
+    pub(crate) addresses: List<Box<str>>,
+    pub(crate) conditions: Lenient<Conditions>,
+    pub(crate) node_name: Text,
+    pub(crate) hints: Lenient<Hints>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Conditions {
+    pub(crate) ready: Lenient<bool>,
+    pub(crate) serving: Lenient<bool>,
+    pub(crate) terminating: Lenient<bool>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+pub(crate) struct Hints {
+    pub(crate) for_zones: List<Named>,
+    pub(crate) for_nodes: List<Named>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Named {
+    pub(crate) name: Text,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Node {
+    #[serde(deserialize_with = "metadata")]
+    pub(crate) metadata: ObjectMeta,
+    pub(crate) status: Lenient<NodeStatus>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct NodeStatus {
+    pub(crate) addresses: List<NodeAddress>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct NodeAddress {
+    pub(crate) r#type: Text,
+    pub(crate) address: Text,
+}
+
+/// The metadata that is used; the rest is never allocated.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, rename_all = "camelCase")]
+struct Metadata {
+    name: Text,
+    namespace: Text,
+    resource_version: Text,
+    creation_timestamp: Text,
+    labels: Lenient<BTreeMap<String, Label>>,
+}
+
+/// A label's value. The API only has text; a hand-written manifest may have forgotten the quotes, and for most labels
+/// only their presence counts.
+type Label = Lenient<LabelText>;
+
+#[derive(Clone, Debug)]
+struct LabelText(String);
+
+impl crate::lenient::Shape for LabelText {
+    const WANTED: &'static str = "text";
+
+    fn text(text: &str) -> Option<Self> {
+        Some(Self(text.to_owned()))
+    }
+
+    fn number(number: i64) -> Option<Self> {
+        Some(Self(number.to_string()))
+    }
+
+    fn flag(flag: bool) -> Option<Self> {
+        Some(Self(flag.to_string()))
+    }
+}
+
+records!(
+    ServiceSpec,
+    ServicePort,
+    AffinityConfig,
+    ClientIpConfig,
+    ServiceStatus,
+    LoadBalancer,
+    Ingress,
+    SlicePort,
+    Endpoint,
+    Conditions,
+    Hints,
+    Named,
+    NodeStatus,
+    NodeAddress,
+    Metadata,
+);
+
+fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    let Lenient::Given(slim) = Lenient::<Metadata>::deserialize(deserializer)? else {
+        return Ok(ObjectMeta::default());
+    };
+    let text = |text: Text| match text {
+        Lenient::Given(text) => Some(String::from(text)),
+        Lenient::Absent | Lenient::Wrong(_) => None,
+    };
+    // Only decides between two Services that claim one front end, so one that cannot be read is as good as none.
+    let creation_timestamp = text(slim.creation_timestamp).and_then(|time| serde_json::from_value(time.into()).ok());
+    let labels = match slim.labels {
+        Lenient::Given(labels) => Some(
+            labels
+                .into_iter()
+                .map(|(key, value)| match value {
+                    Lenient::Given(LabelText(value)) => (key, value),
+                    Lenient::Absent | Lenient::Wrong(_) => (key, String::new()),
+                })
+                .collect(),
+        ),
+        Lenient::Absent | Lenient::Wrong(_) => None,
+    };
+    Ok(ObjectMeta {
+        name: text(slim.name),
+        namespace: text(slim.namespace),
+        resource_version: text(slim.resource_version),
+        creation_timestamp,
+        labels,
+        ..ObjectMeta::default()
+    })
+}
+
+macro_rules! resources {
+    ($($object:ty: $group:literal, $kind:literal, $plural:literal, $scope:ty;)+) => {$(
+        impl Resource for $object {
+            type DynamicType = ();
+            type Scope = $scope;
+
+            fn kind((): &()) -> Cow<'_, str> {
+                $kind.into()
+            }
+
+            fn group((): &()) -> Cow<'_, str> {
+                $group.into()
+            }
+
+            fn version((): &()) -> Cow<'_, str> {
+                "v1".into()
+            }
+
+            fn plural((): &()) -> Cow<'_, str> {
+                $plural.into()
+            }
+
+            fn meta(&self) -> &ObjectMeta {
+                &self.metadata
+            }
+
+            fn meta_mut(&mut self) -> &mut ObjectMeta {
+                &mut self.metadata
+            }
+        }
+    )+};
+}
+
+resources! {
+    Service: "", "Service", "services", NamespaceResourceScope;
+    EndpointSlice: "discovery.k8s.io", "EndpointSlice", "endpointslices", NamespaceResourceScope;
+    Node: "", "Node", "nodes", ClusterResourceScope;
+}

@@ -1,0 +1,7 @@
+//! Both sources against what they read from: a directory, and a test API server.
+#![cfg(test)]
+
+mod api_server;
+mod common;
+mod connect;
+mod manifests;

@@ -1,0 +1,374 @@
+//! A directory of manifests as a source, on a real directory with real inotify.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::common::{Listener, labelled, listen, node, of_service, service, slice};
+use serde_json::{Value, json};
+use service_watch::{Error, Manifests, Report, Source, Subject};
+use tempfile::TempDir;
+
+/// Longer than changes are collected for.
+const A_WHILE: Duration = Duration::from_millis(250);
+
+fn directory() -> TempDir {
+    tempfile::tempdir().unwrap()
+}
+
+fn follow(directory: &Path) -> Listener {
+    listen(Source::Manifests(Manifests::new(directory, "node-a")))
+}
+
+fn write(directory: &TempDir, name: &str, content: &Value) -> PathBuf {
+    let path = directory.path().join(name);
+    fs::write(&path, content.to_string()).unwrap();
+    path
+}
+
+fn problem_of(report: &Report, path: &Path) -> String {
+    assert_eq!(report.subject, Subject::File(path.to_owned()));
+    assert_eq!(report.problems.len(), 1, "{report:?}");
+    report.problems[0].clone()
+}
+
+#[tokio::test]
+async fn an_empty_directory_is_synced_at_once() {
+    let directory = directory();
+    assert_eq!(follow(directory.path()).change().await, "synced");
+}
+
+#[tokio::test]
+async fn a_directory_that_is_not_there_is_an_error_that_names_it() {
+    for path in ["/nonexistent/manifests", "/dev/null"] {
+        let error = follow(Path::new(path)).task.await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Directory { .. }), "{error:?}");
+        assert!(error.to_string().contains(path) && error.to_string().contains("check that"), "{error}");
+    }
+}
+
+#[tokio::test]
+async fn all_kinds_of_files_and_documents_are_read() {
+    let directory = directory();
+    fs::write(
+        directory.path().join("one.yaml"),
+        "# comment\n---\napiVersion: v1\nkind: Service\nmetadata: {name: one}\nspec:\n  clusterIP: 10.96.0.1\n---\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata:\n  name: two\n  namespace: other\nspec: {clusterIP: 'fd00::2'}\n",
+    )
+    .unwrap();
+    write(&directory, "two.json", &service("three", "10.96.0.3"));
+    let json_documents = format!("{}\n{}", service("four", "10.96.0.4"), slice("four-1", "four", &["10.0.0.4"]));
+    fs::write(directory.path().join("three.json"), json_documents).unwrap();
+    let items = json!([service("five", "10.96.0.5"), { "kind": "ConfigMap", "apiVersion": "v1" }, node("node-a", "z")]);
+    write(&directory, "four.yml", &json!({ "apiVersion": "v1", "kind": "List", "items": items }));
+    // Items of typed lists may come without kind, as from the API server.
+    let mut bare = service("six", "10.96.0.6");
+    bare.as_object_mut().unwrap().retain(|key, _| key == "metadata" || key == "spec");
+    write(&directory, "five.yaml", &json!({ "apiVersion": "v1", "kind": "ServiceList", "items": [bare] }));
+    let slices = json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSliceList", "items": [slice("s", "six", &["10.0.0.6"])],
+    });
+    write(&directory, "six.yaml", &slices);
+    // Not read: other names, hidden files, directories, other nodes, other kinds of the same name.
+    write(&directory, "readme.txt", &service("txt", "10.96.0.9"));
+    write(&directory, ".hidden.yaml", &service("hidden", "10.96.0.9"));
+    fs::create_dir(directory.path().join("sub.yaml")).unwrap();
+    write(&directory, "node-b.yaml", &node("node-b", "z"));
+    let knative = json!({ "apiVersion": "serving.knative.dev/v1", "kind": "Service", "metadata": { "name": "kn" } });
+    write(&directory, "knative.yaml", &knative);
+
+    let mut listener = follow(directory.path());
+    assert_eq!(
+        listener.synced().await,
+        [
+            "five 10.96.0.5",
+            "four 10.96.0.4",
+            "four-1 of four: 10.0.0.4",
+            "node z",
+            "one 10.96.0.1",
+            "s of six: 10.0.0.6",
+            "six 10.96.0.6",
+            "three 10.96.0.3",
+            "two fd00::2",
+        ]
+    );
+    assert_eq!(listener.reports, []);
+    listener.quiet(A_WHILE).await;
+}
+
+#[tokio::test]
+async fn a_file_that_comes_changes_and_goes_is_followed() {
+    let directory = directory();
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, [""; 0]);
+    let path = write(&directory, "a.yaml", &service("a", "10.96.0.1"));
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+    write(&directory, "a.yaml", &service("a", "10.96.0.2"));
+    assert_eq!(listener.change().await, "a 10.96.0.2");
+    // As editors and package managers write: beside it, then renamed over it.
+    let beside = write(&directory, ".a.yaml.tmp", &service("a", "10.96.0.3"));
+    fs::rename(&beside, &path).unwrap();
+    assert_eq!(listener.change().await, "a 10.96.0.3");
+    // The same again is no change.
+    write(&directory, "a.yaml", &service("a", "10.96.0.3"));
+    listener.quiet(A_WHILE).await;
+    fs::rename(&path, directory.path().join("b.yaml")).unwrap();
+    listener.quiet(A_WHILE).await;
+    fs::remove_file(directory.path().join("b.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-a");
+}
+
+#[tokio::test]
+async fn what_happens_at_once_is_said_at_once_with_what_goes_first() {
+    let directory = directory();
+    write(&directory, "old.yaml", &service("old", "10.96.0.1"));
+    let mut listener = follow(directory.path());
+    listener.synced().await;
+    write(&directory, "a.yaml", &service("a", "10.96.0.1"));
+    fs::remove_file(directory.path().join("old.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-old");
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+}
+
+#[tokio::test]
+async fn a_file_that_does_not_parse_keeps_what_it_said_and_is_reported_once() {
+    let directory = directory();
+    let path = write(&directory, "a.yaml", &service("a", "10.96.0.1"));
+    let mut listener = follow(directory.path());
+    listener.synced().await;
+    for broken in ["{ not yaml: [", "{ not yaml: ["] {
+        fs::write(&path, broken).unwrap();
+        tokio::time::sleep(A_WHILE).await;
+    }
+    let problem = problem_of(&listener.report().await, &path);
+    assert!(problem.contains("does not parse") && problem.contains("what it said before stays"), "{problem}");
+    assert!(!problem.contains('\n'), "{problem}");
+    // Neither the objects nor a second report.
+    listener.quiet(A_WHILE).await;
+    write(&directory, "a.yaml", &service("a", "10.96.0.2"));
+    assert_eq!(listener.change().await, "a 10.96.0.2");
+    assert_eq!(listener.report().await, Report { subject: Subject::File(path.clone()), problems: vec![] });
+    // A broken file that is removed takes its objects away all the same.
+    fs::write(&path, "{").unwrap();
+    problem_of(&listener.report().await, &path);
+    fs::remove_file(&path).unwrap();
+    assert_eq!(listener.change().await, "-a");
+    assert_eq!(listener.report().await.problems, [""; 0]);
+}
+
+#[tokio::test]
+async fn a_file_that_does_not_parse_at_the_start_does_not_hold_up_the_others() {
+    let directory = directory();
+    let broken = directory.path().join("a.json");
+    fs::write(&broken, r#"{"kind": "Service""#).unwrap();
+    write(&directory, "b.yaml", &service("b", "10.96.0.1"));
+    let source = Source::Manifests(Manifests::new(directory.path(), "node-a"));
+    let counters = source.counters();
+    let mut listener = listen(source);
+    assert_eq!(listener.synced().await, ["b 10.96.0.1"]);
+    problem_of(&listener.reports[0], &broken);
+    assert_eq!((counters.errors(), counters.lists(), counters.changes()), (1, 1, 2));
+}
+
+#[tokio::test]
+async fn parts_that_make_no_sense_are_reported_and_the_rest_is_served() {
+    let directory = directory();
+    let mut odd = service("odd", "10.96.0.1");
+    odd["spec"]["ports"] = json!([{ "port": "x" }, { "port": 443 }]);
+    let path = directory.path().join("a.yaml");
+    fs::write(&path, format!("{odd}\n---\n[1]\n---\n{{\"kind\": \"Service\", \"apiVersion\": \"v1\"}}\n---\na: b"))
+        .unwrap();
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, ["odd 10.96.0.1"]);
+    assert_eq!(listener.reports.len(), 2, "{:?}", listener.reports);
+    assert!(of_service(&listener.reports[0], "odd"));
+    assert!(listener.reports[0].problems[0].contains("spec.ports[0].port"), "{:?}", listener.reports);
+    let file = &listener.reports[1].problems;
+    assert_eq!(file.len(), 3, "{file:?}");
+    assert!(file[0].contains("document 2 is no object") && file[1].contains("document 3: has no metadata.name"));
+    assert!(file[2].contains("document 4 has no apiVersion or no kind"), "{file:?}");
+    listener.reports.clear();
+    // An object that becomes broken as a whole stays as it was.
+    odd["spec"]["clusterIP"] = json!("nonsense");
+    fs::write(&path, odd.to_string()).unwrap();
+    assert!(listener.report().await.problems.iter().any(|problem| problem.contains("stays as it was")));
+    assert_eq!(listener.report().await, Report { subject: Subject::File(path), problems: vec![] });
+    listener.quiet(A_WHILE).await;
+}
+
+#[tokio::test]
+async fn an_object_that_a_proxy_no_longer_serves_is_gone() {
+    let directory = directory();
+    let (web, its_slice) = (service("web", "10.96.0.1"), slice("web-1", "web", &["10.0.0.1"]));
+    write(&directory, "service.yaml", &web);
+    write(&directory, "slice.yaml", &its_slice);
+    write(&directory, "node.yaml", &node("node-a", "z"));
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await.len(), 3);
+    write(&directory, "service.yaml", &service("web", "None"));
+    assert_eq!(listener.change().await, "-web");
+    write(&directory, "service.yaml", &web);
+    assert_eq!(listener.change().await, "web 10.96.0.1");
+    write(&directory, "service.yaml", &labelled(web, "service.kubernetes.io/service-proxy-name", ""));
+    assert_eq!(listener.change().await, "-web");
+    write(&directory, "slice.yaml", &labelled(its_slice.clone(), "service.kubernetes.io/headless", ""));
+    assert_eq!(listener.change().await, "-slice web-1");
+    write(&directory, "slice.yaml", &labelled(its_slice.clone(), "kubernetes.io/service-name", "other"));
+    assert_eq!(listener.change().await, "web-1 of other: 10.0.0.1");
+    write(&directory, "slice.yaml", &labelled(its_slice, "kubernetes.io/service-name", ""));
+    assert_eq!(listener.change().await, "-slice web-1");
+    fs::remove_file(directory.path().join("node.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-node");
+}
+
+#[tokio::test]
+async fn of_two_files_with_one_object_the_first_wins_until_it_goes() {
+    let directory = directory();
+    let first = write(&directory, "a.yaml", &service("web", "10.96.0.1"));
+    let second = write(&directory, "b.yaml", &service("web", "10.96.0.2"));
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, ["web 10.96.0.1"]);
+    let report = listener.report().await;
+    let problem = problem_of(&report, &second);
+    assert!(problem.contains("Service default/web") && problem.contains("a.yaml"), "{problem}");
+    // What the second says does not matter, until the first is gone.
+    write(&directory, "b.yaml", &service("web", "10.96.0.3"));
+    listener.quiet(A_WHILE).await;
+    fs::remove_file(&first).unwrap();
+    assert_eq!(listener.change().await, "web 10.96.0.3");
+    assert_eq!(listener.report().await, Report { subject: Subject::File(second), problems: vec![] });
+    // A file that sorts before takes over.
+    write(&directory, "0.yaml", &service("web", "10.96.0.4"));
+    assert_eq!(listener.change().await, "web 10.96.0.4");
+    // Twice in one file: the first.
+    let twice =
+        json!({ "apiVersion": "v1", "kind": "List", "items": [service("x", "10.96.1.1"), service("x", "10.96.1.2")] });
+    let path = write(&directory, "x.yaml", &twice);
+    assert_eq!(listener.change().await, "x 10.96.1.1");
+    listener.reports.retain(|report| report.subject == Subject::File(path.clone()));
+    assert!(problem_of(&listener.report().await, &path).contains("more than once"));
+}
+
+#[tokio::test]
+async fn a_config_map_that_is_swapped_is_read_anew() {
+    // As the kubelet mounts one: names link to ..data, which links to a directory of one version.
+    let directory = directory();
+    let version = |name: &str, files: &[(&str, Value)]| {
+        let path = directory.path().join(name);
+        fs::create_dir(&path).unwrap();
+        for (file, content) in files {
+            fs::write(path.join(file), content.to_string()).unwrap();
+        }
+    };
+    let swap = |name: &str| {
+        symlink(name, directory.path().join("..data_tmp")).unwrap();
+        fs::rename(directory.path().join("..data_tmp"), directory.path().join("..data")).unwrap();
+    };
+    version("..v1", &[("a.yaml", service("a", "10.96.0.1")), ("b.yaml", service("b", "10.96.0.2"))]);
+    swap("..v1");
+    symlink("..data/a.yaml", directory.path().join("a.yaml")).unwrap();
+    symlink("..data/b.yaml", directory.path().join("b.yaml")).unwrap();
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, ["a 10.96.0.1", "b 10.96.0.2"]);
+
+    version("..v2", &[("a.yaml", service("a", "10.96.0.3")), ("c.yaml", service("c", "10.96.0.4"))]);
+    swap("..v2");
+    symlink("..data/c.yaml", directory.path().join("c.yaml")).unwrap();
+    fs::remove_file(directory.path().join("b.yaml")).unwrap();
+    assert_eq!(listener.changes(3).await, ["-b", "a 10.96.0.3", "c 10.96.0.4"]);
+}
+
+#[tokio::test]
+async fn a_link_to_nothing_keeps_what_was_said_and_is_reported() {
+    let outside = directory();
+    let target = write(&outside, "target", &service("a", "10.96.0.1"));
+    let directory = directory();
+    let link = directory.path().join("a.yaml");
+    let mut listener = follow(directory.path());
+    listener.synced().await;
+    symlink(&target, &link).unwrap();
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+    symlink("/nonexistent", directory.path().join("new")).unwrap();
+    fs::rename(directory.path().join("new"), &link).unwrap();
+    assert!(problem_of(&listener.report().await, &link).contains("link to a file that does not exist"));
+    listener.quiet(A_WHILE).await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_still_being_written_is_read_when_it_is_closed() {
+    use std::io::Write as _;
+    let directory = directory();
+    let mut listener = follow(directory.path());
+    listener.synced().await;
+    let text = service("a", "10.96.0.1").to_string();
+    let mut file = fs::File::create(directory.path().join("a.yaml")).unwrap();
+    file.write_all(&text.as_bytes()[..20]).unwrap();
+    listener.quiet(A_WHILE).await;
+    file.write_all(&text.as_bytes()[20..]).unwrap();
+    drop(file);
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+    assert_eq!(listener.reports, []);
+}
+
+#[tokio::test]
+async fn a_directory_that_vanishes_keeps_what_it_said_until_it_is_back() {
+    let parent = directory();
+    let path = parent.path().join("manifests");
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("a.yaml"), service("a", "10.96.0.1").to_string()).unwrap();
+    let mut listener = follow(&path);
+    listener.synced().await;
+    fs::rename(&path, parent.path().join("elsewhere")).unwrap();
+    assert!(problem_of(&listener.report().await, &path).contains("cannot be read"));
+    listener.quiet(A_WHILE).await;
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("b.yaml"), service("b", "10.96.0.2").to_string()).unwrap();
+    assert_eq!(listener.report().await, Report { subject: Subject::File(path.clone()), problems: vec![] });
+    assert_eq!(listener.changes(2).await, ["-a", "b 10.96.0.2"]);
+    // And is followed again, the new one only.
+    fs::write(parent.path().join("elsewhere").join("c.yaml"), service("c", "10.96.0.3").to_string()).unwrap();
+    listener.quiet(A_WHILE).await;
+    fs::write(path.join("d.yaml"), service("d", "10.96.0.4").to_string()).unwrap();
+    assert_eq!(listener.change().await, "d 10.96.0.4");
+    // Also if it was never missed.
+    fs::rename(&path, parent.path().join("elsewhere as well")).unwrap();
+    fs::create_dir(&path).unwrap();
+    assert_eq!(listener.changes(2).await, ["-b", "-d"]);
+    fs::write(path.join("e.yaml"), service("e", "10.96.0.5").to_string()).unwrap();
+    assert_eq!(listener.change().await, "e 10.96.0.5");
+}
+
+#[tokio::test]
+async fn the_run_ends_when_nobody_listens() {
+    let directory = directory();
+    let listener = follow(directory.path());
+    let task = listener.task;
+    drop(listener.reports);
+    drop(task);
+    let mut calls = 0;
+    let source = Manifests::new(directory.path(), "node-a");
+    let run = source.run(|_| {
+        calls += 1;
+        std::ops::ControlFlow::Break(())
+    });
+    run.await.unwrap();
+    assert_eq!(calls, 1);
+}
+
+#[tokio::test]
+async fn a_file_without_permission_is_read_once_it_has_it() {
+    let directory = directory();
+    let path = write(&directory, "a.yaml", &service("a", "10.96.0.1"));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();
+    let mut listener = follow(directory.path());
+    if fs::read(&path).is_ok() {
+        // This user may read anything.
+        assert_eq!(listener.synced().await, ["a 10.96.0.1"]);
+        return;
+    }
+    assert_eq!(listener.synced().await, [""; 0]);
+    assert!(problem_of(&listener.report().await, &path).contains("check its permissions"));
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+}

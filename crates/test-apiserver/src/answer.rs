@@ -1,0 +1,256 @@
+//! Answering requests.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
+use http::{Method, Request, Response, header};
+use http_body_util::combinators::BoxBody;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::Frame;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+use crate::store::{Change, Selector, served};
+use crate::{Asked, Fault, Gone, Server, Streaming, Verb, status};
+
+/// The body of an answer.
+pub type Body = BoxBody<Bytes, io::Error>;
+
+/// An open watch.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    resource: &'static str,
+    wanted: Selector,
+    bookmarks: bool,
+    silent: bool,
+    send: mpsc::UnboundedSender<io::Result<Bytes>>,
+}
+
+impl Watch {
+    /// Whether anybody listens.
+    pub(crate) fn open(&self) -> bool {
+        !self.send.is_closed()
+    }
+
+    pub(crate) fn silence(&mut self) {
+        self.silent = true;
+    }
+
+    pub(crate) fn fail(self) {
+        let _ = self.send.send(Err(io::Error::other("the connection broke")));
+    }
+
+    pub(crate) fn event(&self, kind: &str, object: &Value) {
+        if !self.silent {
+            // In the order of the real one: readers may decode as it comes.
+            let _ = self.send.send(Ok(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into()));
+        }
+    }
+
+    pub(crate) fn bookmark(&self, version: u64, ends_list: bool) {
+        if self.bookmarks
+            && let Some((_, kind, api)) = served(self.resource)
+        {
+            let mut object =
+                json!({ "apiVersion": api, "kind": kind, "metadata": { "resourceVersion": version.to_string() } });
+            if ends_list {
+                object["metadata"]["annotations"] = json!({ "k8s.io/initial-events-end": "true" });
+            }
+            self.event("BOOKMARK", &object);
+        }
+    }
+
+    /// An object that comes to match the selector is added, one that ceases to is deleted.
+    pub(crate) fn change(&self, change: &Change) {
+        if change.resource != self.resource {
+            return;
+        }
+        let matching = |object: &Option<Value>| object.clone().filter(|object| self.wanted.matches(object));
+        match (matching(&change.before), matching(&change.after)) {
+            (None, Some(after)) => self.event("ADDED", &after),
+            (Some(_), Some(after)) => self.event("MODIFIED", &after),
+            (Some(mut before), None) => {
+                before["metadata"]["resourceVersion"] = json!(change.version.to_string());
+                self.event("DELETED", &before);
+            }
+            (None, None) => {}
+        }
+    }
+}
+
+impl Server {
+    /// The server as a service: for `kube::Client::new`.
+    pub fn service<B>(
+        &self,
+    ) -> impl tower::Service<Request<B>, Response = Response<Body>, Error = io::Error, Future: Send> + Clone + Send + use<B>
+    where
+        B: Send + 'static,
+    {
+        let server = self.clone();
+        tower::service_fn(move |request| server.clone().answer(request))
+    }
+
+    pub(crate) async fn answer<B: Send>(self, request: Request<B>) -> io::Result<Response<Body>> {
+        let resource = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+        let query = Query::new(request.uri().query().unwrap_or_default());
+        let verb = match (request.method() == Method::GET, query.get("watch"), query.get("sendInitialEvents")) {
+            (false, _, _) => Verb::Post,
+            (_, Some("true"), Some("true")) => Verb::StreamingList,
+            (_, Some("true"), _) => Verb::Watch,
+            _ => Verb::List,
+        };
+        let asked = Asked { resource: resource.clone(), verb, query: query.text() };
+        let fault = {
+            let mut state = self.state();
+            state.asked.push(asked);
+            state.fault.clone()
+        };
+        match fault {
+            Some(Fault::Refuse) => return Err(io::ErrorKind::ConnectionRefused.into()),
+            Some(Fault::Silence) => return std::future::pending().await,
+            Some(Fault::Stall) => {
+                let start = stream::once(async { Ok(Bytes::from_static(b" ")) });
+                return respond(200, "application/json", stream_body(start.chain(stream::pending())));
+            }
+            Some(Fault::Answer { resource: only, status, content_type, body })
+                if only.as_ref().is_none_or(|only| *only == resource) =>
+            {
+                return answer(status, content_type, body);
+            }
+            Some(Fault::Answer { .. }) | None => {}
+        }
+        if verb == Verb::Post {
+            return json_answer(201, &json!({}));
+        }
+        let Some(served) = served(&resource) else {
+            return json_answer(404, &status(404, "NotFound", "the server could not find the requested resource"));
+        };
+        if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) }
+    }
+
+    fn list(&self, (resource, kind, api): (&str, &str, &str), query: &Query) -> io::Result<Response<Body>> {
+        let state = self.state();
+        let limit = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(0);
+        let Some(page) = state.store.page(resource, &query.selector(), limit, query.get("continue")) else {
+            return json_answer(410, &status(410, "Expired", "The provided continue parameter is too old"));
+        };
+        let mut metadata = json!({ "resourceVersion": state.store.version().to_string() });
+        if let Some(next) = page.next {
+            metadata["continue"] = json!(next);
+        }
+        let kind = format!("{kind}List");
+        json_answer(200, &json!({ "apiVersion": api, "kind": kind, "metadata": metadata, "items": page.items }))
+    }
+
+    fn watch(&self, resource: &'static str, verb: Verb, query: &Query) -> io::Result<Response<Body>> {
+        let mut state = self.state();
+        if let (Streaming::Refused(code), Verb::StreamingList) = (state.streaming, verb) {
+            let message = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
+            return json_answer(code, &status(code, "Invalid", message));
+        }
+        let (send, mut receive) = mpsc::unbounded_channel();
+        let bookmarks = query.get("allowWatchBookmarks") == Some("true");
+        let watch = Watch { resource, wanted: query.selector(), bookmarks, silent: false, send };
+        let from = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
+        if from == 0 {
+            for object in state.store.page(resource, &watch.wanted, 0, None).into_iter().flat_map(|page| page.items) {
+                watch.event("ADDED", &object);
+            }
+            if verb == Verb::StreamingList && state.streaming == Streaming::Yes {
+                watch.bookmark(state.store.version(), true);
+            }
+            state.watches.push(watch);
+        } else if state.store.since(from, |change| watch.change(change)) {
+            state.watches.push(watch);
+        } else {
+            let expired = status(410, "Expired", "too old resource version");
+            match state.gone {
+                Gone::Status => return json_answer(410, &expired),
+                Gone::Event => watch.event("ERROR", &expired),
+            }
+        }
+        // The server ends each watch after the time it is asked for; a silent one has no server any more.
+        let seconds = query.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok()).unwrap_or(3600);
+        let mut end = Some(Box::pin(tokio::time::sleep(Duration::from_secs(seconds))));
+        let server = self.clone();
+        let events = stream::poll_fn(move |context| {
+            if let std::task::Poll::Ready(event) = receive.poll_recv(context) {
+                return std::task::Poll::Ready(event);
+            }
+            let over = end.as_mut().is_some_and(|end| Pin::as_mut(end).poll(context).is_ready());
+            if over {
+                end = None;
+                if !matches!(server.state().fault, Some(Fault::Silence)) {
+                    return std::task::Poll::Ready(None);
+                }
+            }
+            std::task::Poll::Pending
+        });
+        respond(200, "application/json", stream_body(events))
+    }
+}
+
+fn stream_body(events: impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static) -> Body {
+    BodyExt::boxed(StreamBody::new(events.map_ok(Frame::data)))
+}
+
+fn json_answer(status: u16, body: &Value) -> io::Result<Response<Body>> {
+    answer(status, "application/json", body.to_string())
+}
+
+fn answer(status: u16, content_type: &str, body: String) -> io::Result<Response<Body>> {
+    let body = Full::new(Bytes::from(body)).map_err(|never: Infallible| match never {});
+    respond(status, content_type, body.boxed())
+}
+
+fn respond(status: u16, content_type: &str, body: Body) -> io::Result<Response<Body>> {
+    let response = Response::builder().status(status).header(header::CONTENT_TYPE, content_type).body(body);
+    response.map_err(io::Error::other)
+}
+
+/// A query string, decoded.
+struct Query(Vec<(String, String)>);
+
+impl Query {
+    fn new(query: &str) -> Self {
+        let pairs = query.split('&').filter(|pair| !pair.is_empty());
+        Self(
+            pairs.map(|pair| pair.split_once('=').unwrap_or((pair, ""))).map(|(k, v)| (decode(k), decode(v))).collect(),
+        )
+    }
+
+    fn get(&self, key: &str) -> Option<&str> {
+        self.0.iter().find(|pair| pair.0 == key).map(|pair| pair.1.as_str())
+    }
+
+    fn selector(&self) -> Selector {
+        let text = |key| self.get(key).unwrap_or_default().to_owned();
+        Selector { labels: text("labelSelector"), fields: text("fieldSelector") }
+    }
+
+    fn text(&self) -> String {
+        self.0.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join("&")
+    }
+}
+
+/// Percent-decoding, with `+` for a space.
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'%' => {
+                let digits: Vec<u8> = rest.by_ref().take(2).collect();
+                let digits = std::str::from_utf8(&digits).unwrap_or_default();
+                u8::from_str_radix(digits, 16).unwrap_or(b'?')
+            }
+            b'+' => b' ',
+            byte => byte,
+        });
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}

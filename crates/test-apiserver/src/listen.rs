@@ -1,0 +1,43 @@
+//! The server over HTTP on 127.0.0.1.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr};
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+
+use crate::Server;
+
+impl Server {
+    /// Listens on a free port of 127.0.0.1, on the runtime this is called on, until that ends.
+    pub async fn listen(&self) -> io::Result<SocketAddr> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let address = listener.local_addr()?;
+        tokio::spawn(self.clone().accept(listener));
+        Ok(address)
+    }
+
+    /// Listens on a free port of 127.0.0.1, on a thread of its own, until the process ends: for tests without a
+    /// runtime.
+    pub fn listen_in_thread(&self) -> io::Result<SocketAddr> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let address = runtime.block_on(self.listen())?;
+        std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));
+        Ok(address)
+    }
+
+    async fn accept(self, listener: TcpListener) {
+        while let Ok((connection, _)) = listener.accept().await {
+            let server = self.clone();
+            tokio::spawn(async move {
+                let service = service_fn(move |request| server.clone().answer(request));
+                let mut builder = http1::Builder::new();
+                builder.timer(TokioTimer::new());
+                // A connection that ends is the client's or a fault's business.
+                let _ = builder.serve_connection(TokioIo::new(connection), service).await;
+            });
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! Objects, their history, and selectors.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Value, json};
+
+use crate::wrong;
+
+/// The plural name, the kind and the apiVersion of what is served.
+const SERVED: [(&str, &str, &str); 3] = [
+    ("services", "Service", "v1"),
+    ("endpointslices", "EndpointSlice", "discovery.k8s.io/v1"),
+    ("nodes", "Node", "v1"),
+];
+
+/// Resource, namespace and name.
+type Key = (&'static str, String, String);
+
+#[derive(Debug, Default)]
+pub(crate) struct Store {
+    objects: BTreeMap<Key, Value>,
+    history: Vec<Change>,
+    version: u64,
+    compacted: u64,
+}
+
+/// A change of one object.
+#[derive(Clone, Debug)]
+pub(crate) struct Change {
+    pub(crate) version: u64,
+    pub(crate) resource: &'static str,
+    pub(crate) before: Option<Value>,
+    pub(crate) after: Option<Value>,
+}
+
+/// A page of a list.
+pub(crate) struct Page {
+    pub(crate) items: Vec<Value>,
+    pub(crate) next: Option<String>,
+}
+
+impl Store {
+    pub(crate) fn version(&self) -> u64 {
+        self.version
+    }
+
+    pub(crate) fn apply(&mut self, mut object: Value) -> Change {
+        let kind = object["kind"].as_str().unwrap_or_default();
+        let Some(&(resource, _, _)) = SERVED.iter().find(|(_, served, _)| *served == kind) else {
+            wrong(&format!("kind {kind:?} is not served"));
+        };
+        let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().to_owned();
+        let key = (resource, text("namespace"), text("name"));
+        if key.2.is_empty() {
+            wrong("an object without metadata.name");
+        }
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        let before = self.objects.insert(key, object.clone());
+        self.record(resource, before, Some(object))
+    }
+
+    pub(crate) fn delete(&mut self, kind: &str, namespace: &str, name: &str) -> Change {
+        let resource = SERVED.iter().find(|(_, served, _)| *served == kind).map_or("", |served| served.0);
+        let Some(mut before) = self.objects.remove(&(resource, namespace.to_owned(), name.to_owned())) else {
+            wrong(&format!("there is no {kind} {namespace}/{name} to delete"));
+        };
+        self.version += 1;
+        before["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.record(resource, Some(before), None)
+    }
+
+    fn record(&mut self, resource: &'static str, before: Option<Value>, after: Option<Value>) -> Change {
+        let change = Change { version: self.version, resource, before, after };
+        self.history.push(change.clone());
+        change
+    }
+
+    pub(crate) fn compact(&mut self) {
+        self.history.clear();
+        self.compacted = self.version;
+    }
+
+    /// Tells the changes after `version`; `false` if they are not known any more.
+    pub(crate) fn since(&self, version: u64, tell: impl FnMut(&Change)) -> bool {
+        let known = version >= self.compacted;
+        if known {
+            self.history.iter().filter(|change| change.version > version).for_each(tell);
+        }
+        known
+    }
+
+    /// Up to `limit` objects, going on after `token`; `None` if the token is too old.
+    pub(crate) fn page(&self, resource: &str, wanted: &Selector, limit: usize, token: Option<&str>) -> Option<Page> {
+        let after = match token.and_then(|token| token.split_once('~')) {
+            Some((version, _)) if version.parse().is_ok_and(|version: u64| version < self.compacted) => return None,
+            Some((_, after)) => Some(after),
+            None => None,
+        };
+        let place = |key: &Key| format!("{}/{}", key.1, key.2);
+        let mut matching = self
+            .objects
+            .iter()
+            .filter(|(key, object)| key.0 == resource && wanted.matches(object))
+            .filter(|(key, _)| after.is_none_or(|after| place(key).as_str() > after))
+            .peekable();
+        let mut items = Vec::new();
+        let mut last = String::new();
+        while let Some((key, object)) = matching.next_if(|_| limit == 0 || items.len() < limit) {
+            last = place(key);
+            items.push(object.clone());
+        }
+        let next = matching.peek().map(|_| format!("{}~{last}", self.version));
+        Some(Page { items, next })
+    }
+}
+
+/// The plural name for a path's last part, with its kind and apiVersion.
+pub(crate) fn served(resource: &str) -> Option<(&'static str, &'static str, &'static str)> {
+    SERVED.iter().find(|served| served.0 == resource).copied()
+}
+
+/// Label and field selectors: `key`, `!key`, `key=value`, `key!=value`, with commas between.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Selector {
+    pub(crate) labels: String,
+    pub(crate) fields: String,
+}
+
+impl Selector {
+    pub(crate) fn matches(&self, object: &Value) -> bool {
+        let label = |key: &str| object["metadata"]["labels"][key].as_str();
+        let field = |path: &str| path.split('.').fold(object, |value, part| &value[part]).as_str();
+        self.labels.split(',').all(|term| holds(term, label)) && self.fields.split(',').all(|term| holds(term, field))
+    }
+}
+
+fn holds<'a>(term: &str, value: impl Fn(&str) -> Option<&'a str>) -> bool {
+    if let Some((key, wanted)) = term.split_once("!=") {
+        value(key) != Some(wanted)
+    } else if let Some((key, wanted)) = term.split_once('=') {
+        value(key) == Some(wanted.trim_start_matches('='))
+    } else if let Some(key) = term.strip_prefix('!') {
+        value(key).is_none()
+    } else {
+        term.is_empty() || value(term).is_some()
+    }
+}

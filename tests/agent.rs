@@ -1,0 +1,299 @@
+//! The agent as a process on a real kernel: what it does with manifests, with what is wrong, and when it is stopped.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::time::Duration;
+
+use common::{Agent, Manifests, addresses, ipvs, run, service, slice};
+use lab::netns::isolate;
+
+const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
+const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
+const WEB_2: &str = "-a -t 10.96.0.10:80 -r 10.0.0.2:8080 -m -w 1";
+
+/// The Service `web` with two endpoints.
+fn web() -> Manifests {
+    let manifests = Manifests::new();
+    manifests.write("service.yaml", &service("web", "10.96.0.10"));
+    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+    manifests
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn manifests_become_virtual_servers_and_follow_changes() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    assert_eq!(addresses(), ["10.96.0.10/32"]);
+    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1"]));
+    agent.has(&[WEB, WEB_1]);
+    manifests.remove("service.yaml");
+    agent.has(&[]);
+    agent.until("unbind the VIP", |_| addresses().is_empty());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn once_syncs_and_exits() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&["--once"]);
+    assert!(agent.ends().success());
+    assert_eq!(ipvs().len(), 3);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_restart_with_nothing_changed_writes_nothing() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&["--ipvs-udp-timeout=33s"]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.kill();
+    // Every message the agent sends is in the trace; a write is one that is neither a dump nor a look-up.
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace");
+    let mut again = Agent::start_command(
+        Command::new("strace")
+            .args(["-f", "-xx", "-e", "trace=sendto", "-o"])
+            .arg(&trace)
+            .arg(env!("CARGO_BIN_EXE_kube-ipvs"))
+            .args(["--hostname-override=node-a", "--once", "--ipvs-udp-timeout=33s"])
+            .arg(format!("--manifests={}", manifests.path().display())),
+    );
+    assert!(again.ends().success());
+    let trace = std::fs::read_to_string(trace).unwrap();
+    let sent: Vec<&str> = trace.lines().filter(|line| line.contains("nlmsg_type=")).collect();
+    assert!(sent.len() > 5, "the trace shows what was sent:\n{trace}");
+    let writes: Vec<&&str> = sent.iter().filter(|message| !is_read(message)).collect();
+    assert!(writes.is_empty(), "{writes:#?}");
+    assert!(!again.log().contains("audited"), "{}", again.log());
+}
+
+/// Whether a message in a trace of strace only reads: the look-up of the family, IPVS's `GET_SERVICE`, `GET_DEST`,
+/// `GET_CONFIG` and `GET_INFO`, or rtnetlink's `RTM_GETLINK` and `RTM_GETADDR`.
+fn is_read(message: &str) -> bool {
+    let is_get_link_or_address = ["nlmsg_type=0x12 ", "nlmsg_type=0x16 "].iter().any(|kind| message.contains(kind));
+    let payload = message.split("}, \"").nth(1).unwrap_or_default();
+    let reads =
+        [r"\x03\x02\x00\x00", r"\x04\x01\x00\x00", r"\x08\x01\x00\x00", r"\x0d\x01\x00\x00", r"\x0f\x01\x00\x00"];
+    is_get_link_or_address || reads.iter().any(|command| payload.starts_with(command))
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_open_connection_survives_removal_and_restart_and_the_real_server_goes_when_it_ends() {
+    isolate().unwrap();
+    run("ip address add 10.0.0.1/32 dev lo && ip address add 10.0.0.2/32 dev lo");
+    let listener = TcpListener::bind("0.0.0.0:8080").unwrap();
+    let manifests = web();
+    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1"]));
+    let mut agent = manifests.agent(&["--ipvs-tcpfin-timeout=1s"]);
+    agent.has(&[WEB, WEB_1]);
+    let mut client = TcpStream::connect("10.96.0.10:80").unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    let mut exchange = |text: &[u8; 4]| {
+        client.write_all(text).unwrap();
+        let mut read = [0; 4];
+        server.read_exact(&mut read).unwrap();
+        assert_eq!(&read, text);
+    };
+    exchange(b"one.");
+
+    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.2"]));
+    let drained = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 0";
+    agent.has(&[WEB, WEB_2, drained]);
+    exchange(b"two.");
+    agent.kill();
+    let mut agent = manifests.agent(&["--ipvs-tcpfin-timeout=1s", "--ipvs-sync-period=1s"]);
+    agent.says("taking Services");
+    std::thread::sleep(Duration::from_millis(1500));
+    agent.has(&[WEB, WEB_2, drained]);
+    exchange(b"tri.");
+
+    // A reset: after an orderly end IPVS keeps the connection for two minutes more (TIME_WAIT).
+    rustix::net::sockopt::set_socket_linger(&client, Some(Duration::ZERO)).unwrap();
+    drop(client);
+    agent.has(&[WEB, WEB_2]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn sigterm_leaves_the_kernel_as_it_is_and_says_so() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.terminate();
+    assert!(agent.ends().success());
+    assert!(agent.log().contains("SIGTERM: stopping; virtual servers and addresses stay as they are"));
+    assert_eq!(ipvs().len(), 3);
+    assert_eq!(addresses(), ["10.96.0.10/32"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_file_that_no_longer_parses_keeps_its_last_good_content_and_is_named() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    manifests.write("slice.yaml", "endpoints: [: nonsense");
+    agent.says("slice.yaml");
+    manifests.write("other.yaml", &service("other", "10.96.0.11"));
+    agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn bad_objects_are_named_and_harm_no_other() {
+    isolate().unwrap();
+    let manifests = web();
+    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1", "not-an-address", "224.0.0.7", "10.0.0.2"]));
+    let zero = service("zero", "10.96.0.11").replace("port: 80", "port: 0");
+    manifests.write("zero.yaml", &zero);
+    manifests.write("clash-1.yaml", &service("clash-a", "10.96.0.12"));
+    manifests.write("clash-2.yaml", &service("clash-b", "10.96.0.12"));
+    manifests.write("last.yaml", &service("last", "10.96.0.13"));
+    let mut agent = manifests.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.12:80 -s rr", "-A -t 10.96.0.13:80 -s rr"]);
+    agent.says("EndpointSlice default/web-1").says("not-an-address");
+    agent.says("Service default/zero");
+    agent.says("default/clash-b").says("default/clash-a keeps it");
+    // The kernel's own no, with the Service and the real server it is about.
+    agent.says("cannot add real server 224.0.0.7:8080 of TCP 10.96.0.10:80").says("default/web");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_scheduler_the_kernel_lacks_stops_the_start_and_loses_nothing() {
+    isolate().unwrap();
+    let manifests = web();
+    manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    let mut agent = manifests.agent(&["--ipvs-scheduler=nosuch"]);
+    assert!(!agent.ends().success());
+    assert!(agent.log().contains("modprobe ip_vs_nosuch"), "{}", agent.log());
+    assert_eq!(ipvs().len(), 3);
+    assert_eq!(addresses(), ["10.96.0.10/32"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn without_cap_net_admin_the_start_fails_with_what_is_missing() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = Agent::start_command(
+        Command::new("setpriv")
+            .args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"])
+            .arg(env!("CARGO_BIN_EXE_kube-ipvs"))
+            .arg(format!("--manifests={}", manifests.path().display())),
+    );
+    assert!(!agent.ends().success());
+    assert!(agent.log().contains("CAP_NET_ADMIN"), "{}", agent.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_foreign_interface_in_the_place_of_ours_stops_the_start() {
+    isolate().unwrap();
+    run("ip link add kube-ipvs0 type veth peer name other");
+    let manifests = web();
+    let mut agent = manifests.agent(&[]);
+    assert!(!agent.ends().success());
+    assert!(agent.log().contains("kube-ipvs0 is no dummy device"), "{}", agent.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn addresses_of_the_node_are_followed_at_once() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    let manifests = Manifests::new();
+    let web = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
+    manifests.write("service.yaml", &web);
+    // With this period only notifications can be as quick as the test asks for.
+    let mut agent = manifests.agent(&["--ipvs-sync-period=10m", "--nodeport-addresses=192.168.0.0/16"]);
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
+    run("ip address add 192.168.1.2/24 dev eth0");
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.2:30080 -s rr"]);
+    run("ip address del 192.168.1.1/24 dev eth0");
+    agent.has(&[WEB]);
+    run("ip address add 192.168.1.2/24 dev eth0");
+    agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
+    run("ip link del kube-ipvs0");
+    agent.until("bring back the device", |_| {
+        Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap().status.success()
+            && addresses() == ["10.96.0.10/32"]
+    });
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn every_scheduler_can_be_chosen() {
+    isolate().unwrap();
+    let manifests = web();
+    for scheduler in ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos"] {
+        let flags = if scheduler == "mh" { " -b mh-port" } else { "" };
+        let mut agent = manifests.agent(&[&format!("--ipvs-scheduler={scheduler}")]);
+        agent.has(&[&format!("-A -t 10.96.0.10:80 -s {scheduler}{flags}"), WEB_1, WEB_2]);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn timeouts_are_set_and_those_of_0_stay() {
+    isolate().unwrap();
+    run("ipvsadm --set 800 100 200");
+    let manifests = web();
+    let mut agent = manifests.agent(&["--once", "--ipvs-tcp-timeout=90500ms", "--ipvs-udp-timeout=900ms"]);
+    assert!(agent.ends().success());
+    assert!(run("ipvsadm -Ln --timeout").contains("90 100 200"));
+}
+
+#[test]
+fn a_kernel_without_ipvs_is_named_with_the_remedy() {
+    if std::path::Path::new("/proc/net/ip_vs").exists() {
+        return; // This kernel has it; the guest of the lab and most servers do.
+    }
+    let manifests = web();
+    let mut agent = manifests.agent(&["--once"]);
+    if agent.ends().success() {
+        return; // The kernel had it as a module, and has loaded it.
+    }
+    let log = agent.log();
+    assert!(log.contains("modprobe ip_vs") || log.contains("CAP_NET_ADMIN"), "{log}");
+}
+
+#[test]
+fn a_kubeconfig_that_cannot_be_used_is_named() {
+    for path in ["/nonexistent/kubeconfig", "/proc/version"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"))
+            .args(["--kubeconfig", path])
+            .env("NO_COLOR", "1")
+            .output()
+            .unwrap();
+        let log = String::from_utf8_lossy(&output.stderr);
+        // On a kernel without IPVS the pre-flight speaks first; in the lab another test hears the kubeconfig's error.
+        assert!(log.contains(path) || log.contains("IPVS") || log.contains("CAP_NET_ADMIN"), "{log}");
+        assert!(!output.status.success());
+    }
+}
+
+#[test]
+fn wrong_flags_end_with_status_1_and_the_reason() {
+    for (flag, reason) in [
+        ("--proxy-mode=iptables", "run kube-proxy"),
+        ("--ipvs-sync-period=never", "no duration"),
+        ("--no-such-flag", "unexpected argument"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_kube-ipvs")).arg(flag).output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(reason), "{flag}: {text}");
+        assert_eq!(output.status.code(), Some(1), "{flag}");
+    }
+}

@@ -1,0 +1,153 @@
+//! The agent with an API server instead of a directory: the same objects give the same kernel, whatever the server does.
+
+mod common;
+
+use std::path::{Path, PathBuf};
+
+use common::{Agent, NODE, addresses, ipvs, service, slice};
+use lab::netns::isolate;
+use serde_json::Value;
+use tempfile::TempDir;
+use test_apiserver::{Server, Streaming};
+
+const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
+const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
+const WEB_2: &str = "-a -t 10.96.0.10:80 -r 10.0.0.2:8080 -m -w 1";
+
+/// An API server on the loopback device of this thread's namespace, and a kubeconfig for it.
+struct Cluster {
+    server: Server,
+    dir: TempDir,
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let (server, dir) = (Server::new(), TempDir::new().unwrap());
+        let address = server.listen_in_thread().unwrap();
+        Server::write_kubeconfig(&dir.path().join("kubeconfig"), address);
+        Self { server, dir }
+    }
+
+    /// One with the Service `web` of two endpoints.
+    fn with_web() -> Self {
+        let cluster = Self::new();
+        cluster.apply(NODE).apply(&service("web", "10.96.0.10"));
+        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        cluster
+    }
+
+    fn apply(&self, manifest: &str) -> &Self {
+        let object: Value = serde_saphyr::from_str(manifest).unwrap();
+        self.server.apply(object);
+        self
+    }
+
+    fn kubeconfig(&self) -> PathBuf {
+        self.dir.path().join("kubeconfig")
+    }
+
+    fn agent(&self, flags: &[&str]) -> Agent {
+        let kubeconfig = format!("--kubeconfig={}", self.kubeconfig().display());
+        Agent::start(&[&[kubeconfig.as_str(), "--ipvs-min-sync-period=0s"], flags].concat())
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn objects_of_an_api_server_become_virtual_servers_and_follow_changes() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
+    agent.has(&[WEB, WEB_1]);
+    cluster.server.delete("Service", "default", "web");
+    agent.has(&[]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_without_streaming_lists_serves_as_well() {
+    for streaming in [Streaming::Refused(422), Streaming::Refused(400)] {
+        isolate().unwrap();
+        let cluster = Cluster::with_web();
+        cluster.server.streaming(streaming);
+        cluster.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_was_deleted_during_a_disconnection_goes() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    cluster.apply(&service("other", "10.96.0.11"));
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
+    cluster.server.refuse();
+    cluster.server.delete("Service", "default", "other");
+    cluster.apply(&slice("web-1", "web", &["10.0.0.2"]));
+    cluster.server.compact();
+    cluster.server.recover();
+    agent.has(&[WEB, WEB_2]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_that_forbids_or_speaks_html_is_named_and_nothing_is_lost() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    cluster.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    cluster.server.forbid(Some("services"));
+    let mut agent = cluster.agent(&[]);
+    agent.says("watch of services").says("system:node-proxier");
+    assert_eq!(ipvs().len(), 3, "nothing is programmed before all is known");
+    cluster.server.answer_with(None, 200, "text/html", "<html>a proxy's login page</html>");
+    agent.says("what came is not what an API server sends");
+    assert_eq!((ipvs().len(), addresses()), (3, vec!["10.96.0.10/32".to_owned()]));
+    cluster.server.recover();
+    cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
+    agent.has(&[WEB, WEB_1]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_unreadable_kubeconfig_is_named_and_nothing_is_lost() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    cluster.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    let mut agent = Agent::start(&["--kubeconfig=/nonexistent/kubeconfig"]);
+    assert!(!agent.ends().success());
+    assert!(agent.log().contains("cannot use the kubeconfig /nonexistent/kubeconfig"), "{}", agent.log());
+    assert_eq!(ipvs().len(), 3);
+}
+
+/// Every conformance case's last state, served over HTTP and from a directory.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn recorded_objects_give_the_same_kernel_from_either_source() {
+    let cases = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/conformance");
+    let mut compared = 0;
+    for case in
+        ["dualstack-nodeport", "cond-mixed", "hints-zone", "lb-mixed-ingress", "slices-several", "scale-50-ports"]
+    {
+        isolate().unwrap();
+        let cluster = Cluster::new();
+        let manifests = common::Manifests::new();
+        for entry in std::fs::read_dir(cases.join(case).join("step-1")).unwrap() {
+            let path = entry.unwrap().path();
+            let text = std::fs::read_to_string(&path).unwrap();
+            cluster.apply(&text);
+            manifests.write(&path.file_name().unwrap().to_string_lossy(), &text);
+        }
+        common::run("ip link add eth0 type dummy && ip address add 192.168.10.11/24 dev eth0");
+        assert!(cluster.agent(&["--once"]).ends().success());
+        let from_server = (ipvs(), addresses());
+        assert!(!from_server.0.is_empty(), "{case}");
+        common::run("ipvsadm -C && ip link del kube-ipvs0");
+        assert!(manifests.agent(&["--once"]).ends().success());
+        assert_eq!((ipvs(), addresses()), from_server, "{case}");
+        compared += 1;
+    }
+    assert_eq!(compared, 6);
+}

@@ -1,0 +1,202 @@
+//! The agent as a process in a network namespace of its own, and the kernel's state as `ipvsadm` and `ip` show it.
+
+#![allow(dead_code, unreachable_pub, clippy::allow_attributes, reason = "every test file uses a part of this one")]
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+/// How long anything may take: far longer than it does.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+pub const NODE: &str = r"
+apiVersion: v1
+kind: Node
+metadata: {name: node-a}
+status: {addresses: [{type: InternalIP, address: 192.168.1.1}]}
+";
+
+/// A Service with one TCP port 80 to 8080.
+pub fn service(name: &str, cluster_ip: &str) -> String {
+    format!(
+        r"
+apiVersion: v1
+kind: Service
+metadata: {{name: {name}, namespace: default}}
+spec:
+  clusterIP: {cluster_ip}
+  clusterIPs: [{cluster_ip}]
+  ports: [{{name: http, protocol: TCP, port: 80}}]
+"
+    )
+}
+
+/// A slice of ready endpoints on port 8080.
+pub fn slice(name: &str, service: &str, addresses: &[&str]) -> String {
+    let endpoints: Vec<String> = addresses
+        .iter()
+        .map(|address| format!("{{addresses: [\"{address}\"], conditions: {{ready: true}}}}"))
+        .collect();
+    format!(
+        r"
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {{name: {name}, namespace: default, labels: {{kubernetes.io/service-name: {service}}}}}
+addressType: {family}
+ports: [{{name: http, protocol: TCP, port: 8080}}]
+endpoints: [{endpoints}]
+",
+        family = if addresses.first().is_some_and(|address| address.contains(':')) { "IPv6" } else { "IPv4" },
+        endpoints = endpoints.join(", ")
+    )
+}
+
+/// A directory of manifests, and the agents that follow it.
+pub struct Manifests {
+    dir: TempDir,
+}
+
+impl Manifests {
+    pub fn new() -> Self {
+        let manifests = Self { dir: TempDir::new().unwrap() };
+        manifests.write("node.yaml", NODE);
+        manifests
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Puts a file in place in one move.
+    pub fn write(&self, name: &str, content: &str) -> &Self {
+        let temporary = self.path().join(format!(".{name}"));
+        fs::write(&temporary, content).unwrap();
+        fs::rename(temporary, self.path().join(name)).unwrap();
+        self
+    }
+
+    pub fn remove(&self, name: &str) {
+        fs::remove_file(self.path().join(name)).unwrap();
+    }
+
+    /// Starts an agent on the directory, with periods short enough for tests.
+    pub fn agent(&self, flags: &[&str]) -> Agent {
+        let manifests = format!("--manifests={}", self.path().display());
+        Agent::start(&[&[manifests.as_str(), "--ipvs-min-sync-period=0s"], flags].concat())
+    }
+}
+
+/// The agent as a process.
+pub struct Agent {
+    process: Child,
+    log: PathBuf,
+    _dir: TempDir,
+}
+
+impl Agent {
+    pub fn start(flags: &[&str]) -> Self {
+        Self::start_command(Command::new(env!("CARGO_BIN_EXE_kube-ipvs")).arg("--hostname-override=node-a").args(flags))
+    }
+
+    pub fn start_command(command: &mut Command) -> Self {
+        let dir = TempDir::new().unwrap();
+        let log = dir.path().join("log");
+        let output = fs::File::create(&log).unwrap();
+        let process = command
+            .env("NO_COLOR", "1")
+            .stdin(Stdio::null())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
+            .spawn()
+            .unwrap();
+        Self { process, log, _dir: dir }
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap()
+    }
+
+    /// Waits until the log has a text.
+    pub fn says(&mut self, text: &str) -> &mut Self {
+        self.until(&format!("say {text:?}"), |agent| agent.log().contains(text));
+        self
+    }
+
+    /// Waits until the virtual servers are these lines of `ipvsadm -Sn`, in any order.
+    pub fn has(&mut self, lines: &[&str]) -> &mut Self {
+        let mut expected: Vec<String> = lines.iter().map(|line| (*line).to_owned()).collect();
+        expected.sort();
+        self.until(&format!("have {expected:#?}"), |_| ipvs() == expected);
+        self
+    }
+
+    /// Waits until something holds.
+    pub fn until(&mut self, what: &str, mut holds: impl FnMut(&mut Self) -> bool) {
+        let start = Instant::now();
+        while !holds(self) {
+            let ended = self.process.try_wait().unwrap();
+            assert!(
+                ended.is_none() && start.elapsed() < PATIENCE,
+                "the agent ({ended:?}) did not {what}; there is {:#?}; its log:\n{}",
+                ipvs(),
+                self.log()
+            );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// SIGKILL: it has no chance to put anything in order.
+    pub fn kill(mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+
+    pub fn terminate(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn ends(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.process.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "the agent did not end; its log:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+/// The virtual servers as sorted lines of `ipvsadm -Sn`.
+pub fn ipvs() -> Vec<String> {
+    let mut lines: Vec<String> = run("ipvsadm -Sn").lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+/// The addresses on `kube-ipvs0`, sorted.
+pub fn addresses() -> Vec<String> {
+    let mut addresses: Vec<String> =
+        run("ip -br address show dev kube-ipvs0").split_whitespace().skip(2).map(str::to_owned).collect();
+    addresses.sort();
+    addresses
+}
+
+/// Runs a command of the shell in this thread's namespace.
+pub fn run(command: &str) -> String {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
