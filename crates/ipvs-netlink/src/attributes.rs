@@ -66,31 +66,6 @@ pub(crate) mod dest {
     pub(crate) const STATS64: u16 = 12;
 }
 
-/// The name of an attribute as the header spells it, for errors.
-pub(crate) fn name(command: u8, attribute: u16) -> &'static str {
-    // Only attributes inside IPVS_CMD_ATTR_SERVICE and _DEST are ever complained about by offset.
-    let destination = (command::NEW_DEST..=command::GET_DEST).contains(&command);
-    match (destination, attribute) {
-        (false, service::AF) => "IPVS_SVC_ATTR_AF",
-        (false, service::PROTOCOL) => "IPVS_SVC_ATTR_PROTOCOL",
-        (false, service::ADDR) => "IPVS_SVC_ATTR_ADDR",
-        (false, service::PORT) => "IPVS_SVC_ATTR_PORT",
-        (false, service::FWMARK) => "IPVS_SVC_ATTR_FWMARK",
-        (false, service::SCHED_NAME) => "IPVS_SVC_ATTR_SCHED_NAME",
-        (false, service::FLAGS) => "IPVS_SVC_ATTR_FLAGS",
-        (false, service::TIMEOUT) => "IPVS_SVC_ATTR_TIMEOUT",
-        (false, service::NETMASK) => "IPVS_SVC_ATTR_NETMASK",
-        (true, dest::ADDR) => "IPVS_DEST_ATTR_ADDR",
-        (true, dest::PORT) => "IPVS_DEST_ATTR_PORT",
-        (true, dest::FWD_METHOD) => "IPVS_DEST_ATTR_FWD_METHOD",
-        (true, dest::WEIGHT) => "IPVS_DEST_ATTR_WEIGHT",
-        (true, dest::U_THRESH) => "IPVS_DEST_ATTR_U_THRESH",
-        (true, dest::L_THRESH) => "IPVS_DEST_ATTR_L_THRESH",
-        (true, dest::ADDR_FAMILY) => "IPVS_DEST_ATTR_ADDR_FAMILY",
-        _ => "unknown",
-    }
-}
-
 /// Writes attributes into a buffer, or, without one, counts the bytes: one description of a message serves both.
 pub(crate) struct Encoder<'a> {
     buffer: Option<&'a mut [u8]>,

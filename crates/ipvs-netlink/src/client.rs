@@ -107,7 +107,8 @@ impl Client {
         self.ask(Message::SetTimeouts(timeouts), |_| {})
     }
 
-    /// All virtual servers, in the kernel's order.
+    /// All virtual servers, in the kernel's order. The kernel finds its place in a list of several datagrams by
+    /// counting: while others add or delete, one may be missing or come twice, and the kernel does not say so.
     pub fn virtual_servers(&mut self) -> Result<Vec<VirtualServerEntry>, Error> {
         let mut entries = Vec::new();
         self.dump(Message::ListVirtualServers, |answer| {

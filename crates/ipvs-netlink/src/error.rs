@@ -2,9 +2,7 @@
 
 use std::fmt;
 
-use crate::attributes;
 use crate::message::Message;
-use netlink_packet_generic::GenlFamily;
 
 // errno.h, the same on every architecture Linux runs on but for values not used here.
 const EPERM: i32 = 1;
@@ -13,6 +11,7 @@ const ESRCH: i32 = 3;
 const EACCES: i32 = 13;
 const EEXIST: i32 = 17;
 const EINVAL: i32 = 22;
+const ERANGE: i32 = 34;
 const EAFNOSUPPORT: i32 = 97;
 const EOPNOTSUPP: i32 = 95;
 
@@ -36,7 +35,7 @@ pub enum ErrorKind {
     Other,
 }
 
-/// A failed operation.
+/// A failed operation. The text has the cause in it, so there is no `source` that would be shown twice.
 #[derive(Debug)]
 pub struct Error(Box<Failure>);
 
@@ -45,18 +44,13 @@ struct Failure {
     operation: &'static str,
     object: String,
     kind: ErrorKind,
-    attribute: Option<&'static str>,
     hint: Option<String>,
-    source: netlink_batch::Error,
+    cause: netlink_batch::Error,
 }
 
 impl Error {
-    pub(crate) fn new(message: &Message, source: netlink_batch::Error) -> Self {
-        let refusal = source.refusal();
-        let errno = refusal.map_or(0, |refusal| refusal.errno);
-        let attribute = refusal
-            .and_then(|refusal| refusal.attribute.or(refusal.missing))
-            .map(|attribute| attributes::name(message.command(), attribute));
+    pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
+        let errno = cause.refusal().map_or(0, |refusal| refusal.errno);
         let (kind, hint) = match (errno, message) {
             (ENOENT, Message::AddVirtualServer(server) | Message::SetVirtualServer(server)) => (
                 ErrorKind::NoScheduler,
@@ -71,29 +65,27 @@ impl Error {
                 (ErrorKind::PermissionDenied, Some("it takes CAP_NET_ADMIN in the initial user namespace".to_owned()))
             }
             (EAFNOSUPPORT | EOPNOTSUPP, _) => (ErrorKind::NotSupported, None),
-            (EINVAL | 34, _) => (ErrorKind::Invalid, None),
+            (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
             _ => (ErrorKind::Other, None),
         };
         Self(Box::new(Failure {
             operation: message.operation(),
             object: message.object(),
             kind,
-            attribute,
             hint,
-            source,
+            cause,
         }))
     }
 
     /// The family is missing: the error of connecting.
-    pub(crate) fn connecting(source: netlink_batch::Error) -> Self {
-        let missing = source.refusal().is_some_and(|refusal| refusal.errno == ENOENT);
+    pub(crate) fn connecting(cause: netlink_batch::Error) -> Self {
+        let missing = cause.refusal().is_some_and(|refusal| refusal.errno == ENOENT);
         Self(Box::new(Failure {
             operation: "connect to IPVS",
             object: String::new(),
             kind: if missing { ErrorKind::NotSupported } else { ErrorKind::Other },
-            attribute: None,
             hint: missing.then(|| "this kernel has no IPVS: load it with `modprobe ip_vs` (CONFIG_IP_VS)".to_owned()),
-            source,
+            cause,
         }))
     }
 
@@ -112,14 +104,9 @@ impl Error {
         &self.0.object
     }
 
-    /// The name in `linux/ip_vs.h` of the attribute the kernel objects to, where it says so.
-    pub fn attribute(&self) -> Option<&'static str> {
-        self.0.attribute
-    }
-
     /// The kernel's errno, where it answered.
     pub fn errno(&self) -> Option<i32> {
-        self.0.source.refusal().map(|refusal| refusal.errno)
+        self.0.cause.refusal().map(|refusal| refusal.errno)
     }
 }
 
@@ -129,10 +116,7 @@ impl fmt::Display for Error {
         if !self.0.object.is_empty() {
             write!(f, " {}", self.0.object)?;
         }
-        write!(f, ": {}", self.0.source)?;
-        if let Some(attribute) = self.0.attribute {
-            write!(f, " [{attribute}]")?;
-        }
+        write!(f, ": {}", self.0.cause)?;
         if let Some(hint) = &self.0.hint {
             write!(f, ": {hint}")?;
         }
@@ -140,8 +124,4 @@ impl fmt::Display for Error {
     }
 }
 
-impl std::error::Error for Error {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        Some(&self.0.source)
-    }
-}
+impl std::error::Error for Error {}

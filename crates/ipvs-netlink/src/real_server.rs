@@ -18,7 +18,8 @@ pub enum Forwarding {
     /// Network address translation (`ipvsadm -m`); the only method that can change the port.
     #[default]
     Masquerade,
-    /// To a process of this host; the kernel lists it so where the address is one of its own.
+    /// To a process of this host. Packets to an address of the host's own go there whatever the method is, and the
+    /// kernel goes on listing the method that was set.
     Local,
     /// In a tunnel (`ipvsadm -i`).
     Tunnel,
@@ -137,14 +138,14 @@ impl RealServerEntry {
 
     /// Reads the attributes inside `IPVS_CMD_ATTR_DEST`. The address family is among them since Linux 3.18.
     pub(crate) fn parse(buffer: &[u8]) -> Result<Self, DecodeError> {
-        let (mut family, mut address, mut port) = (None, None, 0);
+        let (mut family, mut address, mut port) = (None, None, None);
         let (mut forwarding, mut weight, mut upper, mut lower) = (Forwarding::default(), 0, 0, 0);
         let (mut active, mut inactive, mut persistent) = (0, 0, 0);
         let (mut stats32, mut stats64) = (None, None);
         each_attribute(buffer, |kind, value| {
             match kind {
                 dest::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a destination's address is short")?),
-                dest::PORT => port = parse_u16_be(value)?,
+                dest::PORT => port = Some(parse_u16_be(value)?),
                 dest::FWD_METHOD => forwarding = Forwarding::from_number(parse_u32(value)?)?,
                 dest::WEIGHT => weight = parse_u32(value)?,
                 dest::U_THRESH => upper = parse_u32(value)?,
@@ -161,6 +162,7 @@ impl RealServerEntry {
         })?;
         let family = family.ok_or("a destination has no address family")?;
         let address = decode_address(family, &address.ok_or("a destination has no address")?)?;
+        let port = port.ok_or("a destination has no port")?;
         Ok(Self {
             server: RealServer { address, port, forwarding, weight, upper_threshold: upper, lower_threshold: lower },
             active_connections: active,

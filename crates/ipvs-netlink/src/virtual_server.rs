@@ -423,7 +423,7 @@ pub struct VirtualServerEntry {
 impl VirtualServerEntry {
     /// Reads the attributes inside `IPVS_CMD_ATTR_SERVICE`.
     pub(crate) fn parse(buffer: &[u8]) -> Result<Self, DecodeError> {
-        let (mut family, mut protocol, mut address, mut port, mut firewall_mark) = (None, None, None, 0, None);
+        let (mut family, mut protocol, mut address, mut port, mut firewall_mark) = (None, None, None, None, None);
         let (mut scheduler, mut flags, mut timeout, mut netmask) = (None, 0, 0, None);
         let (mut stats32, mut stats64) = (None, None);
         each_attribute(buffer, |kind, value| {
@@ -431,7 +431,7 @@ impl VirtualServerEntry {
                 service::AF => family = Some(Family::from_number(parse_u16(value)?)?),
                 service::PROTOCOL => protocol = Some(Protocol::from_number(parse_u16(value)?)?),
                 service::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a service's address is short")?),
-                service::PORT => port = parse_u16_be(value)?,
+                service::PORT => port = Some(parse_u16_be(value)?),
                 service::FWMARK => firewall_mark = Some(parse_u32(value)?),
                 service::SCHED_NAME => scheduler = Some(parse_string(value)?),
                 service::FLAGS => {
@@ -446,12 +446,12 @@ impl VirtualServerEntry {
             Ok(())
         })?;
         let family = family.ok_or("a service has no address family")?;
-        let id = match (firewall_mark, protocol, address) {
+        let id = match (firewall_mark, protocol, address, port) {
             (Some(mark), ..) => VirtualServerId::FirewallMark { mark, family },
-            (None, Some(protocol), Some(address)) => {
+            (None, Some(protocol), Some(address), Some(port)) => {
                 VirtualServerId::Address { protocol, address: decode_address(family, &address)?, port }
             }
-            _ => return Err("a service has neither a firewall mark nor a protocol and address".into()),
+            _ => return Err("a service has neither a firewall mark nor a protocol, address and port".into()),
         };
         let scheduler = scheduler.ok_or("a service has no scheduler")?;
         let netmask = match (family, netmask) {

@@ -71,24 +71,25 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Why a call on a [`Socket`](crate::Socket) has no result.
+/// Why a call on a [`Socket`](crate::Socket) has no result. The text has the cause in it, so there is no `source` that
+/// would be shown twice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// The socket could not be made.
-    #[error("cannot open a netlink socket of protocol {protocol}: {source}")]
+    #[error("cannot open a netlink socket of protocol {protocol}: {error}")]
     Open {
         /// The protocol, as in `NETLINK_ROUTE`.
         protocol: isize,
         /// The system's reason.
-        source: io::Error,
+        error: io::Error,
     },
     /// `send` failed. None of the requests in the datagram was handled.
     #[error("cannot send to the kernel: {0}")]
-    Send(#[source] io::Error),
+    Send(io::Error),
     /// `recv` failed; `ENOBUFS` means that answers were lost. Requests may have been handled.
     #[error("cannot receive from the kernel: {0}")]
-    Receive(#[source] io::Error),
+    Receive(io::Error),
     /// An answer cannot be understood.
     #[error("cannot decode an answer of the kernel: {0}")]
     Decode(DecodeError),

@@ -4,7 +4,7 @@ use std::io;
 
 use netlink_packet_core::{
     Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN,
-    NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, parse_i32,
+    NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, parse_i32, parse_u32,
 };
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
@@ -59,7 +59,7 @@ enum Answer<'a> {
     Acknowledged,
     Refused(Refusal),
     Done,
-    Data(NetlinkHeader, &'a [u8]),
+    Data(&'a [u8]),
 }
 
 impl Socket {
@@ -76,7 +76,7 @@ impl Socket {
             let _ = socket.set_cap_ack(true);
             Ok(socket)
         };
-        let raw = open().map_err(|source| Error::Open { protocol, source })?;
+        let raw = open().map_err(|error| Error::Open { protocol, error })?;
         Ok(Self { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES] })
     }
 
@@ -89,15 +89,15 @@ impl Socket {
         self.outgoing.clear();
         let sequence = self.push(&request.message, request.flags | NLM_F_ACK);
         self.send()?;
-        self.answers(|answer_sequence, answer| {
-            if answer_sequence != sequence {
+        self.answers(|header, answer| {
+            if header.sequence_number != sequence {
                 return Ok(false);
             }
             match answer {
                 Answer::Acknowledged | Answer::Done => Ok(true),
                 Answer::Refused(refusal) => Err(refusal.into()),
-                Answer::Data(header, payload) => {
-                    each(decode(&header, payload)?);
+                Answer::Data(payload) => {
+                    each(decode(header, payload)?);
                     Ok(false)
                 }
             }
@@ -119,21 +119,30 @@ impl Socket {
             self.send()?;
             let mut interrupted = false;
             let mut read = Vec::new();
-            self.answers(|answer_sequence, answer| {
-                if answer_sequence != sequence {
+            let mut failure = None;
+            self.answers(|header, answer| {
+                if header.sequence_number != sequence {
                     return Ok(false);
                 }
+                // A change after the last entry shows in the end's flags alone.
+                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
                 match answer {
                     Answer::Acknowledged => Ok(false),
                     Answer::Done => Ok(true),
                     Answer::Refused(refusal) => Err(refusal.into()),
-                    Answer::Data(header, payload) => {
-                        interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
-                        read.push(decode(&header, payload)?);
+                    Answer::Data(payload) => {
+                        // The kernel refuses the next dump (EBUSY) until this one is read to its end.
+                        match decode(header, payload) {
+                            Ok(message) => read.push(message),
+                            Err(error) => failure = failure.take().or(Some(error)),
+                        }
                         Ok(false)
                     }
                 }
             })?;
+            if let Some(error) = failure {
+                return Err(error);
+            }
             if !interrupted {
                 read.into_iter().for_each(&mut each);
                 return Ok(());
@@ -173,15 +182,15 @@ impl Socket {
             self.acknowledge(last_start);
             self.send()?;
             let count = results.len() - first;
-            self.answers(|sequence, answer| {
-                let index = sequence.wrapping_sub(first_sequence) as usize;
+            self.answers(|header, answer| {
+                let index = header.sequence_number.wrapping_sub(first_sequence) as usize;
                 if index >= count {
                     return Ok(false);
                 }
                 match answer {
                     Answer::Refused(refusal) => results[first + index] = Err(refusal),
                     // A request that has an answer beside the ACK is none for a batch; its data is not wanted.
-                    Answer::Data(..) => return Ok(false),
+                    Answer::Data(_) => return Ok(false),
                     Answer::Acknowledged | Answer::Done => {}
                 }
                 Ok(index + 1 == count)
@@ -220,14 +229,17 @@ impl Socket {
         Ok(())
     }
 
-    /// Receives until `handle`, called with the sequence number and the content of each message, says it has all.
-    fn answers(&mut self, mut handle: impl FnMut(u32, Answer<'_>) -> Result<bool, Error>) -> Result<(), Error> {
+    /// Receives until `handle`, called with the header and the content of each message, says it has all.
+    fn answers(
+        &mut self,
+        mut handle: impl FnMut(&NetlinkHeader, Answer<'_>) -> Result<bool, Error>,
+    ) -> Result<(), Error> {
         loop {
             let received = retry(|| self.raw.recv(&mut &mut self.incoming[..], 0)).map_err(Error::Receive)?;
             let mut rest = &self.incoming[..received.min(self.incoming.len())];
             while let Some((header, payload)) = next_message(&mut rest)? {
-                if let Some(answer) = answer(header, payload, &self.outgoing)?
-                    && handle(header.sequence_number, answer)?
+                if let Some(answer) = answer(&header, payload, &self.outgoing)?
+                    && handle(&header, answer)?
                 {
                     return Ok(());
                 }
@@ -255,7 +267,7 @@ pub(crate) fn next_message<'a>(datagram: &mut &'a [u8]) -> Result<Option<(Netlin
 }
 
 /// Reads one message; `None` is one that says nothing.
-fn answer<'a>(header: NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<Option<Answer<'a>>, Error> {
+fn answer<'a>(header: &NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<Option<Answer<'a>>, Error> {
     Ok(Some(match header.message_type {
         NLMSG_NOOP => return Ok(None),
         NLMSG_OVERRUN => return Err(Error::Receive(io::Error::from_raw_os_error(libc::ENOBUFS))),
@@ -267,10 +279,12 @@ fn answer<'a>(header: NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<O
                     return Ok(Some(Answer::Refused(refusal)));
                 }
                 // The request's header is echoed, and its payload too unless the ACK is capped; then come the TLVs.
-                let echoed = NetlinkBuffer::new_checked(payload.get(4..20).unwrap_or_default())
-                    .map_or(HEADER_BYTES, |request| request.length() as usize);
-                let skip = 4 + if header.flags & NLM_F_CAPPED == 0 { echoed } else { HEADER_BYTES };
-                let tlvs = payload.get(skip.next_multiple_of(4)..).unwrap_or_default();
+                let echo = &payload[4..];
+                let skip = match echo.get(..4).and_then(|length| parse_u32(length).ok()) {
+                    Some(length) if header.flags & NLM_F_CAPPED == 0 => (length as usize).checked_next_multiple_of(4),
+                    _ => Some(HEADER_BYTES),
+                };
+                let tlvs = skip.and_then(|skip| echo.get(skip..)).unwrap_or_default();
                 Answer::Refused(refusal.with_extended_ack(tlvs, request_in(sent, header.sequence_number)))
             }
         },
@@ -281,7 +295,7 @@ fn answer<'a>(header: NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<O
             }
             _ => Answer::Done,
         },
-        _ => Answer::Data(header, payload),
+        _ => Answer::Data(payload),
     }))
 }
 
@@ -309,3 +323,6 @@ pub(crate) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T>
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

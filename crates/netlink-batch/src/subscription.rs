@@ -35,7 +35,7 @@ impl Subscription {
             }
             Ok(raw)
         };
-        let raw = open().map_err(|source| Error::Open { protocol, source })?;
+        let raw = open().map_err(|error| Error::Open { protocol, error })?;
         Ok(Self { raw, incoming: vec![0; RECEIVE_BYTES] })
     }
 

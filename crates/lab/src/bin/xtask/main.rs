@@ -4,6 +4,7 @@
 
 mod cargo;
 mod conformance;
+mod demo;
 mod guest_tests;
 mod in_lab;
 mod test;
@@ -25,8 +26,11 @@ enum Command {
     Lab(in_lab::Args),
     Test(test::Args),
     Conformance(conformance::Args),
+    Demo(demo::Args),
     #[command(hide = true)]
     GuestConformance(conformance::GuestArgs),
+    #[command(hide = true)]
+    GuestDemo(demo::GuestArgs),
     #[command(hide = true)]
     GuestTests(guest_tests::Args),
 }
@@ -40,6 +44,8 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::GuestConformance(args) => conformance::run_guest(&args),
+        Command::Demo(args) => demo::run(&args),
+        Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
         Command::GuestTests(args) => guest_tests::run(&args),
     };
     outcome.unwrap_or_else(|error| {

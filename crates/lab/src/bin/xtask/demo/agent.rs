@@ -1,0 +1,179 @@
+//! The demo's kube-ipvs: its manifests, its process, and what it says.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+
+use anyhow::{Context, Result, bail};
+use lab::Scratch;
+
+use super::read;
+use super::stage::{Backend, Stage};
+
+/// The agent's flags; it runs in the directory that has `hello`.
+pub(crate) const FLAGS: [&str; 4] =
+    ["--manifests=hello", "--hostname-override=node-a", "--ipvs-min-sync-period=0s", "--ipvs-tcpfin-timeout=2s"];
+
+const SLICE: &str = "endpointslice.yaml";
+const SERVICE: &str = "service.yaml";
+
+/// A copy of the example that can be edited.
+#[derive(Debug)]
+pub(crate) struct Manifests {
+    dir: Scratch,
+}
+
+impl Manifests {
+    pub(crate) fn copy(example: &Path) -> Result<Self> {
+        let copy = Self { dir: Scratch::new()? };
+        fs::create_dir(copy.path("")).context("cannot create a directory for the manifests")?;
+        for file in ["node.yaml", SERVICE, SLICE] {
+            let to = copy.path(file);
+            fs::copy(example.join(file), &to)
+                .with_context(|| format!("cannot copy {} to {}", example.join(file).display(), to.display()))?;
+        }
+        Ok(copy)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        self.dir.path().join("hello").join(file)
+    }
+
+    /// Adds an endpoint. This and the other changes return the lines that differ, as `diff` marks them.
+    pub(crate) fn add(&self, backend: Backend) -> Result<Vec<String>> {
+        let address = backend.socket().ip();
+        let line = format!("- {{addresses: [{address}], conditions: {{ready: true}}, nodeName: node-a}}\n");
+        self.edit(SLICE, |text| text.to_owned() + &line)
+    }
+
+    /// Removes an endpoint.
+    pub(crate) fn remove(&self, backend: Backend) -> Result<Vec<String>> {
+        let address = format!("[{}]", backend.socket().ip());
+        self.edit(SLICE, |text| text.split_inclusive('\n').filter(|line| !line.contains(&address)).collect())
+    }
+
+    /// Switches session affinity on.
+    pub(crate) fn set_affinity(&self) -> Result<Vec<String>> {
+        self.edit(SERVICE, |text| text.replace("sessionAffinity: None", "sessionAffinity: ClientIP"))
+    }
+
+    /// Replaces a file in one move, so that nobody reads half of it.
+    fn edit(&self, file: &str, change: impl FnOnce(&str) -> String) -> Result<Vec<String>> {
+        let old = read(&self.path(file))?;
+        let new = change(&old);
+        let difference = difference(&old, &new);
+        if difference.is_empty() {
+            bail!("{file} is not written as the demo expects: there is nothing in it to change");
+        }
+        let temporary = self.path(&format!(".{file}"));
+        fs::write(&temporary, new).with_context(|| format!("cannot write {file}"))?;
+        fs::rename(&temporary, self.path(file)).with_context(|| format!("cannot put {file} in place"))?;
+        Ok(difference)
+    }
+}
+
+/// The lines that only one of the texts has.
+fn difference(old: &str, new: &str) -> Vec<String> {
+    let only = |mark: char, a: &str, b: &str| -> Vec<String> {
+        a.lines().filter(|line| !b.lines().any(|other| other == *line)).map(|line| format!("{mark} {line}")).collect()
+    };
+    [only('-', old, new), only('+', new, old)].concat()
+}
+
+/// The process, which ends with this value.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    executable: PathBuf,
+    dir: PathBuf,
+    process: Option<Child>,
+    /// How many lines of the log were handed out.
+    seen: usize,
+}
+
+impl Agent {
+    pub(crate) fn new(executable: &Path, manifests: &Manifests) -> Result<Self> {
+        let dir = manifests.dir.path().to_owned();
+        File::create_new(dir.join("log")).context("cannot create the agent's log")?;
+        Ok(Self { executable: executable.to_owned(), dir, process: None, seen: 0 })
+    }
+
+    /// Starts it on the node.
+    pub(crate) fn start(&mut self, stage: &Stage) -> Result<()> {
+        let log = File::options().append(true).open(self.log()).context("cannot open the agent's log")?;
+        let mut command = Command::new(&self.executable);
+        command.args(FLAGS).current_dir(&self.dir).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let process = stage.node().run(|| command.spawn())?;
+        self.process = Some(process.with_context(|| format!("cannot start {}", self.executable.display()))?);
+        Ok(())
+    }
+
+    /// Kills it with SIGKILL, so that it can do nothing about it.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            // One that has ended already is as dead.
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    /// How it ended, if it did so by itself.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut().and_then(|process| process.try_wait().ok().flatten())
+    }
+
+    /// Whether it has said something with these words since [`news`](Self::news) were last asked for.
+    pub(crate) fn has_said(&self, words: &str) -> bool {
+        self.lines().skip(self.seen).any(|line| line.contains(words))
+    }
+
+    /// What it has said since last asked, without the time.
+    pub(crate) fn news(&mut self) -> Vec<String> {
+        let news: Vec<String> = self.lines().skip(self.seen).collect();
+        self.seen += news.len();
+        news.iter().map(|line| without_time(line).to_owned()).collect()
+    }
+
+    fn log(&self) -> PathBuf {
+        self.dir.join("log")
+    }
+
+    /// The lines that are complete.
+    fn lines(&self) -> impl Iterator<Item = String> {
+        let text = fs::read_to_string(self.log()).unwrap_or_default();
+        let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+        complete.lines().map(str::to_owned).collect::<Vec<_>>().into_iter()
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// A log line begins with the time, which has no meaning here; other output does not.
+fn without_time(line: &str) -> &str {
+    match line.split_once(' ') {
+        Some((time, rest)) if time.ends_with('Z') && time.starts_with(|c: char| c.is_ascii_digit()) => {
+            rest.trim_start()
+        }
+        _ => line,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn differences_are_the_lines_of_one_side() {
+        assert_eq!(difference("a\nb\nc\n", "a\nx\nc\nd\n"), ["- b", "+ x", "+ d"]);
+        assert!(difference("a\n", "a\n").is_empty());
+    }
+
+    #[test]
+    fn log_lines_lose_their_time() {
+        assert_eq!(without_time("2026-01-02T03:04:05.678901Z  INFO audited total=1"), "INFO audited total=1");
+        assert_eq!(without_time("thread 'main' panicked"), "thread 'main' panicked");
+    }
+}

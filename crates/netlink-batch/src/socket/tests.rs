@@ -1,0 +1,321 @@
+//! Answers no real kernel gives on demand: crafted bytes, and a kernel played by a second socket of this process.
+
+use std::thread;
+
+use netlink_packet_core::{DecodeError, NLM_F_MULTIPART, emit_i32};
+use netlink_sys::protocols::NETLINK_USERSOCK;
+use proptest::prelude::*;
+
+use super::*;
+
+const KIND: u16 = 0x20;
+
+/// A message of any content; as an answer it is understood unless it is empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Bytes(Vec<u8>);
+
+impl NetlinkSerializable for Bytes {
+    fn message_type(&self) -> u16 {
+        KIND
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer.copy_from_slice(&self.0);
+    }
+}
+
+impl NetlinkDeserializable for Bytes {
+    type Error = DecodeError;
+
+    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        if payload.is_empty() { Err("empty".into()) } else { Ok(Self(payload.to_vec())) }
+    }
+}
+
+fn message(kind: u16, flags: u16, sequence: u32, payload: &[u8]) -> Vec<u8> {
+    let mut header = NetlinkHeader::default();
+    header.length = u32::try_from(HEADER_BYTES + payload.len()).unwrap();
+    header.message_type = kind;
+    header.flags = flags;
+    header.sequence_number = sequence;
+    let mut bytes = vec![0; HEADER_BYTES];
+    header.emit(&mut bytes);
+    bytes.extend_from_slice(payload);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    bytes
+}
+
+fn data(sequence: u32, content: &[u8]) -> Vec<u8> {
+    message(KIND, NLM_F_MULTIPART, sequence, content)
+}
+
+fn done(flags: u16, sequence: u32) -> Vec<u8> {
+    message(NLMSG_DONE, NLM_F_MULTIPART | flags, sequence, &[0; 4])
+}
+
+/// An ACK of the request, or its refusal, capped to the request's header, with TLVs.
+fn error(request: &[u8], errno: i32, tlvs: &[u8]) -> Vec<u8> {
+    let mut payload = vec![0; 4];
+    emit_i32(&mut payload, -errno).unwrap();
+    payload.extend_from_slice(&request[..HEADER_BYTES]);
+    payload.extend_from_slice(tlvs);
+    let flags = NLM_F_CAPPED | if tlvs.is_empty() { 0 } else { NLM_F_ACK_TLVS };
+    message(NLMSG_ERROR, flags, sequence_of(request), &payload)
+}
+
+fn sequence_of(request: &[u8]) -> u32 {
+    NetlinkBuffer::new(request).sequence_number()
+}
+
+/// A socket whose kernel answers each datagram it is sent with the datagrams that the script makes of it.
+fn played<const N: usize>(script: [fn(&[u8]) -> Vec<Vec<u8>>; N]) -> Socket {
+    let open = || {
+        let mut socket = RawSocket::new(NETLINK_USERSOCK).unwrap();
+        let address = socket.bind_auto().unwrap();
+        (socket, address)
+    };
+    let ((mut raw, address), (kernel, kernel_address)) = (open(), open());
+    raw.connect(&kernel_address).unwrap();
+    thread::spawn(move || {
+        for answers in script {
+            let mut request = vec![0; RECEIVE_BYTES];
+            let length = kernel.recv(&mut &mut request[..], 0).unwrap();
+            for datagram in answers(&request[..length]) {
+                kernel.send_to(&datagram, &address, 0).unwrap();
+            }
+        }
+    });
+    Socket { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES] }
+}
+
+fn dump(socket: &mut Socket) -> Result<Vec<u8>, Error> {
+    let mut seen = Vec::new();
+    socket.dump(&Bytes(Vec::new()), |answer: Bytes| seen.extend(answer.0))?;
+    Ok(seen)
+}
+
+#[test]
+fn a_dump_of_several_datagrams_is_handed_over_in_order_and_whole() {
+    let mut socket = played([|request| {
+        let sequence = sequence_of(request);
+        assert_eq!(NetlinkBuffer::new(request).flags(), NLM_F_REQUEST | NLM_F_DUMP);
+        let first = [data(sequence, &[1]), data(sequence, &[2, 3])].concat();
+        vec![first, data(sequence, &[4]), done(0, sequence)]
+    }]);
+    assert_eq!(dump(&mut socket).unwrap(), [1, 2, 3, 4]);
+}
+
+#[test]
+fn a_dump_of_nothing_is_no_error() {
+    let mut socket = played([|request| vec![done(0, sequence_of(request))]]);
+    assert_eq!(dump(&mut socket).unwrap(), []);
+}
+
+#[test]
+fn an_interrupted_dump_is_read_again_and_only_the_consistent_one_is_seen() {
+    let mut socket = played([
+        |request| {
+            let sequence = sequence_of(request);
+            let interrupted = message(KIND, NLM_F_MULTIPART | NLM_F_DUMP_INTR, sequence, &[2]);
+            vec![data(sequence, &[1]), interrupted, done(0, sequence)]
+        },
+        // The change came after the last entry: only the end says so.
+        |request| vec![data(sequence_of(request), &[3]), done(NLM_F_DUMP_INTR, sequence_of(request))],
+        |request| vec![data(sequence_of(request), &[4]), done(0, sequence_of(request))],
+    ]);
+    assert_eq!(dump(&mut socket).unwrap(), [4]);
+}
+
+#[test]
+fn a_dump_that_is_always_interrupted_ends_as_an_error() {
+    fn interrupted(request: &[u8]) -> Vec<Vec<u8>> {
+        vec![done(NLM_F_DUMP_INTR, sequence_of(request))]
+    }
+    let mut socket = played([interrupted; DUMP_ATTEMPTS as usize]);
+    let error = dump(&mut socket).unwrap_err();
+    assert!(matches!(error, Error::Interrupted { attempts: DUMP_ATTEMPTS }), "{error}");
+}
+
+#[test]
+fn a_dump_that_fails_half_way_is_a_refusal_with_the_kernels_words() {
+    let mut socket = played([|request| {
+        let sequence = sequence_of(request);
+        let mut end = (-libc::EMSGSIZE).to_ne_bytes().to_vec();
+        end.extend_from_slice(&[8, 0, 1, 0]);
+        end.extend_from_slice(b"big\0");
+        vec![
+            data(sequence, &[1]),
+            message(NLMSG_DONE, NLM_F_MULTIPART | NLM_F_ACK_TLVS, sequence, &end),
+        ]
+    }]);
+    let error = dump(&mut socket).unwrap_err();
+    assert_eq!(error.to_string(), "Message too long (os error 90): big");
+    assert_eq!(error.refusal().unwrap().errno, libc::EMSGSIZE);
+}
+
+#[test]
+fn an_answer_that_cannot_be_decoded_fails_its_dump_and_not_the_next_one() {
+    let mut socket = played([
+        |request| {
+            let sequence = sequence_of(request);
+            vec![data(sequence, &[]), data(sequence, &[1]), done(0, sequence)]
+        },
+        |request| vec![data(sequence_of(request), &[2]), done(0, sequence_of(request))],
+    ]);
+    let error = dump(&mut socket).unwrap_err();
+    assert_eq!(error.to_string(), "cannot decode an answer of the kernel: empty");
+    // Read to its end: a kernel refuses a dump while another one is unfinished.
+    let left = socket.raw.recv(&mut &mut [0; 64][..], libc::MSG_DONTWAIT).unwrap_err();
+    assert_eq!(left.kind(), io::ErrorKind::WouldBlock);
+    assert_eq!(dump(&mut socket).unwrap(), [2]);
+}
+
+#[test]
+fn answers_to_earlier_requests_are_skipped() {
+    let mut socket = played([|request| {
+        let sequence = sequence_of(request);
+        let mut earlier = request.to_vec();
+        NetlinkBuffer::new(&mut earlier).set_sequence_number(sequence - 1);
+        vec![
+            [error(&earlier, libc::EPERM, &[]), data(sequence - 1, &[1])].concat(),
+            [message(NLMSG_NOOP, 0, sequence, &[]), data(sequence, &[2]), error(request, 0, &[])].concat(),
+        ]
+    }]);
+    socket.sequence = 7;
+    let mut seen = Vec::new();
+    socket.request(&Bytes(vec![9]).into(), |answer: Bytes| seen.extend(answer.0)).unwrap();
+    assert_eq!(seen, [2]);
+}
+
+#[test]
+fn lost_answers_are_an_error() {
+    let mut socket = played([|request| vec![message(NLMSG_OVERRUN, 0, sequence_of(request), &[])]]);
+    let error = socket.request(&Bytes(vec![9]).into(), |_: Bytes| ()).unwrap_err();
+    assert!(matches!(&error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{error}");
+}
+
+#[test]
+fn only_the_last_message_of_a_batch_asks_for_an_ack_and_refusals_find_their_requests() {
+    let mut socket = played([|mut datagram| {
+        let mut answers = Vec::new();
+        let mut requests = Vec::new();
+        while let Some((header, payload)) = next_message(&mut datagram).unwrap() {
+            requests.push(message(header.message_type, header.flags, header.sequence_number, payload));
+        }
+        let flags = requests.iter().map(|request| NetlinkBuffer::new(request).flags());
+        assert_eq!(flags.collect::<Vec<_>>(), [NLM_F_REQUEST, NLM_F_REQUEST | 0x400, NLM_F_REQUEST | NLM_F_ACK]);
+        // The second message, padded to 4 bytes, has its attribute 9 at offset 16.
+        let offset = [8, 0, 2, 0, 16, 0, 0, 0];
+        answers.push(error(&requests[1], libc::EINVAL, &offset));
+        answers.push([data(sequence_of(&requests[2]), &[1]), error(&requests[2], 0, &[])].concat());
+        answers
+    }]);
+    // Sequence numbers run over within the batch.
+    socket.sequence = u32::MAX - 1;
+    let second = Request { message: Bytes(vec![5, 0, 9, 0x80, 1]), flags: 0x400 };
+    let results = socket.batch([Bytes(vec![1, 2]).into(), second, Bytes(vec![3]).into()]).unwrap();
+    assert_eq!(results[0], Ok(()));
+    assert_eq!(results[1].as_ref().unwrap_err().to_string(), "Invalid argument (os error 22) (attribute 9)");
+    assert_eq!(results[2], Ok(()));
+}
+
+#[test]
+fn a_batch_goes_out_in_datagrams_of_limited_number_and_size() {
+    fn count<const MESSAGES: usize>(mut datagram: &[u8]) -> Vec<Vec<u8>> {
+        let (mut count, mut last) = (0, 0);
+        assert!(datagram.len() <= BATCH_BYTES + 40_016);
+        while let Some((header, _)) = next_message(&mut datagram).unwrap() {
+            (count, last) = (count + 1, header.sequence_number);
+        }
+        assert_eq!(count, MESSAGES);
+        vec![error(&message(KIND, 0, last, &[]), 0, &[])]
+    }
+    let small = Bytes(vec![1; 5]);
+    let mut socket = played([count::<128>, count::<1>]);
+    assert_eq!(socket.batch(vec![small.into(); BATCH_MESSAGES + 1]).unwrap().len(), 129);
+    let large = Bytes(vec![1; 40_000]);
+    let mut socket = played([count::<2>, count::<1>]);
+    assert_eq!(socket.batch(vec![large.into(); 3]).unwrap().len(), 3);
+    assert_eq!(socket.batch(Vec::<Request<Bytes>>::new()).unwrap(), []);
+}
+
+/// What a refusal says when the kernel echoes the whole request, as one does that cannot cap it.
+#[test]
+fn an_extended_ack_is_found_after_an_echo_of_the_whole_request() {
+    let request = message(KIND, NLM_F_REQUEST, 3, &[5, 0, 9, 0, 1]);
+    let mut payload = (-libc::EINVAL).to_ne_bytes().to_vec();
+    payload.extend_from_slice(&request);
+    payload.extend_from_slice(&[7, 0, 1, 0, b'n', b'o', 0, 0]);
+    let bytes = message(NLMSG_ERROR, NLM_F_ACK_TLVS, 3, &payload);
+    let (header, payload) = next_message(&mut &bytes[..]).unwrap().unwrap();
+    let Some(Answer::Refused(refusal)) = answer(&header, payload, &request).unwrap() else { panic!("not refused") };
+    assert_eq!(refusal.message.as_deref(), Some("no"));
+}
+
+#[test]
+fn malformed_datagrams_are_errors() {
+    let valid = message(KIND, 0, 1, &[1, 2, 3, 4]);
+    for length in [0, 1, 15, 21, u32::MAX] {
+        let mut bytes = valid.clone();
+        bytes[..4].copy_from_slice(&length.to_ne_bytes());
+        assert!(next_message(&mut &bytes[..]).is_err(), "a length of {length}");
+    }
+    for end in 1..valid.len() {
+        assert!(next_message(&mut &valid[..end]).is_err(), "{end} bytes");
+    }
+    assert!(next_message(&mut &[][..]).unwrap().is_none());
+    // An error without a number is none.
+    let mut header = NetlinkHeader::default();
+    header.message_type = NLMSG_ERROR;
+    assert!(answer(&header, &[0; 3], &[]).is_err());
+}
+
+#[test]
+fn the_last_message_of_a_datagram_needs_no_padding() {
+    let mut bytes = message(KIND, 0, 1, &[1]);
+    bytes.truncate(HEADER_BYTES + 1);
+    let mut rest = &bytes[..];
+    assert_eq!(next_message(&mut rest).unwrap().unwrap().1, [1]);
+    assert_eq!(rest, []);
+}
+
+/// Reads a datagram as [`Socket::answers`] does.
+fn read_all(mut datagram: &[u8], sent: &[u8]) {
+    let mut left = datagram.len();
+    while let Ok(Some((header, payload))) = next_message(&mut datagram) {
+        assert!(datagram.len() < left, "reading does not come to an end");
+        left = datagram.len();
+        let _ = answer(&header, payload, sent);
+    }
+}
+
+proptest! {
+    #[test]
+    fn arbitrary_bytes_do_no_harm(
+        datagram in proptest::collection::vec(any::<u8>(), 0..200),
+        sent in proptest::collection::vec(any::<u8>(), 0..200),
+    ) {
+        read_all(&datagram, &sent);
+    }
+
+    /// Bytes that get past the first checks: answers of all kinds with some bytes changed.
+    #[test]
+    fn damaged_answers_do_no_harm(
+        kind in prop_oneof![Just(NLMSG_ERROR), Just(NLMSG_DONE), Just(NLMSG_NOOP), any::<u16>()],
+        flags in any::<u16>(),
+        payload in proptest::collection::vec(any::<u8>(), 0..60),
+        changes in proptest::collection::vec((any::<proptest::sample::Index>(), any::<u8>()), 0..4),
+    ) {
+        let sent = message(KIND, NLM_F_REQUEST, 1, &[8, 0, 7, 0, 1, 2, 3, 4]);
+        let mut bytes = [message(kind, flags, 1, &payload), error(&sent, libc::EINVAL, &[8, 0, 2, 0, 16, 0, 0, 0])].concat();
+        for (index, value) in changes {
+            let index = index.index(bytes.len());
+            bytes[index] = value;
+        }
+        read_all(&bytes, &sent);
+    }
+}
