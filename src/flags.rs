@@ -240,15 +240,15 @@ impl Flags {
 
     /// The ranges of `--ipvs-exclude-cidrs`.
     pub(crate) fn excluded(&self) -> Result<Vec<IpNet>, String> {
-        self.ipvs_exclude_cidrs.iter().map(|range| cidr("--ipvs-exclude-cidrs", range)).collect()
+        entries(&self.ipvs_exclude_cidrs).map(|range| cidr("--ipvs-exclude-cidrs", range)).collect()
     }
 
     /// What `--nodeport-addresses` says.
     pub(crate) fn node_port_addresses(&self) -> Result<NodePortAddresses, String> {
-        match self.nodeport_addresses.as_slice() {
+        match entries(&self.nodeport_addresses).collect::<Vec<_>>().as_slice() {
             [] => Ok(NodePortAddresses::All),
-            [word] if word == "primary" => Ok(NodePortAddresses::Primary),
-            ranges if ranges.iter().any(|range| range == "primary") => {
+            ["primary"] => Ok(NodePortAddresses::Primary),
+            ranges if ranges.contains(&"primary") => {
                 Err("--nodeport-addresses is either `primary` alone or a list of ranges".to_owned())
             }
             ranges => {
@@ -307,6 +307,11 @@ fn cidr(flag: &str, text: &str) -> Result<IpNet, String> {
         .map_err(|_| format!("{flag}: {text:?} is no range of addresses such as 10.0.0.0/8 or fd00::/64"))
 }
 
+/// The entries of a list; `--flag=` is an empty one.
+fn entries(list: &[String]) -> impl Iterator<Item = &str> {
+    list.iter().map(String::as_str).filter(|entry| !entry.is_empty())
+}
+
 /// One range, or one of each family.
 fn cluster_cidr(text: &str) -> Result<String, String> {
     let ranges = text.split(',').map(|range| cidr("--cluster-cidr", range)).collect::<Result<Vec<_>, _>>()?;
@@ -350,7 +355,7 @@ mod tests {
 
     #[test]
     fn names_may_be_spelled_with_underscores() {
-        let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m_".trim_end_matches('_')]).unwrap();
+        let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m"]).unwrap();
         assert_eq!(flags.ipvs_scheduler, Scheduler::WeightedLeastConnection);
         assert_eq!(flags.ipvs_sync_period, Duration::from_secs(60));
     }
@@ -366,6 +371,13 @@ mod tests {
         .unwrap();
         assert_eq!(flags.ipvs_scheduler, Scheduler::SourceHashing);
         assert_eq!(flags.excluded().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn a_list_may_be_empty() {
+        let flags = parse_words(&["--nodeport-addresses=", "--ipvs-exclude-cidrs="]).unwrap();
+        assert_eq!(flags.node_port_addresses(), Ok(NodePortAddresses::All));
+        assert_eq!(flags.excluded(), Ok(vec![]));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::case::{Case, Expectation, Step};
+use super::case::{Case, Expectation, Step, VirtualServer};
 use super::state::State;
 
 /// A rule: its name in the document, and what it makes of an expectation.
@@ -78,12 +78,14 @@ fn is_on_device(expected: &Expectation, address: IpAddr) -> bool {
 }
 
 /// Everything the agent writes it also compares: forwarding methods, weights, thresholds and netmasks of what it manages.
-fn drift_is_repaired(expected: &mut Expectation, _: &Objects) {
-    let managed: Vec<bool> = expected
-        .virtual_servers
-        .iter()
-        .map(|server| server.address.is_some_and(|address| is_on_device(expected, address)))
-        .collect();
+fn drift_is_repaired(expected: &mut Expectation, objects: &Objects) {
+    let node_ports = objects.ports("nodePort");
+    let is_managed = |server: &VirtualServer| {
+        let front_end = server.port.map(u64::from).zip(server.protocol.as_deref());
+        server.address.is_some_and(|address| is_on_device(expected, address))
+            || front_end.is_some_and(|front_end| node_ports.contains(&front_end))
+    };
+    let managed: Vec<bool> = expected.virtual_servers.iter().map(is_managed).collect();
     for (server, _) in expected.virtual_servers.iter_mut().zip(managed).filter(|(_, managed)| *managed) {
         server.netmask = if server.address.is_some_and(|a| a.is_ipv4()) { "255.255.255.255" } else { "128" }.to_owned();
         for real in &mut server.real_servers {
