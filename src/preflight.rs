@@ -63,7 +63,8 @@ pub(crate) fn set_timeouts(ipvs: &mut Client, wanted: Timeouts) {
             || differs(wanted.udp, current.udp)
         {
             ipvs.set_timeouts(wanted)?;
-            info!(tcp = wanted.tcp, tcp_fin = wanted.tcp_fin, udp = wanted.udp, "set the IPVS timeouts (0: as it was)");
+            let set = |seconds: u32| (seconds != 0).then_some(seconds);
+            info!(tcp = set(wanted.tcp), tcp_fin = set(wanted.tcp_fin), udp = set(wanted.udp), "set IPVS timeouts");
         }
         Ok(())
     });

@@ -1,5 +1,7 @@
 //! The agent with an API server instead of a directory: the same objects give the same kernel, whatever the server does.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::path::{Path, PathBuf};

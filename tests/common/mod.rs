@@ -1,6 +1,13 @@
 //! The agent as a process in a network namespace of its own, and the kernel's state as `ipvsadm` and `ip` show it.
 
-#![allow(dead_code, unreachable_pub, clippy::allow_attributes, reason = "every test file uses a part of this one")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests, of which every test file uses a part"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -49,6 +49,9 @@ struct Pending {
     error: String,
 }
 
+/// Keys with the first error of each.
+type Errors = BTreeMap<Key, KernelError>;
+
 /// An operation that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
@@ -75,6 +78,8 @@ pub struct Outcome {
     pub clashes: Vec<Clash>,
     /// Whether everything was read from the kernel.
     pub audited: bool,
+    /// Whether it was read without anything known of it before.
+    pub is_first: bool,
 }
 
 /// How many operations of each kind were carried out.
@@ -243,9 +248,9 @@ impl<K: Kernel> Reconciler<K> {
 
     /// Reads everything from the kernel and repairs what is otherwise than desired.
     pub fn audit(&mut self, now: Instant) -> Result<Outcome, KernelError> {
-        let mut outcome = Outcome { audited: true, ..Outcome::default() };
-        self.recompute(&mut outcome);
         let is_first = self.mirror.is_none();
+        let mut outcome = Outcome { audited: true, is_first, ..Outcome::default() };
+        self.recompute(&mut outcome);
         let mirror = Mirror::from_dump(self.kernel.dump(Scope::All)?);
         let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain([Key::Device]).collect();
         self.mirror = Some(mirror);
@@ -328,51 +333,9 @@ impl<K: Kernel> Reconciler<K> {
     /// again.
     fn execute(&mut self, mut keys: BTreeSet<Key>, now: Instant, outcome: &mut Outcome) {
         for is_last in [false, true] {
-            let Some(mirror) = &mut self.mirror else { return };
-            if !mirror.has_device() {
-                keys.insert(Key::Device);
-            }
-            let mut operations = Vec::new();
-            for key in &keys {
-                let start = operations.len();
-                let is_draining = diff(*key, mirror, &self.desired, &self.policy, &mut operations);
-                if let Key::Server(front_end) = key {
-                    let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
-                    reschedule(&mut self.draining, *front_end, is_draining, began, now);
-                }
-            }
-            let plan = Plan::from_iter(operations);
+            let Some(plan) = self.plan(&mut keys, now) else { return };
             let results = if plan.is_empty() { Vec::new() } else { self.kernel.apply(&plan) };
-
-            let mut failed = BTreeMap::new();
-            let mut stale = BTreeMap::new();
-            for (operation, result) in plan.operations().iter().zip(results) {
-                let error = match result {
-                    Ok(()) => {
-                        mirror.acknowledge(operation);
-                        outcome.done.count(operation);
-                        continue;
-                    }
-                    Err(error) => error,
-                };
-                match (operation, error.cause) {
-                    // Somebody was faster, to the same end.
-                    (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
-                    | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
-                    | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
-                    (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
-                        stale.entry(operation.key()).or_insert(error);
-                    }
-                    (_, Cause::Refused | Cause::Unknown) => {
-                        failed.entry(operation.key()).or_insert(error);
-                    }
-                }
-            }
-            if failed.values().any(|error| error.cause == Cause::Unknown) {
-                self.mirror = None;
-            }
-            // The real servers of a virtual server that was refused are missing their virtual server: no news.
-            stale.retain(|key, _| !failed.contains_key(key));
+            let (mut failed, mut stale) = self.take_in(&plan, results, outcome);
             if is_last {
                 failed.append(&mut stale);
             }
@@ -399,8 +362,65 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
+    /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
+    fn plan(&mut self, keys: &mut BTreeSet<Key>, now: Instant) -> Option<Plan> {
+        let mirror = self.mirror.as_ref()?;
+        if !mirror.has_device() {
+            keys.insert(Key::Device);
+        }
+        let mut operations = Vec::new();
+        for key in &*keys {
+            let start = operations.len();
+            let is_draining = diff(*key, mirror, &self.desired, &self.policy, &mut operations);
+            if let Key::Server(front_end) = key {
+                let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
+                reschedule(&mut self.draining, *front_end, is_draining, began, now);
+            }
+        }
+        Some(operations.into_iter().collect())
+    }
+
+    /// Takes the results of a plan into the mirror. Returns the keys that failed, and those the mirror is wrong about.
+    fn take_in(
+        &mut self,
+        plan: &Plan,
+        results: Vec<Result<(), KernelError>>,
+        outcome: &mut Outcome,
+    ) -> (Errors, Errors) {
+        let (mut failed, mut stale) = (Errors::new(), Errors::new());
+        let Some(mirror) = &mut self.mirror else { return (failed, stale) };
+        for (operation, result) in plan.operations().iter().zip(results) {
+            let error = match result {
+                Ok(()) => {
+                    mirror.acknowledge(operation);
+                    outcome.done.count(operation);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match (operation, error.cause) {
+                // Somebody was faster, to the same end.
+                (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
+                | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
+                | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
+                (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
+                    stale.entry(operation.key()).or_insert(error);
+                }
+                (_, Cause::Refused | Cause::Unknown) => {
+                    failed.entry(operation.key()).or_insert(error);
+                }
+            }
+        }
+        // The real servers of a virtual server that was refused are missing their virtual server: no news.
+        stale.retain(|key, _| !failed.contains_key(key));
+        if failed.values().any(|error| error.cause == Cause::Unknown) {
+            self.mirror = None;
+        }
+        (failed, stale)
+    }
+
     /// Corrects the mirror about some keys and returns the keys to be planned again.
-    fn reread(&mut self, stale: BTreeMap<Key, KernelError>) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
+    fn reread(&mut self, stale: Errors) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
         let mut keys: BTreeSet<Key> = stale.into_keys().collect();
         let servers: Vec<FrontEnd> = keys
             .iter()

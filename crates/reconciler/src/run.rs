@@ -157,20 +157,27 @@ fn tell(outcome: &Outcome, took: Duration, servers: usize) {
         }
     }
     let done = &outcome.done;
-    if done.total() > 0 {
+    if done.total() > 0 || outcome.is_first {
         info!(
-            virtual_servers = %format_args!("+{} ~{} -{}", done.servers_added, done.servers_changed, done.servers_deleted),
-            real_servers = %format_args!(
-                "+{} ~{} -{}", done.real_servers_added, done.real_servers_changed, done.real_servers_deleted
-            ),
-            draining = done.real_servers_drained,
-            addresses = %format_args!("+{} -{}", done.addresses_bound, done.addresses_unbound),
-            failed = outcome.failures.len(),
+            virtual_servers = changes(done.servers_added, done.servers_changed, done.servers_deleted),
+            real_servers = changes(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
+            draining = (done.real_servers_drained > 0).then_some(done.real_servers_drained),
+            addresses = changes(done.addresses_bound, 0, done.addresses_unbound),
+            failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
             total = servers,
             took = ?took,
-            "{}", if outcome.audited { "audited" } else { "synced" }
+            "{}{}",
+            if outcome.audited { "audited" } else { "synced" },
+            if done.total() == 0 { ", nothing to change" } else { "" }
         );
     }
+}
+
+/// How many were added, changed and deleted, as in `+2 -1`; `None` without any.
+fn changes(added: usize, changed: usize, deleted: usize) -> Option<String> {
+    let counts = [('+', added), ('~', changed), ('-', deleted)];
+    let parts: Vec<String> = counts.iter().filter(|(_, n)| *n > 0).map(|(sign, n)| format!("{sign}{n}")).collect();
+    (!parts.is_empty()).then(|| parts.join(" "))
 }
 
 #[cfg(test)]

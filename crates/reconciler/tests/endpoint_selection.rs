@@ -4,6 +4,8 @@
 //! `t` terminating, `z1`/`z2` hinted for a zone, `h` hinted for this node, `o` hinted for another. So `1` is ready and
 //! elsewhere, and `2lut` is a local endpoint that serves while it terminates.
 
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use common::{NODE, endpoint, ip, port, service, slice, tcp};

@@ -1,6 +1,13 @@
 //! Services, slices and a reconciler on a model of the kernel, in few words.
 
-#![allow(dead_code, unreachable_pub, clippy::allow_attributes, reason = "every test file uses a part of this one")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "helpers of tests, of which every test file uses a part"
+)]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};

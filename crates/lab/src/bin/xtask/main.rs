@@ -23,10 +23,10 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    Lab(in_lab::Args),
+    Demo(demo::Args),
     Test(test::Args),
     Conformance(conformance::Args),
-    Demo(demo::Args),
+    Lab(in_lab::Args),
     #[command(hide = true)]
     GuestConformance(conformance::GuestArgs),
     #[command(hide = true)]

@@ -87,7 +87,8 @@ fn drift_is_repaired(expected: &mut Expectation, objects: &Objects) {
     };
     let managed: Vec<bool> = expected.virtual_servers.iter().map(is_managed).collect();
     for (server, _) in expected.virtual_servers.iter_mut().zip(managed).filter(|(_, managed)| *managed) {
-        server.netmask = if server.address.is_some_and(|a| a.is_ipv4()) { "255.255.255.255" } else { "128" }.to_owned();
+        let is_ipv4 = server.address.is_some_and(|address| address.is_ipv4());
+        if is_ipv4 { "255.255.255.255" } else { "128" }.clone_into(&mut server.netmask);
         for real in &mut server.real_servers {
             "masquerade".clone_into(&mut real.forward);
             (real.weight, real.upper_threshold, real.lower_threshold) = (1, 0, 0);

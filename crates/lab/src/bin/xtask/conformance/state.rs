@@ -174,10 +174,12 @@ fn difference(expected: &BTreeSet<String>, actual: &BTreeSet<String>) -> String 
     let mut lines = String::new();
     for line in expected.union(actual) {
         match (expected.contains(line), actual.contains(line)) {
-            (true, false) => lines += &format!("- {line}\n"),
-            (false, true) => lines += &format!("+ {line}\n"),
-            _ => {}
+            (true, false) => lines.push_str("- "),
+            (false, true) => lines.push_str("+ "),
+            _ => continue,
         }
+        lines.push_str(line);
+        lines.push('\n');
     }
     lines
 }

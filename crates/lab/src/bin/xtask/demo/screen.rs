@@ -86,6 +86,7 @@ impl Screen {
 
     /// Lines of text.
     pub(crate) fn text(&self, text: &str) {
+        self.gap();
         self.output(text);
     }
 
