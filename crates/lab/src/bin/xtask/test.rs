@@ -84,7 +84,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         }
         parts.push(Part::run("tests in the lab", || lab_tests(&other, args)));
         if filter.is_none() {
-            parts.push(Part::run("conformance", conformance::test));
+            parts.push(Part::run("conformance, from manifests", || conformance::test(false)));
+            parts.push(Part::run("conformance, from an API server", || conformance::test(true)));
         }
     }
     let summary: Vec<String> = parts.iter().map(Part::summary).collect();

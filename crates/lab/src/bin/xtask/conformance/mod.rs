@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use crate::cargo;
 use crate::guest_tests::Counts;
 use case::Case;
+use play::Source;
 
 /// The cases of this repository.
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/conformance");
@@ -42,6 +43,9 @@ pub(crate) struct Args {
     /// Write the results here
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    /// Serve the objects by an API server, instead of a directory of manifests
+    #[arg(long)]
+    api_server: bool,
     /// The agent, instead of the one built from this workspace
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
@@ -50,6 +54,8 @@ pub(crate) struct Args {
 /// Plays cases inside the lab.
 #[derive(clap::Args)]
 pub(crate) struct GuestArgs {
+    #[arg(long)]
+    api_server: bool,
     agent: PathBuf,
     results: PathBuf,
     cases: Vec<PathBuf>,
@@ -89,8 +95,8 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// All cases of the repository, as a part of `cargo xtask test`.
-pub(crate) fn test() -> Result<Counts> {
-    let args = Args { cases: CASES.into(), case: Vec::new(), json: None, agent: None };
+pub(crate) fn test(api_server: bool) -> Result<Counts> {
+    let args = Args { cases: CASES.into(), case: Vec::new(), json: None, api_server, agent: None };
     let results = play_all(&args)?;
     let failed = results.iter().filter(|result| !result.failures.is_empty()).count();
     Ok(Counts { passed: u32::try_from(results.len() - failed)?, failed: u32::try_from(failed)? })
@@ -108,6 +114,7 @@ fn play_all(args: &Args) -> Result<Vec<CaseResult>> {
     let status = lab::run(
         &Job::this_executable()
             .arg("guest-conformance")
+            .args(args.api_server.then_some("--api-server"))
             .arg(agent)
             .arg(&results)
             .args(&cases)
@@ -193,6 +200,7 @@ fn summarize(results: &[CaseResult], took: Duration) {
 
 /// Inside the lab.
 pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
+    let source = if args.api_server { Source::ApiServer } else { Source::Manifests };
     let queue = Mutex::new(args.cases.iter());
     let next = || queue.lock().map_or(None, |mut queue| queue.next());
     let results = Mutex::new(Vec::new());
@@ -200,7 +208,7 @@ pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
         for _ in 0..AT_ONCE.min(args.cases.len()) {
             scope.spawn(|| {
                 while let Some(path) = next() {
-                    let result = play_one(&args.agent, path);
+                    let result = play_one(&args.agent, path, source);
                     eprintln!("{} {}", if result.failures.is_empty() { "ok    " } else { "FAILED" }, result.name);
                     if let Ok(mut results) = results.lock() {
                         results.push(result);
@@ -215,10 +223,10 @@ pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn play_one(agent: &Path, path: &Path) -> CaseResult {
+fn play_one(agent: &Path, path: &Path, source: Source) -> CaseResult {
     let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
     let mut result = CaseResult { name: name.clone(), ..CaseResult::default() };
-    let played = Case::read(path).and_then(|case| play::play(agent, &case, &mut result));
+    let played = Case::read(path).and_then(|case| play::play(agent, &case, source, &mut result));
     if let Err(error) = played {
         result.failures.push(Failure { case: name, step: 0, diff: format!("could not be played: {error:#}") });
     }

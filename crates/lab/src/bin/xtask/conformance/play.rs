@@ -16,8 +16,10 @@ use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Protocol, RealServer, VirtualServerId};
 use lab::Scratch;
 use lab::netns::Namespace;
+use serde_json::Value;
+use test_apiserver::Server;
 
-use super::case::{Case, Expectation, Step};
+use super::case::{Case, Expectation, Object, Step};
 use super::deviations::{self, Objects};
 use super::state::State;
 use super::{CaseResult, Failure};
@@ -31,11 +33,22 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const AUDITS: usize = 3;
 const PERIOD: &str = "--ipvs-sync-period=150ms";
 
+/// Where the agent takes objects from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Source {
+    /// A directory of manifests.
+    Manifests,
+    /// An API server.
+    ApiServer,
+}
+
 /// The node of a case while it is played.
 struct Node<'a> {
     case: &'a Case,
     agent: &'a Path,
+    /// The manifests, or the kubeconfig; and the agent's log.
     dir: Scratch,
+    server: Option<Server>,
     process: Option<Child>,
 }
 
@@ -46,10 +59,11 @@ impl Drop for Node<'_> {
 }
 
 /// Plays all steps and puts what differs into `result`.
-pub(crate) fn play(agent: &Path, case: &Case, result: &mut CaseResult) -> Result<()> {
+pub(crate) fn play(agent: &Path, case: &Case, source: Source, result: &mut CaseResult) -> Result<()> {
     let namespace = Namespace::new()?;
     namespace.run(|| {
-        let mut node = Node { case, agent, dir: Scratch::new()?, process: None };
+        let server = (source == Source::ApiServer).then(Server::new);
+        let mut node = Node { case, agent, dir: Scratch::new()?, server, process: None };
         node.set_up()?;
         let mut objects = Objects::default();
         for (index, step) in case.steps.iter().enumerate() {
@@ -58,7 +72,7 @@ pub(crate) fn play(agent: &Path, case: &Case, result: &mut CaseResult) -> Result
             node.step(number, step).with_context(|| format!("step {number}"))?;
             let expected = case.expectation(step)?;
             result.not_compared.extend(expected.others.keys().cloned());
-            let state = node.state()?;
+            let state = state()?;
             compare(case, number, &expected, &state, &objects, result);
         }
         Ok(())
@@ -110,6 +124,10 @@ impl Node<'_> {
         if !self.case.preexisting.ipvsadm.is_empty() {
             restore(&self.case.preexisting.ipvsadm)?;
         }
+        if let Some(server) = &self.server {
+            let address = server.listen_in_thread().context("cannot start the API server")?;
+            Server::write_kubeconfig(&self.kubeconfig(), address);
+        }
         Ok(())
     }
 
@@ -121,39 +139,61 @@ impl Node<'_> {
             shell(command)?;
         }
         for object in &step.delete {
-            let path = self.manifests().join(object.file_name());
-            fs::remove_file(&path).with_context(|| format!("cannot delete {}", path.display()))?;
+            self.delete(object)?;
         }
         for file in &step.apply {
-            let content = fs::read(self.case.dir.join(file)).with_context(|| format!("cannot read {file}"))?;
+            let content =
+                fs::read_to_string(self.case.dir.join(file)).with_context(|| format!("cannot read {file}"))?;
             let name = Path::new(file).file_name().context("a manifest without a name")?;
-            self.write(&name.to_string_lossy(), &content)?;
+            self.apply(&name.to_string_lossy(), &content)?;
         }
         let port = 1000 + u16::try_from(number)?;
-        self.write(MARKER_FILE, marker(port).as_bytes())?;
+        self.apply(MARKER_FILE, &marker(port))?;
         if self.process.is_none() {
             self.start()?;
         }
         self.wait(port)
     }
 
-    fn manifests(&self) -> PathBuf {
-        self.dir.path().to_owned()
+    fn kubeconfig(&self) -> PathBuf {
+        self.dir.path().join("kubeconfig")
     }
 
-    /// Puts a manifest in place in one move, so that nobody reads half of it.
-    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
-        let temporary = self.manifests().join(format!(".{name}"));
+    /// Creates or replaces the objects of a manifest.
+    fn apply(&self, name: &str, content: &str) -> Result<()> {
+        if let Some(server) = &self.server {
+            let options = serde_saphyr::options! { strict_booleans: true };
+            let objects: Vec<Value> = serde_saphyr::from_multiple_with_options(content, options)
+                .with_context(|| format!("cannot understand {name}"))?;
+            for object in objects {
+                server.apply(object);
+            }
+            return Ok(());
+        }
+        // In one move, so that nobody reads half of it.
+        let temporary = self.dir.path().join(format!(".{name}"));
         fs::write(&temporary, content).context("cannot write a manifest")?;
-        fs::rename(&temporary, self.manifests().join(name)).context("cannot put a manifest in place")?;
+        fs::rename(&temporary, self.dir.path().join(name)).context("cannot put a manifest in place")?;
         Ok(())
+    }
+
+    fn delete(&self, object: &Object) -> Result<()> {
+        if let Some(server) = &self.server {
+            server.delete(&object.kind, object.namespace.as_deref().unwrap_or_default(), &object.name);
+            return Ok(());
+        }
+        let path = self.dir.path().join(object.file_name());
+        fs::remove_file(&path).with_context(|| format!("cannot delete {}", path.display()))
     }
 
     fn start(&mut self) -> Result<()> {
         let log = fs::File::create(self.log()).context("cannot create the agent's log")?;
-        let process = Command::new(self.agent)
-            .arg("--manifests")
-            .arg(self.manifests())
+        let mut command = Command::new(self.agent);
+        match &self.server {
+            None => command.arg("--manifests").arg(self.dir.path()),
+            Some(_) => command.arg("--kubeconfig").arg(self.kubeconfig()),
+        };
+        let process = command
             .arg(format!("--hostname-override={}", self.case.node_name))
             .args(&self.case.flags)
             .args(["--ipvs-min-sync-period=0s", PERIOD, "-v=4"])
@@ -167,7 +207,7 @@ impl Node<'_> {
     }
 
     fn log(&self) -> PathBuf {
-        self.manifests().join(".agent.log")
+        self.dir.path().join(".agent.log")
     }
 
     fn kill(&mut self) {
@@ -206,16 +246,16 @@ impl Node<'_> {
         }
         Ok(())
     }
+}
 
-    /// The kernel's state without the marker.
-    fn state(&self) -> Result<State> {
-        let mut state = State::read()?;
-        state.virtual_servers.retain(|server| server.address != Some(MARKER));
-        if let Some(addresses) = &mut state.kube_ipvs0 {
-            addresses.remove(&format!("{MARKER}/32"));
-        }
-        Ok(state)
+/// The kernel's state without the marker.
+fn state() -> Result<State> {
+    let mut state = State::read()?;
+    state.virtual_servers.retain(|server| server.address != Some(MARKER));
+    if let Some(addresses) = &mut state.kube_ipvs0 {
+        addresses.remove(&format!("{MARKER}/32"));
     }
+    Ok(state)
 }
 
 /// A Service and an endpoint that no case has, on a port that changes with each step.
