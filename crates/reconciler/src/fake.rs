@@ -1,6 +1,7 @@
 //! A kernel in memory: IPVS and `kube-ipvs0` with the rules of the real ones, and with faults to order.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipvs_netlink::{RealServer, Scheduler};
@@ -57,6 +58,15 @@ pub struct FakeKernel {
     pub log: Vec<Operation>,
     /// Asked before each operation.
     pub fault: Option<Fault>,
+}
+
+impl fmt::Debug for FakeKernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("FakeKernel")
+            .field("servers", &self.servers)
+            .field("addresses", &self.addresses)
+            .finish_non_exhaustive()
+    }
 }
 
 impl FakeKernel {

@@ -6,12 +6,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use common::{NODE, World, ip, port};
+use ipvs_netlink::{Family, Forwarding, Netmask, RealServer, Scheduler, SchedulerFlags};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use reconciler::Policy;
-use reconciler::fake::FakeKernel;
+use reconciler::fake::{FakeKernel, FakeRealServer, FakeServer};
+use reconciler::plan::{FrontEnd, ServerConfig};
 use reconciler::policy::NodePortAddresses;
 use service_watch::{
     Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
@@ -65,19 +67,19 @@ impl Objects {
         }
     }
 
+    /// All of it, in another order than the histories': slices before Services, and backwards.
+    fn changes(&self) -> Vec<Change> {
+        let slices = self.slices.values().rev().cloned().map(Change::Slice);
+        let services = self.services.values().rev().cloned().map(Change::Service);
+        slices.chain(services).chain(self.node.clone().map(Change::Node)).collect()
+    }
+
     /// A kernel that an agent has filled that never knew anything else.
     fn from_nothing(&self, policy: &Policy) -> FakeKernel {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.reconciler.set_interfaces(self.interfaces.clone());
-        // In another order than the histories': slices before Services, and backwards.
-        for slice in self.slices.values().rev() {
-            world.apply(Change::Slice(slice.clone()));
-        }
-        for service in self.services.values().rev() {
-            world.apply(Change::Service(service.clone()));
-        }
-        if let Some(node) = &self.node {
-            world.apply(Change::Node(node.clone()));
+        for change in self.changes() {
+            world.apply(change);
         }
         world.apply(Change::Synced).settle();
         world.kill()
@@ -208,8 +210,49 @@ fn policy() -> impl Strategy<Value = Policy> {
 }
 
 /// What clients see: everything but how it came about.
-fn visible(kernel: &FakeKernel) -> (&BTreeMap<reconciler::plan::FrontEnd, reconciler::fake::FakeServer>, Vec<IpAddr>) {
+fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>) {
     (&kernel.servers, kernel.addresses.iter().flat_map(|addresses| addresses.keys().copied()).collect())
+}
+
+/// A kernel in which somebody has been before: an earlier run, another version, or a person with ipvsadm.
+fn kernel() -> impl Strategy<Value = FakeKernel> {
+    let real_server = (select(&ENDPOINTS[..]), 8080_u16..8082, 0_u32..3, any::<bool>(), 0_u32..2).prop_map(
+        |(address, number, weight, is_direct, upper_threshold)| {
+            let mut server = RealServer { weight, upper_threshold, ..RealServer::new((ip(address), number).into()) };
+            if is_direct {
+                server.forwarding = Forwarding::DirectRoute;
+            }
+            server
+        },
+    );
+    let config = (select(&Scheduler::ALL[..]), option::of(1_u32..3), any::<bool>());
+    let addresses = ["10.96.0.0", "10.96.0.1", "fd96::0", "203.0.113.1", "fd03::1", "192.168.1.1", "10.77.0.1"];
+    let front_end = (select(addresses.to_vec()), 80_u16..83, protocol());
+    let servers = vec((front_end, config, vec(real_server, 0..4)), 0..6);
+    let bound = option::of(subsequence(addresses.to_vec(), 0..5));
+    (servers, bound).prop_map(|(servers, bound)| {
+        let servers =
+            servers.into_iter().map(|((address, port, protocol), (scheduler, persistence, one_packet), real)| {
+                let front_end = FrontEnd { address: ip(address), port, protocol };
+                let config = ServerConfig {
+                    scheduler,
+                    scheduler_flags: SchedulerFlags::NONE,
+                    persistence_timeout: persistence,
+                    netmask: Netmask::host(Family::of(front_end.address)),
+                    one_packet,
+                };
+                let real = real.into_iter().filter(|server| server.address.is_ipv4() == front_end.address.is_ipv4());
+                let real_servers =
+                    real.map(|server| (server.socket_address(), FakeRealServer { server, connections: 0 }));
+                (front_end, FakeServer { config, real_servers: real_servers.collect() })
+            });
+        let full = |address: IpAddr| (address, if address.is_ipv4() { 32 } else { 128 });
+        FakeKernel {
+            servers: servers.collect(),
+            addresses: bound.map(|bound| bound.into_iter().map(|address| full(ip(address))).collect()),
+            ..FakeKernel::default()
+        }
+    })
 }
 
 proptest! {
@@ -235,6 +278,22 @@ proptest! {
             prop_assert_eq!(again.done.total(), 0, "a second plan is empty");
             prop_assert_eq!(again.failures, vec![]);
         }
+    }
+
+    #[test]
+    fn from_whatever_the_kernel_holds_the_objects_alone_lead_on(
+        kernel in kernel(),
+        history in vec(event(), 1..16),
+    ) {
+        let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
+        history.iter().for_each(|event| objects.take_in(event));
+        let mut world = World::unsynced(kernel, policy.clone());
+        world.reconciler.set_interfaces(objects.interfaces.clone());
+        objects.changes().into_iter().for_each(|change| { world.apply(change); });
+        world.apply(Change::Synced).settle();
+        let fresh = objects.from_nothing(&policy);
+        prop_assert_eq!(visible(world.kernel()), visible(&fresh));
+        prop_assert_eq!(world.audit().done.total(), 0, "a second plan is empty");
     }
 
     #[test]
