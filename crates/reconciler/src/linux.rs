@@ -26,6 +26,8 @@ pub struct LinuxKernel {
     route: Socket,
     /// The index of `kube-ipvs0`, once it was seen.
     device: Option<u32>,
+    /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
+    is_broken: bool,
 }
 
 impl LinuxKernel {
@@ -33,7 +35,7 @@ impl LinuxKernel {
     pub fn connect() -> Result<Self, KernelError> {
         let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { ipvs, route, device: None })
+        Ok(Self { ipvs, route, device: None, is_broken: false })
     }
 
     /// The IPVS client, for what is no part of a plan: timeouts and the probing of schedulers.
@@ -118,11 +120,35 @@ impl LinuxKernel {
         }))
     }
 
+    fn read(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
+        let mut observed = Observed::default();
+        match scope {
+            Scope::All => {
+                self.device = self.find_device()?;
+                observed.addresses = self.device.map(|device| self.addresses(device)).transpose()?;
+                for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
+                    observed.servers.extend(self.observe(entry.server)?);
+                }
+            }
+            Scope::Servers(front_ends) => {
+                for front_end in front_ends {
+                    match self.ipvs.virtual_server(&front_end.id()) {
+                        Ok(entry) => observed.servers.extend(self.observe(entry.server)?),
+                        Err(error) if error.kind() == ErrorKind::NotFound => {}
+                        Err(error) => return Err(refused(error.to_string())),
+                    }
+                }
+            }
+        }
+        Ok(observed)
+    }
+
     fn apply_ipvs(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
         let messages: Vec<Message> = operations.iter().filter_map(ipvs_message).collect();
         match self.ipvs.apply(&messages) {
             Ok(answers) => results.extend(answers.into_iter().map(|answer| answer.map_err(|error| ipvs_error(&error)))),
             Err(error) => {
+                self.is_broken = true;
                 let error = unknown(error.to_string());
                 results.extend(operations.iter().map(|_| Err(error.clone())));
             }
@@ -146,6 +172,7 @@ impl LinuxKernel {
                     .map(|(answer, operation)| answer.map_err(|refusal| address_error(operation, &refusal))),
             ),
             Err(error) => {
+                self.is_broken = true;
                 let error = unknown(error.to_string());
                 results.extend(operations.iter().map(|_| Err(error.clone())));
             }
@@ -158,26 +185,12 @@ impl LinuxKernel {
 
 impl Kernel for LinuxKernel {
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
-        let mut observed = Observed::default();
-        match scope {
-            Scope::All => {
-                self.device = self.find_device()?;
-                observed.addresses = self.device.map(|device| self.addresses(device)).transpose()?;
-                for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
-                    observed.servers.extend(self.observe(entry.server)?);
-                }
-            }
-            Scope::Servers(front_ends) => {
-                for front_end in front_ends {
-                    match self.ipvs.virtual_server(&front_end.id()) {
-                        Ok(entry) => observed.servers.extend(self.observe(entry.server)?),
-                        Err(error) if error.kind() == ErrorKind::NotFound => {}
-                        Err(error) => return Err(refused(error.to_string())),
-                    }
-                }
-            }
+        if self.is_broken {
+            *self = Self::connect()?;
         }
-        Ok(observed)
+        let observed = self.read(scope);
+        self.is_broken = observed.is_err();
+        observed
     }
 
     fn apply(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>> {

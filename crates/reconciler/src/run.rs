@@ -84,6 +84,7 @@ impl Schedule {
 pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, periods: Periods, once: bool) -> usize {
     let mut schedule = Schedule::new(periods);
     let mut failed = 0;
+    let mut unreadable = None;
     loop {
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
@@ -124,9 +125,15 @@ pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, 
         match &result {
             Ok(outcome) => {
                 failed = outcome.failures.len();
+                unreadable = None;
                 tell(outcome, end - start, reconciler.server_count());
             }
-            Err(error) => error!("cannot read the state of the kernel, will try again: {error}"),
+            Err(error) => {
+                if unreadable.as_ref() != Some(error) {
+                    error!("cannot read the state of the kernel, will try again: {error}");
+                }
+                unreadable = Some(error.clone());
+            }
         }
         schedule.ended(task, result.is_ok(), end);
         if once && result.is_ok() {

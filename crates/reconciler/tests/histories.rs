@@ -1,5 +1,7 @@
 //! Random histories of changes: whatever the path, the kernel ends up where the objects alone would have led it.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -75,7 +77,7 @@ impl Objects {
     }
 
     /// A kernel that an agent has filled that never knew anything else.
-    fn from_nothing(&self, policy: &Policy) -> FakeKernel {
+    fn fresh_kernel(&self, policy: &Policy) -> FakeKernel {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.reconciler.set_interfaces(self.interfaces.clone());
         for change in self.changes() {
@@ -272,7 +274,7 @@ proptest! {
                 Event::Audit => { world.audit(); }
             }
             world.settle();
-            let fresh = objects.from_nothing(&policy);
+            let fresh = objects.fresh_kernel(&policy);
             prop_assert_eq!(visible(world.kernel()), visible(&fresh));
             let again = world.audit();
             prop_assert_eq!(again.done.total(), 0, "a second plan is empty");
@@ -291,7 +293,7 @@ proptest! {
         world.reconciler.set_interfaces(objects.interfaces.clone());
         objects.changes().into_iter().for_each(|change| { world.apply(change); });
         world.apply(Change::Synced).settle();
-        let fresh = objects.from_nothing(&policy);
+        let fresh = objects.fresh_kernel(&policy);
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
         prop_assert_eq!(world.audit().done.total(), 0, "a second plan is empty");
     }
@@ -311,7 +313,7 @@ proptest! {
             }
         }
         world.settle();
-        let fresh = objects.from_nothing(&policy);
+        let fresh = objects.fresh_kernel(&policy);
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
     }
 }
