@@ -1,5 +1,6 @@
 //! The client: one socket, and a method for each thing one asks of IPVS.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 
@@ -107,12 +108,19 @@ impl Client {
         self.ask(Message::SetTimeouts(timeouts), |_| {})
     }
 
-    /// All virtual servers, in the kernel's order. The kernel finds its place in a list of several datagrams by
-    /// counting: while others add or delete, one may be missing or come twice, and the kernel does not say so.
+    /// All virtual servers, in the kernel's order.
+    ///
+    /// One may be missing where others, in any network namespace, delete virtual servers meanwhile: from one datagram of
+    /// the list to the next the kernel finds its place by counting, in a table it has for all namespaces, and does not
+    /// say when that went wrong.
     pub fn virtual_servers(&mut self) -> Result<Vec<VirtualServerEntry>, Error> {
         let mut entries = Vec::new();
+        // For the same reason one may come again where others add.
+        let mut seen = HashSet::new();
         self.dump(Message::ListVirtualServers, |answer| {
-            if let Message::VirtualServer(entry) = answer {
+            if let Message::VirtualServer(entry) = answer
+                && seen.insert(entry.server.id)
+            {
                 entries.push(entry);
             }
         })?;

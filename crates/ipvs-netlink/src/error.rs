@@ -68,13 +68,7 @@ impl Error {
             (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
             _ => (ErrorKind::Other, None),
         };
-        Self(Box::new(Failure {
-            operation: message.operation(),
-            object: message.object(),
-            kind,
-            hint,
-            cause,
-        }))
+        Self(Box::new(Failure { operation: message.operation(), object: message.object(), kind, hint, cause }))
     }
 
     /// The family is missing: the error of connecting.

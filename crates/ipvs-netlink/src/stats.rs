@@ -5,6 +5,7 @@ use netlink_packet_core::{DecodeError, parse_u32, parse_u64};
 use crate::attributes::each_attribute;
 
 /// What has passed, and how fast it passes (`IPVS_*_ATTR_STATS64`, on kernels before 4.1 the 32-bit `IPVS_*_ATTR_STATS`).
+/// The kernel brings them up to date every two seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Connections scheduled.

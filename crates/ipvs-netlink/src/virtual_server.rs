@@ -435,7 +435,9 @@ impl VirtualServerEntry {
                 service::FWMARK => firewall_mark = Some(parse_u32(value)?),
                 service::SCHED_NAME => scheduler = Some(parse_string(value)?),
                 service::FLAGS => {
-                    flags = u32::from_ne_bytes(*value.first_chunk::<4>().ok_or("a service's flags are short")?);
+                    // struct ip_vs_flags again.
+                    let [a, b, c, d, ..] = *value.first_chunk::<8>().ok_or("a service's flags are short")?;
+                    flags = u32::from_ne_bytes([a, b, c, d]);
                 }
                 service::TIMEOUT => timeout = parse_u32(value)?,
                 service::NETMASK => netmask = Some(parse_u32(value)?),

@@ -235,8 +235,7 @@ impl Socket {
         mut handle: impl FnMut(&NetlinkHeader, Answer<'_>) -> Result<bool, Error>,
     ) -> Result<(), Error> {
         loop {
-            let received = retry(|| self.raw.recv(&mut &mut self.incoming[..], 0)).map_err(Error::Receive)?;
-            let mut rest = &self.incoming[..received.min(self.incoming.len())];
+            let mut rest = receive(&self.raw, &mut self.incoming).map_err(Error::Receive)?;
             while let Some((header, payload)) = next_message(&mut rest)? {
                 if let Some(answer) = answer(&header, payload, &self.outgoing)?
                     && handle(&header, answer)?
@@ -246,6 +245,27 @@ impl Socket {
             }
         }
     }
+}
+
+/// Receives one datagram.
+///
+/// Where the kernel says that it had to drop some (`ENOBUFS`), those it has still queued are dropped too: until the queue
+/// is empty the kernel drops all that follows, and does not say so again.
+pub(crate) fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
+    let received = retry(|| raw.recv(&mut &mut buffer[..], 0));
+    if is_overrun(&received) {
+        loop {
+            let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
+            if dropped.is_err() && !is_overrun(&dropped) {
+                break;
+            }
+        }
+    }
+    received.map(|length| &buffer[..length.min(buffer.len())])
+}
+
+fn is_overrun(received: &io::Result<usize>) -> bool {
+    received.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::ENOBUFS))
 }
 
 /// Takes the first message off a datagram.
@@ -315,7 +335,7 @@ pub(crate) fn decode<R: NetlinkDeserializable>(header: &NetlinkHeader, payload: 
     R::deserialize(header, payload).map_err(|error| Error::Decode(error.to_string().into()))
 }
 
-pub(crate) fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+fn retry<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

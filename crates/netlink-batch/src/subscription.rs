@@ -4,14 +4,15 @@ use netlink_packet_core::{NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NetlinkDeseria
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
 use crate::error::Error;
-use crate::socket::{RECEIVE_BYTES, decode, next_message, retry};
+use crate::socket::{RECEIVE_BYTES, decode, next_message, receive};
 
 /// What a wait for notifications ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
     /// One or more notifications.
     Notifications,
-    /// Some were lost since they came faster than they were read (`ENOBUFS`): what they were about must be read anew.
+    /// Some were lost since they came faster than they were read (`ENOBUFS`), and those that were not are dropped: what
+    /// they were about must be read anew. Nothing that happens from now on is missed.
     Overrun,
 }
 
@@ -41,12 +42,11 @@ impl Subscription {
 
     /// Waits for notifications and hands each to `each`.
     pub fn receive<R: NetlinkDeserializable>(&mut self, mut each: impl FnMut(R)) -> Result<Received, Error> {
-        let received = match retry(|| self.raw.recv(&mut &mut self.incoming[..], 0)) {
-            Ok(received) => received,
+        let mut rest = match receive(&self.raw, &mut self.incoming) {
+            Ok(datagram) => datagram,
             Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(Received::Overrun),
             Err(error) => return Err(Error::Receive(error)),
         };
-        let mut rest = &self.incoming[..received.min(self.incoming.len())];
         while let Some((header, payload)) = next_message(&mut rest)? {
             match header.message_type {
                 NLMSG_NOOP | NLMSG_ERROR => {}

@@ -170,6 +170,10 @@ pub enum Change {
     Node(Node),
     /// The agent's own Node is gone.
     NodeGone,
+    /// Whether there is something that could not be understood even once, such as a file that did not parse at the start.
+    /// While there is, what is missing may be in it: nothing may be taken for gone. Said before `Synced` and when it changes;
+    /// not said means no.
+    Incomplete(bool),
     /// Said once: all that existed at the start has been said. Nothing is programmed before.
     Synced,
 }

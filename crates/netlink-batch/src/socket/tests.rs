@@ -1,10 +1,12 @@
 //! Answers no real kernel gives on demand: crafted bytes, and a kernel played by a second socket of this process.
 
 use std::thread;
+use std::time::Duration;
 
 use netlink_packet_core::{DecodeError, NLM_F_MULTIPART, emit_i32};
-use netlink_sys::protocols::NETLINK_USERSOCK;
+use netlink_sys::protocols::{NETLINK_ROUTE, NETLINK_USERSOCK};
 use proptest::prelude::*;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 
 use super::*;
 
@@ -71,18 +73,23 @@ fn sequence_of(request: &[u8]) -> u32 {
     NetlinkBuffer::new(request).sequence_number()
 }
 
-/// A socket whose kernel answers each datagram it is sent with the datagrams that the script makes of it.
-fn played<const N: usize>(script: [fn(&[u8]) -> Vec<Vec<u8>>; N]) -> Socket {
+/// Makes the datagrams that answer one.
+type Play = fn(&[u8]) -> Vec<Vec<u8>>;
+
+/// A socket whose kernel answers each datagram as the script says.
+fn played<const N: usize>(script: [Play; N]) -> Socket {
     let open = || {
         let mut socket = RawSocket::new(NETLINK_USERSOCK).unwrap();
         let address = socket.bind_auto().unwrap();
         (socket, address)
     };
-    let ((mut raw, address), (kernel, kernel_address)) = (open(), open());
+    let ((raw, address), (kernel, kernel_address)) = (open(), open());
     raw.connect(&kernel_address).unwrap();
+    // A kernel whose assertions fail answers no more.
+    limit_waiting(&raw);
     thread::spawn(move || {
         for answers in script {
-            let mut request = vec![0; RECEIVE_BYTES];
+            let mut request = vec![0; 2 * BATCH_BYTES];
             let length = kernel.recv(&mut &mut request[..], 0).unwrap();
             for datagram in answers(&request[..length]) {
                 kernel.send_to(&datagram, &address, 0).unwrap();
@@ -90,6 +97,11 @@ fn played<const N: usize>(script: [fn(&[u8]) -> Vec<Vec<u8>>; N]) -> Socket {
         }
     });
     Socket { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES] }
+}
+
+/// A test that would wait for ever is to fail instead.
+fn limit_waiting(raw: &RawSocket) {
+    set_socket_timeout(raw, Timeout::Recv, Some(Duration::from_secs(10))).unwrap();
 }
 
 fn dump(socket: &mut Socket) -> Result<Vec<u8>, Error> {
@@ -147,10 +159,7 @@ fn a_dump_that_fails_half_way_is_a_refusal_with_the_kernels_words() {
         let mut end = (-libc::EMSGSIZE).to_ne_bytes().to_vec();
         end.extend_from_slice(&[8, 0, 1, 0]);
         end.extend_from_slice(b"big\0");
-        vec![
-            data(sequence, &[1]),
-            message(NLMSG_DONE, NLM_F_MULTIPART | NLM_F_ACK_TLVS, sequence, &end),
-        ]
+        vec![data(sequence, &[1]), message(NLMSG_DONE, NLM_F_MULTIPART | NLM_F_ACK_TLVS, sequence, &end)]
     }]);
     let error = dump(&mut socket).unwrap_err();
     assert_eq!(error.to_string(), "Message too long (os error 90): big");
@@ -196,6 +205,21 @@ fn lost_answers_are_an_error() {
     let mut socket = played([|request| vec![message(NLMSG_OVERRUN, 0, sequence_of(request), &[])]]);
     let error = socket.request(&Bytes(vec![9]).into(), |_: Bytes| ()).unwrap_err();
     assert!(matches!(&error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{error}");
+}
+
+#[test]
+fn after_more_answers_than_the_kernel_can_queue_the_socket_goes_on() {
+    let mut socket = Socket::open(NETLINK_ROUTE).unwrap();
+    limit_waiting(&socket.raw);
+    socket.raw.set_rx_buf_sz(4096_u32).unwrap();
+    // Refused with and without privileges: a new routing rule of no family.
+    let refused = || Request::from(Bytes(vec![0]));
+    let error = socket.batch((0..BATCH_MESSAGES).map(|_| refused())).unwrap_err();
+    assert!(matches!(&error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{error}");
+    for _ in 0..3 {
+        let error = socket.request(&refused(), |_: Bytes| ()).unwrap_err();
+        assert!(error.refusal().is_some(), "{error}");
+    }
 }
 
 #[test]
@@ -246,7 +270,7 @@ fn a_batch_goes_out_in_datagrams_of_limited_number_and_size() {
 /// What a refusal says when the kernel echoes the whole request, as one does that cannot cap it.
 #[test]
 fn an_extended_ack_is_found_after_an_echo_of_the_whole_request() {
-    let request = message(KIND, NLM_F_REQUEST, 3, &[5, 0, 9, 0, 1]);
+    let request = message(KIND, NLM_F_REQUEST, 3, &[0, 0, 0, 0, 1]);
     let mut payload = (-libc::EINVAL).to_ne_bytes().to_vec();
     payload.extend_from_slice(&request);
     payload.extend_from_slice(&[7, 0, 1, 0, b'n', b'o', 0, 0]);

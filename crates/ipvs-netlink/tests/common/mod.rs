@@ -1,0 +1,80 @@
+//! What the tests in the lab share.
+
+#![allow(
+    dead_code,
+    clippy::allow_attributes,
+    clippy::unwrap_used,
+    reason = "helpers of tests, of which every test file uses a part"
+)]
+
+use std::io::Write;
+use std::ops::{Deref, DerefMut};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use ipvs_netlink::{Client, Protocol, RealServer, Scheduler, VirtualServer, VirtualServerId};
+
+/// A client whose kernel nobody else in this process talks to: the kernel lists virtual servers from one table for all
+/// network namespaces, and loses its place when those of another namespace come or go.
+pub(crate) struct Alone {
+    client: Client,
+    _lock: MutexGuard<'static, ()>,
+}
+
+impl Deref for Alone {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.client
+    }
+}
+
+impl DerefMut for Alone {
+    fn deref_mut(&mut self) -> &mut Client {
+        &mut self.client
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        // Or the kernel would do it at some later time, when it takes the namespace away.
+        let _ = self.client.flush();
+    }
+}
+
+/// A client in a network namespace of its own, the calling thread's from now on.
+pub(crate) fn client() -> Alone {
+    static LOCK: Mutex<()> = Mutex::new(());
+    let lock = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
+    lab::netns::isolate().unwrap();
+    Alone { client: Client::connect().unwrap(), _lock: lock }
+}
+
+/// Runs a command, its words separated by white space, and returns its output.
+pub(crate) fn run(command: &str) -> String {
+    run_with_input(command, "")
+}
+
+pub(crate) fn run_with_input(command: &str, input: &str) -> String {
+    let mut words = command.split_whitespace();
+    let mut process = Command::new(words.next().unwrap());
+    process.args(words).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = process.spawn().expect(command);
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    // ipvsadm -R goes on after a line it does not understand, and succeeds.
+    assert!(output.status.success() && output.stderr.is_empty(), "{command}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+pub(crate) fn tcp(address: &str) -> VirtualServerId {
+    VirtualServerId::address(Protocol::Tcp, address.parse().unwrap())
+}
+
+pub(crate) fn round_robin(id: VirtualServerId) -> VirtualServer {
+    VirtualServer::new(id, Scheduler::RoundRobin)
+}
+
+pub(crate) fn real(address: &str) -> RealServer {
+    RealServer::new(address.parse().unwrap())
+}

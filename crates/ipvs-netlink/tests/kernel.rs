@@ -1,0 +1,357 @@
+//! The client against a kernel: in the lab, but for the one test that is about a kernel without IPVS.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::mpsc::{self, TryRecvError};
+use std::thread;
+
+use common::{client, real, round_robin, run, tcp};
+use ipvs_netlink::{
+    Client, Error, ErrorKind, Family, Message, Netmask, Protocol, RealServer, Scheduler, SchedulerFlags, Timeouts,
+    VirtualServer, VirtualServerId,
+};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+/// 10.96.x.y:80, one for each number.
+fn numbered(number: u32) -> VirtualServerId {
+    let address = SocketAddr::new(IpAddr::V4((0x0a60_0000 + number).into()), 80);
+    VirtualServerId::address(Protocol::Tcp, address)
+}
+
+fn identities(client: &mut Client) -> Vec<VirtualServerId> {
+    client.virtual_servers().unwrap().iter().map(|entry| entry.server.id).collect()
+}
+
+fn assert_error(error: &Error, kind: ErrorKind, text: &str) {
+    assert_eq!(error.kind(), kind, "{error}");
+    assert_eq!(error.to_string(), text);
+}
+
+#[test]
+fn connecting_finds_ipvs_or_says_how_to_get_it() {
+    match Client::connect() {
+        Ok(_) => assert!(std::path::Path::new("/proc/net/ip_vs").exists(), "there is no IPVS to connect to"),
+        Err(error) => assert_error(
+            &error,
+            ErrorKind::NotSupported,
+            "cannot connect to IPVS: No such file or directory (os error 2): this kernel has no IPVS: load it with \
+             `modprobe ip_vs` (CONFIG_IP_VS)",
+        ),
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_version_and_the_size_of_the_table_are_those_ipvsadm_tells() {
+    let info = client().info().unwrap();
+    let (major, minor, patch) = info.version;
+    let line = format!("IP Virtual Server version {major}.{minor}.{patch} (size={})", info.connection_table_size);
+    assert_eq!(run("ipvsadm -Ln").lines().next(), Some(line.as_str()));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn servers_come_change_and_go() {
+    let mut client = client();
+    let (web, other) = (tcp("10.96.0.1:80"), tcp("10.96.0.2:80"));
+    assert_eq!(client.virtual_servers().unwrap(), []);
+    let server = VirtualServer {
+        persistence_timeout: Some(60),
+        netmask: Netmask::V4([255, 0, 0, 0].into()),
+        scheduler_flags: SchedulerFlags::FLAG_1,
+        ..round_robin(web)
+    };
+    client.add_virtual_server(&server).unwrap();
+    client.add_virtual_server(&round_robin(other)).unwrap();
+    for address in ["10.1.0.7:80", "10.1.0.8:80"] {
+        client.add_real_server(&web, &real(address)).unwrap();
+    }
+
+    // What is no longer wanted is taken away, not only what is wanted added.
+    client.set_virtual_server(&round_robin(web)).unwrap();
+    assert_eq!(client.virtual_server(&web).unwrap().server, round_robin(web));
+    let heavy = RealServer { weight: 9, ..real("10.1.0.7:80") };
+    client.set_real_server(&web, &heavy).unwrap();
+    let reals = |client: &mut Client| {
+        client.real_servers(&web).unwrap().into_iter().map(|entry| entry.server).collect::<BTreeSet<_>>()
+    };
+    assert_eq!(reals(&mut client), BTreeSet::from([heavy, real("10.1.0.8:80")]));
+    client.delete_real_server(&web, heavy.socket_address()).unwrap();
+    assert_eq!(reals(&mut client), BTreeSet::from([real("10.1.0.8:80")]));
+
+    client.delete_virtual_server(&web).unwrap();
+    assert_eq!(identities(&mut client), [other]);
+    // With its real servers: a new one has none.
+    client.add_virtual_server(&server).unwrap();
+    assert_eq!(client.real_servers(&web).unwrap(), []);
+    client.flush().unwrap();
+    assert_eq!(client.virtual_servers().unwrap(), []);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn timeouts_of_0_stay_as_they_are() {
+    let mut client = client();
+    assert_eq!(client.timeouts().unwrap(), Timeouts { tcp: 900, tcp_fin: 120, udp: 300 });
+    client.set_timeouts(Timeouts { tcp: 1000, tcp_fin: 0, udp: 0 }).unwrap();
+    client.set_timeouts(Timeouts { tcp: 0, tcp_fin: 7, udp: 0 }).unwrap();
+    client.set_timeouts(Timeouts { tcp: 0, tcp_fin: 0, udp: 31 * 86_400 }).unwrap();
+    client.set_timeouts(Timeouts::default()).unwrap();
+    assert_eq!(client.timeouts().unwrap(), Timeouts { tcp: 1000, tcp_fin: 7, udp: 31 * 86_400 });
+    let error = client.set_timeouts(Timeouts { tcp: u32::MAX, tcp_fin: 0, udp: 0 }).unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::Invalid,
+        "cannot set the IPVS timeouts to Timeouts { tcp: 4294967295, tcp_fin: 0, udp: 0 }: Invalid argument (os error 22)",
+    );
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_error_names_the_operation_the_object_and_the_reason() {
+    let mut client = client();
+    let (web, missing) = (tcp("10.96.0.1:80"), tcp("[fd00:96::1]:80"));
+    let mark = VirtualServerId::FirewallMark { mark: 7, family: Family::Ipv6 };
+    client.add_virtual_server(&round_robin(web)).unwrap();
+    client.add_real_server(&web, &real("10.1.0.7:80")).unwrap();
+    let not_found = "No such process (os error 3)";
+
+    for (result, kind, text) in [
+        (
+            client.add_virtual_server(&round_robin(web)),
+            ErrorKind::Exists,
+            "add virtual server TCP 10.96.0.1:80: File exists (os error 17)".to_owned(),
+        ),
+        (
+            client.add_real_server(&web, &real("10.1.0.7:80")),
+            ErrorKind::Exists,
+            "add real server 10.1.0.7:80 of TCP 10.96.0.1:80: File exists (os error 17)".to_owned(),
+        ),
+        (
+            client.set_virtual_server(&round_robin(missing)),
+            ErrorKind::NotFound,
+            format!("change virtual server TCP [fd00:96::1]:80: {not_found}"),
+        ),
+        (
+            client.delete_virtual_server(&mark),
+            ErrorKind::NotFound,
+            format!("delete virtual server FWM 7 (IPv6): {not_found}"),
+        ),
+        (
+            client.virtual_server(&missing).map(drop),
+            ErrorKind::NotFound,
+            format!("read virtual server TCP [fd00:96::1]:80: {not_found}"),
+        ),
+        (
+            client.add_real_server(&missing, &real("[fd00:1::7]:80")),
+            ErrorKind::NotFound,
+            format!("add real server [fd00:1::7]:80 of TCP [fd00:96::1]:80: {not_found}"),
+        ),
+        (
+            client.set_real_server(&web, &real("10.1.0.8:80")),
+            ErrorKind::NotFound,
+            "change real server 10.1.0.8:80 of TCP 10.96.0.1:80: No such file or directory (os error 2)".to_owned(),
+        ),
+        (
+            client.delete_real_server(&web, "10.1.0.8:80".parse().unwrap()),
+            ErrorKind::NotFound,
+            "delete real server 10.1.0.8:80 of TCP 10.96.0.1:80: No such file or directory (os error 2)".to_owned(),
+        ),
+        (
+            client.add_virtual_server(&VirtualServer { netmask: Netmask::V6(0), ..round_robin(missing) }),
+            ErrorKind::Invalid,
+            "add virtual server TCP [fd00:96::1]:80: Invalid argument (os error 22)".to_owned(),
+        ),
+        (
+            client.add_real_server(&web, &real("224.0.0.1:80")),
+            ErrorKind::Invalid,
+            "add real server 224.0.0.1:80 of TCP 10.96.0.1:80: Invalid argument (os error 22)".to_owned(),
+        ),
+        (
+            client.set_real_server(&web, &RealServer { weight: 1 << 31, ..real("10.1.0.7:80") }),
+            ErrorKind::Invalid,
+            "change real server 10.1.0.7:80 of TCP 10.96.0.1:80: Numerical result out of range (os error 34)"
+                .to_owned(),
+        ),
+        (
+            client.set_real_server(&web, &RealServer { lower_threshold: 1, ..real("10.1.0.7:80") }),
+            ErrorKind::Invalid,
+            "change real server 10.1.0.7:80 of TCP 10.96.0.1:80: Numerical result out of range (os error 34)"
+                .to_owned(),
+        ),
+    ] {
+        let error = result.unwrap_err();
+        assert_error(&error, kind, &format!("cannot {text}"));
+        assert!(text.starts_with(&format!("{} {}", error.operation(), error.object())), "{error:?}");
+        assert!(text.ends_with(&format!("(os error {})", error.errno().unwrap())), "{error:?}");
+    }
+    // That of a virtual server that does not exist is an empty list.
+    assert_eq!(client.real_servers(&missing).unwrap(), []);
+    // Nothing of this has changed anything.
+    assert_eq!(run("ipvsadm -Sn").lines().count(), 2);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_scheduler_the_kernel_does_not_have_is_named_with_its_module() {
+    let mut client = client();
+    let server = VirtualServer::new(tcp("10.96.0.1:80"), "nosuch".parse().unwrap());
+    let text = |operation| {
+        format!(
+            "cannot {operation} virtual server TCP 10.96.0.1:80: No such file or directory (os error 2): the kernel has \
+             no scheduler \"nosuch\"; load it with `modprobe ip_vs_nosuch` or choose another"
+        )
+    };
+    assert_error(&client.add_virtual_server(&server).unwrap_err(), ErrorKind::NoScheduler, &text("add"));
+    client.add_virtual_server(&round_robin(server.id)).unwrap();
+    assert_error(&client.set_virtual_server(&server).unwrap_err(), ErrorKind::NoScheduler, &text("change"));
+    assert_eq!(client.virtual_server(&server.id).unwrap().server.scheduler, Scheduler::RoundRobin);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn without_the_capability_everything_is_refused() {
+    let mut client = client();
+    // Of this thread alone.
+    let mut sets = capabilities(None).unwrap();
+    sets.effective.remove(CapabilitySet::NET_ADMIN);
+    set_capabilities(None, sets).unwrap();
+    let reason = "Operation not permitted (os error 1): it takes CAP_NET_ADMIN in the initial user namespace";
+    let web = tcp("10.96.0.1:80");
+    for (result, operation) in [
+        (client.virtual_servers().map(drop), "list the virtual servers"),
+        (client.real_servers(&web).map(drop), "list the real servers of TCP 10.96.0.1:80"),
+        (client.add_virtual_server(&round_robin(web)), "add virtual server TCP 10.96.0.1:80"),
+        (client.info().map(drop), "read the version of IPVS"),
+        (client.timeouts().map(drop), "read the IPVS timeouts"),
+        (client.flush(), "delete all virtual servers"),
+    ] {
+        assert_error(&result.unwrap_err(), ErrorKind::PermissionDenied, &format!("cannot {operation}: {reason}"));
+    }
+    let results = client.apply(&[Message::AddVirtualServer(round_robin(web)), Message::Flush]).unwrap();
+    assert!(results.iter().all(|result| result.as_ref().is_err_and(|error| error.errno() == Some(1))), "{results:?}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn of_a_thousand_mixed_operations_exactly_the_wrong_ones_fail() {
+    let mut client = client();
+    let mut operations: Vec<(Message, Option<ErrorKind>)> = Vec::new();
+    for number in 0..125 {
+        let (id, missing) = (numbered(number), numbered(10_000 + number));
+        let server = round_robin(id);
+        let address = real("10.1.0.7:80");
+        operations.extend([
+            (Message::AddVirtualServer(server), None),
+            (Message::AddRealServer(id, address), None),
+            (Message::AddRealServer(id, address), Some(ErrorKind::Exists)),
+            (Message::SetRealServer(id, RealServer { weight: number, ..address }), None),
+            (Message::SetRealServer(id, real("10.1.0.8:80")), Some(ErrorKind::NotFound)),
+            (Message::SetVirtualServer(round_robin(missing)), Some(ErrorKind::NotFound)),
+            (Message::SetVirtualServer(VirtualServer { scheduler: Scheduler::LeastConnection, ..server }), None),
+            if number % 2 == 0 {
+                (Message::DeleteVirtualServer(id), None)
+            } else {
+                (Message::AddVirtualServer(server), Some(ErrorKind::Exists))
+            },
+        ]);
+    }
+    let messages: Vec<Message> = operations.iter().map(|(message, _)| *message).collect();
+    let results = client.apply(&messages).unwrap();
+    assert_eq!(results.len(), 1000);
+    for (index, (result, (message, wanted))) in results.iter().zip(&operations).enumerate() {
+        assert_eq!(result.as_ref().err().map(Error::kind), *wanted, "{index}: {message:?}: {result:?}");
+    }
+    let error = results[2].as_ref().unwrap_err();
+    assert_error(
+        error,
+        ErrorKind::Exists,
+        "cannot add real server 10.1.0.7:80 of TCP 10.96.0.0:80: File exists (os error 17)",
+    );
+
+    let left: BTreeSet<_> = identities(&mut client).into_iter().collect();
+    assert_eq!(left, (0..125).filter(|number| number % 2 == 1).map(numbered).collect());
+    for number in (1..125).step_by(2) {
+        assert_eq!(client.virtual_server(&numbered(number)).unwrap().server.scheduler, Scheduler::LeastConnection);
+        assert_eq!(client.real_servers(&numbered(number)).unwrap()[0].server.weight, number);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_batch_may_have_any_length_and_be_refused_as_a_whole() {
+    let mut client = client();
+    for length in [0, 1, 127, 128, 129, 256, 257] {
+        let add: Vec<_> = (0..length).map(|number| Message::AddVirtualServer(round_robin(numbered(number)))).collect();
+        let results = client.apply(&add).unwrap();
+        assert_eq!(results.len(), add.len());
+        assert!(results.iter().all(Result::is_ok), "{length}: {results:?}");
+        assert_eq!(identities(&mut client).len(), add.len());
+        let again = client.apply(&add).unwrap();
+        let exist = again.iter().filter(|result| result.as_ref().is_err_and(|error| error.kind() == ErrorKind::Exists));
+        assert_eq!(exist.count(), add.len());
+        assert!(client.apply(&[Message::Flush]).unwrap()[0].is_ok());
+        assert_eq!(identities(&mut client), []);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn thousands_of_servers_are_listed_completely() {
+    let mut client = client();
+    let add: Vec<_> = (0..3000).map(|number| Message::AddVirtualServer(round_robin(numbered(number)))).collect();
+    assert!(client.apply(&add).unwrap().iter().all(Result::is_ok));
+    let found = identities(&mut client);
+    assert_eq!(found.len(), 3000);
+    assert_eq!(found.into_iter().collect::<BTreeSet<_>>(), (0..3000).map(numbered).collect());
+
+    let id = numbered(1234);
+    let host = |number: u32| RealServer::new(SocketAddr::new(IpAddr::V4((0x0a01_0000 + number).into()), 8080));
+    let add: Vec<_> = (1..=500).map(|number| Message::AddRealServer(id, host(number))).collect();
+    assert!(client.apply(&add).unwrap().iter().all(Result::is_ok));
+    let found = client.real_servers(&id).unwrap();
+    assert_eq!(found.len(), 500);
+    let found: BTreeSet<_> = found.iter().map(|entry| entry.server).collect();
+    assert_eq!(found, (1..=500).map(host).collect());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn listing_while_others_change_things_is_no_error() {
+    let mut client = client();
+    // These stay, and are enough for several datagrams.
+    let add: Vec<_> = (0..500).map(|number| Message::AddVirtualServer(round_robin(numbered(number)))).collect();
+    assert!(client.apply(&add).unwrap().iter().all(Result::is_ok));
+    thread::scope(|scope| {
+        // Gone as soon as this thread is done, or fails.
+        let (listing, listing_ends) = mpsc::channel::<()>();
+        let changing = scope.spawn(move || {
+            let mut client = Client::connect().unwrap();
+            let ids = || (1000..1100).map(numbered);
+            let add: Vec<_> = ids().map(|id| Message::AddVirtualServer(round_robin(id))).collect();
+            let delete: Vec<_> = ids().map(Message::DeleteVirtualServer).collect();
+            let mut rounds = 0;
+            while listing_ends.try_recv() == Err(TryRecvError::Empty) {
+                for messages in [&add, &delete] {
+                    assert!(client.apply(messages).unwrap().iter().all(Result::is_ok));
+                }
+                rounds += 1;
+            }
+            rounds
+        });
+        for _ in 0..100 {
+            let ids = identities(&mut client);
+            let count = ids.len();
+            assert_eq!(ids.into_iter().collect::<BTreeSet<_>>().len(), count, "some are listed twice");
+            client.real_servers(&numbered(1000)).unwrap();
+        }
+        drop(listing);
+        let rounds = changing.join().unwrap();
+        assert!(rounds > 10, "only {rounds} rounds of changes meanwhile");
+    });
+    assert_eq!(identities(&mut client).len(), 500);
+}

@@ -1,0 +1,256 @@
+//! The sockets against the one netlink family that every kernel has.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::{IpAddr, Ipv4Addr};
+
+use netlink_batch::protocols::NETLINK_ROUTE;
+use netlink_batch::{BATCH_MESSAGES, Error, Received, Request, Socket, Subscription};
+use netlink_packet_core::{
+    DecodeError, DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable,
+};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::neighbour::NeighbourMessage;
+use netlink_packet_route::route::{RouteAttribute, RouteMessage};
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+const ENODEV: i32 = 19;
+const EEXIST: i32 = 17;
+
+/// The loopback device, and a device that nobody has.
+const LOOPBACK: u32 = 1;
+const NO_DEVICE: u32 = 0x7fff_fff0;
+const RTNLGRP_IPV4_IFADDR: u32 = 5;
+
+fn open() -> Socket {
+    Socket::open(NETLINK_ROUTE).unwrap()
+}
+
+fn get_link(index: u32) -> RouteNetlinkMessage {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    RouteNetlinkMessage::GetLink(message)
+}
+
+fn add_address(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.prefix_len = 32;
+    message.header.index = LOOPBACK;
+    message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+    Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+fn name(answer: &RouteNetlinkMessage) -> Option<&str> {
+    let RouteNetlinkMessage::NewLink(link) = answer else { return None };
+    link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::IfName(name) => Some(name.as_str()),
+        _ => None,
+    })
+}
+
+fn address(answer: &RouteNetlinkMessage) -> Option<IpAddr> {
+    let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
+    message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    })
+}
+
+/// The IPv4 addresses other than loopback's own.
+fn addresses(socket: &mut Socket) -> Vec<IpAddr> {
+    let mut seen = Vec::new();
+    let mut ask = AddressMessage::default();
+    ask.header.family = AddressFamily::Inet;
+    socket.dump(&RouteNetlinkMessage::GetAddress(ask), |answer| seen.extend(address(&answer))).unwrap();
+    seen.retain(|address| !address.is_loopback());
+    seen
+}
+
+#[test]
+fn a_request_is_answered() {
+    let mut names = Vec::new();
+    open()
+        .request(&get_link(LOOPBACK).into(), |answer: RouteNetlinkMessage| {
+            names.extend(name(&answer).map(str::to_owned));
+        })
+        .unwrap();
+    assert_eq!(names, ["lo"]);
+}
+
+#[test]
+fn a_dump_lists_all() {
+    let mut names = Vec::new();
+    open().dump(&get_link(0), |answer: RouteNetlinkMessage| names.extend(name(&answer).map(str::to_owned))).unwrap();
+    assert_eq!(names.iter().filter(|name| *name == "lo").count(), 1, "{names:?}");
+}
+
+#[test]
+fn a_refusal_says_why_and_the_socket_goes_on() {
+    let mut socket = open();
+    let error = socket.request(&get_link(NO_DEVICE).into(), |_: RouteNetlinkMessage| ()).unwrap_err();
+    assert_eq!(error.refusal().map(|refusal| refusal.errno), Some(ENODEV), "{error}");
+    assert!(error.to_string().starts_with("No such device (os error 19)"), "{error}");
+    socket.request(&get_link(LOOPBACK).into(), |_: RouteNetlinkMessage| ()).unwrap();
+}
+
+#[test]
+fn a_refusal_names_the_attribute_and_has_the_kernels_words() {
+    const RTA_OIF: u16 = 4;
+    let mut message = RouteMessage::default();
+    message.header.address_family = AddressFamily::Inet;
+    message.attributes = vec![
+        RouteAttribute::Destination(netlink_packet_route::route::RouteAddress::Inet(Ipv4Addr::LOCALHOST)),
+        // One byte where a number of four is wanted.
+        RouteAttribute::Other(DefaultNla::new(RTA_OIF, vec![1])),
+    ];
+    let get = RouteNetlinkMessage::GetRoute(message);
+    let mut socket = open();
+    let error = socket.request(&get.clone().into(), |_: RouteNetlinkMessage| ()).unwrap_err();
+    let refusal = error.refusal().unwrap();
+    assert_eq!((refusal.attribute, refusal.missing), (Some(RTA_OIF), None), "{error}");
+    let words = refusal.message.clone().unwrap();
+    assert!(error.to_string().ends_with(&format!(": {words} (attribute 4)")), "{error}");
+    // In a batch the offset is that within its own message, not within the datagram.
+    let results = socket.batch([get_link(NO_DEVICE).into(), get.into()]).unwrap();
+    assert_eq!(results[1].as_ref().unwrap_err(), refusal);
+}
+
+#[test]
+fn a_batch_of_any_length_has_every_refusal_at_its_place() {
+    let mut socket = open();
+    for length in [0, 1, BATCH_MESSAGES - 1, BATCH_MESSAGES, BATCH_MESSAGES + 1, 256, 257, 1000] {
+        // Refusals are the answers that fill the receive buffer.
+        let results = socket.batch((0..length).map(|_| get_link(NO_DEVICE).into())).unwrap();
+        assert_eq!(results.len(), length);
+        let refused = results.iter().filter(|result| matches!(result, Err(refusal) if refusal.errno == ENODEV));
+        assert_eq!(refused.count(), length);
+    }
+    // With nothing left over for the next request.
+    assert_eq!(socket.batch([get_link(LOOPBACK).into()]).unwrap(), [Ok(())]);
+}
+
+#[test]
+fn a_protocol_that_does_not_exist_cannot_be_opened() {
+    let error = Socket::open(31).unwrap_err();
+    assert!(matches!(error, Error::Open { protocol: 31, .. }));
+    assert!(error.to_string().starts_with("cannot open a netlink socket of protocol 31: "), "{error}");
+    assert!(Subscription::open(31, &[1]).is_err());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn of_a_thousand_addresses_exactly_those_added_twice_are_refused() {
+    lab::netns::isolate().unwrap();
+    let mut socket = open();
+    let unique: Vec<Ipv4Addr> = (0..1000_u32).map(|number| Ipv4Addr::from(0x0a60_0000 + number)).collect();
+    let mut wanted = Vec::new();
+    let mut doubled = Vec::new();
+    for (number, address) in unique.iter().enumerate() {
+        wanted.push(*address);
+        doubled.push(false);
+        if number % 7 == 3 {
+            wanted.push(*address);
+            doubled.push(true);
+        }
+    }
+    let results = socket.batch(wanted.iter().map(|address| add_address(*address))).unwrap();
+    let refused: Vec<bool> = results.iter().map(Result::is_err).collect();
+    assert_eq!(refused, doubled);
+    assert!(results.iter().filter_map(|result| result.as_ref().err()).all(|refusal| refusal.errno == EEXIST));
+
+    // More than one datagram.
+    let mut seen = addresses(&mut socket);
+    seen.sort_unstable();
+    assert_eq!(seen, unique.into_iter().map(IpAddr::from).collect::<Vec<_>>());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_dump_that_cannot_be_decoded_does_not_stand_in_the_way_of_the_next() {
+    #[derive(Debug)]
+    struct Unreadable;
+    impl NetlinkDeserializable for Unreadable {
+        type Error = DecodeError;
+        fn deserialize(_: &NetlinkHeader, _: &[u8]) -> Result<Self, DecodeError> {
+            Err("unreadable".into())
+        }
+    }
+    lab::netns::isolate().unwrap();
+    let mut socket = open();
+    // Enough for the kernel to be in the middle of the dump when the first answer is read.
+    let count = 2000;
+    for result in socket.batch((0..count).map(|number| add_address(Ipv4Addr::from(0x0a60_0000 + number)))).unwrap() {
+        result.unwrap();
+    }
+    let ask = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let error = socket.dump(&ask, |_: Unreadable| ()).unwrap_err();
+    assert_eq!(error.to_string(), "cannot decode an answer of the kernel: unreadable");
+    assert_eq!(addresses(&mut socket).len(), count as usize);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_dump_of_nothing_is_no_error() {
+    lab::netns::isolate().unwrap();
+    let ask = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+    let mut count = 0;
+    open().dump(&ask, |_: RouteNetlinkMessage| count += 1).unwrap();
+    assert_eq!(count, 0);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_subscription_sees_what_others_change_from_its_first_moment() {
+    lab::netns::isolate().unwrap();
+    let mut subscription = Subscription::open(NETLINK_ROUTE, &[RTNLGRP_IPV4_IFADDR]).unwrap();
+    let added = [Ipv4Addr::new(10, 96, 0, 1), Ipv4Addr::new(10, 96, 0, 2)];
+    for result in open().batch(added.map(add_address)).unwrap() {
+        result.unwrap();
+    }
+    let mut seen = Vec::new();
+    while seen.len() < added.len() {
+        let received = subscription.receive(|answer: RouteNetlinkMessage| seen.extend(address(&answer))).unwrap();
+        assert_eq!(received, Received::Notifications);
+    }
+    assert_eq!(seen, added.map(IpAddr::from));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_subscription_that_is_not_read_says_once_that_it_missed_some_and_then_misses_none() {
+    lab::netns::isolate().unwrap();
+    let mut subscription = Subscription::open(NETLINK_ROUTE, &[RTNLGRP_IPV4_IFADDR]).unwrap();
+    let mut socket = open();
+    for result in socket.batch((0..2000).map(|number| add_address(Ipv4Addr::from(0x0a60_0000 + number)))).unwrap() {
+        result.unwrap();
+    }
+    assert_eq!(subscription.receive(|_: RouteNetlinkMessage| ()).unwrap(), Received::Overrun);
+    // From then on nothing is missed: neither is there anything left from before, nor is something dropped in silence.
+    let late = Ipv4Addr::new(10, 97, 0, 1);
+    socket.batch([add_address(late)]).unwrap().remove(0).unwrap();
+    let mut seen = Vec::new();
+    assert_eq!(
+        subscription.receive(|answer: RouteNetlinkMessage| seen.extend(address(&answer))).unwrap(),
+        Received::Notifications
+    );
+    assert_eq!(seen, [IpAddr::from(late)]);
+}
+
+/// The request type of this crate's users need not be that of `netlink_packet_route`.
+#[test]
+fn an_empty_payload_is_a_message_too() {
+    struct Noop;
+    impl NetlinkSerializable for Noop {
+        fn message_type(&self) -> u16 {
+            1
+        }
+        fn buffer_len(&self) -> usize {
+            0
+        }
+        fn serialize(&self, _: &mut [u8]) {}
+    }
+    // The kernel acknowledges control messages without looking at them.
+    open().request(&Noop.into(), |_: RouteNetlinkMessage| ()).unwrap();
+}
