@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use ipvs_netlink::Timeouts;
-use reconciler::local_addresses::LocalAddresses;
+use reconciler::interface_watch::{Changed, InterfaceWatch};
 use reconciler::run::{Input, Periods};
 use reconciler::{Policy, Reconciler};
 use service_watch::{ApiServer, Connection, Manifests, Message, Source};
@@ -45,7 +45,7 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     );
 
     let (inputs, inbox) = mpsc::channel();
-    follow_addresses(inputs.clone())?;
+    watch_interfaces(inputs.clone())?;
     let node_name = policy.node_name.clone();
     let once = flags.once;
     let periods = Periods { min: flags.ipvs_min_sync_period, audit: flags.ipvs_sync_period };
@@ -63,7 +63,6 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-        let source = source(flags.origin(), &node_name).await?;
         let sink = move |message| match message {
             Message::Change(change) => match inputs.send(Input::Change(change)) {
                 Ok(()) => ControlFlow::Continue(()),
@@ -72,8 +71,10 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
             // Said in the log by the source.
             Message::Report(_) => ControlFlow::Continue(()),
         };
+        // A kubeconfig may name a program to run for credentials, which may take its time: signals are heard meanwhile.
+        let follow = async { source(flags.origin(), &node_name).await?.run(sink).await.map_err(anyhow::Error::from) };
         tokio::select! {
-            result = source.run(sink) => {
+            result = follow => {
                 result?;
                 Err(anyhow!("the source of Services ended; the kernel stays as it is"))
             }
@@ -108,35 +109,34 @@ async fn source(origin: Origin, node_name: &str) -> Result<Source> {
     })
 }
 
-/// Tells the reconciler the addresses of the node's interfaces, now and whenever they change.
-fn follow_addresses(inputs: Sender<Input>) -> Result<()> {
-    let mut addresses = LocalAddresses::open().context("cannot follow the addresses of the node's interfaces")?;
-    inputs.send(Input::Interfaces(addresses.current())).context("the reconciler is gone")?;
+/// Tells the reconciler when the addresses of the node's interfaces change.
+fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
+    let mut watch = InterfaceWatch::open().context("cannot watch the node's interfaces")?;
     let follow = move || {
         loop {
-            match addresses.wait() {
-                Ok(changed) => {
-                    let interfaces = changed.addresses.then(|| Input::Interfaces(addresses.current()));
-                    let device = changed.device_lost.then_some(Input::DeviceLost);
-                    for input in interfaces.into_iter().chain(device) {
-                        if inputs.send(input).is_err() {
-                            return;
-                        }
-                    }
-                }
-                Err(error) => {
-                    warn!("cannot follow the addresses of the node's interfaces, will try again: {error}");
-                    thread::sleep(Duration::from_secs(1));
+            let changed = watch.wait().unwrap_or_else(|error| {
+                warn!("cannot watch the node's interfaces, will try again: {error}");
+                thread::sleep(Duration::from_secs(1));
+                // What was missed is read.
+                Changed { addresses: true, device_lost: false }
+            });
+            let news = [(changed.addresses, Input::InterfacesChanged), (changed.device_lost, Input::DeviceLost)];
+            for (_, input) in news.into_iter().filter(|(is_news, _)| *is_news) {
+                if inputs.send(input).is_err() {
+                    return;
                 }
             }
         }
     };
-    thread::Builder::new().name("addresses".to_owned()).spawn(follow).context("cannot start a thread")?;
+    thread::Builder::new().name("interfaces".to_owned()).spawn(follow).context("cannot start a thread")?;
     Ok(())
 }
 
 fn tell_without_effect(flags: &Flags) {
     let mut names = flags.without_effect.clone();
+    if flags.cluster_cidr.is_some() {
+        names.push("--cluster-cidr".to_owned());
+    }
     if flags.ipvs_strict_arp {
         names.push("--ipvs-strict-arp".to_owned());
     }

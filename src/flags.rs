@@ -56,6 +56,9 @@ const ACCEPTED: &[(&str, Takes)] = &[
     ("vmodule", Takes::Value),
 ];
 
+/// Flags of kube-proxy that would change what the program does, and are not there yet: they are refused, not ignored.
+const NOT_YET: [&str; 4] = ["cleanup", "config", "init-only", "write-config-to"];
+
 /// What may follow a flag.
 #[derive(Clone, Copy, PartialEq)]
 enum Takes {
@@ -80,7 +83,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
     pub(crate) manifests: Option<PathBuf>,
 
-    /// Sync once, then exit: with status 0 if the kernel took everything
+    /// Sync once, then exit: with status 0 if the kernel took everything. Waits for a source that does not answer
     #[arg(long)]
     pub(crate) once: bool,
 
@@ -139,7 +142,7 @@ pub(crate) struct Flags {
 
     /// The range of pod addresses, one a family: checked, and without effect in this version
     #[arg(long, value_name = "CIDR,...", value_parser = cluster_cidr)]
-    cluster_cidr: Option<String>,
+    pub(crate) cluster_cidr: Option<String>,
 
     /// Switches as NAME=true|false: `AllowServiceExternalIPs` has a meaning here, others are ignored
     #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = feature_gate)]
@@ -170,6 +173,12 @@ pub(crate) enum Origin {
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Flags, clap::Error> {
     let (arguments, without_effect) = sort_out(arguments);
     let mut command = Flags::command();
+    let name = |argument: &OsString| Some(argument.to_str()?.strip_prefix("--")?.split('=').next()?.to_owned());
+    if let Some(flag) = arguments.iter().filter_map(name).find(|name| NOT_YET.contains(&name.as_str())) {
+        let problem =
+            format!("--{flag} of kube-proxy is not part of this version; give flags instead of a config file");
+        return Err(command.error(ErrorKind::UnknownArgument, problem));
+    }
     let matches = command.try_get_matches_from_mut(arguments)?;
     let mut flags = Flags::from_arg_matches(&matches)?;
     flags.without_effect = without_effect;
@@ -419,6 +428,7 @@ mod tests {
             (&["--hostname-override= "], "blank"),
             (&["--ipvs-scheduler=a-name-too-long-for-it"], "cannot be the name of a scheduler"),
             (&["--no-such-flag"], "--no-such-flag"),
+            (&["--config=/etc/c"], "--config of kube-proxy is not part of this version"),
             (&["word"], "word"),
             (&["--manifests=d", "--kubeconfig=k"], "cannot be used with"),
         ] {

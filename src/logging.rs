@@ -8,10 +8,10 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 /// Starts logging. Verbosity counts as kube-proxy's: 4 and more show debugging output, 6 and more everything, that of
-/// the client library included.
+/// libraries included. Below 4 libraries are silent: what they complain about is in our own words once.
 pub(crate) fn start(verbosity: u8) {
     let (ours, theirs) = match verbosity {
-        0..4 => (LevelFilter::INFO, LevelFilter::ERROR),
+        0..4 => (LevelFilter::INFO, LevelFilter::OFF),
         4..6 => (LevelFilter::DEBUG, LevelFilter::WARN),
         6.. => (LevelFilter::TRACE, LevelFilter::DEBUG),
     };

@@ -270,21 +270,6 @@ fn a_kernel_without_ipvs_is_named_with_the_remedy() {
 }
 
 #[test]
-fn a_kubeconfig_that_cannot_be_used_is_named() {
-    for path in ["/nonexistent/kubeconfig", "/proc/version"] {
-        let output = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"))
-            .args(["--kubeconfig", path])
-            .env("NO_COLOR", "1")
-            .output()
-            .unwrap();
-        let log = String::from_utf8_lossy(&output.stderr);
-        // On a kernel without IPVS the pre-flight speaks first; in the lab another test hears the kubeconfig's error.
-        assert!(log.contains(path) || log.contains("IPVS") || log.contains("CAP_NET_ADMIN"), "{log}");
-        assert!(!output.status.success());
-    }
-}
-
-#[test]
 fn wrong_flags_end_with_status_1_and_the_reason() {
     for (flag, reason) in [
         ("--proxy-mode=iptables", "run kube-proxy"),
@@ -296,4 +281,74 @@ fn wrong_flags_end_with_status_1_and_the_reason() {
         assert!(text.contains(reason), "{flag}: {text}");
         assert_eq!(output.status.code(), Some(1), "{flag}");
     }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_flood_of_address_changes_leaves_no_stale_node_port() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    let manifests = Manifests::new();
+    manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
+    let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
+    // More notifications than the agent's socket holds while it does not run.
+    agent.stop_while(|| {
+        for action in ["add", "del"] {
+            let lines: String = (0..3000)
+                .map(|i| format!("address {action} 172.16.{}.{}/32 dev eth0\n", i / 250, i % 250 + 1))
+                .collect();
+            std::fs::write("/tmp/flood", lines).unwrap();
+            run("ip -batch /tmp/flood");
+        }
+        run("ip address add 192.168.1.2/24 dev eth0");
+    });
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.2:30080 -s rr"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_address_that_an_interface_has_twice_counts_until_both_are_gone() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip link set eth0 up");
+    run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.1/32 dev eth0");
+    let manifests = Manifests::new();
+    manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
+    let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
+    run("ip address del 192.168.1.1/32 dev eth0 && ip address add 192.168.1.9/24 dev eth0");
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.9:30080 -s rr"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_renamed_device_is_replaced_and_all_comes_to_rest() {
+    isolate().unwrap();
+    let manifests = web();
+    let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.until("bind the VIP", |_| addresses() == ["10.96.0.10/32"]);
+    run("ip link set kube-ipvs0 name elsewhere");
+    agent.until("bring back the device", |_| {
+        Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap().status.success()
+            && addresses() == ["10.96.0.10/32"]
+    });
+    std::thread::sleep(Duration::from_millis(300));
+    let lines = agent.log().lines().count();
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(agent.log().lines().count(), lines, "{}", agent.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
+    isolate().unwrap();
+    let manifests = web();
+    manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    manifests.write("service.yaml", "spec: [: nonsense");
+    manifests.write("new.yaml", &service("new", "10.96.0.11"));
+    let mut agent = manifests.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
+    manifests.write("service.yaml", "# nothing to serve here");
+    agent.has(&["-A -t 10.96.0.11:80 -s rr"]);
 }

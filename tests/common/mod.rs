@@ -161,6 +161,14 @@ impl Agent {
         self.process.wait().unwrap();
     }
 
+    /// Does something while the agent is stopped.
+    pub fn stop_while(&mut self, action: impl FnOnce()) {
+        let pid = rustix::process::Pid::from_child(&self.process);
+        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+        action();
+        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    }
+
     pub fn terminate(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.process);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();

@@ -191,10 +191,7 @@ impl Client {
     pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
         let family = self.family;
         let requests = messages.iter().map(|message| Request::from(wrap(*message, family)));
-        let results = self.socket.batch(requests).map_err(|error| {
-            let first = messages.first().unwrap_or(&Message::ListVirtualServers);
-            Error::new(first, error)
-        })?;
+        let results = self.socket.batch(requests).map_err(|error| Error::batch(messages.len(), error))?;
         Ok(results
             .into_iter()
             .zip(messages)

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use netlink_batch::Refusal;
+
 use crate::message::Message;
 
 // errno.h, the same on every architecture Linux runs on but for values not used here.
@@ -83,6 +85,17 @@ impl Error {
         }))
     }
 
+    /// A batch of which it is not known what was carried out.
+    pub(crate) fn batch(messages: usize, cause: netlink_batch::Error) -> Self {
+        Self(Box::new(Failure {
+            operation: "carry out",
+            object: format!("a batch of {messages} changes"),
+            kind: ErrorKind::Other,
+            hint: None,
+            cause,
+        }))
+    }
+
     /// The kind of failure.
     pub fn kind(&self) -> ErrorKind {
         self.0.kind
@@ -98,9 +111,10 @@ impl Error {
         &self.0.object
     }
 
-    /// The kernel's errno, where it answered.
-    pub fn errno(&self) -> Option<i32> {
-        self.0.cause.refusal().map(|refusal| refusal.errno)
+    /// The kernel's answer with its errno and, where it gives them, its own words and the attribute it objects to. (IPVS
+    /// itself names no attribute up to Linux 6.1; the generic netlink layer before it does.)
+    pub fn refusal(&self) -> Option<&Refusal> {
+        self.0.cause.refusal()
     }
 }
 

@@ -187,7 +187,7 @@ fn an_error_names_the_operation_the_object_and_the_reason() {
         let error = result.unwrap_err();
         assert_error(&error, kind, &format!("cannot {text}"));
         assert!(text.starts_with(&format!("{} {}", error.operation(), error.object())), "{error:?}");
-        assert!(text.ends_with(&format!("(os error {})", error.errno().unwrap())), "{error:?}");
+        assert!(text.ends_with(&format!("(os error {})", error.refusal().unwrap().errno)), "{error:?}");
     }
     // That of a virtual server that does not exist is an empty list.
     assert_eq!(client.real_servers(&missing).unwrap(), []);
@@ -233,7 +233,12 @@ fn without_the_capability_everything_is_refused() {
         assert_error(&result.unwrap_err(), ErrorKind::PermissionDenied, &format!("cannot {operation}: {reason}"));
     }
     let results = client.apply(&[Message::AddVirtualServer(round_robin(web)), Message::Flush]).unwrap();
-    assert!(results.iter().all(|result| result.as_ref().is_err_and(|error| error.errno() == Some(1))), "{results:?}");
+    assert!(
+        results.iter().all(|result| result
+            .as_ref()
+            .is_err_and(|error| error.refusal().is_some_and(|refusal| refusal.errno == 1))),
+        "{results:?}"
+    );
 }
 
 #[test]

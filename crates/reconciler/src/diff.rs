@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 
+use ipnet::IpNet;
 use ipvs_netlink::RealServer;
 use service_watch::Protocol;
 
@@ -9,11 +10,32 @@ use crate::contribution::WantedServer;
 use crate::desired::Desired;
 use crate::mirror::{Mirror, MirrorRealServer, MirrorServer};
 use crate::plan::{FrontEnd, Key, Operation};
-use crate::policy::Policy;
+
+/// What is kept although nobody wants it.
+#[derive(Clone, Copy, Debug)]
+pub enum Keeps<'a> {
+    /// Virtual servers with an address in these ranges.
+    Within(&'a [IpNet]),
+    /// Everything: what seems not to be wanted may be in what could not be read.
+    Everything,
+}
+
+impl Keeps<'_> {
+    fn server(self, front_end: &FrontEnd) -> bool {
+        match self {
+            Self::Within(ranges) => ranges.iter().any(|range| range.contains(&front_end.address)),
+            Self::Everything => true,
+        }
+    }
+
+    fn is_everything(self) -> bool {
+        matches!(self, Self::Everything)
+    }
+}
 
 /// Appends the operations a key needs. Returns whether it has real servers that drain: they need another look later,
 /// since only the kernel can tell when their last connection has ended.
-pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, policy: &Policy, out: &mut Vec<Operation>) -> bool {
+pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, keeps: Keeps<'_>, out: &mut Vec<Operation>) -> bool {
     match key {
         Key::Device => {
             if !mirror.has_device() {
@@ -22,7 +44,9 @@ pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, policy: &Policy, out: 
         }
         Key::Address(address) => match (mirror.has_address(address), desired.wants_address(address)) {
             (false, true) => out.push(Operation::BindAddress(address)),
-            (true, false) if mirror.has_own_address(address) => out.push(Operation::UnbindAddress(address)),
+            (true, false) if mirror.has_own_address(address) && !keeps.is_everything() => {
+                out.push(Operation::UnbindAddress(address));
+            }
             _ => {}
         },
         Key::Server(front_end) => match (mirror.server(&front_end), desired.server(&front_end)) {
@@ -37,7 +61,7 @@ pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, policy: &Policy, out: 
                 );
             }
             (Some(_), None) => {
-                if !policy.is_excluded(front_end.address) {
+                if !keeps.server(&front_end) {
                     out.push(Operation::DeleteVirtualServer(front_end));
                 }
             }
@@ -45,7 +69,7 @@ pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, policy: &Policy, out: 
                 if held.config != wanted.config {
                     out.push(Operation::SetVirtualServer(front_end, wanted.config));
                 }
-                return diff_real_servers(front_end, held, wanted, out);
+                return diff_real_servers(front_end, held, wanted, keeps, out);
             }
         },
     }
@@ -56,6 +80,7 @@ fn diff_real_servers(
     front_end: FrontEnd,
     held: &MirrorServer,
     wanted: &WantedServer,
+    keeps: Keeps<'_>,
     out: &mut Vec<Operation>,
 ) -> bool {
     let mut draining = false;
@@ -71,7 +96,7 @@ fn diff_real_servers(
             if real_server.server != as_wanted {
                 out.push(Operation::SetRealServer(front_end, as_wanted));
             }
-        } else {
+        } else if !keeps.is_everything() {
             draining |= remove(front_end, real_server, out);
         }
     }

@@ -50,6 +50,8 @@ pub struct FakeKernel {
     pub servers: BTreeMap<FrontEnd, FakeServer>,
     /// Addresses on `kube-ipvs0` with their prefix lengths; `None` without the device.
     pub addresses: Option<BTreeMap<IpAddr, u8>>,
+    /// Addresses of the other interfaces.
+    pub interfaces: BTreeSet<IpAddr>,
     /// Schedulers this kernel lacks.
     pub missing_schedulers: BTreeSet<Scheduler>,
     /// What was asked so far.
@@ -143,6 +145,7 @@ impl Kernel for FakeKernel {
             Scope::All => {
                 self.counts.full_dumps += 1;
                 Observed {
+                    interfaces: self.interfaces.clone(),
                     servers: self.servers.iter().map(observe).collect(),
                     addresses: self
                         .addresses
@@ -153,8 +156,9 @@ impl Kernel for FakeKernel {
             Scope::Servers(front_ends) => {
                 self.counts.servers_read += front_ends.len();
                 let servers = front_ends.iter().filter_map(|front_end| self.servers.get_key_value(front_end));
-                Observed { servers: servers.map(observe).collect(), addresses: None }
+                Observed { servers: servers.map(observe).collect(), ..Observed::default() }
             }
+            Scope::Interfaces => Observed { interfaces: self.interfaces.clone(), ..Observed::default() },
         })
     }
 

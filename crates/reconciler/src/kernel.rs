@@ -1,5 +1,6 @@
 //! The one seam to the kernel: reading what it holds, and carrying out plans.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipvs_netlink::RealServer;
@@ -16,6 +17,8 @@ pub enum Scope<'a> {
     All,
     /// These virtual servers with their real servers.
     Servers(&'a [FrontEnd]),
+    /// The addresses of the node's interfaces.
+    Interfaces,
 }
 
 /// What was read.
@@ -25,6 +28,8 @@ pub struct Observed {
     pub servers: Vec<ObservedServer>,
     /// The addresses on `kube-ipvs0` with their prefix lengths; `None` without the device. Read with everything only.
     pub addresses: Option<Vec<(IpAddr, u8)>>,
+    /// The addresses of all interfaces but `kube-ipvs0`. Read with everything, and alone.
+    pub interfaces: BTreeSet<IpAddr>,
 }
 
 /// A virtual server as it was read.

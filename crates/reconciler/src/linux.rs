@@ -1,5 +1,6 @@
 //! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipvs_netlink::{Client, ErrorKind, Message};
@@ -14,8 +15,11 @@ use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer
 use crate::plan::{FrontEnd, Operation, Plan};
 
 // errno.h
+const EPERM: i32 = 1;
+const EACCES: i32 = 13;
 const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
+const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
 const EADDRNOTAVAIL: i32 = 99;
 
@@ -63,6 +67,7 @@ impl LinuxKernel {
                 Some(EOPNOTSUPP) => {
                     (Cause::Refused, ": this kernel has no dummy devices; load them with `modprobe dummy`")
                 }
+                Some(EPERM) => (Cause::Refused, ": it takes CAP_NET_ADMIN"),
                 _ => (Cause::Refused, ""),
             };
             KernelError { cause, text: format!("cannot add device {DEVICE}: {error}{hint}") }
@@ -95,19 +100,27 @@ impl LinuxKernel {
         }
     }
 
-    fn addresses(&mut self, device: u32) -> Result<Vec<(IpAddr, u8)>, KernelError> {
-        let mut addresses = Vec::new();
+    /// Reads the addresses of all interfaces: those of `kube-ipvs0`, and the others.
+    fn read_addresses(&mut self, observed: &mut Observed) -> Result<(), KernelError> {
+        self.device = self.find_device()?;
+        let mut on_device = Vec::new();
+        let mut interfaces = BTreeSet::new();
         self.route
             .dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()), |answer| {
                 if let RouteNetlinkMessage::NewAddress(message) = answer
-                    && message.header.index == device
                     && let Some(address) = address_of(&message)
                 {
-                    addresses.push((address, message.header.prefix_len));
+                    if Some(message.header.index) == self.device {
+                        on_device.push((address, message.header.prefix_len));
+                    } else {
+                        interfaces.insert(address);
+                    }
                 }
             })
-            .map_err(|error| refused(format!("cannot list the addresses of {DEVICE}: {error}")))?;
-        Ok(addresses)
+            .map_err(|error| refused(format!("cannot list the addresses of the node: {error}")))?;
+        observed.addresses = self.device.map(|_| on_device);
+        observed.interfaces = interfaces;
+        Ok(())
     }
 
     fn observe(&mut self, server: ipvs_netlink::VirtualServer) -> Result<Option<ObservedServer>, KernelError> {
@@ -124,12 +137,12 @@ impl LinuxKernel {
         let mut observed = Observed::default();
         match scope {
             Scope::All => {
-                self.device = self.find_device()?;
-                observed.addresses = self.device.map(|device| self.addresses(device)).transpose()?;
+                self.read_addresses(&mut observed)?;
                 for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
                     observed.servers.extend(self.observe(entry.server)?);
                 }
             }
+            Scope::Interfaces => self.read_addresses(&mut observed)?,
             Scope::Servers(front_ends) => {
                 for front_end in front_ends {
                     match self.ipvs.virtual_server(&front_end.id()) {
@@ -262,7 +275,7 @@ fn address_message(operation: &Operation, device: u32) -> Option<Request<RouteNe
 }
 
 /// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, else that.
-pub(crate) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
     find(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
@@ -286,13 +299,19 @@ fn ipvs_error(error: &ipvs_netlink::Error) -> KernelError {
 }
 
 fn address_error(operation: &Operation, refusal: &Refusal) -> KernelError {
-    let cause = match refusal.errno {
-        EEXIST => Cause::Exists,
-        ENODEV => Cause::NoDevice,
-        EADDRNOTAVAIL => Cause::NotFound,
-        _ => Cause::Refused,
+    let (cause, hint) = match (refusal.errno, operation) {
+        (EEXIST, _) => (Cause::Exists, ""),
+        (ENODEV, _) => (Cause::NoDevice, ""),
+        (EADDRNOTAVAIL, Operation::UnbindAddress(_)) => (Cause::NotFound, ""),
+        (EADDRNOTAVAIL, _) => (Cause::Refused, ": no interface can have such an address; correct the Service"),
+        (EPERM, _) => (Cause::Refused, ": it takes CAP_NET_ADMIN"),
+        (EACCES | EINVAL, Operation::BindAddress(IpAddr::V6(_))) => (
+            Cause::Refused,
+            ": IPv6 is off on kube-ipvs0 (sysctl net.ipv6.conf.kube-ipvs0.disable_ipv6, or an MTU under 1280)",
+        ),
+        _ => (Cause::Refused, ""),
     };
-    KernelError { cause, text: format!("cannot {operation}: {refusal}") }
+    KernelError { cause, text: format!("cannot {operation}: {refusal}{hint}") }
 }
 
 fn refused(text: String) -> KernelError {

@@ -84,9 +84,4 @@ impl Policy {
             _ => SchedulerFlags::NONE,
         }
     }
-
-    /// Whether an address is in a range this agent must not delete virtual servers of.
-    pub fn is_excluded(&self, address: IpAddr) -> bool {
-        self.exclude.iter().any(|range| range.contains(&address))
-    }
 }

@@ -9,7 +9,7 @@ use service_watch::{Change, ObjectName};
 
 use crate::contribution::Contribution;
 use crate::desired::{Clash, Desired};
-use crate::diff::diff;
+use crate::diff::{Keeps, diff};
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
@@ -144,8 +144,10 @@ pub struct Reconciler<K> {
     kernel: K,
     policy: Policy,
     table: ServiceTable,
-    /// Addresses of all interfaces but `kube-ipvs0`, once they are known.
-    interfaces: Option<BTreeSet<IpAddr>>,
+    /// Addresses of all interfaces but `kube-ipvs0`, as they were last read.
+    interfaces: BTreeSet<IpAddr>,
+    /// Whether they have changed since.
+    are_interfaces_stale: bool,
     node: NodeView,
     desired: Desired,
     /// `None` before the first dump, and after a failure that leaves open what the kernel holds.
@@ -164,7 +166,8 @@ impl<K: Kernel> Reconciler<K> {
             kernel,
             policy,
             table: ServiceTable::default(),
-            interfaces: None,
+            interfaces: BTreeSet::new(),
+            are_interfaces_stale: false,
             node: NodeView::default(),
             desired: Desired::default(),
             mirror: None,
@@ -181,25 +184,26 @@ impl<K: Kernel> Reconciler<K> {
         match self.table.apply(change) {
             Dirty::Services(names) => self.dirty_services.extend(names),
             Dirty::Node => self.is_node_dirty = true,
+            Dirty::All => {
+                let held = self.mirror.iter().flat_map(Mirror::keys);
+                self.dirty.extend(held);
+            }
         }
     }
 
-    /// Takes in the addresses of all interfaces but `kube-ipvs0`.
-    pub fn set_interfaces(&mut self, addresses: BTreeSet<IpAddr>) {
-        if self.interfaces.as_ref() != Some(&addresses) {
-            self.interfaces = Some(addresses);
-            self.is_node_dirty = true;
-        }
+    /// Takes note that addresses of the node's interfaces have changed; the next sync reads them.
+    pub fn interfaces_changed(&mut self) {
+        self.are_interfaces_stale = true;
     }
 
-    /// Whether enough is known to program anything: an incomplete picture would delete what is right.
+    /// Whether enough is known to program anything: half a picture would delete what is right.
     pub fn is_ready(&self) -> bool {
-        self.table.is_synced() && self.interfaces.is_some()
+        self.table.is_synced()
     }
 
     /// Whether a sync has changes to look at.
     pub fn is_dirty(&self) -> bool {
-        self.is_node_dirty || !self.dirty_services.is_empty() || !self.dirty.is_empty()
+        self.is_node_dirty || self.are_interfaces_stale || !self.dirty_services.is_empty() || !self.dirty.is_empty()
     }
 
     /// When a failed operation or a draining real server is due for another look.
@@ -230,11 +234,17 @@ impl<K: Kernel> Reconciler<K> {
             return self.audit(now);
         }
         let mut outcome = Outcome::default();
+        if self.are_interfaces_stale {
+            let observed = self.kernel.dump(Scope::Interfaces)?;
+            self.set_interfaces(observed.interfaces);
+        }
         self.recompute(&mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
         keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| *key));
+        // What drains is read before it is looked at, when its time has come and when something else about it is due.
+        let is_due = |front_end: &FrontEnd, again: &Again| again.due <= now || keys.contains(&Key::Server(*front_end));
         let drained: Vec<FrontEnd> =
-            self.draining.iter().filter(|(_, again)| again.due <= now).map(|(front_end, _)| *front_end).collect();
+            self.draining.iter().filter(|(key, again)| is_due(key, again)).map(|(key, _)| *key).collect();
         let looked = self.refresh(&drained);
         keys.extend(drained.into_iter().map(Key::Server));
         if let Err(error) = looked {
@@ -250,8 +260,10 @@ impl<K: Kernel> Reconciler<K> {
     pub fn audit(&mut self, now: Instant) -> Result<Outcome, KernelError> {
         let is_first = self.mirror.is_none();
         let mut outcome = Outcome { audited: true, is_first, ..Outcome::default() };
+        let mut observed = self.kernel.dump(Scope::All)?;
+        self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.recompute(&mut outcome);
-        let mirror = Mirror::from_dump(self.kernel.dump(Scope::All)?);
+        let mirror = Mirror::from_dump(observed);
         let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain([Key::Device]).collect();
         self.mirror = Some(mirror);
         let expected = std::mem::take(&mut self.dirty);
@@ -269,13 +281,19 @@ impl<K: Kernel> Reconciler<K> {
         Ok(outcome)
     }
 
+    fn set_interfaces(&mut self, interfaces: BTreeSet<IpAddr>) {
+        self.are_interfaces_stale = false;
+        if self.interfaces != interfaces {
+            self.interfaces = interfaces;
+            self.is_node_dirty = true;
+        }
+    }
+
     /// Recomputes the contributions of all Services that changed.
     fn recompute(&mut self, outcome: &mut Outcome) {
         let mut names = std::mem::take(&mut self.dirty_services);
         if std::mem::take(&mut self.is_node_dirty) {
-            let empty = BTreeSet::new();
-            let interfaces = self.interfaces.as_ref().unwrap_or(&empty);
-            let node = NodeView::new(self.table.node(), interfaces, &self.policy);
+            let node = NodeView::new(self.table.node(), &self.interfaces, &self.policy);
             if node != self.node {
                 self.node = node;
                 names = self.table.names().cloned().collect();
@@ -311,7 +329,7 @@ impl<K: Kernel> Reconciler<K> {
             .filter(|key| !is_known(key))
             .filter(|key| {
                 operations.clear();
-                diff(**key, mirror, &self.desired, &self.policy, &mut operations);
+                diff(**key, mirror, &self.desired, keeps(&self.table, &self.policy), &mut operations);
                 !operations.is_empty()
             })
             .copied()
@@ -365,13 +383,14 @@ impl<K: Kernel> Reconciler<K> {
     /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
     fn plan(&mut self, keys: &mut BTreeSet<Key>, now: Instant) -> Option<Plan> {
         let mirror = self.mirror.as_ref()?;
+        let kept = keeps(&self.table, &self.policy);
         if !mirror.has_device() {
             keys.insert(Key::Device);
         }
         let mut operations = Vec::new();
         for key in &*keys {
             let start = operations.len();
-            let is_draining = diff(*key, mirror, &self.desired, &self.policy, &mut operations);
+            let is_draining = diff(*key, mirror, &self.desired, kept, &mut operations);
             if let Key::Server(front_end) = key {
                 let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
                 reschedule(&mut self.draining, *front_end, is_draining, began, now);
@@ -403,11 +422,13 @@ impl<K: Kernel> Reconciler<K> {
                 (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
                 | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
                 | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
+                // Making a device or an address does not fail for want of it.
+                (Operation::AddDevice | Operation::BindAddress(_), Cause::NotFound)
+                | (_, Cause::Refused | Cause::Unknown) => {
+                    failed.entry(operation.key()).or_insert(error);
+                }
                 (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
                     stale.entry(operation.key()).or_insert(error);
-                }
-                (_, Cause::Refused | Cause::Unknown) => {
-                    failed.entry(operation.key()).or_insert(error);
                 }
             }
         }
@@ -432,10 +453,10 @@ impl<K: Kernel> Reconciler<K> {
         if let Err(error) = self.refresh(&servers) {
             return Err((keys, error));
         }
+        // Of the others only one thing can be stale: the device went away, and with it every address.
         if keys.iter().any(|key| matches!(key, Key::Device | Key::Address(_)))
             && let Some(mirror) = &mut self.mirror
         {
-            // The device went away, and with it every address.
             mirror.lose_device();
             keys.insert(Key::Device);
             keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));
@@ -455,6 +476,11 @@ impl<K: Kernel> Reconciler<K> {
         outcome.failures.push(Failure { key, service, error: error.clone(), is_repeated });
         self.pending.insert(key, Pending { again, error });
     }
+}
+
+/// What is kept although nobody wants it.
+fn keeps<'a>(table: &ServiceTable, policy: &'a Policy) -> Keeps<'a> {
+    if table.is_incomplete() { Keeps::Everything } else { Keeps::Within(&policy.exclude) }
 }
 
 /// When to look again at a virtual server: soon after it began to drain, then ever more rarely.

@@ -1,7 +1,5 @@
 //! A thread and a clock for the reconciler: takes inputs from a channel and decides when to sync and when to audit.
 
-use std::collections::BTreeSet;
-use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -19,8 +17,8 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 pub enum Input {
     /// A source says so.
     Change(Change),
-    /// The addresses of all interfaces but `kube-ipvs0`.
-    Interfaces(BTreeSet<IpAddr>),
+    /// Addresses of the node's interfaces changed.
+    InterfacesChanged,
     /// Somebody deleted `kube-ipvs0`.
     DeviceLost,
 }
@@ -101,7 +99,7 @@ pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, 
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {
                         Input::Change(change) => reconciler.apply(change),
-                        Input::Interfaces(addresses) => reconciler.set_interfaces(addresses),
+                        Input::InterfacesChanged => reconciler.interfaces_changed(),
                         Input::DeviceLost => schedule.next_audit = None,
                     }
                 }

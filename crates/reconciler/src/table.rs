@@ -21,6 +21,8 @@ pub enum Dirty {
     Services(Vec<ObjectName>),
     /// Those of all Services: the node itself changed.
     Node,
+    /// Everything in the kernel must be looked at.
+    All,
 }
 
 /// Every Service and EndpointSlice, and the own Node.
@@ -31,6 +33,7 @@ pub struct ServiceTable {
     owners: HashMap<ObjectName, ObjectName>,
     node: Option<Node>,
     synced: bool,
+    is_incomplete: bool,
 }
 
 impl ServiceTable {
@@ -85,6 +88,11 @@ impl ServiceTable {
                     return Dirty::Node;
                 }
             }
+            Change::Incomplete(is_incomplete) => {
+                self.is_incomplete = is_incomplete;
+                // What was kept for its sake may have to go now.
+                return Dirty::All;
+            }
             Change::Synced => self.synced = true,
         }
         Dirty::Services(dirty.into_iter().collect())
@@ -108,6 +116,11 @@ impl ServiceTable {
     /// Whether all that existed at the start is in the table.
     pub fn is_synced(&self) -> bool {
         self.synced
+    }
+
+    /// Whether there is something nobody could understand yet: then nothing may be taken for gone.
+    pub fn is_incomplete(&self) -> bool {
+        self.is_incomplete
     }
 
     fn remove_slice(&mut self, owner: &ObjectName, slice: &ObjectName) {

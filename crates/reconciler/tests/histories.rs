@@ -64,7 +64,7 @@ impl Objects {
             }
             Event::Change(Change::Node(node)) => self.node = Some(node),
             Event::Change(Change::NodeGone) => self.node = None,
-            Event::Change(Change::Synced) | Event::Audit => {}
+            Event::Change(Change::Synced | Change::Incomplete(_)) | Event::Audit => {}
             Event::Interfaces(addresses) => self.interfaces = addresses,
         }
     }
@@ -79,7 +79,7 @@ impl Objects {
     /// A kernel that an agent has filled that never knew anything else.
     fn fresh_kernel(&self, policy: &Policy) -> FakeKernel {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-        world.reconciler.set_interfaces(self.interfaces.clone());
+        world.interfaces(self.interfaces.clone());
         for change in self.changes() {
             world.apply(change);
         }
@@ -264,13 +264,12 @@ proptest! {
     fn step_by_step_leads_where_the_objects_alone_lead(policy in policy(), history in vec(event(), 1..16)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-        world.reconciler.set_interfaces(BTreeSet::new());
-        world.apply(Change::Synced).settle();
+                world.apply(Change::Synced).settle();
         for event in history {
             objects.take_in(&event);
             match event {
                 Event::Change(change) => { world.apply(change); }
-                Event::Interfaces(addresses) => world.reconciler.set_interfaces(addresses),
+                Event::Interfaces(addresses) => { world.interfaces(addresses); }
                 Event::Audit => { world.audit(); }
             }
             world.settle();
@@ -288,9 +287,11 @@ proptest! {
         history in vec(event(), 1..16),
     ) {
         let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
-        history.iter().for_each(|event| objects.take_in(event));
+        for event in &history {
+            objects.take_in(event);
+        }
         let mut world = World::unsynced(kernel, policy.clone());
-        world.reconciler.set_interfaces(objects.interfaces.clone());
+        world.interfaces(objects.interfaces.clone());
         objects.changes().into_iter().for_each(|change| { world.apply(change); });
         world.apply(Change::Synced).settle();
         let fresh = objects.fresh_kernel(&policy);
@@ -302,13 +303,12 @@ proptest! {
     fn many_changes_in_one_sync_lead_where_each_alone_leads(policy in policy(), history in vec(event(), 1..30)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-        world.reconciler.set_interfaces(BTreeSet::new());
-        world.apply(Change::Synced).settle();
+                world.apply(Change::Synced).settle();
         for event in history {
             objects.take_in(&event);
             match event {
                 Event::Change(change) => { world.apply(change); }
-                Event::Interfaces(addresses) => world.reconciler.set_interfaces(addresses),
+                Event::Interfaces(addresses) => { world.interfaces(addresses); }
                 Event::Audit => {}
             }
         }

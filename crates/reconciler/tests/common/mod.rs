@@ -109,7 +109,7 @@ impl World {
     /// One that has synced these changes.
     pub fn with(kernel: FakeKernel, policy: Policy, changes: Vec<Change>) -> Self {
         let mut world = Self::unsynced(kernel, policy);
-        world.reconciler.set_interfaces(ips(&["127.0.0.1", "192.168.1.1", "fd01::1"]));
+        world.interfaces(ips(&["127.0.0.1", "192.168.1.1", "fd01::1"]));
         for change in changes {
             world.reconciler.apply(change);
         }
@@ -120,6 +120,13 @@ impl World {
 
     pub fn apply(&mut self, change: Change) -> &mut Self {
         self.reconciler.apply(change);
+        self
+    }
+
+    /// Gives the node's interfaces these addresses, of which the reconciler is told.
+    pub fn interfaces(&mut self, addresses: BTreeSet<IpAddr>) -> &mut Self {
+        self.kernel().interfaces = addresses;
+        self.reconciler.interfaces_changed();
         self
     }
 

@@ -1,0 +1,155 @@
+//! Tells when addresses of the node's interfaces change, and when `kube-ipvs0` goes away.
+//!
+//! kube-proxy reads all addresses at each sync; with thousands of VIPs that took most of its time. Here the kernel tells
+//! of changes, and only then they are read, and by each audit. The watch itself remembers nothing that could become
+//! wrong but the index of `kube-ipvs0`, whose own addresses are no news.
+
+use netlink_batch::protocols::NETLINK_ROUTE;
+use netlink_batch::{Error, Received, Socket, Subscription};
+use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_string, parse_u32};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+
+use crate::kernel::DEVICE;
+
+// linux/rtnetlink.h
+const RTNLGRP_LINK: u32 = 1;
+const RTNLGRP_IPV4_IFADDR: u32 = 5;
+const RTNLGRP_IPV6_IFADDR: u32 = 9;
+const RTM_NEWLINK: u16 = 16;
+const RTM_DELLINK: u16 = 17;
+const RTM_NEWADDR: u16 = 20;
+const RTM_DELADDR: u16 = 21;
+
+// linux/if_link.h, linux/if_addr.h: where things are in struct ifinfomsg and struct ifaddrmsg.
+const IFLA_IFNAME: u16 = 3;
+const IFINFOMSG_BYTES: usize = 16;
+const AF_INET6: u8 = 10;
+const RT_SCOPE_LINK: u8 = 253;
+
+/// What happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Addresses of interfaces other than `kube-ipvs0`.
+    pub addresses: bool,
+    /// `kube-ipvs0` was deleted or renamed: not by this agent, which never does.
+    pub device_lost: bool,
+}
+
+/// A notification, as far as it matters here. Links have attributes of countless kinds; none but the name is looked at.
+#[derive(Debug, PartialEq, Eq)]
+enum Notification {
+    Link { index: u32, is_ours: bool },
+    LinkGone { index: u32 },
+    Address { index: u32 },
+    Other,
+}
+
+impl NetlinkDeserializable for Notification {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        let index = || parse_u32(payload.get(4..8).ok_or("a notification is short")?);
+        Ok(match header.message_type {
+            RTM_NEWLINK => {
+                let attributes = NlasIterator::new(payload.get(IFINFOMSG_BYTES..).unwrap_or_default());
+                let name = attributes.flatten().find(|attribute| attribute.kind() == IFLA_IFNAME);
+                let name = name.and_then(|name| parse_string(name.value()).ok());
+                Self::Link { index: index()?, is_ours: name.as_deref() == Some(DEVICE) }
+            }
+            RTM_DELLINK => Self::LinkGone { index: index()? },
+            // Every new pod interface gets a link-local address of IPv6; the next audit is soon enough for those.
+            RTM_NEWADDR | RTM_DELADDR if payload.starts_with(&[AF_INET6]) && payload.get(3) == Some(&RT_SCOPE_LINK) => {
+                Self::Other
+            }
+            RTM_NEWADDR | RTM_DELADDR => Self::Address { index: index()? },
+            _ => Self::Other,
+        })
+    }
+}
+
+/// A watch over the addresses of the node's interfaces.
+#[derive(Debug)]
+pub struct InterfaceWatch {
+    subscription: Subscription,
+    /// The index of `kube-ipvs0`.
+    ours: Option<u32>,
+}
+
+impl InterfaceWatch {
+    /// Begins: what happens from now on is told.
+    pub fn open() -> Result<Self, Error> {
+        let subscription =
+            Subscription::open(NETLINK_ROUTE, &[RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR])?;
+        let mut ask = LinkMessage::default();
+        ask.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
+        let mut ours = None;
+        let asked =
+            Socket::open(NETLINK_ROUTE)?.request(&RouteNetlinkMessage::GetLink(ask).into(), |answer: Notification| {
+                if let Notification::Link { index, is_ours: true } = answer {
+                    ours = Some(index);
+                }
+            });
+        // The kernel says no where there is no such device; then its making will be told.
+        if let Err(error) = asked
+            && error.refusal().is_none()
+        {
+            return Err(error);
+        }
+        Ok(Self { subscription, ours })
+    }
+
+    /// Waits until something happens.
+    pub fn wait(&mut self) -> Result<Changed, Error> {
+        let mut changed = Changed::default();
+        let ours = &mut self.ours;
+        let received = self.subscription.receive(|notification| match notification {
+            Notification::Link { index, is_ours: true } => *ours = Some(index),
+            Notification::Link { index, is_ours: false } | Notification::LinkGone { index } => {
+                if *ours == Some(index) {
+                    *ours = None;
+                    changed.device_lost = true;
+                }
+            }
+            Notification::Address { index } => changed.addresses |= *ours != Some(index),
+            Notification::Other => {}
+        })?;
+        if received == Received::Overrun {
+            // Whatever it was, an audit finds it.
+            changed = Changed { addresses: true, device_lost: true };
+        }
+        Ok(changed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn decode(kind: u16, payload: &[u8]) -> Result<Notification, DecodeError> {
+        let mut header = NetlinkHeader::default();
+        header.message_type = kind;
+        Notification::deserialize(&header, payload)
+    }
+
+    #[test]
+    fn of_a_link_only_index_and_name_are_read() {
+        let mut link = vec![0; IFINFOMSG_BYTES];
+        link[4] = 7;
+        link.extend_from_slice(&[8, 0, 99, 0, 1, 2, 3, 4]);
+        link.extend_from_slice(&[15, 0, 3, 0]);
+        link.extend_from_slice(b"kube-ipvs0\0\0");
+        assert_eq!(decode(RTM_NEWLINK, &link).unwrap(), Notification::Link { index: 7, is_ours: true });
+        // An attribute that is cut off costs nothing but itself.
+        assert_eq!(decode(RTM_NEWLINK, &link[..20]).unwrap(), Notification::Link { index: 7, is_ours: false });
+        assert!(decode(RTM_NEWLINK, &[0; 5]).is_err());
+    }
+
+    #[test]
+    fn link_local_addresses_of_ipv6_are_no_news_and_those_of_ipv4_are() {
+        assert_eq!(decode(RTM_NEWADDR, &[AF_INET6, 64, 0, RT_SCOPE_LINK, 3, 0, 0, 0]).unwrap(), Notification::Other);
+        assert_eq!(decode(RTM_DELADDR, &[AF_INET6, 64, 0, 0, 3, 0, 0, 0]).unwrap(), Notification::Address { index: 3 });
+        let ipv4 = [2, 16, 0, RT_SCOPE_LINK, 3, 0, 0, 0];
+        assert_eq!(decode(RTM_NEWADDR, &ipv4).unwrap(), Notification::Address { index: 3 });
+    }
+}
