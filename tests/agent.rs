@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Command;
@@ -295,9 +296,10 @@ fn a_flood_of_address_changes_leaves_no_stale_node_port() {
     // More notifications than the agent's socket holds while it does not run.
     agent.stop_while(|| {
         for action in ["add", "del"] {
-            let lines: String = (0..3000)
-                .map(|i| format!("address {action} 172.16.{}.{}/32 dev eth0\n", i / 250, i % 250 + 1))
-                .collect();
+            let mut lines = String::new();
+            for i in 0..3000 {
+                writeln!(lines, "address {action} 172.16.{}.{}/32 dev eth0", i / 250, i % 250 + 1).unwrap();
+            }
             std::fs::write("/tmp/flood", lines).unwrap();
             run("ip -batch /tmp/flood");
         }

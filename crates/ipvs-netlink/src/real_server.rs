@@ -27,6 +27,8 @@ pub enum Forwarding {
     DirectRoute,
     /// Past the cache servers (`IP_VS_CONN_F_BYPASS`).
     Bypass,
+    /// 5, 6 or 7, which mean nothing; the kernel takes them and forwards nothing.
+    Other(u8),
 }
 
 impl Forwarding {
@@ -37,30 +39,32 @@ impl Forwarding {
             Self::Tunnel => 2,
             Self::DirectRoute => 3,
             Self::Bypass => 4,
+            Self::Other(number) => u32::from(number) & FORWARDING_MASK,
         }
     }
 
-    fn from_number(number: u32) -> Result<Self, DecodeError> {
-        Ok(match number & FORWARDING_MASK {
+    fn from_number(number: u32) -> Self {
+        match number & FORWARDING_MASK {
             0 => Self::Masquerade,
             1 => Self::Local,
             2 => Self::Tunnel,
             3 => Self::DirectRoute,
             4 => Self::Bypass,
-            other => return Err(format!("{other} is no forwarding method").into()),
-        })
+            _ => Self::Other((number & FORWARDING_MASK) as u8),
+        }
     }
 }
 
 impl fmt::Display for Forwarding {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Masquerade => "masquerade",
-            Self::Local => "local",
-            Self::Tunnel => "tunnel",
-            Self::DirectRoute => "direct-route",
-            Self::Bypass => "bypass",
-        })
+        match self {
+            Self::Masquerade => f.write_str("masquerade"),
+            Self::Local => f.write_str("local"),
+            Self::Tunnel => f.write_str("tunnel"),
+            Self::DirectRoute => f.write_str("direct-route"),
+            Self::Bypass => f.write_str("bypass"),
+            Self::Other(number) => write!(f, "method {number}"),
+        }
     }
 }
 
@@ -146,7 +150,7 @@ impl RealServerEntry {
             match kind {
                 dest::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a destination's address is short")?),
                 dest::PORT => port = Some(parse_u16_be(value)?),
-                dest::FWD_METHOD => forwarding = Forwarding::from_number(parse_u32(value)?)?,
+                dest::FWD_METHOD => forwarding = Forwarding::from_number(parse_u32(value)?),
                 dest::WEIGHT => weight = parse_u32(value)?,
                 dest::U_THRESH => upper = parse_u32(value)?,
                 dest::L_THRESH => lower = parse_u32(value)?,

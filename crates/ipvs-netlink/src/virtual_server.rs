@@ -63,8 +63,8 @@ pub enum Protocol {
     Udp,
     /// SCTP.
     Sctp,
-    /// Another IP protocol number; the kernel takes any and balances only those above.
-    Other(u8),
+    /// Another number; the kernel takes any of 16 bits and balances only those above.
+    Other(u16),
 }
 
 impl Protocol {
@@ -73,17 +73,17 @@ impl Protocol {
             Self::Tcp => 6,
             Self::Udp => 17,
             Self::Sctp => 132,
-            Self::Other(number) => number.into(),
+            Self::Other(number) => number,
         }
     }
 
-    fn from_number(number: u16) -> Result<Self, DecodeError> {
-        Ok(match number {
+    fn from_number(number: u16) -> Self {
+        match number {
             6 => Self::Tcp,
             17 => Self::Udp,
             132 => Self::Sctp,
-            _ => Self::Other(u8::try_from(number).map_err(|_| format!("IP protocol {number} is out of range"))?),
-        })
+            _ => Self::Other(number),
+        }
     }
 }
 
@@ -429,7 +429,7 @@ impl VirtualServerEntry {
         each_attribute(buffer, |kind, value| {
             match kind {
                 service::AF => family = Some(Family::from_number(parse_u16(value)?)?),
-                service::PROTOCOL => protocol = Some(Protocol::from_number(parse_u16(value)?)?),
+                service::PROTOCOL => protocol = Some(Protocol::from_number(parse_u16(value)?)),
                 service::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a service's address is short")?),
                 service::PORT => port = Some(parse_u16_be(value)?),
                 service::FWMARK => firewall_mark = Some(parse_u32(value)?),

@@ -139,12 +139,14 @@ pub(crate) struct Outlet<F> {
     counters: Arc<Counters>,
     /// Only what is wrong now.
     reported: HashMap<Subject, Vec<String>>,
+    /// What was last said of it.
+    incomplete: bool,
     closed: bool,
 }
 
 impl<F: FnMut(Message) -> ControlFlow<()>> Outlet<F> {
     pub(crate) fn new(sink: F, counters: Arc<Counters>) -> Self {
-        Self { sink, counters, reported: HashMap::new(), closed: false }
+        Self { sink, counters, reported: HashMap::new(), incomplete: false, closed: false }
     }
 
     /// Whether the sink has broken off.
@@ -155,6 +157,14 @@ impl<F: FnMut(Message) -> ControlFlow<()>> Outlet<F> {
     pub(crate) fn change(&mut self, change: Change) {
         self.counters.changes.fetch_add(1, Ordering::Relaxed);
         self.say(Message::Change(change));
+    }
+
+    /// Says whether there is something that could not be understood even once, if that is news.
+    pub(crate) fn incomplete(&mut self, incomplete: bool) {
+        if self.incomplete != incomplete {
+            self.incomplete = incomplete;
+            self.change(Change::Incomplete(incomplete));
+        }
     }
 
     /// Says what is wrong with an object, if that is news.

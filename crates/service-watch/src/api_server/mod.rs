@@ -18,7 +18,7 @@ use kube::{Api, Client};
 
 pub use self::connect::Connection;
 use self::feed::{Feed, Step};
-use crate::convert::{Converted, Converter, Object, Outcome};
+use crate::convert::{Converted, Converter, Object, Outcome, consequence};
 use crate::error::Error;
 use crate::model::{Change, ObjectName};
 use crate::report::{Counters, Kind, Message, Outlet, Subject};
@@ -97,6 +97,7 @@ impl ApiServer {
                 Some(Said::Node(step)) => own.take(step, &mut converter, &mut outlet),
                 None => break,
             }
+            outlet.incomplete([&services, &slices, &own].iter().any(|tracker| !tracker.obscure.is_empty()));
             if !synced && services.listed && slices.listed && own.listed {
                 synced = true;
                 outlet.change(Change::Synced);
@@ -127,6 +128,8 @@ fn feed<K: Object>(client: &Client, server: &str, wanted: Config) -> impl stream
 #[derive(Debug, Default)]
 struct Tracker {
     known: HashSet<ObjectName>,
+    /// Objects that make no sense and are not known.
+    obscure: HashSet<ObjectName>,
     /// While a list is being read: what was in it so far.
     seen: Option<HashSet<ObjectName>>,
     /// A list has been read to its end.
@@ -163,6 +166,7 @@ impl Tracker {
                     self.gone(K::KIND, &name, outlet);
                 }
                 // Objects that never were good enough to be known.
+                self.obscure.retain(|name| seen.contains(name));
                 outlet.forget(|subject| {
                     matches!((K::KIND, subject),
                         (Kind::Service, Subject::Service(name)) | (Kind::EndpointSlice, Subject::EndpointSlice(name))
@@ -185,23 +189,31 @@ impl Tracker {
         if self.only.as_ref().is_some_and(|only| *only != name.name) {
             return;
         }
-        let Converted { outcome, problems } = object.convert(&name, converter);
+        let Converted { outcome, mut problems } = object.convert(&name, converter);
         if let Some(seen) = &mut self.seen {
             seen.insert(name.clone());
         }
         match outcome {
             Outcome::Serve(change) => {
                 self.known.insert(name.clone());
+                self.obscure.remove(&name);
                 outlet.change(change);
             }
             Outcome::Ignore => self.gone(K::KIND, &name, outlet),
-            Outcome::Broken => {}
+            Outcome::Broken => {
+                let before = self.known.contains(&name);
+                problems.push(consequence(before));
+                if !before {
+                    self.obscure.insert(name.clone());
+                }
+            }
         }
         outlet.problems(Subject::object(K::KIND, name), problems);
     }
 
     fn gone<F: FnMut(Message) -> ControlFlow<()>>(&mut self, kind: Kind, name: &ObjectName, outlet: &mut Outlet<F>) {
         let subject = Subject::object(kind, name.clone());
+        self.obscure.remove(name);
         if self.known.remove(name)
             && let Some(gone) = subject.clone().gone()
         {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use kube::api::ObjectMeta;
 use serde::de::DeserializeOwned;
 
-use self::problems::{In, Interner, Item, Problems};
+use self::problems::{In, Interner, Item, Problems, Told};
 use crate::lenient::{Lenient, Short};
 use crate::model::{
     Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
@@ -31,7 +31,7 @@ const ZONE: &str = "topology.kubernetes.io/zone";
 /// What `sessionAffinity: ClientIP` means where nothing else is said: three hours.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
-const KEPT: &str = "the object stays as it was";
+const UNUSABLE: &str = "the object cannot be used";
 const PORT_OUT: &str = "this port is not served";
 const ADDRESS_OUT: &str = "not served on this address";
 const ENDPOINT_OUT: &str = "this endpoint gets no traffic";
@@ -100,13 +100,26 @@ pub(crate) enum Outcome<T> {
     Broken,
 }
 
+/// What follows from [`Outcome::Broken`]; `before` says whether there is something it was before.
+pub(crate) fn consequence(before: bool) -> String {
+    let consequence = if before { "the object stays as it was" } else { "nothing it may have held is taken away" };
+    format!("makes no sense as a whole: {consequence} until it is corrected")
+}
+
 /// Reads objects; shares the texts that many of them have in common.
 #[derive(Debug, Default)]
 pub(crate) struct Converter {
     names: Interner,
+    /// There is no API server that completes objects, nor controllers with objects of their own.
+    by_hand: bool,
 }
 
 impl Converter {
+    /// For objects that nobody completes: what is left out of them was forgotten.
+    pub(crate) fn by_hand() -> Self {
+        Self { by_hand: true, ..Self::default() }
+    }
+
     /// Namespace and name; a manifest without namespace means `default`. `None` without a usable name.
     pub(crate) fn name(&mut self, meta: &ObjectMeta) -> Option<ObjectName> {
         let name = meta.name.as_deref().filter(|name| !name.is_empty())?;
@@ -136,10 +149,9 @@ impl Converter {
         if label(&object.metadata, SERVICE_PROXY_NAME).is_some() {
             return Outcome::Ignore;
         }
-        let spec = match problems.field(&object.spec, "spec", KEPT) {
+        let spec = match problems.field(&object.spec, "spec", UNUSABLE) {
             Ok(Some(spec)) => spec,
-            // Without a ClusterIP.
-            Ok(None) => return Outcome::Ignore,
+            Ok(None) => return self.no_cluster_ip(problems),
             Err(_) => return Outcome::Broken,
         };
         let kind = match problems.value(&spec.r#type, "spec.type", "taken as ClusterIP").map_or("", |text| text) {
@@ -153,9 +165,10 @@ impl Converter {
             }
         };
         let cluster_ips = match cluster_ips(spec, problems) {
-            Outcome::Serve(cluster_ips) => cluster_ips,
-            Outcome::Ignore => return Outcome::Ignore,
-            Outcome::Broken => return Outcome::Broken,
+            Ok(Given::Addresses(cluster_ips)) => cluster_ips,
+            Ok(Given::Headless) => return Outcome::Ignore,
+            Ok(Given::Nothing) => return self.no_cluster_ip(problems),
+            Err(Told) => return Outcome::Broken,
         };
         Outcome::Serve(Service {
             name: name.clone(),
@@ -175,6 +188,16 @@ impl Converter {
             internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
             external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
         })
+    }
+
+    /// From an API server, such a Service is being created and will get one.
+    fn no_cluster_ip<T>(&self, problems: &Problems) -> Outcome<T> {
+        if self.by_hand {
+            problems.add(
+                "has no spec.clusterIP, and no API server is there to assign one: skipped; set spec.clusterIP to an address",
+            );
+        }
+        Outcome::Ignore
     }
 
     fn service_port(
@@ -227,9 +250,15 @@ impl Converter {
             return Outcome::Ignore;
         }
         let Some(service) = label(&object.metadata, SERVICE_NAME).filter(|service| !service.is_empty()) else {
+            // From an API server, it is another controller's.
+            if self.by_hand {
+                problems.add(format_args!(
+                    "has no label {SERVICE_NAME}, so it belongs to no Service: skipped; set it to the Service's name"
+                ));
+            }
             return Outcome::Ignore;
         };
-        let Ok(address_type) = problems.field(&object.address_type, "addressType", KEPT) else {
+        let Ok(address_type) = problems.field(&object.address_type, "addressType", UNUSABLE) else {
             return Outcome::Broken;
         };
         let family = match address_type.map_or("", |text| text) {
@@ -237,7 +266,7 @@ impl Converter {
             "IPv6" => Family::V6,
             "FQDN" => return Outcome::Ignore,
             other => {
-                problems.unknown(other, "addressType", KEPT, "IPv4 or IPv6");
+                problems.unknown(other, "addressType", UNUSABLE, "IPv4 or IPv6");
                 return Outcome::Broken;
             }
         };
@@ -363,15 +392,21 @@ fn first_address(endpoint: &wire::Endpoint, at: Item<&str>, family: Family, prob
     Some(address)
 }
 
+/// What a Service says of its ClusterIPs.
+enum Given {
+    /// These, one a family.
+    Addresses(Vec<IpAddr>),
+    /// That it has none.
+    Headless,
+    Nothing,
+}
+
 /// The ClusterIPs, one a family. With `ipFamilies`, a family's is the one at its index in `clusterIPs`; without, the
 /// address itself says its family. (The API server fills in both lists; a manifest may have `clusterIP` alone.)
-fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Outcome<Vec<IpAddr>> {
-    let (Ok(single), Ok(listed)) = (
-        problems.field(&spec.cluster_ip, "spec.clusterIP", KEPT),
-        problems.field(&spec.cluster_ips, "spec.clusterIPs", KEPT),
-    ) else {
-        return Outcome::Broken;
-    };
+fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Result<Given, Told> {
+    let single = problems.field(&spec.cluster_ip, "spec.clusterIP", UNUSABLE);
+    let listed = problems.field(&spec.cluster_ips, "spec.clusterIPs", UNUSABLE);
+    let (single, listed) = (single?, listed?);
     let mut texts: Vec<&str> = listed
         .into_iter()
         .flatten()
@@ -380,7 +415,8 @@ fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Outcome<Vec<IpA
         .collect();
     let single = single.map(|text| &**text);
     match single.or_else(|| texts.first().copied()).unwrap_or("") {
-        "" | "None" => return Outcome::Ignore,
+        "" => return Ok(Given::Nothing),
+        "None" => return Ok(Given::Headless),
         single if texts.is_empty() => texts.push(single),
         _ => {}
     }
@@ -405,10 +441,11 @@ fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Outcome<Vec<IpA
         }
     }
     if ips.is_empty() {
-        problems.add(format_args!("no usable ClusterIP is left: {KEPT}; correct spec.clusterIP and spec.clusterIPs"));
-        return Outcome::Broken;
+        problems
+            .add(format_args!("no usable ClusterIP is left: {UNUSABLE}; correct spec.clusterIP and spec.clusterIPs"));
+        return Err(Told);
     }
-    Outcome::Serve(ips)
+    Ok(Given::Addresses(ips))
 }
 
 fn load_balancer_ips(object: &wire::Service, problems: &Problems) -> Vec<IpAddr> {

@@ -104,6 +104,34 @@ fn services_that_a_proxy_does_not_serve_are_ignored_without_a_word() {
 }
 
 #[test]
+fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
+    let mut converter = Converter::by_hand();
+    let mut read = |patch: &Value| {
+        let object: wire::Service = serde_json::from_value(patched(service_json(), patch)).unwrap();
+        let name = converter.name(&object.metadata).unwrap();
+        let converted = object.convert(&name, &mut converter);
+        assert_eq!(converted.outcome, Outcome::Ignore, "{patch}");
+        converted.problems
+    };
+    for patch in [
+        json!({ "spec": { "clusterIP": "", "clusterIPs": [] } }),
+        json!({ "spec": { "clusterIP": null, "clusterIPs": null } }),
+        json!({ "spec": { "type": "LoadBalancer", "clusterIP": null, "clusterIPs": null } }),
+        json!({ "spec": null }),
+    ] {
+        let problems = read(&patch);
+        assert!(problems.len() == 1 && problems[0].starts_with("has no spec.clusterIP"), "{patch} {problems:?}");
+    }
+    for patch in [
+        json!({ "spec": { "clusterIP": "None", "clusterIPs": null } }),
+        json!({ "spec": { "type": "ExternalName", "clusterIP": null, "clusterIPs": null } }),
+        json!({ "spec": null, "metadata": { "labels": { "service.kubernetes.io/service-proxy-name": "x" } } }),
+    ] {
+        assert_eq!(read(&patch), [""; 0], "{patch}");
+    }
+}
+
+#[test]
 fn cluster_ips_go_by_the_families_at_their_index() {
     let v4 = "10.96.0.10";
     let v6 = "fd00:10:96::a";

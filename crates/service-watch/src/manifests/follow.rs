@@ -13,7 +13,7 @@ use std::time::Duration;
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use super::counts;
 use crate::error::Error;
@@ -31,6 +31,8 @@ pub(super) struct Follower {
     directory: PathBuf,
     inotify: AsyncFd<OwnedFd>,
     watch: i32,
+    /// Device and inode of the directory that is watched.
+    identity: Option<(u64, u64)>,
 }
 
 /// What has changed.
@@ -50,7 +52,7 @@ impl Follower {
         let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| follow(e.into()))?;
         #[expect(deprecated, reason = "sound for an OwnedFd, whose descriptor never changes; its successor is unsafe")]
         let inotify = AsyncFd::new(inotify).map_err(follow)?;
-        let mut follower = Self { directory: directory.to_owned(), inotify, watch: -1 };
+        let mut follower = Self { directory: directory.to_owned(), inotify, watch: -1, identity: None };
         match follower.watch(directory) {
             Ok(()) => Ok(follower),
             Err(source) if source.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) => Err(follow(source)),
@@ -69,6 +71,8 @@ impl Follower {
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF;
         let before = self.watch;
+        // Asked for first: if the directory changes in between, the next look sees another one.
+        self.identity = identity(directory);
         self.watch = inotify::add_watch(self.inotify.get_ref(), directory, flags)?;
         if before >= 0 && before != self.watch {
             // Gone already if the directory was deleted; still there if it was moved away.
@@ -77,11 +81,19 @@ impl Follower {
         Ok(())
     }
 
-    /// Waits until something changes, and then a little for more.
-    pub(super) async fn changed(&mut self) -> Changed {
+    /// Whether the path now leads to another directory than the watched one, or to none. Of a parent that is moved or
+    /// a file system that is mounted over it, inotify says nothing.
+    pub(super) fn strayed(&self) -> bool {
+        identity(&self.directory) != self.identity
+    }
+
+    /// Waits until something changes, and then a little for more; or until `end`.
+    pub(super) async fn changed(&mut self, end: Instant) -> Changed {
         let mut changed = Changed::default();
         while changed.names.is_empty() && !changed.all {
-            self.collect(&mut changed).await;
+            if Instant::now() >= end || timeout_at(end, self.collect(&mut changed)).await.is_err() {
+                return changed;
+            }
         }
         let latest = Instant::now() + SETTLE_AT_MOST;
         while timeout(SETTLE, self.collect(&mut changed)).await.is_ok() && Instant::now() < latest {}
@@ -133,4 +145,8 @@ impl Follower {
     fn whole(&self, name: &OsStr) -> bool {
         std::fs::symlink_metadata(self.directory.join(name)).is_ok_and(|meta| meta.is_symlink() || meta.nlink() > 1)
     }
+}
+
+fn identity(directory: &Path) -> Option<(u64, u64)> {
+    std::fs::metadata(directory).ok().map(|meta| (meta.dev(), meta.ino()))
 }

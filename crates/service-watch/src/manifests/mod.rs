@@ -2,7 +2,8 @@
 //!
 //! All files `*.yaml`, `*.yml` and `*.json` directly in the directory count, except hidden ones. A file may hold
 //! several documents and lists. A file that does not parse, or cannot be read, keeps what it said before; a file that
-//! is gone takes its objects away. Where two files have the same object, the file that sorts first wins.
+//! is gone takes its objects away. A directory that is lost keeps what it said, until there is one in its place with a
+//! manifest in it: an empty one is a mount that failed rather than a wish. Where two files have the same object, the file that sorts first wins.
 
 mod follow;
 mod read;
@@ -16,7 +17,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use self::follow::Follower;
+use tokio::time::Instant;
+
+use self::follow::{Changed, Follower};
 use self::shelf::Shelf;
 use crate::error::Error;
 use crate::model::Change;
@@ -24,6 +27,14 @@ use crate::report::{Counters, Message, Outlet, Subject};
 
 /// How often a directory that has vanished is looked for.
 const LOOK_AGAIN: Duration = Duration::from_secs(1);
+/// How often all files are looked at: inotify says nothing of edits behind a symbolic link, nor of those that another
+/// machine makes.
+const LOOK: Duration = Duration::from_secs(30);
+/// How soon after a look that found a file to differ it is looked at again.
+const LOOK_SOON: Duration = Duration::from_secs(1);
+
+const HOLLOW: &str = "the directory is back and empty: what was known stays; put a file there, an empty one if there is \
+                      nothing to serve, or restart";
 
 /// Services, EndpointSlices and Nodes from the files of a directory.
 #[derive(Debug)]
@@ -56,13 +67,29 @@ impl Manifests {
         files.read(names, &mut outlet);
         outlet.listed();
         outlet.change(Change::Synced);
+        let mut next_look = Instant::now() + LOOK;
+        // The directory was lost, and the one in its place has not had a manifest yet.
+        let mut hollow = false;
         while !outlet.closed() {
-            let changed = follower.changed().await;
+            let mut changed = follower.changed(next_look).await;
+            if Instant::now() >= next_look {
+                let soon = look(&directory, &follower, &mut files, &mut changed);
+                next_look = Instant::now() + if soon { LOOK_SOON } else { LOOK };
+            }
             let mut names = changed.names;
-            if changed.all {
+            if changed.all || hollow {
+                let (listed, lost) = settled(&directory, &mut follower, changed.lost, &mut outlet).await;
+                // One that is still being written is no manifest yet.
+                let filled = if changed.all { !listed.is_empty() } else { !listed.is_disjoint(&names) };
+                hollow = (hollow || lost) && !filled && !files.is_empty();
+                if hollow {
+                    outlet.problems(Subject::File(directory.clone()), vec![HOLLOW.into()]);
+                    continue;
+                }
+                outlet.well(Subject::File(directory.clone()));
                 // What was there before and is no longer must be read too: that is how it is taken away.
                 names.extend(files.names());
-                names.extend(settled(&directory, &mut follower, changed.lost, &mut outlet).await);
+                names.extend(listed);
                 outlet.listed();
             }
             files.read(names, &mut outlet);
@@ -71,20 +98,33 @@ impl Manifests {
     }
 }
 
-/// Lists the directory, waiting for it to exist (again).
+/// Adds to `changed` what inotify has not told. Says whether there is more to be found soon.
+fn look(directory: &Path, follower: &Follower, files: &mut Shelf, changed: &mut Changed) -> bool {
+    if follower.strayed() {
+        changed.all = true;
+        changed.lost = true;
+        return false;
+    }
+    let Ok(names) = list(directory) else {
+        changed.all = true;
+        return false;
+    };
+    let (differing, soon) = files.look(&names);
+    changed.names.extend(differing);
+    soon
+}
+
+/// Lists the directory, waiting for it to exist (again); and says whether it was lost.
 async fn settled<F: FnMut(Message) -> ControlFlow<()>>(
     directory: &Path,
     follower: &mut Follower,
     mut lost: bool,
     outlet: &mut Outlet<F>,
-) -> BTreeSet<OsString> {
+) -> (BTreeSet<OsString>, bool) {
     loop {
         let listed = if lost { follower.watch(directory).and_then(|()| list(directory)) } else { list(directory) };
         match listed {
-            Ok(names) => {
-                outlet.well(Subject::File(directory.to_owned()));
-                return names;
-            }
+            Ok(names) => return (names, lost),
             Err(error) => {
                 lost = true;
                 outlet.error(

@@ -1,7 +1,8 @@
 //! Reading one file of manifests.
 
-use std::fs;
+use std::fs::{self, Metadata};
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -33,24 +34,57 @@ pub(super) enum FileRead {
     Objects(Vec<Found>, Vec<String>),
 }
 
-pub(super) fn read_file(path: &Path, node: &Arc<str>, converter: &mut Converter) -> FileRead {
-    match fs::metadata(path) {
-        Ok(meta) if meta.is_file() => {}
-        Ok(_) => return FileRead::Absent,
+/// What changes when a file's content does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Stamp {
+    modified: (i64, i64),
+    /// Also tells of an edit that restores the time of modification, and of permissions.
+    changed: (i64, i64),
+    size: u64,
+    inode: u64,
+    device: u64,
+}
+
+impl Stamp {
+    /// That of the file a path leads to; `None` if there is none, or only a directory or the like.
+    pub(super) fn of(path: &Path) -> Option<Self> {
+        fs::metadata(path).ok().filter(Metadata::is_file).map(|meta| Self::new(&meta))
+    }
+
+    fn new(meta: &Metadata) -> Self {
+        Self {
+            modified: (meta.mtime(), meta.mtime_nsec()),
+            changed: (meta.ctime(), meta.ctime_nsec()),
+            size: meta.size(),
+            inode: meta.ino(),
+            device: meta.dev(),
+        }
+    }
+}
+
+/// Reads a file. The stamp is that of before it was read; `None` if it could not be, for that may pass unseen.
+pub(super) fn read_file(path: &Path, node: &Arc<str>, converter: &mut Converter) -> (FileRead, Option<Stamp>) {
+    let stamp = match fs::metadata(path) {
+        Ok(meta) if meta.is_file() => Stamp::new(&meta),
+        Ok(_) => return (FileRead::Absent, None),
         Err(error) if error.kind() == ErrorKind::NotFound => {
-            return match fs::symlink_metadata(path) {
+            let read = match fs::symlink_metadata(path) {
                 Ok(_) => FileRead::Failed("is a link to a file that does not exist; mend or remove the link".into()),
                 Err(_) => FileRead::Absent,
             };
+            return (read, None);
         }
-        Err(error) => return FileRead::Failed(format!("cannot be read: {error}; check its permissions")),
-    }
-    let text = match fs::read_to_string(path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return FileRead::Absent,
-        Err(error) => return FileRead::Failed(format!("cannot be read: {error}; check its permissions and encoding")),
+        Err(error) => return (FileRead::Failed(format!("cannot be read: {error}; check its permissions")), None),
     };
-    let documents = match parse(&text, path.extension().is_some_and(|extension| extension == "json")) {
+    match fs::read_to_string(path) {
+        Ok(text) => (read_text(&text, path, node, converter), Some(stamp)),
+        Err(error) if error.kind() == ErrorKind::NotFound => (FileRead::Absent, None),
+        Err(error) => (FileRead::Failed(format!("cannot be read: {error}; check its permissions and encoding")), None),
+    }
+}
+
+fn read_text(text: &str, path: &Path, node: &Arc<str>, converter: &mut Converter) -> FileRead {
+    let documents = match parse(text, path.extension().is_some_and(|extension| extension == "json")) {
         Ok(documents) => documents,
         Err(problem) => return FileRead::Failed(format!("does not parse: {problem}; correct the file")),
     };

@@ -457,11 +457,12 @@ async fn objects_that_make_no_sense_cost_themselves_only() {
     let mut broken = service("broken", "10.96.0.8");
     broken["spec"]["clusterIP"] = json!({});
     server.apply(broken);
-    let mut listener = running_with(&server, &["a 10.96.0.1", "odd 10.96.0.9"]).await;
+    let mut listener = running_with(&server, &["a 10.96.0.1", "incomplete", "odd 10.96.0.9"]).await;
     listener.reports.sort_by(|a, b| a.subject.cmp(&b.subject));
     let reports = std::mem::take(&mut listener.reports);
     assert_eq!(reports.len(), 2, "{reports:?}");
     assert!(of_service(&reports[0], "broken") && of_service(&reports[1], "odd"), "{reports:?}");
+    assert!(reports[0].problems[1].contains("nothing it may have held is taken away"), "{reports:?}");
     assert!(reports[1].problems[0].contains("spec.ports[0].port is the text \"x\""), "{reports:?}");
     // Nothing is said twice, and what becomes broken stays as it was, also over a new list.
     server.apply(odd.clone());
@@ -482,14 +483,19 @@ async fn objects_that_make_no_sense_cost_themselves_only() {
     server.delete("Service", "default", "broken");
     server.compact();
     server.recover();
+    let mut well = false;
     loop {
-        let report = match listener.message().await {
-            service_watch::Message::Report(report) => report,
-            service_watch::Message::Change(_) => continue,
-        };
-        if of_service(&report, "broken") {
-            assert_eq!(report.problems, [""; 0]);
-            break;
+        match listener.message().await {
+            service_watch::Message::Report(report) if of_service(&report, "broken") => {
+                assert_eq!(report.problems, [""; 0]);
+                well = true;
+            }
+            service_watch::Message::Change(service_watch::Change::Incomplete(incomplete)) => {
+                // With the last one that never made sense, nothing is missing any more.
+                assert!(well && !incomplete);
+                break;
+            }
+            _ => {}
         }
     }
 }

@@ -95,6 +95,7 @@ pub(crate) fn short(change: &Change) -> String {
         Change::SliceGone(name) => format!("-slice {}", name.name),
         Change::Node(node) => format!("node {}", node.zone.as_deref().unwrap_or("-")),
         Change::NodeGone => "-node".into(),
+        Change::Incomplete(incomplete) => if *incomplete { "incomplete" } else { "complete" }.into(),
         Change::Synced => "synced".into(),
     }
 }

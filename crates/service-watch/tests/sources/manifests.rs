@@ -166,9 +166,106 @@ async fn a_file_that_does_not_parse_at_the_start_does_not_hold_up_the_others() {
     let source = Source::Manifests(Manifests::new(directory.path(), "node-a"));
     let counters = source.counters();
     let mut listener = listen(source);
-    assert_eq!(listener.synced().await, ["b 10.96.0.1"]);
-    problem_of(&listener.reports[0], &broken);
-    assert_eq!((counters.errors(), counters.lists(), counters.changes()), (1, 1, 2));
+    assert_eq!(listener.synced().await, ["b 10.96.0.1", "incomplete"]);
+    let problem = problem_of(&listener.reports[0], &broken);
+    assert!(problem.contains("nothing it may have held is taken away until it is corrected"), "{problem}");
+    assert_eq!((counters.errors(), counters.lists(), counters.changes()), (1, 1, 3));
+}
+
+#[tokio::test]
+async fn while_a_file_has_never_been_understood_what_is_said_is_incomplete() {
+    let directory = directory();
+    let first = write(&directory, "a.yaml", &json!("no object"));
+    fs::write(&first, "{").unwrap();
+    let mut listener = follow(directory.path());
+    // Before anything is programmed.
+    assert_eq!(listener.changes(2).await, ["incomplete", "synced"]);
+    // Another one, and the first once more, are no news; nor is what can be read.
+    let second = directory.path().join("b.yaml");
+    fs::write(&second, "{").unwrap();
+    fs::write(&first, "{ {").unwrap();
+    write(&directory, "c.yaml", &service("c", "10.96.0.3"));
+    assert_eq!(listener.change().await, "c 10.96.0.3");
+    // Both must be well again: one corrected, the other removed.
+    write(&directory, "a.yaml", &service("a", "10.96.0.1"));
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+    fs::remove_file(&second).unwrap();
+    assert_eq!(listener.change().await, "complete");
+    // One that was good is broken now: what it said is known.
+    listener.reports.clear();
+    fs::write(&first, "{").unwrap();
+    let problem = problem_of(&listener.report().await, &first);
+    assert!(problem.ends_with("what it said before stays"), "{problem}");
+    // Broken in the same moment in which it got its name: said before the old one is gone.
+    fs::rename(&first, &second).unwrap();
+    assert_eq!(listener.change().await, "incomplete");
+    assert_eq!(listener.change().await, "-a");
+    fs::remove_file(&second).unwrap();
+    assert_eq!(listener.change().await, "complete");
+    listener.quiet(A_WHILE).await;
+}
+
+#[tokio::test]
+async fn while_an_object_has_never_made_sense_what_is_said_is_incomplete() {
+    let directory = directory();
+    let odd = service("odd", "nonsense");
+    write(&directory, "b.yaml", &odd);
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.changes(2).await, ["incomplete", "synced"]);
+    let report = listener.report().await;
+    assert!(of_service(&report, "odd"), "{report:?}");
+    let is_true = "nothing it may have held is taken away until it is corrected";
+    assert!(report.problems.iter().any(|problem| problem.contains(is_true)), "{report:?}");
+    assert!(!report.problems.iter().any(|problem| problem.contains("stays as it was")), "{report:?}");
+    // Read again it is as it was.
+    write(&directory, "b.yaml", &odd);
+    listener.quiet(A_WHILE).await;
+    // Another file has it, and is believed.
+    let first = write(&directory, "a.yaml", &service("odd", "10.96.0.1"));
+    assert_eq!(listener.changes(2).await, ["complete", "odd 10.96.0.1"]);
+    fs::remove_file(&first).unwrap();
+    assert_eq!(listener.change().await, "incomplete");
+    assert_eq!(listener.change().await, "-odd");
+    write(&directory, "b.yaml", &service("odd", "10.96.0.2"));
+    assert_eq!(listener.change().await, "odd 10.96.0.2");
+    assert_eq!(listener.change().await, "complete");
+    // What has made sense stays as it was.
+    write(&directory, "b.yaml", &odd);
+    tokio::time::sleep(A_WHILE).await;
+    fs::remove_file(directory.path().join("b.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-odd");
+    listener.reports.clear();
+    listener.quiet(A_WHILE).await;
+}
+
+#[tokio::test]
+async fn what_only_an_api_server_would_add_is_missed_aloud() {
+    let directory = directory();
+    let mut bare = service("bare", "");
+    bare["spec"].as_object_mut().unwrap().remove("clusterIP");
+    let mut alone = slice("alone", "web", &["10.0.0.1"]);
+    alone["metadata"].as_object_mut().unwrap().remove("labels");
+    let external = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": { "name": "external" },
+        "spec": { "type": "ExternalName", "externalName": "a.example" },
+    });
+    let headless = service("headless", "None");
+    let items = json!([bare, alone, external, headless]);
+    write(&directory, "a.yaml", &json!({ "apiVersion": "v1", "kind": "List", "items": items }));
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, [""; 0]);
+    let mut told: Vec<String> =
+        listener.reports.iter().map(|report| format!("{} {}", report.subject, report.problems.join(", "))).collect();
+    told.sort();
+    assert_eq!(
+        told,
+        [
+            "EndpointSlice default/alone has no label kubernetes.io/service-name, so it belongs to no Service: skipped; \
+             set it to the Service's name",
+            "Service default/bare has no spec.clusterIP, and no API server is there to assign one: skipped; set \
+             spec.clusterIP to an address",
+        ]
+    );
 }
 
 #[tokio::test]
@@ -334,9 +431,123 @@ async fn a_directory_that_vanishes_keeps_what_it_said_until_it_is_back() {
     // Also if it was never missed.
     fs::rename(&path, parent.path().join("elsewhere as well")).unwrap();
     fs::create_dir(&path).unwrap();
-    assert_eq!(listener.changes(2).await, ["-b", "-d"]);
     fs::write(path.join("e.yaml"), service("e", "10.96.0.5").to_string()).unwrap();
-    assert_eq!(listener.change().await, "e 10.96.0.5");
+    assert_eq!(listener.changes(3).await, ["-b", "-d", "e 10.96.0.5"]);
+}
+
+#[tokio::test]
+async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
+    let parent = directory();
+    let path = parent.path().join("manifests");
+    let well = Report { subject: Subject::File(path.clone()), problems: vec![] };
+    fs::create_dir(&path).unwrap();
+    fs::write(path.join("a.yaml"), service("a", "10.96.0.1").to_string()).unwrap();
+    let mut listener = follow(&path);
+    listener.synced().await;
+    fs::rename(&path, parent.path().join("elsewhere")).unwrap();
+    fs::create_dir(&path).unwrap();
+    let mut report = listener.report().await;
+    if report.problems.iter().any(|problem| problem.contains("cannot be read")) {
+        // It has looked in between.
+        report = listener.report().await;
+    }
+    let problem = problem_of(&report, &path);
+    assert!(problem.contains("is back and empty: what was known stays; put a file there"), "{problem}");
+    // Nor what comes that is no manifest, or is still being written, nor losing it once more.
+    fs::write(path.join("notes.txt"), "x").unwrap();
+    let file = fs::File::create(path.join("b.yaml")).unwrap();
+    listener.quiet(A_WHILE).await;
+    fs::remove_file(path.join("b.yaml")).unwrap();
+    drop(file);
+    fs::remove_dir_all(&path).unwrap();
+    assert!(problem_of(&listener.report().await, &path).contains("cannot be read"));
+    fs::create_dir(&path).unwrap();
+    assert!(problem_of(&listener.report().await, &path).contains("back and empty"));
+    listener.quiet(A_WHILE).await;
+    fs::write(path.join("b.yaml"), service("b", "10.96.0.2").to_string()).unwrap();
+    assert_eq!(listener.changes(2).await, ["-a", "b 10.96.0.2"]);
+    assert_eq!(listener.report().await, well);
+    // In a directory that is not lost, the last file may go.
+    fs::remove_file(path.join("b.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-b");
+    // And then there is nothing to keep.
+    fs::remove_dir_all(&path).unwrap();
+    assert!(problem_of(&listener.report().await, &path).contains("cannot be read"));
+    fs::create_dir(&path).unwrap();
+    assert_eq!(listener.report().await, well);
+    fs::write(path.join("c.yaml"), service("c", "10.96.0.3").to_string()).unwrap();
+    assert_eq!(listener.change().await, "c 10.96.0.3");
+    // An empty file says that there is nothing to serve.
+    fs::rename(&path, parent.path().join("elsewhere as well")).unwrap();
+    fs::create_dir(&path).unwrap();
+    while !listener.report().await.problems.iter().any(|problem| problem.contains("back and empty")) {}
+    fs::write(path.join("none.yaml"), "").unwrap();
+    assert_eq!(listener.change().await, "-c");
+    assert_eq!(listener.report().await, well);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_edit_behind_a_link_is_found_within_a_minute() {
+    let outside = directory();
+    let target = write(&outside, "target", &service("a", "10.96.0.1"));
+    let directory = directory();
+    let link = directory.path().join("a.yaml");
+    symlink(&target, &link).unwrap();
+    for i in 0..100 {
+        write(&directory, &format!("b{i}.yaml"), &service(&format!("b{i}"), &format!("10.96.1.{i}")));
+    }
+    fs::create_dir(directory.path().join("sub.yaml")).unwrap();
+    let source = Source::Manifests(Manifests::new(directory.path(), "node-a"));
+    let counters = source.counters();
+    let mut listener = listen(source);
+    assert_eq!(listener.synced().await.len(), 101);
+    listener.quiet(Duration::from_secs(300)).await;
+    let start = tokio::time::Instant::now();
+    write(&outside, "target", &service("a", "10.96.0.2"));
+    assert_eq!(listener.change().await, "a 10.96.0.2");
+    assert!(start.elapsed() < Duration::from_secs(35), "{:?}", start.elapsed());
+    // Also one that leaves the size and the time of modification.
+    let time = fs::metadata(&target).unwrap().modified().unwrap();
+    write(&outside, "target", &service("a", "10.96.0.3"));
+    fs::File::options().write(true).open(&target).unwrap().set_modified(time).unwrap();
+    assert_eq!(listener.change().await, "a 10.96.0.3");
+    // A target that goes leaves a link to nothing, until it is back.
+    fs::remove_file(&target).unwrap();
+    assert!(problem_of(&listener.report().await, &link).contains("does not exist"));
+    listener.quiet(Duration::from_secs(300)).await;
+    write(&outside, "target", &service("a", "10.96.0.4"));
+    assert_eq!(listener.change().await, "a 10.96.0.4");
+    assert_eq!(listener.report().await.problems, [""; 0]);
+    // Not by reading everything again.
+    assert_eq!(counters.lists(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn another_directory_at_the_same_path_is_found_within_a_minute() {
+    // As with a file system that is mounted over it, inotify says nothing of a link that leads elsewhere.
+    let parent = directory();
+    let path = parent.path().join("manifests");
+    let lead = |name: &str| {
+        let beside = parent.path().join("beside");
+        symlink(name, &beside).unwrap();
+        fs::rename(&beside, &path).unwrap();
+    };
+    for (name, ip) in [("v1", "10.96.0.1"), ("v2", "10.96.0.2")] {
+        fs::create_dir(parent.path().join(name)).unwrap();
+        fs::write(parent.path().join(name).join("a.yaml"), service("a", ip).to_string()).unwrap();
+    }
+    fs::create_dir(parent.path().join("v3")).unwrap();
+    lead("v1");
+    let mut listener = follow(&path);
+    assert_eq!(listener.synced().await, ["a 10.96.0.1"]);
+    lead("v2");
+    assert_eq!(listener.change().await, "a 10.96.0.2");
+    lead("v3");
+    assert!(problem_of(&listener.report().await, &path).contains("back and empty"));
+    listener.quiet(Duration::from_secs(300)).await;
+    lead("v1");
+    assert_eq!(listener.change().await, "a 10.96.0.1");
+    assert_eq!(listener.report().await.problems, [""; 0]);
 }
 
 #[tokio::test]
@@ -367,8 +578,9 @@ async fn a_file_without_permission_is_read_once_it_has_it() {
         assert_eq!(listener.synced().await, ["a 10.96.0.1"]);
         return;
     }
-    assert_eq!(listener.synced().await, [""; 0]);
+    assert_eq!(listener.synced().await, ["incomplete"]);
     assert!(problem_of(&listener.report().await, &path).contains("check its permissions"));
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     assert_eq!(listener.change().await, "a 10.96.0.1");
+    assert_eq!(listener.change().await, "complete");
 }

@@ -112,7 +112,7 @@ fn virtual_server(ipvs: &mut Client, server: &ipvs_netlink::VirtualServer) -> Re
     let real_servers = ipvs.real_servers(&server.id)?.into_iter().map(|entry| RealServer {
         address: entry.server.address,
         port: entry.server.port,
-        forward: forward(entry.server.forwarding).to_owned(),
+        forward: forward(entry.server.forwarding),
         weight: entry.server.weight,
         upper_threshold: entry.server.upper_threshold,
         lower_threshold: entry.server.lower_threshold,
@@ -135,13 +135,10 @@ fn virtual_server(ipvs: &mut Client, server: &ipvs_netlink::VirtualServer) -> Re
 }
 
 /// The words of the recordings.
-fn forward(forwarding: Forwarding) -> &'static str {
+fn forward(forwarding: Forwarding) -> String {
     match forwarding {
-        Forwarding::Masquerade => "masquerade",
-        Forwarding::Local => "local",
-        Forwarding::Tunnel => "tunnel",
-        Forwarding::DirectRoute => "route",
-        Forwarding::Bypass => "bypass",
+        Forwarding::DirectRoute => "route".to_owned(),
+        other => other.to_string(),
     }
 }
 
