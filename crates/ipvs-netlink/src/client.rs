@@ -12,38 +12,11 @@ use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
 use crate::attributes::FAMILY_NAME;
+use crate::config::{Info, Timeouts};
 use crate::error::Error;
 use crate::message::Message;
 use crate::real_server::{RealServer, RealServerEntry};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
-
-/// Seconds an idle connection is kept, for all virtual servers (`ipvsadm --set`). To [`Client::set_timeouts`] 0 means
-/// "as it is".
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Timeouts {
-    /// TCP connections; 900 unless set.
-    pub tcp: u32,
-    /// TCP connections after a FIN; 120 unless set.
-    pub tcp_fin: u32,
-    /// UDP flows; 300 unless set.
-    pub udp: u32,
-}
-
-/// What IPVS says about itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Info {
-    /// Major, minor and patch version; 1.2.1 in every Linux since 2.6.28.
-    pub version: (u8, u8, u8),
-    /// Buckets of the connection table.
-    pub connection_table_size: u32,
-}
-
-impl Info {
-    pub(crate) fn new(version: u32, connection_table_size: u32) -> Self {
-        let [_, major, minor, patch] = version.to_be_bytes();
-        Self { version: (major, minor, patch), connection_table_size }
-    }
-}
 
 /// A connection to the IPVS of one network namespace.
 pub struct Client {

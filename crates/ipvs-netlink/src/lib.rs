@@ -26,13 +26,15 @@
 
 mod attributes;
 mod client;
+mod config;
 mod error;
 mod message;
 mod real_server;
 mod stats;
 mod virtual_server;
 
-pub use client::{Client, Info, Timeouts};
+pub use client::Client;
+pub use config::{Info, Timeouts};
 pub use error::{Error, ErrorKind};
 pub use message::Message;
 pub use netlink_batch::Refusal;

@@ -6,7 +6,7 @@ use netlink_packet_core::{DecodeError, Emitable, ParseableParametrized, parse_u3
 use netlink_packet_generic::{GenlFamily, GenlHeader};
 
 use crate::attributes::{Encoder, FAMILY_NAME, FAMILY_VERSION, command, each_attribute, top};
-use crate::client::{Info, Timeouts};
+use crate::config::{Info, Timeouts};
 use crate::real_server::{RealServer, RealServerEntry, encode_id};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
 

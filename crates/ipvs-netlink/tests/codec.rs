@@ -91,7 +91,7 @@ fn any_protocol() -> impl Strategy<Value = Protocol> {
         6 => Protocol::Tcp,
         17 => Protocol::Udp,
         132 => Protocol::Sctp,
-        other => Protocol::Other(other),
+        other => Protocol::Other(other.into()),
     })
 }
 
