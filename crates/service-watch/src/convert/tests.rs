@@ -109,9 +109,9 @@ fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
     let mut read = |patch: &Value| {
         let object: wire::Service = serde_json::from_value(patched(service_json(), patch)).unwrap();
         let name = converter.name(&object.metadata).unwrap();
-        let converted = object.convert(&name, &mut converter);
-        assert_eq!(converted.outcome, Outcome::Ignore, "{patch}");
-        converted.problems
+        let Converted { outcome, problems } = object.convert(&name, &mut converter);
+        assert_eq!(outcome, Outcome::Ignore, "{patch}");
+        problems
     };
     for patch in [
         json!({ "spec": { "clusterIP": "", "clusterIPs": [] } }),

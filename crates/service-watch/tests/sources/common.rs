@@ -75,6 +75,17 @@ impl Listener {
         }
     }
 
+    /// No change is said for a while; reports are put by.
+    pub(crate) async fn unchanged(&mut self, time: Duration) {
+        let end = tokio::time::Instant::now() + time;
+        while let Ok(message) = tokio::time::timeout_at(end, self.messages.recv()).await {
+            match message {
+                Some(Message::Report(report)) => self.reports.push(report),
+                other => panic!("no change is due, not {other:?}"),
+            }
+        }
+    }
+
     /// Nothing is said for a while.
     pub(crate) async fn quiet(&mut self, time: Duration) {
         if let Ok(message) = tokio::time::timeout(time, self.messages.recv()).await {
