@@ -96,7 +96,8 @@ fn diff_real_servers(
             if real_server.server != as_wanted {
                 out.push(Operation::SetRealServer(front_end, as_wanted));
             }
-        } else if !keeps.is_everything() {
+        } else if !keeps.is_everything() || real_server.server.weight == 0 {
+            // Weight 0 says that its removal was decided before.
             draining |= remove(front_end, real_server, out);
         }
     }

@@ -252,7 +252,7 @@ impl<K: Kernel> Reconciler<K> {
             self.dirty = keys;
             return Err(error);
         }
-        self.execute(keys, now, &mut outcome);
+        self.execute(keys, Origin::Change, now, &mut outcome);
         Ok(outcome)
     }
 
@@ -266,17 +266,21 @@ impl<K: Kernel> Reconciler<K> {
         let mirror = Mirror::from_dump(observed);
         let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain([Key::Device]).collect();
         self.mirror = Some(mirror);
-        let expected = std::mem::take(&mut self.dirty);
-        if is_first {
+        let mut changed = std::mem::take(&mut self.dirty);
+        let first = if is_first {
+            changed.clear();
             let (urgent, rest) = keys.into_iter().partition(|key| self.is_urgent(*key));
-            self.execute(urgent, now, &mut outcome);
             keys = rest;
+            (urgent, Origin::Reading)
         } else {
-            outcome.drifted = self.drifted(&keys, &expected);
-        }
-        // A socket that failed over the urgent ones leaves the mirror open: the rest waits for the next reading.
+            outcome.drifted = self.drifted(&keys, &changed);
+            keys.retain(|key| !changed.contains(key));
+            (changed, Origin::Change)
+        };
+        self.execute(first.0, first.1, now, &mut outcome);
+        // A socket that failed leaves the mirror open: the rest waits for the next reading.
         if self.mirror.is_some() {
-            self.execute(keys, now, &mut outcome);
+            self.execute(keys, Origin::Reading, now, &mut outcome);
         }
         Ok(outcome)
     }
@@ -329,7 +333,7 @@ impl<K: Kernel> Reconciler<K> {
             .filter(|key| !is_known(key))
             .filter(|key| {
                 operations.clear();
-                diff(**key, mirror, &self.desired, keeps(&self.table, &self.policy), &mut operations);
+                diff(**key, mirror, &self.desired, keeps(Origin::Reading, &self.table, &self.policy), &mut operations);
                 !operations.is_empty()
             })
             .copied()
@@ -349,9 +353,9 @@ impl<K: Kernel> Reconciler<K> {
 
     /// Plans and applies, at most twice: where the mirror turns out to be wrong about a key, that key is read and planned
     /// again.
-    fn execute(&mut self, mut keys: BTreeSet<Key>, now: Instant, outcome: &mut Outcome) {
+    fn execute(&mut self, mut keys: BTreeSet<Key>, origin: Origin, now: Instant, outcome: &mut Outcome) {
         for is_last in [false, true] {
-            let Some(plan) = self.plan(&mut keys, now) else { return };
+            let Some(plan) = self.plan(&mut keys, origin, now) else { return };
             let results = if plan.is_empty() { Vec::new() } else { self.kernel.apply(&plan) };
             let (mut failed, mut stale) = self.take_in(&plan, results, outcome);
             if is_last {
@@ -381,9 +385,9 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
-    fn plan(&mut self, keys: &mut BTreeSet<Key>, now: Instant) -> Option<Plan> {
+    fn plan(&mut self, keys: &mut BTreeSet<Key>, origin: Origin, now: Instant) -> Option<Plan> {
         let mirror = self.mirror.as_ref()?;
-        let kept = keeps(&self.table, &self.policy);
+        let kept = keeps(origin, &self.table, &self.policy);
         if !mirror.has_device() {
             keys.insert(Key::Device);
         }
@@ -478,9 +482,22 @@ impl<K: Kernel> Reconciler<K> {
     }
 }
 
-/// What is kept although nobody wants it.
-fn keeps<'a>(table: &ServiceTable, policy: &'a Policy) -> Keeps<'a> {
-    if table.is_incomplete() { Keeps::Everything } else { Keeps::Within(&policy.exclude) }
+/// Why a key is looked at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    /// Something about it changed.
+    Change,
+    /// Everything was read from the kernel.
+    Reading,
+}
+
+/// What is kept although nobody wants it: while a source could not understand everything, what was merely found in the
+/// kernel may be in the rest. What a change took away was understood.
+fn keeps<'a>(origin: Origin, table: &ServiceTable, policy: &'a Policy) -> Keeps<'a> {
+    match origin {
+        Origin::Reading if table.is_incomplete() => Keeps::Everything,
+        Origin::Reading | Origin::Change => Keeps::Within(&policy.exclude),
+    }
 }
 
 /// When to look again at a virtual server: soon after it began to drain, then ever more rarely.

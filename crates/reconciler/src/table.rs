@@ -89,9 +89,11 @@ impl ServiceTable {
                 }
             }
             Change::Incomplete(is_incomplete) => {
-                self.is_incomplete = is_incomplete;
+                let was_incomplete = std::mem::replace(&mut self.is_incomplete, is_incomplete);
                 // What was kept for its sake may have to go now.
-                return Dirty::All;
+                if was_incomplete && !is_incomplete {
+                    return Dirty::All;
+                }
             }
             Change::Synced => self.synced = true,
         }

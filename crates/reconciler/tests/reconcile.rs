@@ -54,27 +54,35 @@ fn nothing_is_ready_before_the_source_has_said_all() {
 }
 
 #[test]
-fn while_something_cannot_be_understood_nothing_is_taken_away() {
-    let kernel = web().kill();
-    // A restart: the Service's file does not parse, and one endpoint is missing in the slice.
+fn while_something_cannot_be_understood_nothing_that_was_found_is_taken_away() {
+    let mut world = web();
+    world.apply(Change::Service(service("other", &["10.96.0.12"])));
+    world.apply(Change::Slice(ready("other-1", "other", &["10.0.0.5", "10.0.0.6"]))).settle();
+    // A restart: of `web` nothing is understood, of `other` one of two slices.
     let mut world = World::with(
-        kernel,
+        world.kill(),
         Policy::new(NODE),
         vec![
             Change::Incomplete(true),
-            Change::Slice(ready("web-1", "web", &["10.0.0.1"])),
+            Change::Service(service("other", &["10.96.0.12"])),
+            Change::Slice(ready("other-1", "other", &["10.0.0.5"])),
             Change::Service(service("new", &["10.96.0.11"])),
         ],
     );
-    assert_eq!(world.weights("10.96.0.10", 80).len(), 2, "what may be in the file stays");
-    assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip("10.96.0.10")));
-    assert_eq!(world.weights("10.96.0.11", 80).len(), 0, "what is new comes");
-    world.apply(Change::Service(service("web", &["10.96.0.10"]))).settle();
-    assert_eq!(world.weights("10.96.0.10", 80).len(), 2);
+    for _ in 0..2 {
+        assert_eq!(world.weights("10.96.0.10", 80).len(), 2, "what may be in the rest stays");
+        assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip("10.96.0.10")));
+        assert_eq!(world.weights("10.96.0.12", 80).len(), 2);
+        assert_eq!(world.weights("10.96.0.11", 80).len(), 0, "what is new comes");
+        world.audit();
+    }
+    world.apply(Change::ServiceGone(name("new")));
+    world.audit();
+    assert_eq!(world.kernel().servers.len(), 2, "what was understood and is gone goes");
     world.apply(Change::Incomplete(false)).settle();
-    assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1)]));
-    world.apply(Change::ServiceGone(name("web"))).settle();
     assert_eq!(world.kernel().servers.len(), 1);
+    assert_eq!(world.weights("10.96.0.12", 80), weights(&[("10.0.0.5:8080", 1)]));
+    assert_eq!(world.kernel().addresses, Some([(ip("10.96.0.12"), 32)].into()));
 }
 
 #[test]
