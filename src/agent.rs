@@ -54,39 +54,52 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
         .name("reconciler".to_owned())
         .spawn(move || {
             let mut reconciler = Reconciler::new(kernel, policy);
+            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once);
             // Nobody is left to hear it where the process is already stopping.
-            let _ = ended.send(reconciler::run::run(&mut reconciler, &inbox, periods, once));
+            let _ = ended.send((failed, reconciler.is_incomplete()));
         })
         .context("cannot start a thread")?;
 
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start tokio")?;
-    runtime.block_on(async {
+    // One thread for the source, and this one for signals: a kubeconfig may name a program for credentials, which blocks.
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("cannot start tokio")?;
+    let sink = move |message| match message {
+        Message::Change(change) => match inputs.send(Input::Change(change)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        },
+        // Said in the log by the source.
+        Message::Report(_) => ControlFlow::Continue(()),
+    };
+    let origin = flags.origin();
+    let follow = async move { source(origin, &node_name).await?.run(sink).await.map_err(anyhow::Error::from) };
+    let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-        let sink = move |message| match message {
-            Message::Change(change) => match inputs.send(Input::Change(change)) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            },
-            // Said in the log by the source.
-            Message::Report(_) => ControlFlow::Continue(()),
-        };
-        // A kubeconfig may name a program to run for credentials, which may take its time: signals are heard meanwhile.
-        let follow = async { source(flags.origin(), &node_name).await?.run(sink).await.map_err(anyhow::Error::from) };
+        let follow = tokio::spawn(follow);
         tokio::select! {
-            result = follow => {
-                result?;
-                Err(anyhow!("the source of Services ended; the kernel stays as it is"))
-            }
+            // Once the reconciler has ended, the source ends too: that is the effect, not the cause.
+            biased;
             result = end => match result {
-                Ok(0) => Ok(ExitCode::SUCCESS),
-                Ok(failed) => Err(anyhow!("the kernel refused {failed} operations")),
+                Ok((0, false)) => Ok(ExitCode::SUCCESS),
+                Ok((0, true)) => Err(anyhow!("not everything could be understood: see above; the rest is in the kernel")),
+                Ok((failed, _)) => Err(anyhow!("the kernel refused {failed} operations")),
                 Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
             },
             _ = terminate.recv() => Ok(stopped("SIGTERM")),
             _ = interrupt.recv() => Ok(stopped("SIGINT")),
+            result = follow => {
+                result.context("the source of Services stopped unexpectedly; the kernel stays as it is")??;
+                Err(anyhow!("the source of Services ended; the kernel stays as it is"))
+            }
         }
-    })
+    });
+    // Not to wait for a source that is in the middle of something.
+    runtime.shutdown_background();
+    result
 }
 
 fn stopped(signal: &str) -> ExitCode {

@@ -349,6 +349,9 @@ fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
     manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
     manifests.write("service.yaml", "spec: [: nonsense");
     manifests.write("new.yaml", &service("new", "10.96.0.11"));
+    let mut once = manifests.agent(&["--once"]);
+    assert!(!once.ends().success());
+    assert!(once.log().contains("not everything could be understood"), "{}", once.log());
     let mut agent = manifests.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
     manifests.write("service.yaml", "# nothing to serve here");

@@ -26,7 +26,7 @@ pub fn prepare() -> Result<Place> {
 
 /// Makes everything ready; the guest's kernel if jobs run there.
 fn guest_kernel() -> Result<Option<PathBuf>> {
-    packages::ensure_programs(&[("ip", "iproute2"), ("ipvsadm", "ipvsadm")])?;
+    packages::ensure_programs(&[("ip", "iproute2"), ("ipvsadm", "ipvsadm"), ("strace", "strace")])?;
     match place()? {
         Place::Host => Ok(None),
         Place::Guest => kernel::prepare().map(Some),

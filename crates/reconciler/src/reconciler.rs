@@ -201,6 +201,11 @@ impl<K: Kernel> Reconciler<K> {
         self.table.is_synced()
     }
 
+    /// Whether the source has something it could not understand even once.
+    pub fn is_incomplete(&self) -> bool {
+        self.table.is_incomplete()
+    }
+
     /// Whether a sync has changes to look at.
     pub fn is_dirty(&self) -> bool {
         self.is_node_dirty || self.are_interfaces_stale || !self.dirty_services.is_empty() || !self.dirty.is_empty()

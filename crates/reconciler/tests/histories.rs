@@ -38,6 +38,20 @@ enum Event {
     Audit,
 }
 
+impl Event {
+    fn happen(self, world: &mut World) {
+        match self {
+            Self::Change(change) => world.reconciler.apply(change),
+            Self::Interfaces(addresses) => {
+                world.interfaces(addresses);
+            }
+            Self::Audit => {
+                world.audit();
+            }
+        }
+    }
+}
+
 /// All that exists at some point of a history.
 #[derive(Clone, Debug, Default)]
 struct Objects {
@@ -264,14 +278,10 @@ proptest! {
     fn step_by_step_leads_where_the_objects_alone_lead(policy in policy(), history in vec(event(), 1..16)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-                world.apply(Change::Synced).settle();
+        world.apply(Change::Synced).settle();
         for event in history {
             objects.take_in(&event);
-            match event {
-                Event::Change(change) => { world.apply(change); }
-                Event::Interfaces(addresses) => { world.interfaces(addresses); }
-                Event::Audit => { world.audit(); }
-            }
+            event.happen(&mut world);
             world.settle();
             let fresh = objects.fresh_kernel(&policy);
             prop_assert_eq!(visible(world.kernel()), visible(&fresh));
@@ -303,14 +313,10 @@ proptest! {
     fn many_changes_in_one_sync_lead_where_each_alone_leads(policy in policy(), history in vec(event(), 1..30)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-                world.apply(Change::Synced).settle();
+        world.apply(Change::Synced).settle();
         for event in history {
             objects.take_in(&event);
-            match event {
-                Event::Change(change) => { world.apply(change); }
-                Event::Interfaces(addresses) => { world.interfaces(addresses); }
-                Event::Audit => {}
-            }
+            event.happen(&mut world);
         }
         world.settle();
         let fresh = objects.fresh_kernel(&policy);
