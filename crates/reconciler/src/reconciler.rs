@@ -305,7 +305,8 @@ impl<K: Kernel> Reconciler<K> {
             let node = NodeView::new(self.table.node(), &self.interfaces, &self.policy);
             if node != self.node {
                 self.node = node;
-                names = self.table.names().cloned().collect();
+                // Beside those that are gone from the table.
+                names.extend(self.table.names().cloned());
             }
         }
         for name in &names {

@@ -516,6 +516,14 @@ fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
 }
 
 #[test]
+fn a_service_that_goes_together_with_a_change_of_the_node_goes() {
+    let mut world = web();
+    world.apply(Change::ServiceGone(name("web")));
+    world.apply(Change::Node(service_watch::Node { addresses: vec![], zone: Some("b".into()) })).settle();
+    assert!(world.kernel().servers.is_empty());
+}
+
+#[test]
 fn a_local_policy_counts_per_front_end() {
     let mut lb = service("web", &["10.96.0.10"]);
     lb.kind = ServiceKind::LoadBalancer;
