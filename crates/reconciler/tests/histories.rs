@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use reconciler::Policy;
 use reconciler::fake::{FakeKernel, FakeRealServer, FakeServer};
+use reconciler::kernel::Cause;
 use reconciler::plan::{FrontEnd, ServerConfig};
 use reconciler::policy::NodePortAddresses;
 use service_watch::{
@@ -225,6 +226,15 @@ fn policy() -> impl Strategy<Value = Policy> {
     .prop_map(|node_port_addresses| Policy { node_port_addresses, ..Policy::new(NODE) })
 }
 
+/// What a kernel answers to one operation after the other in the place of carrying it out, and whether all of that is true:
+/// that something exists, or does not, is false here.
+fn failures() -> impl Strategy<Value = (bool, Vec<Option<Cause>>)> {
+    const HONEST: &[Cause] = &[Cause::Refused, Cause::Unknown];
+    const ALL: &[Cause] = &[Cause::Exists, Cause::NotFound, Cause::NoDevice, Cause::Refused, Cause::Unknown];
+    let causes = |of: &'static [Cause]| vec(prop_oneof![6 => Just(None), 4 => select(of).prop_map(Some)], 1..60);
+    prop_oneof![(Just(true), causes(HONEST)), (Just(false), causes(ALL))]
+}
+
 /// What clients see: everything but how it came about.
 fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>) {
     (&kernel.servers, kernel.addresses.iter().flat_map(|addresses| addresses.keys().copied()).collect())
@@ -307,6 +317,32 @@ proptest! {
         let fresh = objects.fresh_kernel(&policy);
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
         prop_assert_eq!(world.audit().done.total(), 0, "a second plan is empty");
+    }
+
+    #[test]
+    fn what_failed_is_made_up_for_and_what_the_kernel_got_wrong_by_the_next_audit(
+        history in vec(event(), 1..16),
+        failures in failures(),
+    ) {
+        let (is_honest, causes) = failures;
+        let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
+        let mut world = World::unsynced(FakeKernel::default(), policy.clone());
+        world.apply(Change::Synced).settle();
+        let mut causes = causes.into_iter();
+        world.kernel().fault = Some(Box::new(move |_| causes.next().flatten()));
+        for event in history {
+            objects.take_in(&event);
+            event.happen(&mut world);
+            world.sync();
+        }
+        world.kernel().fault = None;
+        world.settle();
+        if !is_honest {
+            world.audit();
+            world.settle();
+        }
+        let fresh = objects.fresh_kernel(&policy);
+        prop_assert_eq!(visible(world.kernel()), visible(&fresh));
     }
 
     #[test]
