@@ -11,6 +11,8 @@ mod state;
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::num::NonZero;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -120,22 +122,19 @@ fn play_all(args: &Args) -> Result<Vec<CaseResult>> {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find the agent {}", agent.display()))?,
         None => cargo::agent()?.context("this workspace has no agent to play the cases to")?,
     };
-    let dir = Scratch::new()?;
-    let results = dir.path().join("results.json");
-    let status = lab::run(
-        &Job::this_executable()
-            .arg("guest-conformance")
-            .args(args.api_server.then_some("--api-server"))
-            .arg(agent)
-            .arg(&results)
-            .args(&cases)
-            .writable(dir.path())
-            .time_limit(Duration::from_secs(120 + 10 * cases.len() as u64)),
-    )?;
-    if !status.success() {
-        bail!("the cases could not be played to their end: exit code {}", status.code());
-    }
-    let results: Vec<CaseResult> = serde_json::from_slice(&fs::read(&results).context("cannot read the results")?)?;
+    // A guest has one processor: as many guests as this machine has share the cases.
+    let guests = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let shares: Vec<Vec<PathBuf>> =
+        (0..guests).map(|guest| cases.iter().skip(guest).step_by(guests).cloned().collect()).collect();
+    lab::prepare()?;
+    let results = std::thread::scope(|scope| {
+        let shares = shares.iter().filter(|share| !share.is_empty());
+        let played: Vec<_> = shares.map(|share| scope.spawn(|| play_share(&agent, args.api_server, share))).collect();
+        played.into_iter().map(|share| share.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    let results: Result<Vec<Vec<CaseResult>>> = results;
+    let mut results: Vec<CaseResult> = results?.into_iter().flatten().collect();
+    results.sort_by(|a, b| a.name.cmp(&b.name));
     if results.len() != cases.len() {
         bail!("{} cases were to be played, and {} have results", cases.len(), results.len());
     }
@@ -145,6 +144,26 @@ fn play_all(args: &Args) -> Result<Vec<CaseResult>> {
     }
     summarize(&results, started.elapsed());
     Ok(results)
+}
+
+/// Plays some of the cases in a boot of their own.
+fn play_share(agent: &Path, api_server: bool, cases: &[PathBuf]) -> Result<Vec<CaseResult>> {
+    let dir = Scratch::new()?;
+    let results = dir.path().join("results.json");
+    let status = lab::run(
+        &Job::this_executable()
+            .arg("guest-conformance")
+            .args(api_server.then_some("--api-server"))
+            .arg(agent)
+            .arg(&results)
+            .args(cases)
+            .writable(dir.path())
+            .time_limit(Duration::from_secs(120 + 10 * cases.len() as u64)),
+    )?;
+    if !status.success() {
+        bail!("the cases could not be played to their end: exit code {}", status.code());
+    }
+    serde_json::from_slice(&fs::read(&results).context("cannot read the results")?).context("cannot read the results")
 }
 
 /// The directories with a `case.json`, sorted by name. `--cases` may also name a directory that has them in `cases/`.
@@ -229,8 +248,7 @@ pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
             });
         }
     });
-    let mut results = results.into_inner().unwrap_or_default();
-    results.sort_by(|a, b| a.name.cmp(&b.name));
+    let results = results.into_inner().unwrap_or_default();
     fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
     Ok(ExitCode::SUCCESS)
 }
