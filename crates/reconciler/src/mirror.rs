@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipvs_netlink::RealServer;
 
 use crate::kernel::{Observed, ObservedServer};
-use crate::node::{is_link_local_v6, is_loopback};
+use crate::node::is_link_local_v6;
 use crate::plan::{FrontEnd, Key, Operation, ServerConfig};
 
 /// A virtual server in the kernel.
@@ -42,7 +42,7 @@ impl Mirror {
         let mut mirror = Self { has_device: observed.addresses.is_some(), ..Self::default() };
         for (address, prefix) in observed.addresses.unwrap_or_default() {
             // Never ours: the kernel puts fe80:: addresses on a device that is up.
-            if !is_loopback(address) && !is_link_local_v6(address) {
+            if !address.is_loopback() && !is_link_local_v6(address) {
                 mirror.addresses.insert(address, prefix == if address.is_ipv4() { 32 } else { 128 });
             }
         }

@@ -58,7 +58,7 @@ fn node_port_addresses(
     policy: &Policy,
 ) -> Vec<IpAddr> {
     let candidates =
-        interfaces.iter().copied().filter(|address| Family::of(*address) == family && !is_loopback(*address));
+        interfaces.iter().copied().filter(|address| Family::of(*address) == family && !address.is_loopback());
     let within: Option<Vec<IpAddr>> = match &policy.node_port_addresses {
         NodePortAddresses::All => None,
         NodePortAddresses::Within(ranges) => {
@@ -72,15 +72,10 @@ fn node_port_addresses(
         }
         NodePortAddresses::Primary => node_ips
             .iter()
-            .find(|ip| Family::of(**ip) == family && !is_loopback(**ip))
+            .find(|ip| Family::of(**ip) == family && !ip.is_loopback())
             .map(|ip| candidates.clone().filter(|address| address == ip).collect()),
     };
     within.unwrap_or_else(|| candidates.filter(|address| !is_link_local_v6(*address)).collect())
-}
-
-/// Whether an address is of `127.0.0.0/8` or is `::1`.
-pub(crate) fn is_loopback(address: IpAddr) -> bool {
-    address.is_loopback()
 }
 
 /// Whether an address is of `fe80::/10`.
