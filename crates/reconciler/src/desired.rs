@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
-use std::sync::Arc;
 
 use service_watch::{ObjectName, Service};
 
@@ -31,7 +30,7 @@ pub struct Clash {
 #[derive(Debug)]
 struct Contributor {
     created: i64,
-    contribution: Arc<Contribution>,
+    contribution: Contribution,
 }
 
 /// The sum of all contributions.
@@ -58,7 +57,7 @@ impl Desired {
         let created = service.and_then(|service| service.created).unwrap_or(i64::MAX);
         let before = self.contributors.remove(name);
         let (before_created, before) = match &before {
-            Some(contributor) => (contributor.created, &*contributor.contribution),
+            Some(contributor) => (contributor.created, &contributor.contribution),
             None => (created, &Contribution::default()),
         };
         for (front_end, server) in &before.servers {
@@ -92,7 +91,6 @@ impl Desired {
             }
         }
         if !contribution.servers.is_empty() {
-            let contribution = Arc::new(contribution);
             self.contributors.insert(name.clone(), Contributor { created, contribution });
         }
     }

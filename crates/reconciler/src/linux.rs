@@ -211,7 +211,7 @@ impl Kernel for LinuxKernel {
         // Neighbours in the plan that go to one socket go in one batch: batches keep their order.
         for run in plan.operations().chunk_by(|a, b| Target::of(a) == Target::of(b)) {
             match Target::of(&run[0]) {
-                Target::Device => results.extend(run.iter().map(|_| self.add_device())),
+                Target::Device => results.extend(run.iter().map(|_| self.ensure_device())),
                 Target::Ipvs => self.apply_ipvs(run, &mut results),
                 Target::Addresses => self.apply_addresses(run, &mut results),
             }

@@ -23,7 +23,8 @@ pub struct MirrorServer {
 pub struct MirrorRealServer {
     /// Its attributes.
     pub server: RealServer,
-    /// Whether it was seen at weight 0 without a connection: from then on none can have come.
+    /// Whether it was seen at weight 0 without a connection. None comes after that but from a client with affinity, and only
+    /// where the sysctl `expire_quiescent_template` is 0; what drains is read again before each look for that reason too.
     pub is_drained: bool,
 }
 

@@ -222,11 +222,6 @@ impl<K: Kernel> Reconciler<K> {
         self.desired.server_count()
     }
 
-    /// The kernel.
-    pub fn kernel(&self) -> &K {
-        &self.kernel
-    }
-
     /// The kernel, to be tampered with.
     pub fn kernel_mut(&mut self) -> &mut K {
         &mut self.kernel
