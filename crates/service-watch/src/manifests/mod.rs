@@ -3,7 +3,8 @@
 //! All files `*.yaml`, `*.yml` and `*.json` directly in the directory count, except hidden ones. A file may hold
 //! several documents and lists. A file that does not parse, or cannot be read, keeps what it said before; a file that
 //! is gone takes its objects away. A directory that is lost keeps what it said, until there is one in its place with a
-//! manifest in it: an empty one is a mount that failed rather than a wish. Where two files have the same object, the file that sorts first wins.
+//! manifest in it: an empty one is a mount that failed rather than a wish. Where two files have the same object, the
+//! file that sorts first wins.
 
 mod follow;
 mod read;
