@@ -99,7 +99,7 @@ mod tests {
     fn node_ports_listen_where_the_flag_says() {
         let interfaces =
             set(&["127.0.0.1", "::1", "192.168.1.1", "169.254.3.4", "10.0.0.1", "fe80::1", "fd00::1", "fd01::1"]);
-        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap()], zone: None };
+        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap()], ..Node::default() };
         let all_v4 = ["192.168.1.1", "169.254.3.4", "10.0.0.1"];
         let all_v6 = ["fd00::1", "fd01::1"];
         for (flag, expected) in [
@@ -117,7 +117,7 @@ mod tests {
 
     #[test]
     fn a_bind_address_replaces_the_node_ip_of_its_family() {
-        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()], zone: None };
+        let node = Node { addresses: vec!["10.0.0.1".parse().unwrap(), "fd00::1".parse().unwrap()], ..Node::default() };
         let policy = Policy {
             node_port_addresses: NodePortAddresses::Primary,
             bind_address: Some("10.0.0.9".parse().unwrap()),

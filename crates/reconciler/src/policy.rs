@@ -1,6 +1,7 @@
 //! What the operator chose: the same for every Service of a run.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, SchedulerFlags};
@@ -44,6 +45,20 @@ impl Families {
     }
 }
 
+/// How to tell that a packet comes from a pod (`--detect-local-mode`). Traffic to ClusterIPs from elsewhere is
+/// masqueraded; an external client of a policy-Local front end is refused where no endpoint is local.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DetectLocal {
+    /// Its source is in one of these ranges, the first of its family (`--cluster-cidr`). Without one nothing is told.
+    ClusterCidr(Vec<IpNet>),
+    /// Its source is in the Node's pod ranges.
+    NodeCidr,
+    /// It comes in by this bridge (`--pod-bridge-interface`).
+    BridgeInterface(String),
+    /// It comes in by an interface whose name begins so (`--pod-interface-name-prefix`).
+    InterfaceNamePrefix(String),
+}
+
 /// What the operator chose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -61,6 +76,15 @@ pub struct Policy {
     pub external_ips: bool,
     /// The families the node can serve.
     pub families: Families,
+    /// Whether all traffic to ClusterIPs is masqueraded (`--masquerade-all`).
+    pub masquerade_all: bool,
+    /// Which bit of the packet mark, 0 to 31, says that a connection is to be masqueraded (`--iptables-masquerade-bit`).
+    pub masquerade_bit: u8,
+    /// How to tell that a packet comes from a pod.
+    pub detect_local: DetectLocal,
+    /// How long a real server may drain before it is deleted with the connections it has (`--ipvs-drain-timeout`);
+    /// `None` for as long as they last.
+    pub drain_timeout: Option<Duration>,
 }
 
 impl Policy {
@@ -74,6 +98,10 @@ impl Policy {
             bind_address: None,
             external_ips: true,
             families: Families::BOTH,
+            masquerade_all: false,
+            masquerade_bit: 14,
+            detect_local: DetectLocal::ClusterCidr(Vec::new()),
+            drain_timeout: None,
         }
     }
 

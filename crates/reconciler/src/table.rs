@@ -1,6 +1,7 @@
 //! The Service table: every Service with its EndpointSlices, and which Services a change concerns.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
@@ -32,6 +33,8 @@ pub struct ServiceTable {
     /// Which Service a slice belongs to: a slice may move from one to another.
     owners: HashMap<ObjectName, ObjectName>,
     node: Option<Node>,
+    /// The addresses of the other Nodes that are known.
+    neighbours: HashMap<Arc<str>, Vec<IpAddr>>,
     synced: bool,
     is_incomplete: bool,
 }
@@ -88,6 +91,17 @@ impl ServiceTable {
                     return Dirty::Node;
                 }
             }
+            Change::Neighbour(name, addresses) => {
+                if self.neighbours.get(&name) != Some(&addresses) {
+                    self.neighbours.insert(name, addresses);
+                    return Dirty::Node;
+                }
+            }
+            Change::NeighbourGone(name) => {
+                if self.neighbours.remove(&name).is_some() {
+                    return Dirty::Node;
+                }
+            }
             Change::Incomplete(is_incomplete) => {
                 let was_incomplete = std::mem::replace(&mut self.is_incomplete, is_incomplete);
                 // What was kept for its sake may have to go now.
@@ -113,6 +127,11 @@ impl ServiceTable {
     /// The own Node, once it is known.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The addresses of all other Nodes that are known.
+    pub fn neighbours(&self) -> impl Iterator<Item = IpAddr> {
+        self.neighbours.values().flatten().copied()
     }
 
     /// Whether all that existed at the start is in the table.

@@ -199,7 +199,11 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
 
 fn node() -> impl Strategy<Value = Node> {
     let zone = prop_oneof![Just(None), Just(Some("zone-1")), Just(Some("zone-2"))];
-    (addresses(&INTERFACES), zone).prop_map(|(addresses, zone)| Node { addresses, zone: zone.map(Into::into) })
+    (addresses(&INTERFACES), zone).prop_map(|(addresses, zone)| Node {
+        addresses,
+        zone: zone.map(Into::into),
+        ..Node::default()
+    })
 }
 
 fn event() -> impl Strategy<Value = Event> {

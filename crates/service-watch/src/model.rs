@@ -9,6 +9,8 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use ipnet::IpNet;
+
 /// A transport protocol a Service port can have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Protocol {
@@ -88,6 +90,11 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
     pub external_policy: TrafficPolicy,
+    /// `spec.loadBalancerSourceRanges`, both families: who may connect to [`Service::load_balancer_ips`]. `None` means
+    /// everybody; a list in which nothing is left means nobody.
+    pub source_ranges: Option<Vec<IpNet>>,
+    /// `spec.healthCheckNodePort`: where the node tells load balancers whether it has endpoints of the Service.
+    pub health_check_node_port: Option<NonZeroU16>,
 }
 
 /// One port of a Service.
@@ -153,6 +160,8 @@ pub struct Node {
     pub addresses: Vec<IpAddr>,
     /// Label `topology.kubernetes.io/zone`; `None` when unset or empty.
     pub zone: Option<Arc<str>>,
+    /// `spec.podCIDRs`, or `spec.podCIDR` alone: the ranges of the pods on this node, at most one a family.
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 /// What a source says.
@@ -170,6 +179,10 @@ pub enum Change {
     Node(Node),
     /// The agent's own Node is gone.
     NodeGone,
+    /// Another Node is new or changed: its name, and its addresses as in [`Node::addresses`].
+    Neighbour(Arc<str>, Vec<IpAddr>),
+    /// Another Node is gone.
+    NeighbourGone(Arc<str>),
     /// Whether there is something that could not be understood even once, such as a file that did not parse at the start.
     /// While there is, what is missing may be in it: nothing may be taken for gone. Said before `Synced` and when it changes;
     /// not said means no.

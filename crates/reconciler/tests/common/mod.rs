@@ -54,6 +54,8 @@ pub fn service(service_name: &str, cluster_ips: &[&str]) -> Service {
         affinity_seconds: None,
         internal_policy: TrafficPolicy::Cluster,
         external_policy: TrafficPolicy::Cluster,
+        source_ranges: None,
+        health_check_node_port: None,
     }
 }
 

@@ -187,6 +187,8 @@ impl Converter {
             affinity_seconds: affinity(spec, problems),
             internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
             external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
+            source_ranges: None,
+            health_check_node_port: None,
         })
     }
 
@@ -368,7 +370,7 @@ impl Converter {
         }
         internal.append(&mut external);
         let zone = label(&object.metadata, ZONE).filter(|zone| !zone.is_empty());
-        Node { addresses: internal, zone: zone.map(|zone| self.names.get(zone)) }
+        Node { addresses: internal, zone: zone.map(|zone| self.names.get(zone)), pod_cidrs: Vec::new() }
     }
 }
 

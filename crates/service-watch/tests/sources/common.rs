@@ -106,6 +106,8 @@ pub(crate) fn short(change: &Change) -> String {
         Change::SliceGone(name) => format!("-slice {}", name.name),
         Change::Node(node) => format!("node {}", node.zone.as_deref().unwrap_or("-")),
         Change::NodeGone => "-node".into(),
+        Change::Neighbour(name, _) => format!("neighbour {name}"),
+        Change::NeighbourGone(name) => format!("-neighbour {name}"),
         Change::Incomplete(incomplete) => if *incomplete { "incomplete" } else { "complete" }.into(),
         Change::Synced => "synced".into(),
     }
