@@ -34,7 +34,7 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     info!(version = env!("CARGO_PKG_VERSION"), node = policy.node_name, scheduler = %policy.scheduler, "starting");
     tell_without_effect(flags);
 
-    let mut kernel = preflight::kernel(policy.scheduler)?;
+    let mut kernel = preflight::kernel(policy.scheduler, policy.families)?;
     preflight::set_timeouts(
         kernel.ipvs(),
         Timeouts {
@@ -54,7 +54,7 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
         .name("reconciler".to_owned())
         .spawn(move || {
             let mut reconciler = Reconciler::new(kernel, policy);
-            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once);
+            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once, |_| {});
             // Nobody is left to hear it where the process is already stopping.
             let _ = ended.send((failed, reconciler.is_incomplete()));
         })

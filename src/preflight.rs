@@ -10,8 +10,8 @@ use reconciler::policy::Families;
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
-pub(crate) fn kernel(scheduler: Scheduler) -> Result<LinuxKernel> {
-    let mut kernel = LinuxKernel::connect()?;
+pub(crate) fn kernel(scheduler: Scheduler, families: Families) -> Result<LinuxKernel> {
+    let mut kernel = LinuxKernel::connect(families)?;
     // The first request that takes a privilege.
     let in_use = kernel.ipvs().virtual_servers()?;
     if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {

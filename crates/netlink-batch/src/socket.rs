@@ -199,6 +199,73 @@ impl Socket {
         Ok(results)
     }
 
+    /// Sends requests as one transaction, in one datagram between two messages that say where it begins and ends: the
+    /// way of nfnetlink, where either all of it takes effect at one instant or nothing does.
+    ///
+    /// The inner result names the requests that were refused, by their place; nothing of the transaction took effect
+    /// then. A refusal of the transaction as a whole stands for its first request. The kernel checks every request even
+    /// after one was refused, so that all refusals are named at once.
+    ///
+    /// The send buffer grows to what the datagram needs, which takes `CAP_NET_ADMIN` beyond the system's limit.
+    pub fn transaction<M>(
+        &mut self,
+        begin: &M,
+        requests: impl IntoIterator<Item = Request<M>>,
+        end: &M,
+    ) -> Result<Result<(), Vec<(usize, Refusal)>>, Error>
+    where
+        M: NetlinkSerializable,
+    {
+        self.outgoing.clear();
+        let begin_sequence = self.push(begin, 0);
+        let mut count = 0;
+        let mut last_start = 0;
+        for request in requests {
+            last_start = self.outgoing.len();
+            self.push(&request.message, request.flags);
+            count += 1;
+        }
+        if count == 0 {
+            return Ok(Ok(()));
+        }
+        self.acknowledge(last_start);
+        self.push(end, 0);
+        self.make_room()?;
+        self.send()?;
+        let mut refused = Vec::new();
+        self.answers(|header, answer| {
+            let index = header.sequence_number.wrapping_sub(begin_sequence) as usize;
+            let is_end = match (index, answer) {
+                // The transaction itself: not allowed, or refused at its very end.
+                (0, Answer::Refused(refusal)) => {
+                    refused.insert(0, (0, refusal));
+                    true
+                }
+                (1.., Answer::Refused(refusal)) if index <= count => {
+                    refused.push((index - 1, refusal));
+                    index == count
+                }
+                (_, Answer::Acknowledged) => index == count,
+                _ => false,
+            };
+            Ok(is_end)
+        })?;
+        Ok(if refused.is_empty() { Ok(()) } else { Err(refused) })
+    }
+
+    /// Lets the send buffer take the datagram at hand: the kernel refuses one that is larger than the buffer.
+    fn make_room(&self) -> Result<(), Error> {
+        let needed = self.outgoing.len() * 2;
+        if self.outgoing.len() <= BATCH_BYTES
+            || rustix::net::sockopt::socket_send_buffer_size(&self.raw).is_ok_and(|size| size >= needed)
+        {
+            return Ok(());
+        }
+        rustix::net::sockopt::set_socket_send_buffer_size_force(&self.raw, needed)
+            .or_else(|_| rustix::net::sockopt::set_socket_send_buffer_size(&self.raw, needed))
+            .map_err(|errno| Error::Send(errno.into()))
+    }
+
     /// Appends a message to the datagram and returns its sequence number.
     fn push<M: NetlinkSerializable>(&mut self, message: &M, flags: u16) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);

@@ -6,20 +6,23 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use ipvs_netlink::{Family, Netmask};
-use service_watch::{Endpoint, Service, ServiceKind, ServicePort, TrafficPolicy};
+use service_watch::{Endpoint, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
+use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
 use crate::node::NodeView;
 use crate::plan::{FrontEnd, ServerConfig};
 use crate::policy::Policy;
-use crate::table::Entry;
+use crate::table::Entry as TableEntry;
 
-/// A virtual server with its real servers, each of weight 1 and reached by masquerading.
+/// A virtual server with its real servers, each of weight 1 and reached by masquerading; and who may reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WantedServer {
     /// The virtual server, beside its front end.
     pub config: ServerConfig,
     /// Addresses of the real servers, sorted. Front ends of one Service port mostly share them.
     pub real_servers: Arc<[SocketAddr]>,
+    /// What the packet filter does with connections to it.
+    pub rule: FrontEndRule,
 }
 
 /// What a Service wants.
@@ -29,42 +32,61 @@ pub struct Contribution {
     pub servers: BTreeMap<FrontEnd, WantedServer>,
     /// VIPs to be bound to `kube-ipvs0`, sorted, each once.
     pub addresses: Vec<IpAddr>,
+    /// What the packet filter is to know beside front ends and VIPs, sorted, each once.
+    pub entries: Vec<Entry>,
+    /// The source ranges of load-balancer IPs; none for a family that everybody may connect to.
+    pub sources: BTreeMap<Family, Ranges>,
+    /// VIPs that are addresses of Nodes and so are not served.
+    pub refused: Vec<IpAddr>,
 }
 
 impl Contribution {
     /// Computes it. A Service that is not known wants nothing.
-    pub fn of(entry: &Entry, node: &NodeView, policy: &Policy) -> Self {
+    pub fn of(entry: &TableEntry, node: &NodeView, policy: &Policy) -> Self {
         let mut contribution = Self::default();
         if let Some(service) = &entry.service {
             // The two families never meet: each has its own front ends, endpoints, hints and fallbacks.
             for family in policy.families.iter() {
-                let cluster_ips = of_family(&service.cluster_ips, family);
-                if let Some(cluster_ip) = cluster_ips.first() {
-                    for port in &service.ports {
-                        let endpoints = endpoints(entry, port, family, policy);
-                        contribution.add_port(service, port, *cluster_ip, &endpoints, node, policy);
-                    }
+                let vips = Vips::of(service, family, node, policy);
+                let Some(vips) = vips else { continue };
+                contribution.refused.extend(&vips.refused);
+                let ranges = service.source_ranges.as_ref().and_then(|ranges| Ranges::of_family(ranges, family));
+                for port in &service.ports {
+                    let endpoints = endpoints(entry, port, family, policy);
+                    contribution.add_port(service, port, &vips, &endpoints, ranges.as_ref(), node, policy);
+                    let local = endpoints.iter().filter(|candidate| candidate.is_local);
+                    contribution.entries.extend(local.map(|candidate| Entry::Hairpin(candidate.address.ip())));
+                }
+                if !vips.load_balancer.is_empty()
+                    && let Some(ranges) = ranges
+                {
+                    contribution.sources.insert(family, ranges);
+                }
+                if service.kind == ServiceKind::LoadBalancer && external_policy_is_local(service) {
+                    let port = service.health_check_node_port.map(NonZeroU16::get);
+                    contribution.entries.extend(port.map(|port| Entry::HealthCheckPort(family, port)));
                 }
             }
         }
         contribution.addresses.sort_unstable();
         contribution.addresses.dedup();
+        contribution.entries.sort_unstable();
+        contribution.entries.dedup();
         contribution
     }
 
+    #[expect(clippy::too_many_arguments, reason = "all that a port's front ends follow from")]
     fn add_port(
         &mut self,
         service: &Service,
         port: &ServicePort,
-        cluster_ip: IpAddr,
+        vips: &Vips,
         endpoints: &[Candidate<'_>],
+        ranges: Option<&Ranges>,
         node: &NodeView,
         policy: &Policy,
     ) {
-        let family = Family::of(cluster_ip);
-        let external: Vec<IpAddr> = if policy.external_ips { of_family(&service.external_ips, family) } else { vec![] };
-        let load_balancer = of_family(&service.load_balancer_ips, family);
-        let is_external = !external.is_empty() || !load_balancer.is_empty() || port.node_port.is_some();
+        let is_external = vips.is_external || port.node_port.is_some();
         let internal_local = service.internal_policy == TrafficPolicy::Local;
         let external_local = external_policy_is_local(service);
 
@@ -74,35 +96,104 @@ impl Contribution {
             if uses_cluster { for_cluster(endpoints, node, policy).into() } else { Arc::default() };
         // Without a local endpoint the Local policy falls back to what the cluster set holds.
         let local = uses_local.then(|| for_local(endpoints)).filter(|local| !local.is_empty());
+        let has_local = local.is_some();
         let local: Arc<[SocketAddr]> = local.map_or_else(|| cluster.clone(), Into::into);
 
-        let mut add = |address: IpAddr, port_number: NonZeroU16, is_local: bool| {
-            let front_end = FrontEnd { address, port: port_number.get(), protocol: port.protocol };
-            self.servers.entry(front_end).or_insert_with(|| WantedServer {
+        let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
+            (false, _) => FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None },
+            (true, protocol) => FrontEndRule {
+                masquerade: if protocol == Protocol::Udp { Masquerade::NodeIsRefused } else { Masquerade::Nobody },
+                guard: Guard::Refuse,
+                is_closed_to_node: false,
+                sources: None,
+            },
+        };
+        let from_inside = {
+            let real_servers = if internal_local { &local } else { &cluster };
+            (real_servers, rule(Masquerade::Outsiders, Guard::Open, real_servers.is_empty()))
+        };
+        let from_outside = {
+            let real_servers = if external_local { &local } else { &cluster };
+            let (masquerade, guard) = match (external_local, has_local) {
+                (false, _) => (Masquerade::Everybody, Guard::Open),
+                (true, true) => (Masquerade::Nobody, Guard::Open),
+                (true, false) => (Masquerade::Node, Guard::Insiders),
+            };
+            (real_servers, rule(masquerade, guard, real_servers.is_empty()))
+        };
+        let mut add = |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[SocketAddr]>, FrontEndRule)| {
+            let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
+            let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
                 config: ServerConfig {
                     scheduler: policy.scheduler,
                     scheduler_flags: policy.scheduler_flags(),
                     persistence_timeout: service.affinity_seconds,
-                    netmask: Netmask::host(family),
+                    netmask: Netmask::host(vips.family),
                     one_packet: false,
                 },
-                real_servers: if is_local { local.clone() } else { cluster.clone() },
+                real_servers: real_servers.clone(),
+                rule: rule.clone(),
             });
+            // An address may be external IP and load-balancer IP at once; then it is restricted.
+            if rule.sources.is_some() {
+                (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
+            }
         };
-        add(cluster_ip, port.port, internal_local);
-        self.addresses.push(cluster_ip);
-        for vip in external.into_iter().chain(load_balancer) {
-            add(vip, port.port, external_local);
+        if let Some(cluster_ip) = vips.cluster_ip {
+            add(cluster_ip, port.port, from_inside);
+            self.addresses.push(cluster_ip);
+        }
+        let mut restricted = from_outside.1.clone();
+        if let Some(ranges) = ranges {
+            restricted.sources = Some(service.name.clone());
+            let own = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
+            restricted.is_closed_to_node = !own.is_some_and(|ip| ranges.contain(*ip));
+        }
+        let external = vips.external.iter().map(|vip| (*vip, &from_outside.1));
+        for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted))) {
+            add(vip, port.port, (from_outside.0, rule.clone()));
             // A VIP that another interface has is reachable as it is.
             if !node.local.contains(&vip) {
                 self.addresses.push(vip);
             }
         }
         if let Some(node_port) = port.node_port {
-            for address in node.node_ports.iter().filter(|address| Family::of(**address) == family) {
-                add(*address, node_port, external_local);
+            for address in node.node_ports.iter().filter(|address| Family::of(**address) == vips.family) {
+                add(*address, node_port, from_outside.clone());
             }
         }
+    }
+}
+
+/// The VIPs of a Service in one family.
+struct Vips {
+    family: Family,
+    cluster_ip: Option<IpAddr>,
+    external: Vec<IpAddr>,
+    load_balancer: Vec<IpAddr>,
+    /// Whether it has VIPs for the outside, served or refused.
+    is_external: bool,
+    /// Those that Nodes have.
+    refused: Vec<IpAddr>,
+}
+
+impl Vips {
+    /// `None` without a ClusterIP of the family: then there is nothing of the family.
+    fn of(service: &Service, family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
+        let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
+            addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
+        };
+        let cluster_ip = of_family(&service.cluster_ips).first().copied()?;
+        let mut external = if policy.external_ips { of_family(&service.external_ips) } else { Vec::new() };
+        let mut load_balancer = of_family(&service.load_balancer_ips);
+        let is_external = !external.is_empty() || !load_balancer.is_empty();
+        let is_taken = |vip: &IpAddr| node.taken.contains(vip);
+        let all = [cluster_ip].into_iter().chain(external.iter().copied()).chain(load_balancer.iter().copied());
+        let refused = all.filter(is_taken).collect();
+        external.retain(|vip| !is_taken(vip));
+        load_balancer.retain(|vip| !is_taken(vip));
+        let cluster_ip = Some(cluster_ip).filter(|vip| !is_taken(vip));
+        Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
 }
 
@@ -110,10 +201,6 @@ impl Contribution {
 fn external_policy_is_local(service: &Service) -> bool {
     service.external_policy == TrafficPolicy::Local
         && (service.kind != ServiceKind::ClusterIp || !service.external_ips.is_empty())
-}
-
-fn of_family(addresses: &[IpAddr], family: Family) -> Vec<IpAddr> {
-    addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
 }
 
 /// An endpoint of one Service port.
@@ -127,7 +214,7 @@ struct Candidate<'a> {
 ///
 /// Where several slices hold the same address, one that is not terminating beats one that is; among equals the last
 /// slice by name counts.
-fn endpoints<'a>(entry: &'a Entry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
+fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
     let mut merged: BTreeMap<SocketAddr, &Endpoint> = BTreeMap::new();
     for slice in entry.slices.values() {
         for slice_port in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {

@@ -1,11 +1,14 @@
 //! What is desired: the sum of all contributions, with one owner for each front end.
 
 use std::collections::{BTreeSet, HashMap};
+use std::hash::Hash;
 use std::net::IpAddr;
 
+use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
 
 use crate::contribution::{Contribution, WantedServer};
+use crate::filter::{Contents, Entry, Ranges};
 use crate::plan::{FrontEnd, Key};
 
 /// The order in which Services that claim one front end come: the oldest first, then by name.
@@ -41,6 +44,8 @@ pub struct Desired {
     claims: HashMap<FrontEnd, Vec<Claim>>,
     /// Who wants a VIP bound; never empty.
     addresses: HashMap<IpAddr, Vec<ObjectName>>,
+    /// Who wants something in a set of the packet filter; never empty.
+    entries: HashMap<Entry, Vec<ObjectName>>,
 }
 
 impl Desired {
@@ -78,19 +83,16 @@ impl Desired {
                 self.claim(*front_end, Claim { created, service: name.clone() }, clashes);
             }
         }
-        for address in &before.addresses {
-            if contribution.addresses.binary_search(address).is_err() {
-                dirty.insert(Key::Address(*address));
-                self.release(*address, name);
+        let changed = replace_claims(&mut self.addresses, name, &before.addresses, &contribution.addresses);
+        dirty.extend(changed.into_iter().map(Key::Address));
+        let changed = replace_claims(&mut self.entries, name, &before.entries, &contribution.entries);
+        dirty.extend(changed.into_iter().map(Key::Entry));
+        for family in [Family::Ipv4, Family::Ipv6] {
+            if before.sources.get(&family) != contribution.sources.get(&family) {
+                dirty.insert(Key::Sources(name.clone(), family));
             }
         }
-        for address in &contribution.addresses {
-            if before.addresses.binary_search(address).is_err() {
-                dirty.insert(Key::Address(*address));
-                self.addresses.entry(*address).or_default().push(name.clone());
-            }
-        }
-        if !contribution.servers.is_empty() {
+        if contribution != Contribution::default() {
             self.contributors.insert(name.clone(), Contributor { created, contribution });
         }
     }
@@ -110,14 +112,47 @@ impl Desired {
         self.addresses.contains_key(&address)
     }
 
+    /// Whether something is to be in a set of the packet filter.
+    pub fn wants_entry(&self, entry: &Entry) -> bool {
+        self.entries.contains_key(entry)
+    }
+
+    /// The source ranges of a Service in a family, where it has any.
+    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<&Ranges> {
+        self.contributors.get(service)?.contribution.sources.get(&family)
+    }
+
+    /// Everything that is to be in a family's table of the packet filter.
+    pub fn contents(&self, family: Family) -> Contents {
+        let sources = self.contributors.iter();
+        let sources = sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.sources.get(&family)?.clone())));
+        let front_ends = self.claims.keys().filter(|front_end| Family::of(front_end.address) == family);
+        let vips = self.addresses.keys().copied().map(Entry::Vip);
+        Contents {
+            front_ends: front_ends.filter_map(|it| Some((*it, self.server(it)?.rule.clone()))).collect(),
+            entries: vips.chain(self.entries.keys().copied()).filter(|entry| entry.family() == family).collect(),
+            sources: sources.collect(),
+        }
+    }
+
     /// The Services that want a VIP bound.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         self.addresses.get(&address).into_iter().flatten()
     }
 
-    /// Every front end and VIP that is desired.
+    /// Every key that something is desired for, but for tables and flows.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
-        self.claims.keys().copied().map(Key::Server).chain(self.addresses.keys().copied().map(Key::Address))
+        let sources = self.contributors.iter().flat_map(|(name, contributor)| {
+            contributor.contribution.sources.keys().map(|family| Key::Sources(name.clone(), *family))
+        });
+        let servers = self.claims.keys().copied().map(Key::Server);
+        let addresses = self.addresses.keys().copied().map(Key::Address);
+        servers.chain(addresses).chain(self.entries.keys().copied().map(Key::Entry)).chain(sources)
+    }
+
+    /// Every front end that is desired.
+    pub fn front_ends(&self) -> impl Iterator<Item = &FrontEnd> {
+        self.claims.keys()
     }
 
     /// How many virtual servers are desired.
@@ -144,13 +179,27 @@ impl Desired {
             }
         }
     }
+}
 
-    fn release(&mut self, address: IpAddr, service: &ObjectName) {
-        if let Some(claimants) = self.addresses.get_mut(&address) {
-            claimants.retain(|claimant| claimant != service);
+/// Puts a Service's wishes in the place of its last ones; both are sorted. Returns what it wants newly or no longer.
+fn replace_claims<T: Copy + Ord + Hash>(
+    claims: &mut HashMap<T, Vec<ObjectName>>,
+    name: &ObjectName,
+    before: &[T],
+    after: &[T],
+) -> Vec<T> {
+    let gone: Vec<T> = before.iter().filter(|it| after.binary_search(it).is_err()).copied().collect();
+    let new: Vec<T> = after.iter().filter(|it| before.binary_search(it).is_err()).copied().collect();
+    for it in &gone {
+        if let Some(claimants) = claims.get_mut(it) {
+            claimants.retain(|claimant| claimant != name);
             if claimants.is_empty() {
-                self.addresses.remove(&address);
+                claims.remove(it);
             }
         }
     }
+    for it in &new {
+        claims.entry(*it).or_default().push(name.clone());
+    }
+    [gone, new].concat()
 }

@@ -1,6 +1,7 @@
 //! The operations that lead from what the kernel holds to what is desired, one key at a time.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use ipvs_netlink::RealServer;
@@ -8,6 +9,8 @@ use service_watch::Protocol;
 
 use crate::contribution::WantedServer;
 use crate::desired::Desired;
+use crate::filter::ruleset::Ruleset;
+use crate::filter::{Contents, Elements, Entry};
 use crate::mirror::{Mirror, MirrorRealServer, MirrorServer};
 use crate::plan::{FrontEnd, Key, Operation};
 
@@ -33,45 +36,114 @@ impl Keeps<'_> {
     }
 }
 
+/// What a diff depends on beside what is and what should be.
+#[derive(Clone, Copy)]
+pub struct Context<'a> {
+    /// What is kept although nobody wants it.
+    pub keeps: Keeps<'a>,
+    /// The constant part of each family's table.
+    pub rulesets: &'a [Arc<Ruleset>],
+    /// Whether a real server has drained for as long as it may.
+    pub is_overdue: &'a dyn Fn(&FrontEnd, SocketAddr) -> bool,
+}
+
 /// Appends the operations a key needs. Returns whether it has real servers that drain: they need another look later,
 /// since only the kernel can tell when their last connection has ended.
-pub fn diff(key: Key, mirror: &Mirror, desired: &Desired, keeps: Keeps<'_>, out: &mut Vec<Operation>) -> bool {
+pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>, out: &mut Vec<Operation>) -> bool {
+    let keeps = context.keeps;
     match key {
+        Key::Filter(family) => {
+            let ruleset = context.rulesets.iter().find(|ruleset| ruleset.family() == *family);
+            let held = mirror.ruleset(*family);
+            if let Some(ruleset) = ruleset
+                && held != Some(ruleset.fingerprint())
+            {
+                // A table that is not there guards nothing; one that is has its place taken in one step.
+                let contents = if held.is_some() { desired.contents(*family) } else { Contents::default() };
+                let (ruleset, contents) = (ruleset.clone(), Arc::new(contents));
+                out.push(Operation::BuildFilter { ruleset, replaces: held.is_some(), contents });
+            }
+        }
+        Key::Sources(service, family) => {
+            let held = mirror.sources(service, *family);
+            match desired.sources(service, *family) {
+                Some(ranges) if held != Some(ranges.fingerprint()) => {
+                    out.push(Operation::SetSources(service.clone(), *family, ranges.clone()));
+                }
+                None if held.is_some() && !keeps.is_everything() => {
+                    out.push(Operation::RemoveSources(service.clone(), *family));
+                }
+                _ => {}
+            }
+        }
+        Key::Entry(entry) => diff_entry(*entry, desired.wants_entry(entry), mirror, keeps, out),
         Key::Device => {
             if !mirror.has_device() {
                 out.push(Operation::AddDevice);
             }
         }
-        Key::Address(address) => match (mirror.has_address(address), desired.wants_address(address)) {
-            (false, true) => out.push(Operation::BindAddress(address)),
-            (true, false) if mirror.has_own_address(address) && !keeps.is_everything() => {
-                out.push(Operation::UnbindAddress(address));
-            }
-            _ => {}
-        },
-        Key::Server(front_end) => match (mirror.server(&front_end), desired.server(&front_end)) {
-            (None, None) => {}
-            (None, Some(wanted)) => {
-                out.push(Operation::AddVirtualServer(front_end, wanted.config));
-                out.extend(
-                    wanted
-                        .real_servers
-                        .iter()
-                        .map(|address| Operation::AddRealServer(front_end, RealServer::new(*address))),
-                );
-            }
-            (Some(_), None) => {
-                if !keeps.server(&front_end) {
-                    out.push(Operation::DeleteVirtualServer(front_end));
+        Key::Address(address) => {
+            diff_entry(Entry::Vip(*address), desired.wants_address(*address), mirror, keeps, out);
+            match (mirror.has_address(*address), desired.wants_address(*address)) {
+                (false, true) => out.push(Operation::BindAddress(*address)),
+                (true, false) if mirror.has_own_address(*address) && !keeps.is_everything() => {
+                    out.push(Operation::UnbindAddress(*address));
                 }
+                _ => {}
             }
-            (Some(held), Some(wanted)) => {
-                if held.config != wanted.config {
-                    out.push(Operation::SetVirtualServer(front_end, wanted.config));
-                }
-                return diff_real_servers(front_end, held, wanted, keeps, out);
+        }
+        Key::Server(front_end) => return diff_server(*front_end, mirror, desired, context, out),
+        Key::Flows(front_end) => {
+            let alive = desired.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default();
+            out.push(Operation::FlushFlows(*front_end, alive));
+        }
+    }
+    false
+}
+
+fn diff_entry(entry: Entry, is_wanted: bool, mirror: &Mirror, keeps: Keeps<'_>, out: &mut Vec<Operation>) {
+    match (mirror.has_entry(&entry), is_wanted) {
+        (false, true) => out.push(Operation::AddEntry(entry)),
+        (true, false) if !keeps.is_everything() => out.push(Operation::RemoveEntry(entry)),
+        _ => {}
+    }
+}
+
+fn diff_server(
+    front_end: FrontEnd,
+    mirror: &Mirror,
+    desired: &Desired,
+    context: Context<'_>,
+    out: &mut Vec<Operation>,
+) -> bool {
+    let wanted = desired.server(&front_end);
+    match (mirror.front_end(&front_end), wanted.map(|wanted| Elements::from(&wanted.rule))) {
+        (held, Some(wanted)) if held != Some(&wanted) => {
+            out.push(Operation::SetFrontEnd(front_end, held.cloned().unwrap_or_default(), wanted));
+        }
+        (Some(held), None) if !context.keeps.is_everything() => {
+            out.push(Operation::ForgetFrontEnd(front_end, held.clone()));
+        }
+        _ => {}
+    }
+    match (mirror.server(&front_end), wanted) {
+        (None, None) => {}
+        (None, Some(wanted)) => {
+            out.push(Operation::AddVirtualServer(front_end, wanted.config));
+            let real_servers = wanted.real_servers.iter();
+            out.extend(real_servers.map(|address| Operation::AddRealServer(front_end, RealServer::new(*address))));
+        }
+        (Some(_), None) => {
+            if !context.keeps.server(&front_end) {
+                out.push(Operation::DeleteVirtualServer(front_end));
             }
-        },
+        }
+        (Some(held), Some(wanted)) => {
+            if held.config != wanted.config {
+                out.push(Operation::SetVirtualServer(front_end, wanted.config));
+            }
+            return diff_real_servers(front_end, held, wanted, context, out);
+        }
     }
     false
 }
@@ -80,7 +152,7 @@ fn diff_real_servers(
     front_end: FrontEnd,
     held: &MirrorServer,
     wanted: &WantedServer,
-    keeps: Keeps<'_>,
+    context: Context<'_>,
     out: &mut Vec<Operation>,
 ) -> bool {
     let mut draining = false;
@@ -96,9 +168,10 @@ fn diff_real_servers(
             if real_server.server != as_wanted {
                 out.push(Operation::SetRealServer(front_end, as_wanted));
             }
-        } else if !keeps.is_everything() || real_server.server.weight == 0 {
+        } else if !context.keeps.is_everything() || real_server.server.weight == 0 {
             // Weight 0 says that its removal was decided before.
-            draining |= remove(front_end, real_server, out);
+            let is_overdue = (context.is_overdue)(&front_end, *address);
+            draining |= remove(front_end, real_server, is_overdue, out);
         }
     }
     out.extend(wanted.map(add));
@@ -110,9 +183,9 @@ fn diff_real_servers(
 /// TCP connections live on at weight 0 until they end. UDP and SCTP flows would never let go, so their real servers are
 /// deleted at once. Nothing is deleted on the ground of connection counts read before its weight was 0: a connection may
 /// have come since.
-fn remove(front_end: FrontEnd, real_server: &MirrorRealServer, out: &mut Vec<Operation>) -> bool {
+fn remove(front_end: FrontEnd, real_server: &MirrorRealServer, is_overdue: bool, out: &mut Vec<Operation>) -> bool {
     let server = real_server.server;
-    if front_end.protocol != Protocol::Tcp || real_server.is_drained {
+    if front_end.protocol != Protocol::Tcp || real_server.is_drained || is_overdue {
         out.push(Operation::DeleteRealServer(front_end, server.socket_address()));
         return false;
     }

@@ -4,9 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use ipvs_netlink::{RealServer, Scheduler};
+use ipvs_netlink::{Family, RealServer, Scheduler};
 
+use crate::filter::{Elements, ObservedFilter};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedServer, Scope};
+use crate::mirror::Mirror;
 use crate::plan::{FrontEnd, Operation, Plan, ServerConfig};
 
 /// A real server in the model.
@@ -54,6 +56,10 @@ pub struct FakeKernel {
     pub interfaces: BTreeSet<IpAddr>,
     /// Schedulers this kernel lacks.
     pub missing_schedulers: BTreeSet<Scheduler>,
+    /// The packet filter.
+    pub filter: ObservedFilter,
+    /// UDP flows: to which front end, and which real server answers.
+    pub flows: BTreeSet<(FrontEnd, SocketAddr)>,
     /// What was asked so far.
     pub counts: Counts,
     /// Every operation carried out, in order.
@@ -77,6 +83,63 @@ impl FakeKernel {
             return Err(cause);
         }
         match *operation {
+            Operation::BuildFilter { ref ruleset, replaces, ref contents } => {
+                if self.filter.rulesets.contains_key(&ruleset.family()) != replaces {
+                    return Err(if replaces { Cause::NotFound } else { Cause::Exists });
+                }
+                let mut mirror = Mirror::default();
+                mirror.refresh_filter(std::mem::take(&mut self.filter));
+                mirror.acknowledge(&Operation::BuildFilter {
+                    ruleset: ruleset.clone(),
+                    replaces,
+                    contents: contents.clone(),
+                });
+                self.filter = mirror.filter().clone();
+            }
+            Operation::SetSources(ref service, family, ref ranges) => {
+                self.table(family)?.sources.insert((service.clone(), family), ranges.fingerprint());
+            }
+            Operation::RemoveSources(ref service, family) => {
+                let sources = Some(Some(service.clone()));
+                let mut front_ends = self.filter.front_ends.iter();
+                if front_ends.any(|(it, elements)| Family::of(it.address) == family && elements.sources == sources) {
+                    // EBUSY
+                    return Err(Cause::Refused);
+                }
+                self.filter.sources.remove(&(service.clone(), family)).ok_or(Cause::NotFound)?;
+            }
+            Operation::SetFrontEnd(front_end, ref before, ref after) => {
+                let family = Family::of(front_end.address);
+                let filter = self.table(family)?;
+                let held = filter.front_ends.get(&front_end).cloned().unwrap_or_default();
+                if let Some(Some(service)) = &after.sources
+                    && !filter.sources.contains_key(&(service.clone(), family))
+                {
+                    return Err(Cause::NotFound);
+                }
+                if held != *before {
+                    return Err(if held == Elements::default() { Cause::NotFound } else { Cause::Exists });
+                }
+                filter.front_ends.insert(front_end, after.clone());
+            }
+            Operation::ForgetFrontEnd(front_end, ref before) => {
+                let held = self.filter.front_ends.get(&front_end).ok_or(Cause::NotFound)?;
+                if held != before {
+                    return Err(Cause::NotFound);
+                }
+                self.filter.front_ends.remove(&front_end);
+            }
+            Operation::AddEntry(entry) => {
+                self.table(entry.family())?.entries.insert(entry);
+            }
+            Operation::RemoveEntry(entry) => {
+                if !self.filter.entries.remove(&entry) {
+                    return Err(Cause::NotFound);
+                }
+            }
+            Operation::FlushFlows(front_end, ref alive) => {
+                self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
+            }
             Operation::AddDevice => match self.addresses {
                 Some(_) => return Err(Cause::Exists),
                 None => self.addresses = Some(BTreeMap::new()),
@@ -121,8 +184,13 @@ impl FakeKernel {
                 self.server(&front_end)?.real_servers.remove(&address).ok_or(Cause::NotFound)?;
             }
         }
-        self.log.push(*operation);
+        self.log.push(operation.clone());
         Ok(())
+    }
+
+    fn table(&mut self, family: Family) -> Result<&mut ObservedFilter, Cause> {
+        let exists = self.filter.rulesets.contains_key(&family);
+        exists.then_some(&mut self.filter).ok_or(Cause::NotFound)
     }
 
     fn server(&mut self, front_end: &FrontEnd) -> Result<&mut FakeServer, Cause> {
@@ -146,6 +214,7 @@ impl Kernel for FakeKernel {
                 self.counts.full_dumps += 1;
                 Observed {
                     interfaces: self.interfaces.clone(),
+                    filter: self.filter.clone(),
                     servers: self.servers.iter().map(observe).collect(),
                     addresses: self
                         .addresses
@@ -158,6 +227,7 @@ impl Kernel for FakeKernel {
                 let servers = front_ends.iter().filter_map(|front_end| self.servers.get_key_value(front_end));
                 Observed { servers: servers.map(observe).collect(), ..Observed::default() }
             }
+            Scope::Filter => Observed { filter: self.filter.clone(), ..Observed::default() },
             Scope::Interfaces => Observed { interfaces: self.interfaces.clone(), ..Observed::default() },
         })
     }

@@ -5,6 +5,7 @@ use std::net::IpAddr;
 
 use ipvs_netlink::RealServer;
 
+use crate::filter::ObservedFilter;
 use crate::plan::{FrontEnd, Plan, ServerConfig};
 
 /// The name of the device that carries the VIPs.
@@ -19,6 +20,8 @@ pub enum Scope<'a> {
     Servers(&'a [FrontEnd]),
     /// The addresses of the node's interfaces.
     Interfaces,
+    /// The packet filter.
+    Filter,
 }
 
 /// What was read.
@@ -30,6 +33,8 @@ pub struct Observed {
     pub addresses: Option<Vec<(IpAddr, u8)>>,
     /// The addresses of all interfaces but `kube-ipvs0`. Read with everything, and alone.
     pub interfaces: BTreeSet<IpAddr>,
+    /// The packet filter. Read with everything, and alone.
+    pub filter: ObservedFilter,
 }
 
 /// A virtual server as it was read.

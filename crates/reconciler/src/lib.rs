@@ -24,6 +24,8 @@ pub mod contribution;
 pub mod desired;
 pub mod diff;
 pub mod fake;
+pub mod filter;
+mod flows;
 pub mod interface_watch;
 pub mod kernel;
 pub mod linux;

@@ -1,18 +1,22 @@
-//! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink.
+//! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink, the packet filter and
+//! connection tracking over nfnetlink.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 
 use ipvs_netlink::{Client, ErrorKind, Message};
-use netlink_batch::protocols::NETLINK_ROUTE;
+use netlink_batch::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_batch::{Refusal, Request, Socket};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use crate::filter::{self, ObservedFilter};
+use crate::flows;
 use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer, Scope};
 use crate::plan::{FrontEnd, Operation, Plan};
+use crate::policy::Families;
 
 // errno.h
 const EPERM: i32 = 1;
@@ -28,6 +32,9 @@ const EADDRNOTAVAIL: i32 = 99;
 pub struct LinuxKernel {
     ipvs: Client,
     route: Socket,
+    netfilter: Socket,
+    /// Which families have a table of the packet filter.
+    families: Families,
     /// The index of `kube-ipvs0`, once it was seen.
     device: Option<u32>,
     /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
@@ -35,11 +42,17 @@ pub struct LinuxKernel {
 }
 
 impl LinuxKernel {
-    /// Connects to IPVS and rtnetlink.
-    pub fn connect() -> Result<Self, KernelError> {
+    /// Connects to IPVS, rtnetlink and nfnetlink, for a node that serves these families.
+    pub fn connect(families: Families) -> Result<Self, KernelError> {
         let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { ipvs, route, device: None, is_broken: false })
+        let netfilter = Socket::open(NETLINK_NETFILTER).map_err(|error| refused(error.to_string()))?;
+        Ok(Self { ipvs, route, netfilter, families, device: None, is_broken: false })
+    }
+
+    /// Reads the packet filter, for who wants nothing else.
+    pub fn filter(&mut self) -> Result<ObservedFilter, KernelError> {
+        filter::client::observe(&mut self.netfilter, self.families)
     }
 
     /// The IPVS client, for what is no part of a plan: timeouts and the probing of schedulers.
@@ -138,10 +151,12 @@ impl LinuxKernel {
         match scope {
             Scope::All => {
                 self.read_addresses(&mut observed)?;
+                observed.filter = self.filter()?;
                 for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
                     observed.servers.extend(self.observe(entry.server)?);
                 }
             }
+            Scope::Filter => observed.filter = self.filter()?,
             Scope::Interfaces => self.read_addresses(&mut observed)?,
             Scope::Servers(front_ends) => {
                 for front_end in front_ends {
@@ -166,6 +181,28 @@ impl LinuxKernel {
                 results.extend(operations.iter().map(|_| Err(error.clone())));
             }
         }
+    }
+
+    fn apply_filter(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
+        match filter::client::apply(&mut self.netfilter, operations) {
+            Ok(answers) => results.extend(answers),
+            Err(error) => {
+                self.is_broken = true;
+                let error = unknown(error.to_string());
+                results.extend(operations.iter().map(|_| Err(error.clone())));
+            }
+        }
+    }
+
+    fn apply_flows(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
+        let flushed = flows::flush(&mut self.netfilter, operations);
+        if flushed.as_ref().is_err_and(|error| error.refusal().is_none()) {
+            // Nothing the mirror knows of is at stake, so it stays; a new socket is made with the next reading.
+            self.is_broken = true;
+        }
+        results.extend(operations.iter().map(|operation| {
+            flushed.as_ref().map(|()| ()).map_err(|error| refused(format!("cannot {operation}: {error}")))
+        }));
     }
 
     fn apply_addresses(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
@@ -199,7 +236,7 @@ impl LinuxKernel {
 impl Kernel for LinuxKernel {
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
         if self.is_broken {
-            *self = Self::connect()?;
+            *self = Self::connect(self.families)?;
         }
         let observed = self.read(scope);
         self.is_broken = observed.is_err();
@@ -212,6 +249,8 @@ impl Kernel for LinuxKernel {
         for run in plan.operations().chunk_by(|a, b| Target::of(a) == Target::of(b)) {
             match Target::of(&run[0]) {
                 Target::Device => results.extend(run.iter().map(|_| self.ensure_device())),
+                Target::Filter => self.apply_filter(run, &mut results),
+                Target::Flows => self.apply_flows(run, &mut results),
                 Target::Ipvs => self.apply_ipvs(run, &mut results),
                 Target::Addresses => self.apply_addresses(run, &mut results),
             }
@@ -223,6 +262,8 @@ impl Kernel for LinuxKernel {
 /// Where an operation goes.
 #[derive(PartialEq)]
 enum Target {
+    Filter,
+    Flows,
     Device,
     Ipvs,
     Addresses,
@@ -231,6 +272,8 @@ enum Target {
 impl Target {
     fn of(operation: &Operation) -> Self {
         match operation {
+            operation if operation.is_about_the_filter() => Self::Filter,
+            Operation::FlushFlows(..) => Self::Flows,
             Operation::AddDevice => Self::Device,
             Operation::BindAddress(_) | Operation::UnbindAddress(_) => Self::Addresses,
             _ => Self::Ipvs,
@@ -248,7 +291,7 @@ fn ipvs_message(operation: &Operation) -> Option<Message> {
             Message::SetRealServer(front_end.id(), server)
         }
         Operation::DeleteRealServer(front_end, address) => Message::DeleteRealServer(front_end.id(), address),
-        Operation::AddDevice | Operation::BindAddress(_) | Operation::UnbindAddress(_) => return None,
+        _ => return None,
     })
 }
 

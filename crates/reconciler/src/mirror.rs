@@ -3,8 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
-use ipvs_netlink::RealServer;
+use ipvs_netlink::{Family, RealServer};
+use service_watch::ObjectName;
 
+use crate::filter::ruleset::Ruleset;
+use crate::filter::{Contents, Elements, Entry, ObservedFilter};
 use crate::kernel::{Observed, ObservedServer};
 use crate::node::is_link_local_v6;
 use crate::plan::{FrontEnd, Key, Operation, ServerConfig};
@@ -35,12 +38,14 @@ pub struct Mirror {
     servers: HashMap<FrontEnd, MirrorServer>,
     /// Addresses on `kube-ipvs0`, and whether each is one we would have bound: a /32 or /128.
     addresses: HashMap<IpAddr, bool>,
+    filter: ObservedFilter,
 }
 
 impl Mirror {
     /// What a dump of everything saw.
     pub fn from_dump(observed: Observed) -> Self {
-        let mut mirror = Self { has_device: observed.addresses.is_some(), ..Self::default() };
+        let has_device = observed.addresses.is_some();
+        let mut mirror = Self { has_device, filter: observed.filter, ..Self::default() };
         for (address, prefix) in observed.addresses.unwrap_or_default() {
             // Never ours: the kernel puts fe80:: addresses on a device that is up.
             if !address.is_loopback() && !is_link_local_v6(address) {
@@ -64,6 +69,16 @@ impl Mirror {
         }
     }
 
+    /// What a dump of the packet filter saw.
+    pub fn refresh_filter(&mut self, filter: ObservedFilter) {
+        self.filter = filter;
+    }
+
+    /// The packet filter.
+    pub fn filter(&self) -> &ObservedFilter {
+        &self.filter
+    }
+
     /// Whether `kube-ipvs0` exists.
     pub fn has_device(&self) -> bool {
         self.has_device
@@ -84,14 +99,61 @@ impl Mirror {
         self.addresses.get(&address).copied().unwrap_or(false)
     }
 
+    /// The fingerprint of the constant part of a family's table of the packet filter; `None` without a table.
+    pub fn ruleset(&self, family: Family) -> Option<u64> {
+        self.filter.rulesets.get(&family).copied()
+    }
+
+    /// What the packet filter has for a front end.
+    pub fn front_end(&self, front_end: &FrontEnd) -> Option<&Elements> {
+        self.filter.front_ends.get(front_end)
+    }
+
+    /// Whether something is in a set of the packet filter.
+    pub fn has_entry(&self, entry: &Entry) -> bool {
+        self.filter.entries.contains(entry)
+    }
+
+    /// The fingerprint of a Service's source ranges, where the packet filter has any.
+    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<u64> {
+        self.filter.sources.get(&(service.clone(), family)).copied()
+    }
+
     /// Every key the kernel holds something for.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
-        self.servers.keys().copied().map(Key::Server).chain(self.addresses.keys().copied().map(Key::Address))
+        let front_ends = self.servers.keys().chain(self.filter.front_ends.keys()).copied().map(Key::Server);
+        let addresses = self.addresses.keys().copied().map(Key::Address);
+        let entries = self.filter.entries.iter().map(|entry| match entry {
+            Entry::Vip(address) => Key::Address(*address),
+            entry => Key::Entry(*entry),
+        });
+        let sources = self.filter.sources.keys().map(|(service, family)| Key::Sources(service.clone(), *family));
+        front_ends.chain(addresses).chain(entries).chain(sources)
     }
 
     /// Takes in an operation that the kernel has carried out.
     pub fn acknowledge(&mut self, operation: &Operation) {
         match *operation {
+            Operation::BuildFilter { ref ruleset, ref contents, .. } => self.filter_built(ruleset, contents),
+            Operation::SetSources(ref service, family, ref ranges) => {
+                self.filter.sources.insert((service.clone(), family), ranges.fingerprint());
+            }
+            Operation::RemoveSources(ref service, family) => {
+                self.filter.sources.remove(&(service.clone(), family));
+            }
+            Operation::SetFrontEnd(front_end, _, ref elements) => {
+                self.filter.front_ends.insert(front_end, elements.clone());
+            }
+            Operation::ForgetFrontEnd(front_end, _) => {
+                self.filter.front_ends.remove(&front_end);
+            }
+            Operation::AddEntry(entry) => {
+                self.filter.entries.insert(entry);
+            }
+            Operation::RemoveEntry(entry) => {
+                self.filter.entries.remove(&entry);
+            }
+            Operation::FlushFlows(..) => {}
             Operation::AddDevice => self.has_device = true,
             Operation::BindAddress(address) => {
                 self.addresses.insert(address, true);
@@ -130,6 +192,18 @@ impl Mirror {
     pub fn lose_device(&mut self) {
         self.has_device = false;
         self.addresses.clear();
+    }
+
+    fn filter_built(&mut self, ruleset: &Ruleset, contents: &Contents) {
+        let (family, filter) = (ruleset.family(), &mut self.filter);
+        filter.rulesets.insert(family, ruleset.fingerprint());
+        filter.front_ends.retain(|front_end, _| Family::of(front_end.address) != family);
+        filter.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
+        filter.entries.retain(|entry| entry.family() != family);
+        filter.entries.extend(&contents.entries);
+        filter.sources.retain(|(_, of), _| *of != family);
+        let sources = contents.sources.iter();
+        filter.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
     }
 
     fn see(&mut self, observed: ObservedServer) {

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use ipvs_netlink::Family;
 use service_watch::Node;
 
@@ -19,11 +20,24 @@ pub struct NodeView {
     pub local: BTreeSet<IpAddr>,
     /// The addresses NodePorts listen on.
     pub node_ports: BTreeSet<IpAddr>,
+    /// The node's own IP, at most one a family: who the node is for source ranges.
+    pub node_ips: Vec<IpAddr>,
+    /// Addresses of this Node and of the others that are known. None of them can be a VIP: bound here, it would cut this
+    /// node off from whoever has it.
+    pub taken: BTreeSet<IpAddr>,
+    /// The ranges of the pods on this node.
+    pub pod_cidrs: Vec<IpNet>,
 }
 
 impl NodeView {
-    /// Derives the view from the Node object and the addresses of all interfaces but `kube-ipvs0`.
-    pub fn new(node: Option<&Node>, interfaces: &BTreeSet<IpAddr>, policy: &Policy) -> Self {
+    /// Derives the view from the Node object, the addresses of the other Nodes, and the addresses of all interfaces but
+    /// `kube-ipvs0`.
+    pub fn new(
+        node: Option<&Node>,
+        neighbours: impl IntoIterator<Item = IpAddr>,
+        interfaces: &BTreeSet<IpAddr>,
+        policy: &Policy,
+    ) -> Self {
         let node_ips = node_ips(node, policy);
         Self {
             zone: node.and_then(|node| node.zone.clone()),
@@ -33,6 +47,9 @@ impl NodeView {
                 .iter()
                 .flat_map(|family| node_port_addresses(family, &node_ips, interfaces, policy))
                 .collect(),
+            node_ips,
+            taken: node.into_iter().flat_map(|node| node.addresses.iter().copied()).chain(neighbours).collect(),
+            pod_cidrs: node.map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
         }
     }
 }
@@ -111,7 +128,7 @@ mod tests {
             (NodePortAddresses::Primary, [&["10.0.0.1"][..], &all_v6].concat()),
         ] {
             let policy = Policy { node_port_addresses: flag.clone(), ..Policy::new("n") };
-            assert_eq!(NodeView::new(Some(&node), &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
+            assert_eq!(NodeView::new(Some(&node), [], &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
         }
     }
 
@@ -123,13 +140,13 @@ mod tests {
             bind_address: Some("10.0.0.9".parse().unwrap()),
             ..Policy::new("n")
         };
-        let view = NodeView::new(Some(&node), &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
+        let view = NodeView::new(Some(&node), [], &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
         assert_eq!(view.node_ports, set(&["10.0.0.9", "fd00::1"]));
     }
 
     #[test]
     fn a_new_link_local_address_changes_nothing() {
-        let view = |interfaces: &[&str]| NodeView::new(None, &set(interfaces), &Policy::new("n"));
+        let view = |interfaces: &[&str]| NodeView::new(None, [], &set(interfaces), &Policy::new("n"));
         assert_eq!(view(&["10.0.0.1"]), view(&["10.0.0.1", "fe80::1"]));
     }
 }

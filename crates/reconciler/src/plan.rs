@@ -3,8 +3,13 @@
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
-use ipvs_netlink::{Netmask, RealServer, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
-use service_watch::Protocol;
+use std::sync::Arc;
+
+use ipvs_netlink::{Family, Netmask, RealServer, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
+use service_watch::{ObjectName, Protocol};
+
+use crate::filter::ruleset::Ruleset;
+use crate::filter::{Contents, Elements, Entry, Ranges};
 
 /// What clients connect to: the identity of a virtual server of ours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -90,8 +95,23 @@ impl From<VirtualServer> for ServerConfig {
 }
 
 /// One step of a plan.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Operation {
+    /// Makes a family's table of the packet filter with these contents, in the place of one that is otherwise.
+    BuildFilter {
+        /// Sets, chains and rules.
+        ruleset: Arc<Ruleset>,
+        /// Whether there is a table to be replaced.
+        replaces: bool,
+        /// What follows the Services.
+        contents: Arc<Contents>,
+    },
+    /// Makes or changes the source ranges of a Service.
+    SetSources(ObjectName, Family, Ranges),
+    /// Changes what the packet filter does with connections to a front end, from what is there.
+    SetFrontEnd(FrontEnd, Elements, Elements),
+    /// Adds a member to one of the packet filter's sets.
+    AddEntry(Entry),
     /// Makes `kube-ipvs0`.
     AddDevice,
     /// Makes a virtual server.
@@ -112,15 +132,25 @@ pub enum Operation {
     UnbindAddress(IpAddr),
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
+    /// Takes from the packet filter what it has for a front end.
+    ForgetFrontEnd(FrontEnd, Elements),
+    /// Takes a member from one of the packet filter's sets.
+    RemoveEntry(Entry),
+    /// Deletes the source ranges of a Service.
+    RemoveSources(ObjectName, Family),
+    /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
+    FlushFlows(FrontEnd, Arc<[SocketAddr]>),
 }
 
 /// When an operation's turn is. The order is that of the variants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
+    /// Tables of the packet filter.
+    FilterTables,
+    /// What the packet filter is to know: a VIP is guarded before it can be reached.
+    FilterIn,
     /// The device that carries the VIPs.
     Device,
-    /// Entries of the packet filter: a VIP is guarded before it can be reached.
-    FilterIn,
     /// Virtual servers in or changed.
     VirtualServersIn,
     /// Real servers in, or brought to their weight.
@@ -133,7 +163,7 @@ pub enum Phase {
     AddressesOut,
     /// Virtual servers out.
     VirtualServersOut,
-    /// Entries of the packet filter out: a VIP is guarded for as long as it can be reached.
+    /// What the packet filter is to forget: a VIP is guarded for as long as it can be reached.
     FilterOut,
     /// UDP flows to real servers that are gone.
     FlowsOut,
@@ -143,6 +173,10 @@ impl Operation {
     /// When its turn is.
     pub fn phase(&self) -> Phase {
         match self {
+            Self::BuildFilter { .. } => Phase::FilterTables,
+            Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
+            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) | Self::RemoveSources(..) => Phase::FilterOut,
+            Self::FlushFlows(..) => Phase::FlowsOut,
             Self::AddDevice => Phase::Device,
             Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
             Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,
@@ -153,18 +187,32 @@ impl Operation {
         }
     }
 
+    /// Whether the operation is one of the packet filter.
+    pub fn is_about_the_filter(&self) -> bool {
+        matches!(self.phase(), Phase::FilterTables | Phase::FilterIn | Phase::FilterOut)
+    }
+
     /// What the operation is about.
     pub fn key(&self) -> Key {
-        match *self {
+        match self {
+            Self::BuildFilter { ruleset, .. } => Key::Filter(ruleset.family()),
+            Self::SetSources(service, family, _) | Self::RemoveSources(service, family) => {
+                Key::Sources(service.clone(), *family)
+            }
+            Self::AddEntry(Entry::Vip(address)) | Self::RemoveEntry(Entry::Vip(address)) => Key::Address(*address),
+            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Key::Entry(*entry),
+            Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
             Self::AddDevice => Key::Device,
-            Self::BindAddress(address) | Self::UnbindAddress(address) => Key::Address(address),
-            Self::AddVirtualServer(front_end, _)
+            Self::BindAddress(address) | Self::UnbindAddress(address) => Key::Address(*address),
+            Self::SetFrontEnd(front_end, ..)
+            | Self::ForgetFrontEnd(front_end, _)
+            | Self::AddVirtualServer(front_end, _)
             | Self::SetVirtualServer(front_end, _)
             | Self::AddRealServer(front_end, _)
             | Self::SetRealServer(front_end, _)
             | Self::DrainRealServer(front_end, _)
             | Self::DeleteRealServer(front_end, _)
-            | Self::DeleteVirtualServer(front_end) => Key::Server(front_end),
+            | Self::DeleteVirtualServer(front_end) => Key::Server(*front_end),
         }
     }
 }
@@ -172,6 +220,14 @@ impl Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::BuildFilter { ruleset, .. } => write!(f, "make the {} table kube-ipvs of nf_tables", ruleset.family()),
+            Self::SetSources(service, family, _) => write!(f, "set the {family} source ranges of Service {service}"),
+            Self::SetFrontEnd(front_end, ..) => write!(f, "set the packet filter for {front_end}"),
+            Self::AddEntry(entry) => write!(f, "add {entry} to the packet filter"),
+            Self::ForgetFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
+            Self::RemoveEntry(entry) => write!(f, "delete {entry} from the packet filter"),
+            Self::RemoveSources(service, family) => write!(f, "delete the {family} source ranges of Service {service}"),
+            Self::FlushFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
             Self::AddDevice => write!(f, "add device kube-ipvs0"),
             Self::AddVirtualServer(front_end, _) => write!(f, "add virtual server {front_end}"),
             Self::SetVirtualServer(front_end, _) => write!(f, "change virtual server {front_end}"),
@@ -193,19 +249,31 @@ impl fmt::Display for Operation {
 }
 
 /// What is compared, planned and retried as one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
+    /// A family's table of the packet filter, but for what follows the Services.
+    Filter(Family),
+    /// The source ranges of a Service.
+    Sources(ObjectName, Family),
+    /// A member of one of the packet filter's sets; VIPs are part of their addresses.
+    Entry(Entry),
     /// `kube-ipvs0` itself.
     Device,
-    /// A virtual server with its real servers.
+    /// A virtual server with its real servers, and what the packet filter has for its front end.
     Server(FrontEnd),
-    /// A VIP.
+    /// A VIP, on the device and in the packet filter.
     Address(IpAddr),
+    /// UDP flows to a front end.
+    Flows(FrontEnd),
 }
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Filter(family) => write!(f, "{family} table kube-ipvs of nf_tables"),
+            Self::Sources(service, family) => write!(f, "{family} source ranges of Service {service}"),
+            Self::Entry(entry) => entry.fmt(f),
+            Self::Flows(front_end) => write!(f, "flows to {front_end}"),
             Self::Device => f.write_str("device kube-ipvs0"),
             Self::Server(front_end) => write!(f, "virtual server {front_end}"),
             Self::Address(address) => write!(f, "address {address}"),
@@ -223,6 +291,17 @@ impl Plan {
     /// Nothing to do?
     pub fn is_empty(&self) -> bool {
         self.operations.is_empty()
+    }
+
+    /// Splits off the operations from a phase on.
+    pub fn split_off(&mut self, phase: Phase) -> Self {
+        let place = self.operations.partition_point(|operation| operation.phase() < phase);
+        Self { operations: self.operations.split_off(place) }
+    }
+
+    /// Keeps the operations for which this holds.
+    pub fn retain(&mut self, keep: impl FnMut(&Operation) -> bool) {
+        self.operations.retain(keep);
     }
 
     /// The operations in the order in which they are to be carried out.

@@ -2,18 +2,20 @@
 //! own: the caller says what time it is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use service_watch::{Change, ObjectName};
+use service_watch::{Change, ObjectName, Protocol};
 
 use crate::contribution::Contribution;
 use crate::desired::{Clash, Desired};
-use crate::diff::{Keeps, diff};
+use crate::diff::{Context, Keeps, diff};
+use crate::filter::ruleset::Ruleset;
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
-use crate::plan::{FrontEnd, Key, Operation, Plan};
+use crate::plan::{FrontEnd, Key, Operation, Phase, Plan};
 use crate::policy::Policy;
 use crate::table::{Dirty, ServiceTable};
 use crate::urgent::is_urgent;
@@ -76,6 +78,8 @@ pub struct Outcome {
     pub drifted: Vec<Key>,
     /// Front ends that two Services began to claim.
     pub clashes: Vec<Clash>,
+    /// VIPs that began to be refused, each with its Service: they are addresses of Nodes.
+    pub refused: Vec<(ObjectName, IpAddr)>,
     /// Whether everything was read from the kernel.
     pub audited: bool,
     /// Whether it was read without anything known of it before.
@@ -105,6 +109,12 @@ pub struct Done {
     pub addresses_unbound: usize,
     /// Whether the device was made.
     pub device_added: usize,
+    /// Tables of the packet filter made.
+    pub filters_built: usize,
+    /// What the packet filter learned.
+    pub filter_added: usize,
+    /// What it forgot.
+    pub filter_removed: usize,
 }
 
 impl Done {
@@ -120,10 +130,20 @@ impl Done {
             + self.addresses_bound
             + self.addresses_unbound
             + self.device_added
+            + self.filters_built
+            + self.filter_added
+            + self.filter_removed
     }
 
     fn count(&mut self, operation: &Operation) {
         *match operation {
+            // Most of them find nothing to delete.
+            Operation::FlushFlows(..) => return,
+            Operation::BuildFilter { .. } => &mut self.filters_built,
+            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) => &mut self.filter_added,
+            Operation::RemoveSources(..) | Operation::ForgetFrontEnd(..) | Operation::RemoveEntry(_) => {
+                &mut self.filter_removed
+            }
             Operation::AddDevice => &mut self.device_added,
             Operation::AddVirtualServer(..) => &mut self.servers_added,
             Operation::SetVirtualServer(..) => &mut self.servers_changed,
@@ -149,6 +169,8 @@ pub struct Reconciler<K> {
     /// Whether they have changed since.
     are_interfaces_stale: bool,
     node: NodeView,
+    /// The constant part of the packet filter, one for each family.
+    rulesets: Vec<Arc<Ruleset>>,
     desired: Desired,
     /// `None` before the first dump, and after a failure that leaves open what the kernel holds.
     mirror: Option<Mirror>,
@@ -157,18 +179,27 @@ pub struct Reconciler<K> {
     dirty: BTreeSet<Key>,
     pending: BTreeMap<Key, Pending>,
     draining: BTreeMap<FrontEnd, Again>,
+    /// Since when real servers are known to drain, where there is a limit to it. After a restart it begins anew.
+    drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
+    /// Whether an operation found the packet filter, or `kube-ipvs0`, otherwise than the mirror has it.
+    is_filter_stale: bool,
+    is_device_lost: bool,
+    /// VIPs that were reported as refused.
+    refused: BTreeMap<ObjectName, Vec<IpAddr>>,
 }
 
 impl<K: Kernel> Reconciler<K> {
     /// One that knows nothing yet.
     pub fn new(kernel: K, policy: Policy) -> Self {
+        let node = NodeView::default();
         Self {
             kernel,
+            rulesets: rulesets(&policy, &node),
             policy,
             table: ServiceTable::default(),
             interfaces: BTreeSet::new(),
             are_interfaces_stale: false,
-            node: NodeView::default(),
+            node,
             desired: Desired::default(),
             mirror: None,
             dirty_services: BTreeSet::new(),
@@ -176,6 +207,10 @@ impl<K: Kernel> Reconciler<K> {
             dirty: BTreeSet::new(),
             pending: BTreeMap::new(),
             draining: BTreeMap::new(),
+            drain_since: BTreeMap::new(),
+            is_filter_stale: false,
+            is_device_lost: false,
+            refused: BTreeMap::new(),
         }
     }
 
@@ -240,7 +275,7 @@ impl<K: Kernel> Reconciler<K> {
         }
         self.recompute(&mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
-        keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| *key));
+        keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| key.clone()));
         // What drains is read before it is looked at, when its time has come and when something else about it is due.
         let is_due = |front_end: &FrontEnd, again: &Again| again.due <= now || keys.contains(&Key::Server(*front_end));
         let drained: Vec<FrontEnd> =
@@ -264,16 +299,20 @@ impl<K: Kernel> Reconciler<K> {
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.recompute(&mut outcome);
         let mirror = Mirror::from_dump(observed);
-        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain([Key::Device]).collect();
+        let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
+        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain(whole).collect();
         self.mirror = Some(mirror);
         let mut changed = std::mem::take(&mut self.dirty);
         let first = if is_first {
             changed.clear();
-            let (urgent, rest) = keys.into_iter().partition(|key| self.is_urgent(*key));
+            // An agent that was killed may have deleted a real server and not its flows.
+            let udp = self.desired.front_ends().filter(|front_end| front_end.protocol == Protocol::Udp);
+            keys.extend(udp.copied().map(Key::Flows));
+            let (urgent, rest) = keys.into_iter().partition(|key| self.is_urgent(key));
             keys = rest;
             (urgent, Origin::Reading)
         } else {
-            outcome.drifted = self.drifted(&keys, &changed);
+            outcome.drifted = self.drifted(&keys, &changed, now);
             keys.retain(|key| !changed.contains(key));
             (changed, Origin::Change)
         };
@@ -297,9 +336,14 @@ impl<K: Kernel> Reconciler<K> {
     fn recompute(&mut self, outcome: &mut Outcome) {
         let mut names = std::mem::take(&mut self.dirty_services);
         if std::mem::take(&mut self.is_node_dirty) {
-            let node = NodeView::new(self.table.node(), &self.interfaces, &self.policy);
+            let node = NodeView::new(self.table.node(), self.table.neighbours(), &self.interfaces, &self.policy);
             if node != self.node {
                 self.node = node;
+                let rulesets = rulesets(&self.policy, &self.node);
+                if rulesets != self.rulesets {
+                    self.rulesets = rulesets;
+                    self.dirty.extend(self.policy.families.iter().map(Key::Filter));
+                }
                 // Beside those that are gone from the table.
                 names.extend(self.table.names().cloned());
             }
@@ -308,6 +352,12 @@ impl<K: Kernel> Reconciler<K> {
             let entry = self.table.get(name);
             let contribution = entry.map(|entry| Contribution::of(entry, &self.node, &self.policy)).unwrap_or_default();
             let service = entry.and_then(|entry| entry.service.as_deref());
+            let before = self.refused.remove(name).unwrap_or_default();
+            let new = contribution.refused.iter().filter(|vip| !before.contains(vip));
+            outcome.refused.extend(new.map(|vip| (name.clone(), *vip)));
+            if !contribution.refused.is_empty() {
+                self.refused.insert(name.clone(), contribution.refused.clone());
+            }
             self.desired.update(name, service, contribution, &mut self.dirty, &mut outcome.clashes);
         }
     }
@@ -322,7 +372,7 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// The keys that need operations although nothing changed them and nothing about them was pending.
-    fn drifted(&self, keys: &BTreeSet<Key>, expected: &BTreeSet<Key>) -> Vec<Key> {
+    fn drifted(&self, keys: &BTreeSet<Key>, expected: &BTreeSet<Key>, now: Instant) -> Vec<Key> {
         let Some(mirror) = &self.mirror else { return Vec::new() };
         let is_known = |key: &Key| {
             expected.contains(key)
@@ -334,21 +384,32 @@ impl<K: Kernel> Reconciler<K> {
             .filter(|key| !is_known(key))
             .filter(|key| {
                 operations.clear();
-                diff(**key, mirror, &self.desired, keeps(Origin::Reading, &self.table, &self.policy), &mut operations);
+                let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
+                let keeps = keeps(Origin::Reading, &self.table, &self.policy);
+                let context = Context { keeps, rulesets: &self.rulesets, is_overdue: &is_overdue };
+                diff(key, mirror, &self.desired, context, &mut operations);
                 !operations.is_empty()
             })
-            .copied()
+            .cloned()
             .collect()
     }
 
-    fn is_urgent(&self, key: Key) -> bool {
+    /// Whether a real server has drained for as long as it may.
+    fn is_overdue(&self, front_end: &FrontEnd, address: SocketAddr, now: Instant) -> bool {
+        let since = self.drain_since.get(front_end).and_then(|since| since.get(&address));
+        self.policy.drain_timeout.zip(since).is_some_and(|(timeout, since)| now >= *since + timeout)
+    }
+
+    fn is_urgent(&self, key: &Key) -> bool {
         let is_urgent = |name: &ObjectName| {
             self.table.get(name).and_then(|entry| entry.service.as_ref()).is_some_and(|service| is_urgent(service))
         };
         match key {
-            Key::Device => true,
-            Key::Server(front_end) => self.desired.owner(&front_end).is_some_and(is_urgent),
-            Key::Address(address) => self.desired.claimants(address).any(is_urgent),
+            Key::Device | Key::Filter(_) => true,
+            Key::Sources(service, _) => is_urgent(service),
+            Key::Server(front_end) => self.desired.owner(front_end).is_some_and(is_urgent),
+            Key::Address(address) => self.desired.claimants(*address).any(is_urgent),
+            Key::Entry(_) | Key::Flows(_) => false,
         }
     }
 
@@ -356,16 +417,21 @@ impl<K: Kernel> Reconciler<K> {
     /// again.
     fn execute(&mut self, mut keys: BTreeSet<Key>, origin: Origin, now: Instant, outcome: &mut Outcome) {
         for is_last in [false, true] {
-            let Some(plan) = self.plan(&mut keys, origin, now) else { return };
-            let results = if plan.is_empty() { Vec::new() } else { self.kernel.apply(&plan) };
-            let (mut failed, mut stale) = self.take_in(&plan, results, outcome);
+            // A table that is made anew has all that belongs in it: what else is to be done shows afterwards.
+            let tables = keys.extract_if(.., |key| matches!(key, Key::Filter(_))).collect();
+            let (mut failed, mut stale) = (Errors::new(), Errors::new());
+            for mut keys in [tables, std::mem::take(&mut keys)] {
+                let Some(errors) = self.carry_out(&mut keys, origin, now, outcome) else { return };
+                for key in &keys {
+                    if !errors.0.contains_key(key) && !errors.1.contains_key(key) {
+                        self.pending.remove(key);
+                    }
+                }
+                failed.extend(errors.0);
+                stale.extend(errors.1);
+            }
             if is_last {
                 failed.append(&mut stale);
-            }
-            for key in &keys {
-                if !failed.contains_key(key) && !stale.contains_key(key) {
-                    self.pending.remove(key);
-                }
             }
             for (key, error) in failed {
                 self.fail(key, error.text, now, outcome);
@@ -385,23 +451,99 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
+    /// Plans and applies once: first what the packet filter must know, then what it guards. Nothing is opened whose guard
+    /// failed; what was open is kept right all the same.
+    fn carry_out(
+        &mut self,
+        keys: &mut BTreeSet<Key>,
+        origin: Origin,
+        now: Instant,
+        outcome: &mut Outcome,
+    ) -> Option<(Errors, Errors)> {
+        let mut guards = self.plan(keys, origin, now)?;
+        let mut rest = guards.split_off(Phase::Device);
+        let (mut failed, mut stale) = (Errors::new(), Errors::new());
+        if !guards.is_empty() {
+            let results = self.kernel.apply(&guards);
+            (failed, stale) = self.take_in(&guards, results, outcome);
+            let is_unguarded = |key: &Key| failed.contains_key(key) || stale.contains_key(key);
+            let mut closed = BTreeSet::new();
+            rest.retain(|operation| match operation {
+                Operation::BindAddress(_) => !is_unguarded(&operation.key()),
+                Operation::AddVirtualServer(front_end, _) if is_unguarded(&operation.key()) => {
+                    closed.insert(*front_end);
+                    false
+                }
+                Operation::AddRealServer(front_end, _) => !closed.contains(front_end),
+                _ => true,
+            });
+        }
+        if !rest.is_empty() && self.mirror.is_some() {
+            let results = self.kernel.apply(&rest);
+            let errors = self.take_in(&rest, results, outcome);
+            failed.extend(errors.0);
+            stale.extend(errors.1);
+        }
+        Some((failed, stale))
+    }
+
     /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
     fn plan(&mut self, keys: &mut BTreeSet<Key>, origin: Origin, now: Instant) -> Option<Plan> {
         let mirror = self.mirror.as_ref()?;
-        let kept = keeps(origin, &self.table, &self.policy);
-        if !mirror.has_device() {
+        if !mirror.has_device() && keys.iter().any(|key| matches!(key, Key::Address(_))) {
             keys.insert(Key::Device);
         }
         let mut operations = Vec::new();
+        let mut drains = Vec::new();
+        let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
+        let kept = keeps(origin, &self.table, &self.policy);
+        let context = Context { keeps: kept, rulesets: &self.rulesets, is_overdue: &is_overdue };
         for key in &*keys {
             let start = operations.len();
-            let is_draining = diff(*key, mirror, &self.desired, kept, &mut operations);
+            let is_draining = diff(key, mirror, &self.desired, context, &mut operations);
             if let Key::Server(front_end) = key {
                 let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
-                reschedule(&mut self.draining, *front_end, is_draining, began, now);
+                drains.push((*front_end, is_draining, began));
+                if moves_flows(front_end, &operations[start..], mirror) {
+                    diff(&Key::Flows(*front_end), mirror, &self.desired, context, &mut operations);
+                }
             }
         }
+        for (front_end, is_draining, began) in drains {
+            self.reschedule(front_end, is_draining, began, now);
+        }
         Some(operations.into_iter().collect())
+    }
+
+    /// When to look again at a virtual server: soon after it began to drain, then ever more rarely, but not later than the
+    /// drain's end.
+    fn reschedule(&mut self, front_end: FrontEnd, is_draining: bool, has_begun: bool, now: Instant) {
+        if !is_draining {
+            self.draining.remove(&front_end);
+            self.drain_since.remove(&front_end);
+            return;
+        }
+        let again = match self.draining.get(&front_end) {
+            Some(again) if !has_begun && again.due > now => again.clone(),
+            Some(again) if !has_begun => again.longer(now),
+            _ => Again::after(DRAIN_FIRST, now),
+        };
+        let end = self.policy.drain_timeout.and_then(|timeout| self.drain_end(front_end, timeout, now));
+        let due = end.map_or(again.due, |end| end.clamp(now, again.due));
+        self.draining.insert(front_end, Again { due, ..again });
+    }
+
+    /// Notes since when the real servers of a front end drain, and says when the first of them has done so for too long.
+    fn drain_end(&mut self, front_end: FrontEnd, timeout: Duration, now: Instant) -> Option<Instant> {
+        let held = self.mirror.as_ref()?.server(&front_end)?;
+        let wanted = self.desired.server(&front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default();
+        let before = self.drain_since.remove(&front_end).unwrap_or_default();
+        let draining = held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err());
+        let since: BTreeMap<SocketAddr, Instant> =
+            draining.map(|address| (*address, before.get(address).copied().unwrap_or(now))).collect();
+        let first = since.values().min().map(|since| *since + timeout);
+        self.drain_since.insert(front_end, since);
+        first
     }
 
     /// Takes the results of a plan into the mirror. Returns the keys that failed, and those the mirror is wrong about.
@@ -428,11 +570,14 @@ impl<K: Kernel> Reconciler<K> {
                 | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
                 | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
                 // Making a device or an address does not fail for want of it.
-                (Operation::AddDevice | Operation::BindAddress(_), Cause::NotFound)
+                (Operation::AddDevice | Operation::BindAddress(_) | Operation::BuildFilter { .. }, Cause::NotFound)
                 | (_, Cause::Refused | Cause::Unknown) => {
                     failed.entry(operation.key()).or_insert(error);
                 }
                 (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
+                    self.is_filter_stale |= operation.is_about_the_filter();
+                    self.is_device_lost |= matches!(operation.key(), Key::Device | Key::Address(_))
+                        && !operation.is_about_the_filter();
                     stale.entry(operation.key()).or_insert(error);
                 }
             }
@@ -448,18 +593,30 @@ impl<K: Kernel> Reconciler<K> {
     /// Corrects the mirror about some keys and returns the keys to be planned again.
     fn reread(&mut self, stale: Errors) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
         let mut keys: BTreeSet<Key> = stale.into_keys().collect();
+        let is_device_lost = std::mem::take(&mut self.is_device_lost);
         let servers: Vec<FrontEnd> = keys
             .iter()
             .filter_map(|key| match key {
                 Key::Server(front_end) => Some(*front_end),
-                Key::Device | Key::Address(_) => None,
+                _ => None,
             })
             .collect();
+        if std::mem::take(&mut self.is_filter_stale) {
+            let observed = match self.kernel.dump(Scope::Filter) {
+                Ok(observed) => observed,
+                Err(error) => return Err((keys, error)),
+            };
+            if let Some(mirror) = &mut self.mirror {
+                mirror.refresh_filter(observed.filter);
+            }
+            keys.extend(self.policy.families.iter().map(Key::Filter));
+            keys.extend(self.desired.keys());
+        }
         if let Err(error) = self.refresh(&servers) {
             return Err((keys, error));
         }
         // Of the others only one thing can be stale: the device went away, and with it every address.
-        if keys.iter().any(|key| matches!(key, Key::Device | Key::Address(_)))
+        if is_device_lost
             && let Some(mirror) = &mut self.mirror
         {
             mirror.lose_device();
@@ -473,12 +630,13 @@ impl<K: Kernel> Reconciler<K> {
         let before = self.pending.get(&key);
         let is_repeated = before.is_some_and(|pending| pending.error == error);
         let again = before.map_or_else(|| Again::after(RETRY_FIRST, now), |pending| pending.again.longer(now));
-        let service = match key {
-            Key::Device => None,
-            Key::Server(front_end) => self.desired.owner(&front_end).cloned(),
-            Key::Address(address) => self.desired.claimants(address).next().cloned(),
+        let service = match &key {
+            Key::Device | Key::Filter(_) | Key::Entry(_) => None,
+            Key::Sources(service, _) => Some(service.clone()),
+            Key::Server(front_end) | Key::Flows(front_end) => self.desired.owner(front_end).cloned(),
+            Key::Address(address) => self.desired.claimants(*address).next().cloned(),
         };
-        outcome.failures.push(Failure { key, service, error: error.clone(), is_repeated });
+        outcome.failures.push(Failure { key: key.clone(), service, error: error.clone(), is_repeated });
         self.pending.insert(key, Pending { again, error });
     }
 }
@@ -501,22 +659,18 @@ fn keeps<'a>(origin: Origin, table: &ServiceTable, policy: &'a Policy) -> Keeps<
     }
 }
 
-/// When to look again at a virtual server: soon after it began to drain, then ever more rarely.
-fn reschedule(
-    draining: &mut BTreeMap<FrontEnd, Again>,
-    front_end: FrontEnd,
-    is_draining: bool,
-    has_begun: bool,
-    now: Instant,
-) {
-    if !is_draining {
-        draining.remove(&front_end);
-        return;
-    }
-    let again = match draining.get(&front_end) {
-        Some(again) if !has_begun && again.due > now => return,
-        Some(again) if !has_begun => again.longer(now),
-        _ => Again::after(DRAIN_FIRST, now),
-    };
-    draining.insert(front_end, again);
+/// Whether operations on a virtual server leave UDP flows in connection tracking that lead to where nobody answers any
+/// more, or that began when nobody did.
+fn moves_flows(front_end: &FrontEnd, operations: &[Operation], mirror: &Mirror) -> bool {
+    let had_none = mirror.server(front_end).is_none_or(|held| held.real_servers.is_empty());
+    front_end.protocol == Protocol::Udp
+        && operations.iter().any(|operation| match operation {
+            Operation::AddVirtualServer(..) | Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) => true,
+            Operation::AddRealServer(..) => had_none,
+            _ => false,
+        })
+}
+
+fn rulesets(policy: &Policy, node: &NodeView) -> Vec<Arc<Ruleset>> {
+    policy.families.iter().map(|family| Arc::new(Ruleset::new(family, policy, node))).collect()
 }

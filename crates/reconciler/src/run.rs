@@ -77,9 +77,15 @@ impl Schedule {
     }
 }
 
-/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns how many
-/// operations of the last sync failed.
-pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, periods: Periods, once: bool) -> usize {
+/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. `report` is told what each
+/// sync did. Returns how many operations of the last sync failed.
+pub fn run<K: Kernel>(
+    reconciler: &mut Reconciler<K>,
+    inputs: &Receiver<Input>,
+    periods: Periods,
+    once: bool,
+    mut report: impl FnMut(&Outcome),
+) -> usize {
     let mut schedule = Schedule::new(periods);
     let mut failed = 0;
     let mut unreadable = None;
@@ -125,6 +131,7 @@ pub fn run<K: Kernel>(reconciler: &mut Reconciler<K>, inputs: &Receiver<Input>, 
                 failed = outcome.failures.len();
                 unreadable = None;
                 tell(outcome, end - start, reconciler.server_count());
+                report(outcome);
             }
             Err(error) => {
                 if unreadable.as_ref() != Some(error) {
@@ -149,6 +156,13 @@ fn tell(outcome: &Outcome, took: Duration, servers: usize) {
              address or port", clash.winner
         );
     }
+    for (service, vip) in &outcome.refused {
+        warn!(
+            %service, %vip,
+            "this address is a Node's own and is not served as a VIP, which would cut nodes off from it; take it from \
+             spec.externalIPs, or have the load balancer assign another"
+        );
+    }
     if !outcome.drifted.is_empty() {
         let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
         warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
@@ -168,6 +182,7 @@ fn tell(outcome: &Outcome, took: Duration, servers: usize) {
             real_servers = changes(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
             draining = (done.real_servers_drained > 0).then_some(done.real_servers_drained),
             addresses = changes(done.addresses_bound, 0, done.addresses_unbound),
+            filter = changes(done.filter_added, 0, done.filter_removed),
             failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
             total = servers,
             took = ?took,

@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::sync::Arc;
 
 use common::{NODE, World, ip, port};
 use ipvs_netlink::{Family, Forwarding, Netmask, RealServer, Scheduler, SchedulerFlags};
@@ -15,9 +16,10 @@ use proptest::prelude::*;
 use proptest::sample::{select, subsequence};
 use reconciler::Policy;
 use reconciler::fake::{FakeKernel, FakeRealServer, FakeServer};
+use reconciler::filter::ObservedFilter;
 use reconciler::kernel::Cause;
 use reconciler::plan::{FrontEnd, ServerConfig};
-use reconciler::policy::NodePortAddresses;
+use reconciler::policy::{DetectLocal, NodePortAddresses};
 use service_watch::{
     Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
     TrafficPolicy,
@@ -29,6 +31,7 @@ const PORT_NAMES: [&str; 2] = ["http", "dns"];
 /// Few addresses, so that Services clash, share VIPs, and have VIPs that the node has too.
 const VIPS: [&str; 6] = ["203.0.113.1", "203.0.113.2", "192.168.1.1", "fd03::1", "fd03::2", "fd01::1"];
 const ENDPOINTS: [&str; 6] = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2", "fd00::3"];
+const RANGES: [&str; 5] = ["10.0.0.0/8", "10.1.2.3/16", "0.0.0.0/0", "fd00::/8", "192.168.1.1/32"];
 const INTERFACES: [&str; 5] = ["127.0.0.1", "192.168.1.1", "192.168.1.2", "fd01::1", "fe80::1"];
 
 /// One event of a history.
@@ -59,6 +62,7 @@ struct Objects {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     node: Option<Node>,
+    neighbours: BTreeMap<Arc<str>, Vec<IpAddr>>,
     interfaces: BTreeSet<IpAddr>,
 }
 
@@ -79,6 +83,12 @@ impl Objects {
             }
             Event::Change(Change::Node(node)) => self.node = Some(node),
             Event::Change(Change::NodeGone) => self.node = None,
+            Event::Change(Change::Neighbour(name, addresses)) => {
+                self.neighbours.insert(name, addresses);
+            }
+            Event::Change(Change::NeighbourGone(name)) => {
+                self.neighbours.remove(&name);
+            }
             Event::Change(Change::Synced | Change::Incomplete(_)) | Event::Audit => {}
             Event::Interfaces(addresses) => self.interfaces = addresses,
         }
@@ -88,7 +98,9 @@ impl Objects {
     fn changes(&self) -> Vec<Change> {
         let slices = self.slices.values().rev().cloned().map(Change::Slice);
         let services = self.services.values().rev().cloned().map(Change::Service);
-        slices.chain(services).chain(self.node.clone().map(Change::Node)).collect()
+        let neighbours = self.neighbours.clone().into_iter();
+        let neighbours = neighbours.map(|(name, addresses)| Change::Neighbour(name, addresses));
+        slices.chain(services).chain(self.node.clone().map(Change::Node)).chain(neighbours).collect()
     }
 
     /// A kernel that an agent has filled that never knew anything else.
@@ -129,16 +141,20 @@ fn service() -> impl Strategy<Value = Service> {
             node_port: node_port.map(port),
         },
     );
+    let ranges = subsequence(RANGES.to_vec(), 0..=3)
+        .prop_map(|texts| texts.into_iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>());
     (
         (0..SERVICES.len(), option::of(0_i64..3), kind, 1_u8..4),
         (addresses(&VIPS), addresses(&VIPS), vec(service_port, 1..3)),
         (option::of(1_u32..3), policy_of_traffic(), policy_of_traffic()),
+        (option::of(ranges), option::of(30_000_u16..30_002)),
     )
         .prop_map(
             |(
                 (index, created, kind, families),
                 (external_ips, load_balancer_ips, ports),
                 (affinity_seconds, internal_policy, external_policy),
+                (source_ranges, health_check_node_port),
             )| {
                 let cluster_ips = [(1, format!("10.96.0.{index}")), (2, format!("fd96::{index}"))];
                 Service {
@@ -156,6 +172,8 @@ fn service() -> impl Strategy<Value = Service> {
                     affinity_seconds,
                     internal_policy,
                     external_policy,
+                    source_ranges,
+                    health_check_node_port: health_check_node_port.map(port),
                 }
             },
         )
@@ -199,10 +217,11 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
 
 fn node() -> impl Strategy<Value = Node> {
     let zone = prop_oneof![Just(None), Just(Some("zone-1")), Just(Some("zone-2"))];
-    (addresses(&INTERFACES), zone).prop_map(|(addresses, zone)| Node {
+    let pod_cidrs = subsequence(vec!["10.244.1.0/24", "fd00:1::/64"], 0..=2);
+    (addresses(&INTERFACES), zone, pod_cidrs).prop_map(|(addresses, zone, pod_cidrs)| Node {
         addresses,
         zone: zone.map(Into::into),
-        ..Node::default()
+        pod_cidrs: pod_cidrs.into_iter().map(|text| text.parse().unwrap()).collect(),
     })
 }
 
@@ -216,6 +235,9 @@ fn event() -> impl Strategy<Value = Event> {
         2 => select(&SLICES[..]).prop_map(|of| Event::Change(Change::SliceGone(name(of)))),
         2 => node().prop_map(|node| Event::Change(Change::Node(node))),
         1 => Just(Event::Change(Change::NodeGone)),
+        1 => (select(vec!["n1", "n2"]), addresses(&VIPS))
+            .prop_map(|(name, addresses)| Event::Change(Change::Neighbour(name.into(), addresses))),
+        1 => select(vec!["n1", "n2"]).prop_map(|name| Event::Change(Change::NeighbourGone(name.into()))),
         1 => interfaces,
         1 => Just(Event::Audit),
     ]
@@ -227,7 +249,18 @@ fn policy() -> impl Strategy<Value = Policy> {
         Just(NodePortAddresses::Primary),
         Just(NodePortAddresses::Within(vec!["192.168.0.0/16".parse().unwrap()])),
     ]
-    .prop_map(|node_port_addresses| Policy { node_port_addresses, ..Policy::new(NODE) })
+    .prop_flat_map(|node_port_addresses| {
+        let detect = prop_oneof![
+            Just(DetectLocal::ClusterCidr(vec![])),
+            Just(DetectLocal::NodeCidr),
+            Just(DetectLocal::BridgeInterface("cni0".to_owned()))
+        ];
+        detect.prop_map(move |detect_local| Policy {
+            node_port_addresses: node_port_addresses.clone(),
+            detect_local,
+            ..Policy::new(NODE)
+        })
+    })
 }
 
 /// What a kernel answers to one operation after the other in the place of carrying it out, and whether all of that is true:
@@ -240,8 +273,9 @@ fn failures() -> impl Strategy<Value = (bool, Vec<Option<Cause>>)> {
 }
 
 /// What clients see: everything but how it came about.
-fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>) {
-    (&kernel.servers, kernel.addresses.iter().flat_map(|addresses| addresses.keys().copied()).collect())
+fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>, &ObservedFilter) {
+    let addresses = kernel.addresses.iter().flat_map(|addresses| addresses.keys().copied()).collect();
+    (&kernel.servers, addresses, &kernel.filter)
 }
 
 /// A kernel in which somebody has been before: an earlier run, another version, or a person with ipvsadm.

@@ -113,8 +113,8 @@ fn an_address_that_no_interface_can_have_costs_no_other() {
     assert_eq!(outcome.failures.len(), 1);
     assert_eq!(
         world.kernel().counts.operations - before,
-        6,
-        "three virtual servers, three addresses, and nothing again"
+        12,
+        "three virtual servers, three addresses, their entries in the packet filter, and nothing again"
     );
 }
 
@@ -243,7 +243,8 @@ fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
     world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
     world.apply(Change::ServiceGone(name("web")));
     let outcome = world.sync();
-    assert_eq!((outcome.done.servers_deleted, outcome.done.addresses_unbound, outcome.done.total()), (1, 1, 2));
+    assert_eq!((outcome.done.servers_deleted, outcome.done.addresses_unbound, outcome.done.total()), (1, 1, 4));
+    assert_eq!(outcome.done.filter_removed, 2, "the front end and the VIP");
     assert!(world.kernel().servers.is_empty());
 }
 
@@ -465,6 +466,8 @@ fn operations_come_in_phases() {
     assert_eq!(
         phases,
         [
+            Phase::FilterIn,
+            Phase::FilterIn,
             Phase::VirtualServersIn,
             Phase::RealServersIn,
             Phase::RealServersIn,
@@ -472,6 +475,8 @@ fn operations_come_in_phases() {
             Phase::RealServersOut,
             Phase::AddressesOut,
             Phase::VirtualServersOut,
+            Phase::FilterOut,
+            Phase::FilterOut,
         ]
     );
 }

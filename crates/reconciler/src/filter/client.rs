@@ -1,0 +1,106 @@
+//! Carries out what plans want of the packet filter, each run of operations as one transaction.
+
+use netlink_batch::{Error, Refusal, Socket};
+
+use super::message::Transaction;
+use super::read;
+use super::ObservedFilter;
+use crate::kernel::{Cause, KernelError};
+use crate::plan::Operation;
+use crate::policy::Families;
+
+/// At most this many operations in a transaction: some 200 KB of messages.
+const TRANSACTION_OPERATIONS: usize = 2000;
+
+// errno.h
+const EPERM: i32 = 1;
+const ENOENT: i32 = 2;
+const EBUSY: i32 = 16;
+const EEXIST: i32 = 17;
+const EOPNOTSUPP: i32 = 95;
+
+/// What became of one operation.
+type Outcome = Result<(), KernelError>;
+
+/// Reads the tables of the families the node serves.
+pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<ObservedFilter, KernelError> {
+    read::read(socket, families.iter()).map_err(|error| {
+        let hint = error.refusal().map_or("", |refusal| hint(refusal.errno));
+        KernelError { cause: Cause::Refused, text: format!("cannot read the packet filter: {error}{hint}") }
+    })
+}
+
+/// Carries out operations on the packet filter and returns one result each. An `Err` of the whole is a socket that failed.
+pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<Outcome>, Error> {
+    let mut results = Vec::with_capacity(operations.len());
+    for chunk in operations.chunks(TRANSACTION_OPERATIONS) {
+        commit(socket, chunk, &mut results)?;
+    }
+    Ok(results)
+}
+
+/// A transaction takes effect as a whole or not at all. Where one is refused, its halves are tried by themselves, down to
+/// the operation that is at fault: it must not hold up the others.
+fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Outcome>) -> Result<(), Error> {
+    let mut transaction = Transaction::default();
+    for operation in operations {
+        put(operation, &mut transaction);
+    }
+    let (begin, end) = Transaction::brackets();
+    match socket.transaction(&begin, transaction.into_requests(), &end)? {
+        Ok(()) => results.extend(operations.iter().map(|_| Ok(()))),
+        Err(refusals) => match operations {
+            [operation] => {
+                let refusal = refusals.first().map(|(_, refusal)| refusal);
+                results.push(Err(refused(operation, refusal)));
+            }
+            _ => {
+                let (first, second) = operations.split_at(operations.len() / 2);
+                commit(socket, first, results)?;
+                commit(socket, second, results)?;
+            }
+        },
+    }
+    Ok(())
+}
+
+fn put(operation: &Operation, transaction: &mut Transaction) {
+    match operation {
+        Operation::BuildFilter { ruleset, replaces, contents } => transaction.build(ruleset, *replaces, contents),
+        Operation::SetSources(service, family, ranges) => transaction.set_sources(service, *family, ranges),
+        Operation::RemoveSources(service, family) => transaction.remove_sources(service, *family),
+        Operation::SetFrontEnd(front_end, before, after) => transaction.set_front_end(*front_end, before, after),
+        Operation::ForgetFrontEnd(front_end, before) => {
+            transaction.set_front_end(*front_end, before, &super::Elements::default());
+        }
+        Operation::AddEntry(entry) => transaction.add_entry(*entry),
+        Operation::RemoveEntry(entry) => transaction.remove_entry(*entry),
+        // Of other parts of the kernel.
+        _ => {}
+    }
+}
+
+fn refused(operation: &Operation, refusal: Option<&Refusal>) -> KernelError {
+    let Some(refusal) = refusal else {
+        return KernelError { cause: Cause::Refused, text: format!("cannot {operation}: the kernel does not say why") };
+    };
+    let cause = match refusal.errno {
+        EEXIST => Cause::Exists,
+        ENOENT => Cause::NotFound,
+        // A key that has something else already, or a chain in use: somebody has changed the table.
+        EBUSY => Cause::Exists,
+        _ => Cause::Refused,
+    };
+    KernelError { cause, text: format!("cannot {operation}: {refusal}{}", hint(refusal.errno)) }
+}
+
+fn hint(errno: i32) -> &'static str {
+    match errno {
+        EPERM => ": it takes CAP_NET_ADMIN",
+        EOPNOTSUPP => {
+            ": the kernel lacks a part of nf_tables; load it with `modprobe -a nf_tables nft_chain_nat nft_ct nft_masq \
+             nft_nat nft_reject_inet nft_fib_ipv4 nft_fib_ipv6`"
+        }
+        _ => "",
+    }
+}

@@ -1,0 +1,310 @@
+//! The expressions of nf_tables that the rules are made of, each in one word.
+//!
+//! `netlink-packet-netfilter` has types for some; `ct`, `fib`, `masq`, `nat` and `reject` are put together here from their
+//! attributes in `linux/netfilter/nf_tables.h`, and so are the values those take.
+
+use ipvs_netlink::Family;
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::nftables::{
+    Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
+    Operator, Payload, Register, Verdict, VerdictAttribute,
+};
+
+/// An expression in a rule.
+pub(crate) type Expression = ListAttribute<ExpressionAttribute>;
+
+/// The registers of 4 bytes, by number.
+pub(crate) fn register(number: u32) -> Register {
+    Register::from(8 + number)
+}
+
+fn expression(name: &str, data: Expressions) -> Expression {
+    ListAttribute::Element(vec![ExpressionAttribute::Name(name.to_owned()), ExpressionAttribute::Data(data)])
+}
+
+fn other<const N: usize>(name: &str, attributes: [(u16, Vec<u8>); N]) -> Expression {
+    let attributes = attributes.into_iter().map(|(kind, value)| DefaultNla::new(kind, value)).collect();
+    expression(name, Expressions::Other { expression_type: name.to_owned(), attributes })
+}
+
+fn be32(value: u32) -> Vec<u8> {
+    value.to_be_bytes().to_vec()
+}
+
+/// Where in a packet a field is.
+#[derive(Clone, Copy)]
+pub(crate) struct Field {
+    base: u32,
+    offset: u32,
+    length: u32,
+}
+
+const NETWORK_HEADER: u32 = 1;
+const TRANSPORT_HEADER: u32 = 2;
+
+impl Field {
+    pub(crate) fn source(family: Family) -> Self {
+        match family {
+            Family::Ipv4 => Self { base: NETWORK_HEADER, offset: 12, length: 4 },
+            Family::Ipv6 => Self { base: NETWORK_HEADER, offset: 8, length: 16 },
+        }
+    }
+
+    pub(crate) fn destination(family: Family) -> Self {
+        match family {
+            Family::Ipv4 => Self { base: NETWORK_HEADER, offset: 16, length: 4 },
+            Family::Ipv6 => Self { base: NETWORK_HEADER, offset: 24, length: 16 },
+        }
+    }
+
+    pub(crate) fn destination_port() -> Self {
+        Self { base: TRANSPORT_HEADER, offset: 2, length: 2 }
+    }
+}
+
+/// Loads a field of the packet.
+pub(crate) fn load(field: Field, into: Register) -> Expression {
+    expression(
+        "payload",
+        Expressions::Payload(vec![
+            Payload::DestinationRegister(into),
+            Payload::Base(field.base),
+            Payload::Offset(field.offset),
+            Payload::Len(field.length),
+        ]),
+    )
+}
+
+/// Loads what the kernel knows beside the packet.
+pub(crate) fn load_meta(key: MetaKey, into: Register) -> Expression {
+    expression("meta", Expressions::Meta(vec![Meta::DestinationRegister(into), Meta::Key(key)]))
+}
+
+/// Sets the packet's mark.
+pub(crate) fn set_mark(from: Register) -> Expression {
+    expression("meta", Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(from)]))
+}
+
+/// Goes on only if a register has, or has not, this value.
+pub(crate) fn compare(register: Register, is_equal: bool, value: &[u8]) -> Expression {
+    expression(
+        "cmp",
+        Expressions::Cmp(vec![
+            Cmp::SourceRegister(register),
+            Cmp::Op(if is_equal { Operator::Equal } else { Operator::NotEqual }),
+            Cmp::Data(DataAttribute::Value(value.to_vec())),
+        ]),
+    )
+}
+
+/// `register = register & mask ^ xor`.
+pub(crate) fn bitwise(register: Register, mask: &[u8], xor: &[u8]) -> Expression {
+    expression(
+        "bitwise",
+        Expressions::Bitwise(vec![
+            Bitwise::SourceRegister(register),
+            Bitwise::DestinationRegister(register),
+            Bitwise::Length(u32::try_from(mask.len()).unwrap_or(u32::MAX)),
+            Bitwise::Mask(DataAttribute::Value(mask.to_vec())),
+            Bitwise::Xor(DataAttribute::Value(xor.to_vec())),
+        ]),
+    )
+}
+
+/// Goes on only if the registers from this one on are in a set.
+pub(crate) fn is_in(set: &str, from: Register) -> Expression {
+    expression("lookup", Expressions::Lookup(vec![Lookup::Set(set.to_owned()), Lookup::SourceRegister(from)]))
+}
+
+/// Goes on only if the registers are not in a set that is made in the same transaction.
+pub(crate) fn is_not_in_anonymous(set: &str, id: u32, from: Register) -> Expression {
+    const NFT_LOOKUP_F_INV: u32 = 1;
+    expression(
+        "lookup",
+        Expressions::Lookup(vec![
+            Lookup::Set(set.to_owned()),
+            Lookup::SourceRegister(from),
+            Lookup::SetId(id),
+            Lookup::Flags(NFT_LOOKUP_F_INV),
+        ]),
+    )
+}
+
+/// Loads what a map has for the registers, and goes on only if it has something. Into the verdict register, it is carried
+/// out.
+pub(crate) fn map(map: &str, from: Register, into: Register) -> Expression {
+    expression(
+        "lookup",
+        Expressions::Lookup(vec![
+            Lookup::Set(map.to_owned()),
+            Lookup::SourceRegister(from),
+            Lookup::DestinationRegister(into),
+        ]),
+    )
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    Accept,
+    Drop,
+    Return,
+    Goto(String),
+    Jump(String),
+}
+
+// linux/netfilter.h
+const NF_DROP: u32 = 0;
+const NF_ACCEPT: u32 = 1;
+
+impl Fate {
+    /// As the data of a verdict, in a rule or in an element of a map.
+    pub(crate) fn data(&self) -> DataAttribute {
+        let (code, chain) = match self {
+            Self::Accept => (Verdict::Other(NF_ACCEPT), None),
+            Self::Drop => (Verdict::Other(NF_DROP), None),
+            Self::Return => (Verdict::Return, None),
+            Self::Goto(chain) => (Verdict::Goto, Some(chain)),
+            Self::Jump(chain) => (Verdict::Jump, Some(chain)),
+        };
+        let chain = chain.map(|chain| VerdictAttribute::Chain(chain.clone()));
+        DataAttribute::Verdict([VerdictAttribute::Code(code)].into_iter().chain(chain).collect())
+    }
+}
+
+/// Decides about the packet.
+pub(crate) fn verdict(fate: &Fate) -> Expression {
+    expression(
+        "immediate",
+        Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Verdict),
+            Immediate::Data(fate.data()),
+        ]),
+    )
+}
+
+/// What connection tracking knows (`enum nft_ct_keys`).
+#[derive(Clone, Copy)]
+pub(crate) enum Tracked {
+    /// One bit for each state, in the host's byte order.
+    State,
+    /// `IPS_*`, in the host's byte order.
+    Status,
+    /// The address the connection was made to, before anything was translated.
+    OriginalDestination,
+    /// The port it was made to.
+    OriginalDestinationPort,
+}
+
+/// `NF_CT_STATE_BIT(IP_CT_NEW)`.
+pub(crate) const STATE_NEW: u32 = 1 << 3;
+/// `IPS_DST_NAT`.
+pub(crate) const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
+
+/// Loads what connection tracking knows; a packet that is not tracked ends the rule.
+pub(crate) fn load_tracked(what: Tracked, into: Register) -> Expression {
+    const NFTA_CT_DREG: u16 = 1;
+    const NFTA_CT_KEY: u16 = 2;
+    const NFTA_CT_DIRECTION: u16 = 3;
+    const IP_CT_DIR_ORIGINAL: u8 = 0;
+    let into = (NFTA_CT_DREG, be32(into.into()));
+    match what {
+        Tracked::State => other("ct", [into, (NFTA_CT_KEY, be32(0))]),
+        Tracked::Status => other("ct", [into, (NFTA_CT_KEY, be32(2))]),
+        Tracked::OriginalDestination => {
+            other("ct", [into, (NFTA_CT_KEY, be32(9)), (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])])
+        }
+        Tracked::OriginalDestinationPort => {
+            other("ct", [into, (NFTA_CT_KEY, be32(12)), (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])])
+        }
+    }
+}
+
+/// `RTN_LOCAL`, as the routing table calls an address of this machine.
+pub(crate) const ROUTE_LOCAL: u32 = 2;
+
+/// Loads what the routing table says of the packet's source address, in the host's byte order.
+pub(crate) fn load_source_type(into: Register) -> Expression {
+    const NFTA_FIB_DREG: u16 = 1;
+    const NFTA_FIB_RESULT: u16 = 2;
+    const NFTA_FIB_FLAGS: u16 = 3;
+    const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
+    const NFTA_FIB_F_SADDR: u32 = 1;
+    other(
+        "fib",
+        [
+            (NFTA_FIB_DREG, be32(into.into())),
+            (NFTA_FIB_RESULT, be32(NFT_FIB_RESULT_ADDRTYPE)),
+            (NFTA_FIB_FLAGS, be32(NFTA_FIB_F_SADDR)),
+        ],
+    )
+}
+
+/// Gives the connection an address of the outgoing interface for its source; with a random port on request.
+pub(crate) fn masquerade(has_random_port: bool) -> Expression {
+    const NFTA_MASQ_FLAGS: u16 = 1;
+    const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 1 << 4;
+    if has_random_port {
+        other("masq", [(NFTA_MASQ_FLAGS, be32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))])
+    } else {
+        other("masq", [])
+    }
+}
+
+/// Sends the connection to the address and the port in these registers.
+pub(crate) fn translate_destination(family: Family, address: Register, port: Register) -> Expression {
+    const NFTA_NAT_TYPE: u16 = 1;
+    const NFTA_NAT_FAMILY: u16 = 2;
+    const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
+    const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
+    const NFT_NAT_DNAT: u32 = 1;
+    other(
+        "nat",
+        [
+            (NFTA_NAT_TYPE, be32(NFT_NAT_DNAT)),
+            (NFTA_NAT_FAMILY, be32(u32::from(protocol_family(family)))),
+            (NFTA_NAT_REG_ADDR_MIN, be32(address.into())),
+            (NFTA_NAT_REG_PROTO_MIN, be32(port.into())),
+        ],
+    )
+}
+
+/// Puts bytes into a register.
+pub(crate) fn immediate(value: &[u8], into: Register) -> Expression {
+    expression(
+        "immediate",
+        Expressions::Immediate(vec![
+            Immediate::DestinationRegister(into),
+            Immediate::Data(DataAttribute::Value(value.to_vec())),
+        ]),
+    )
+}
+
+const NFTA_REJECT_TYPE: u16 = 1;
+const NFTA_REJECT_ICMP_CODE: u16 = 2;
+
+/// Answers with a TCP reset.
+pub(crate) fn reset() -> Expression {
+    const NFT_REJECT_TCP_RST: u32 = 1;
+    other("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_TCP_RST))])
+}
+
+/// Answers that the port is unreachable.
+pub(crate) fn port_unreachable(family: Family) -> Expression {
+    const NFT_REJECT_ICMP_UNREACH: u32 = 0;
+    const ICMP_PORT_UNREACH: u8 = 3;
+    const ICMPV6_PORT_UNREACH: u8 = 4;
+    let code = match family {
+        Family::Ipv4 => ICMP_PORT_UNREACH,
+        Family::Ipv6 => ICMPV6_PORT_UNREACH,
+    };
+    other("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_ICMP_UNREACH)), (NFTA_REJECT_ICMP_CODE, vec![code])])
+}
+
+/// `NFPROTO_IPV4` or `NFPROTO_IPV6`.
+pub(crate) fn protocol_family(family: Family) -> u8 {
+    match family {
+        Family::Ipv4 => 2,
+        Family::Ipv6 => 10,
+    }
+}

@@ -1,0 +1,330 @@
+//! The tables and their elements as messages of nf_tables. Order within a transaction is made here: what is referred to
+//! comes before what refers to it, and goes after it.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ipvs_netlink::Family;
+use netlink_batch::Request;
+use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
+use netlink_packet_netfilter::nftables::{
+    ChainAttribute, ChainMessage, DataAttribute, Hook, HookNumber, ListAttribute, NfTablesMessage, RuleAttribute,
+    RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage,
+    SetFlags, SetMessage, TableAttribute, TableMessage,
+};
+use netlink_packet_netfilter::none::ControlMessage;
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
+use service_watch::{ObjectName, Protocol};
+
+use super::expression::{Fate, Field, is_not_in_anonymous, load, protocol_family, register, verdict};
+use super::ruleset::{
+    HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SERVICES, SOURCE_RANGES, SOURCES_PREFIX, Set, SetData, VIPS,
+};
+use super::{Contents, Elements, Entry, Ranges, TABLE};
+use crate::plan::FrontEnd;
+
+/// One attribute has 16 bits for its length: a list of elements, of at most 60 bytes each, goes in pieces.
+const ELEMENTS_PER_MESSAGE: usize = 1000;
+/// `NFNL_SUBSYS_NFTABLES`.
+const SUBSYSTEM: u16 = 10;
+/// What the kernel numbers a set by that has no name of its own.
+const ANONYMOUS: &str = "__set%d";
+
+/// In a rule's user data, as `libnftnl` lays it out: a comment; and what `nft` does not know and leaves alone.
+const UDATA_COMMENT: u8 = 0;
+pub(crate) const UDATA_FINGERPRINT: u8 = 0x4b;
+
+/// An element of a set or map.
+type Element = Vec<SetElementAttribute>;
+
+/// What is to be done to the tables at one instant.
+#[derive(Debug, Default)]
+pub struct Transaction {
+    tables: Vec<Request<NetfilterMessage>>,
+    removed: BTreeMap<(Family, &'static str), Vec<Element>>,
+    sources: Vec<Request<NetfilterMessage>>,
+    added: BTreeMap<(Family, &'static str), Vec<Element>>,
+    sources_gone: Vec<Request<NetfilterMessage>>,
+    last_set_id: u32,
+}
+
+impl Transaction {
+    /// The message that begins any transaction, and the one that ends it.
+    pub fn brackets() -> (NetfilterMessage, NetfilterMessage) {
+        let message = |content| {
+            NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), content)
+        };
+        (message(ControlMessage::BatchBegin), message(ControlMessage::BatchEnd))
+    }
+
+    /// Everything between the brackets.
+    pub fn into_requests(self) -> Vec<Request<NetfilterMessage>> {
+        let mut requests = self.tables;
+        let elements = |(key, elements): ((Family, &'static str), Vec<Element>), is_new: bool| {
+            let (family, set) = key;
+            let chunks: Vec<Vec<Element>> = elements.chunks(ELEMENTS_PER_MESSAGE).map(<[Element]>::to_vec).collect();
+            chunks.into_iter().map(move |chunk| set_elements(family, set, None, chunk, is_new))
+        };
+        requests.extend(self.removed.into_iter().flat_map(|set| elements(set, false)));
+        requests.extend(self.sources);
+        requests.extend(self.added.into_iter().flat_map(|set| elements(set, true)));
+        requests.extend(self.sources_gone);
+        requests
+    }
+
+    /// Makes a family's table anew, in the place of one that exists.
+    pub fn build(&mut self, ruleset: &Ruleset, exists: bool, contents: &Contents) {
+        let family = ruleset.family();
+        if exists {
+            self.delete_table(family);
+        }
+        self.tables.push(create(
+            family,
+            NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(TABLE.into())] }),
+        ));
+        for set in ruleset.sets() {
+            let id = self.next_set_id();
+            self.tables.push(create(family, new_set(&set, id)));
+        }
+        let chains = ruleset.chains();
+        for chain in &chains {
+            let mut attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(chain.name.clone())];
+            if let Some(base) = chain.base {
+                attributes.push(ChainAttribute::Hook(vec![
+                    Hook::Number(HookNumber::Other(base.hook)),
+                    Hook::Priority(base.priority.cast_unsigned()),
+                ]));
+                attributes.push(ChainAttribute::Type(base.kind.into()));
+            }
+            self.tables.push(create(family, NfTablesMessage::NewChain(ChainMessage { attributes })));
+        }
+        for chain in &chains {
+            let rules = chain.rules.iter().map(|rule| new_rule(family, &chain.name, rule, rule.fingerprint()));
+            self.tables.extend(rules);
+        }
+        for (service, ranges) in &contents.sources {
+            self.set_sources(service, family, ranges);
+        }
+        for (front_end, rule) in &contents.front_ends {
+            self.set_front_end(*front_end, &Elements::default(), &rule.into());
+        }
+        for entry in &contents.entries {
+            self.add_entry(*entry);
+        }
+    }
+
+    /// Deletes a family's table.
+    pub fn delete_table(&mut self, family: Family) {
+        let attributes = vec![TableAttribute::Name(TABLE.into())];
+        self.tables.push(request(family, NfTablesMessage::DeleteTable(TableMessage { attributes }), 0));
+    }
+
+    /// Changes what the maps have for a front end.
+    pub fn set_front_end(&mut self, front_end: FrontEnd, before: &Elements, after: &Elements) {
+        let family = Family::of(front_end.address);
+        let key = || SetElementAttribute::Key(DataAttribute::Value(front_end_key(&front_end)));
+        let mut change = |set: &'static str, is_before: bool, after: Option<DataAttribute>| {
+            if is_before {
+                self.removed.entry((family, set)).or_default().push(vec![key()]);
+            }
+            if let Some(data) = after {
+                self.added.entry((family, set)).or_default().push(vec![key(), SetElementAttribute::Data(data)]);
+            }
+        };
+        if before.class != after.class {
+            let class = after.class.map(|class| DataAttribute::Value(class.to_ne_bytes().to_vec()));
+            change(SERVICES, before.class.is_some(), class);
+        }
+        if before.sources != after.sources {
+            let fate = after.sources.clone().flatten().map(|service| Fate::Jump(sources_chain(&service)).data());
+            change(SOURCE_RANGES, before.sources.is_some(), fate);
+        }
+    }
+
+    /// Adds a member to a plain set.
+    pub fn add_entry(&mut self, entry: Entry) {
+        let (set, element) = member(entry);
+        self.added.entry((entry.family(), set)).or_default().push(element);
+    }
+
+    /// Takes a member from a plain set.
+    pub fn remove_entry(&mut self, entry: Entry) {
+        let (set, element) = member(entry);
+        self.removed.entry((entry.family(), set)).or_default().push(element);
+    }
+
+    /// Makes the chain with a Service's source ranges, or puts others in it.
+    pub fn set_sources(&mut self, service: &ObjectName, family: Family, ranges: &Ranges) {
+        let chain = sources_chain(service);
+        let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(chain.clone())];
+        self.sources.push(create(family, NfTablesMessage::NewChain(ChainMessage { attributes })));
+        let attributes = vec![RuleAttribute::Table(TABLE.into()), RuleAttribute::Chain(chain.clone())];
+        self.sources.push(request(family, NfTablesMessage::DeleteRule(RuleMessage { attributes }), 0));
+
+        let mut elements = ranges.iter().flat_map(interval).peekable();
+        let mut expressions = Vec::new();
+        if elements.peek().is_some() {
+            // A set of intervals has no fixed size and takes no part in a concatenation before Linux 5.6; one that only
+            // this rule knows goes with it.
+            let id = self.next_set_id();
+            let elements: Vec<Element> = elements.collect();
+            self.sources.push(create(family, intervals(family, id)));
+            for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
+                self.sources.push(set_elements(family, ANONYMOUS, Some(id), chunk.to_vec(), true));
+            }
+            expressions.push(vec![
+                load(Field::source(family), register(0)),
+                is_not_in_anonymous(ANONYMOUS, id, register(0)),
+            ]);
+        }
+        expressions.push(vec![verdict(&Fate::Drop)]);
+        let rule = Rule::new("from elsewhere", expressions);
+        self.sources.push(new_rule(family, &chain, &rule, ranges.fingerprint()));
+    }
+
+    /// Deletes the chain with a Service's source ranges.
+    pub fn remove_sources(&mut self, service: &ObjectName, family: Family) {
+        let attributes =
+            vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(sources_chain(service))];
+        self.sources_gone.push(request(family, NfTablesMessage::DeleteChain(ChainMessage { attributes }), 0));
+    }
+
+    fn next_set_id(&mut self) -> u32 {
+        self.last_set_id += 1;
+        self.last_set_id
+    }
+}
+
+pub(crate) fn header(family: Family) -> NetfilterHeader {
+    NetfilterHeader::new(NetfilterProtoFamily::from(protocol_family(family)), 0, 0)
+}
+
+fn request(family: Family, message: NfTablesMessage, flags: u16) -> Request<NetfilterMessage> {
+    Request { message: NetfilterMessage::new(header(family), message), flags }
+}
+
+fn create(family: Family, message: NfTablesMessage) -> Request<NetfilterMessage> {
+    request(family, message, NLM_F_CREATE)
+}
+
+fn new_set(set: &Set, id: u32) -> NfTablesMessage {
+    let mut attributes = vec![
+        SetAttribute::Table(TABLE.into()),
+        SetAttribute::Name(set.name.into()),
+        SetAttribute::KeyType(set.key_type),
+        SetAttribute::KeyLen(set.key_bytes),
+        SetAttribute::Id(id),
+    ];
+    if let Some(data) = set.data {
+        attributes.push(SetAttribute::Flags(SetFlags::Map));
+        attributes.push(SetAttribute::DataType(data.kind()));
+        if data == SetData::Class {
+            attributes.push(SetAttribute::DataLen(4));
+        }
+    }
+    NfTablesMessage::NewSet(SetMessage { attributes })
+}
+
+fn intervals(family: Family, id: u32) -> NfTablesMessage {
+    let (kind, bytes) = match family {
+        Family::Ipv4 => (7, 4),
+        Family::Ipv6 => (8, 16),
+    };
+    NfTablesMessage::NewSet(SetMessage {
+        attributes: vec![
+            SetAttribute::Table(TABLE.into()),
+            SetAttribute::Name(ANONYMOUS.into()),
+            SetAttribute::Flags(SetFlags::Anonymous | SetFlags::Constant | SetFlags::Interval),
+            SetAttribute::KeyType(kind),
+            SetAttribute::KeyLen(bytes),
+            SetAttribute::Id(id),
+        ],
+    })
+}
+
+fn set_elements(
+    family: Family,
+    set: &str,
+    id: Option<u32>,
+    elements: Vec<Element>,
+    is_new: bool,
+) -> Request<NetfilterMessage> {
+    let mut attributes = vec![SetElementList::Table(TABLE.into()), SetElementList::Set(set.into())];
+    attributes.extend(id.map(SetElementList::SetId));
+    attributes.push(SetElementList::Elements(elements.into_iter().map(ListAttribute::Element).collect()));
+    let message = SetElementMessage { attributes };
+    if is_new {
+        create(family, NfTablesMessage::NewSetElement(message))
+    } else {
+        request(family, NfTablesMessage::DeleteSetElement(message), 0)
+    }
+}
+
+fn new_rule(family: Family, chain: &str, rule: &Rule, fingerprint: u64) -> Request<NetfilterMessage> {
+    let mut user_data = Vec::new();
+    let mut put = |kind: u8, value: &[u8]| {
+        user_data.push(kind);
+        user_data.push(u8::try_from(value.len()).unwrap_or(u8::MAX));
+        user_data.extend_from_slice(value);
+    };
+    put(UDATA_COMMENT, &[rule.comment.as_bytes(), &[0]].concat());
+    put(UDATA_FINGERPRINT, &fingerprint.to_be_bytes());
+    let attributes = vec![
+        RuleAttribute::Table(TABLE.into()),
+        RuleAttribute::Chain(chain.into()),
+        RuleAttribute::Expressions(rule.expressions.clone()),
+        RuleAttribute::UserData(user_data),
+    ];
+    request(family, NfTablesMessage::NewRule(RuleMessage { attributes }), NLM_F_CREATE | NLM_F_APPEND)
+}
+
+/// The chain with a Service's source ranges.
+pub(crate) fn sources_chain(service: &ObjectName) -> String {
+    format!("{SOURCES_PREFIX}{service}")
+}
+
+fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// Protocol numbers of IP.
+pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    }
+}
+
+/// Each part of a concatenation fills whole words.
+fn front_end_key(front_end: &FrontEnd) -> Vec<u8> {
+    let mut key = octets(front_end.address);
+    key.extend([protocol_number(front_end.protocol), 0, 0, 0]);
+    key.extend(front_end.port.to_be_bytes());
+    key.extend([0, 0]);
+    key
+}
+
+fn member(entry: Entry) -> (&'static str, Element) {
+    let (set, key) = match entry {
+        Entry::Vip(address) => (VIPS, octets(address)),
+        Entry::Hairpin(address) => (HAIRPIN, octets(address).repeat(2)),
+        Entry::HealthCheckPort(_, port) => (HEALTH_CHECK_PORTS, port.to_be_bytes().to_vec()),
+    };
+    (set, vec![SetElementAttribute::Key(DataAttribute::Value(key))])
+}
+
+/// A range is its first address and, marked as an end, the address after its last, unless there is none.
+fn interval(range: &IpNet) -> impl Iterator<Item = Element> {
+    let key = |address: IpAddr| SetElementAttribute::Key(DataAttribute::Value(octets(address)));
+    let after = match range {
+        IpNet::V4(range) => u32::from(range.broadcast()).checked_add(1).map(|next| IpAddr::V4(next.into())),
+        IpNet::V6(range) => u128::from(range.broadcast()).checked_add(1).map(|next| IpAddr::V6(next.into())),
+    };
+    let end = after.map(|after| vec![key(after), SetElementAttribute::Flags(SetElementFlags::IntervalEnd)]);
+    [vec![key(range.network())]].into_iter().chain(end)
+}

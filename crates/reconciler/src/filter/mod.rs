@@ -1,0 +1,279 @@
+//! The packet filter: who is masqueraded, who is refused, and where.
+//!
+//! Two tables, one a family, both named [`TABLE`]: a constant [`ruleset`] over a few sets and maps, and elements that
+//! follow the Services. [`message`] writes them as nf_tables messages, [`read`] reads them back. What a front end gets is
+//! one number in one map, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
+//!
+//! Everything in this module but [`expression`], [`message`] and [`read`] is free of netlink.
+
+pub(crate) mod client;
+pub(crate) mod expression;
+pub mod message;
+pub mod read;
+pub mod ruleset;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+use ipvs_netlink::Family;
+use service_watch::ObjectName;
+
+use crate::plan::FrontEnd;
+
+/// The name of the tables. kube-proxy deletes the tables `kube-proxy` of either family when it starts in ipvs mode, so
+/// that name is not to be had.
+pub const TABLE: &str = "kube-ipvs";
+
+/// From whom connections to a front end are masqueraded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Masquerade {
+    /// Nobody: the real server sees the client.
+    Nobody,
+    /// Whoever is no pod, as far as `--detect-local-mode` tells: for ClusterIPs.
+    Outsiders,
+    /// Everybody: an answer to someone else than the node might not come back this way.
+    Everybody,
+    /// The node itself, whose source address would be the VIP.
+    Node,
+    /// Nobody, and what the node itself sends by UDP goes where it is refused: IPVS, finding no real server, would have
+    /// `send` fail with `EPERM`.
+    NodeIsRefused,
+}
+
+/// Who may connect to a front end, source ranges aside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Guard {
+    /// Everybody.
+    Open,
+    /// Whoever is inside the cluster. An answer to an outsider would come from nowhere: its policy is Local, and its only
+    /// endpoints are on other nodes.
+    Insiders,
+    /// Nobody: there is no endpoint.
+    Refuse,
+}
+
+/// What the packet filter does with connections to a front end.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct FrontEndRule {
+    /// From whom they are masqueraded.
+    pub masquerade: Masquerade,
+    /// Who may make them.
+    pub guard: Guard,
+    /// Whether the node itself may not: its address is in none of the source ranges.
+    pub is_closed_to_node: bool,
+    /// The Service whose source ranges they must come from.
+    pub sources: Option<ObjectName>,
+}
+
+impl FrontEndRule {
+    /// The number that stands for the rule in the map: bits 0 to 3 for the masquerade, 4 to 7 for the guard, and bit 8 for
+    /// what is closed to the node.
+    pub fn class(&self) -> u32 {
+        let masquerade = match self.masquerade {
+            Masquerade::Nobody => class::NOBODY,
+            Masquerade::Outsiders => class::OUTSIDERS,
+            Masquerade::Everybody => class::EVERYBODY,
+            Masquerade::Node => class::NODE,
+            Masquerade::NodeIsRefused => class::NODE_IS_REFUSED,
+        };
+        let guard = match self.guard {
+            Guard::Open => class::OPEN,
+            Guard::Insiders => class::INSIDERS,
+            Guard::Refuse => class::REFUSE,
+        };
+        masquerade | guard | if self.is_closed_to_node { class::CLOSED_TO_NODE } else { 0 }
+    }
+}
+
+/// The numbers of which a class is made. None is 0, so that every part of a class says something.
+pub(crate) mod class {
+    pub(crate) const MASQUERADE: u32 = 0x0f;
+    pub(crate) const NOBODY: u32 = 0x01;
+    pub(crate) const OUTSIDERS: u32 = 0x02;
+    pub(crate) const EVERYBODY: u32 = 0x03;
+    pub(crate) const NODE: u32 = 0x04;
+    pub(crate) const NODE_IS_REFUSED: u32 = 0x05;
+    pub(crate) const GUARD: u32 = 0xf0;
+    pub(crate) const OPEN: u32 = 0x10;
+    pub(crate) const INSIDERS: u32 = 0x20;
+    pub(crate) const REFUSE: u32 = 0x30;
+    pub(crate) const CLOSED_TO_NODE: u32 = 0x100;
+}
+
+/// What is in the maps for a front end: a rule, or whatever somebody else has put there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Elements {
+    /// In `services`: the class.
+    pub class: Option<u32>,
+    /// In `source-ranges`: the Service whose ranges are asked, or `None` for a verdict that is not ours.
+    pub sources: Option<Option<ObjectName>>,
+}
+
+impl From<&FrontEndRule> for Elements {
+    fn from(rule: &FrontEndRule) -> Self {
+        Self { class: Some(rule.class()), sources: rule.sources.clone().map(Some) }
+    }
+}
+
+/// A member of one of the plain sets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Entry {
+    /// A VIP on `kube-ipvs0`: what is no front end on it is refused, whatever listens on the node.
+    Vip(IpAddr),
+    /// A pod on this node that is an endpoint: what it sends to itself by way of a VIP is masqueraded, or it would answer
+    /// itself directly.
+    Hairpin(IpAddr),
+    /// A port on which load balancers ask after the node's health, of either family's table.
+    HealthCheckPort(Family, u16),
+}
+
+impl Entry {
+    /// Of which family's table it is.
+    pub fn family(&self) -> Family {
+        match self {
+            Self::Vip(address) | Self::Hairpin(address) => Family::of(*address),
+            Self::HealthCheckPort(family, _) => *family,
+        }
+    }
+}
+
+impl fmt::Display for Entry {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vip(address) => write!(f, "VIP {address}"),
+            Self::Hairpin(address) => write!(f, "local endpoint {address}"),
+            Self::HealthCheckPort(family, port) => write!(f, "health-check port {port} ({family})"),
+        }
+    }
+}
+
+/// The source ranges of a Service in one family: sorted, without overlap, none of them everything.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Ranges(Vec<IpNet>);
+
+impl Ranges {
+    /// Those of a family among ranges as they were written; `None` where they let everybody in.
+    ///
+    /// Overlaps and host bits are resolved here, so that the kernel, which refuses overlaps, sees none. A list without a
+    /// range of the family lets nobody in: kube-proxy lets everybody in then, which nobody who restricts can mean.
+    pub fn of_family(ranges: &[IpNet], family: Family) -> Option<Self> {
+        let of_family: Vec<IpNet> = ranges.iter().filter(|range| Family::of(range.addr()) == family).copied().collect();
+        let mut aggregated = IpNet::aggregate(&of_family);
+        if aggregated.iter().any(|range| range.prefix_len() == 0) {
+            return None;
+        }
+        aggregated.sort_unstable();
+        Some(Self(aggregated))
+    }
+
+    /// The ranges.
+    pub fn iter(&self) -> impl Iterator<Item = &IpNet> {
+        self.0.iter()
+    }
+
+    /// Whether an address is in one of them.
+    pub fn contain(&self, address: IpAddr) -> bool {
+        self.0.iter().any(|range| range.contains(&address))
+    }
+
+    /// A number that tells these ranges from others: what the kernel remembers of them in a rule's user data.
+    pub fn fingerprint(&self) -> u64 {
+        let mut fingerprint = Fingerprint::default();
+        for range in &self.0 {
+            fingerprint.add(range.to_string().as_bytes());
+        }
+        fingerprint.finish()
+    }
+}
+
+/// Everything in the table of one family that follows the Services.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Contents {
+    /// Front ends.
+    pub front_ends: BTreeMap<FrontEnd, FrontEndRule>,
+    /// Members of plain sets.
+    pub entries: BTreeSet<Entry>,
+    /// Source ranges by Service.
+    pub sources: BTreeMap<ObjectName, Ranges>,
+}
+
+/// The tables as they were read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObservedFilter {
+    /// The fingerprint of the constant part of each family's table; a family without a table has none.
+    pub rulesets: BTreeMap<Family, u64>,
+    /// Front ends.
+    pub front_ends: BTreeMap<FrontEnd, Elements>,
+    /// Members of plain sets.
+    pub entries: BTreeSet<Entry>,
+    /// Fingerprints of source ranges, by Service and family.
+    pub sources: BTreeMap<(ObjectName, Family), u64>,
+}
+
+/// FNV-1a over words of 64 bits: tells what this program has written from what it would write now. It guards against neither malice
+/// nor luck, and need not: who can write the tables needs no collision.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fingerprint(u64);
+
+impl Default for Fingerprint {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fingerprint {
+    /// Adds a part, whose end counts too.
+    pub(crate) fn add(&mut self, part: &[u8]) {
+        let mut take_in = |word: u64| {
+            let mixed = (self.0 ^ word).wrapping_mul(0x0100_0000_01b3);
+            // Only upwards carries a product; what the upper bits know must reach the lower ones too.
+            self.0 = mixed ^ (mixed >> 32);
+        };
+        let (words, rest) = part.as_chunks::<8>();
+        words.iter().for_each(|word| take_in(u64::from_le_bytes(*word)));
+        let mut last = [0; 8];
+        last[..rest.len()].copy_from_slice(rest);
+        take_in(u64::from_le_bytes(last));
+        take_in(part.len() as u64);
+    }
+
+    pub(crate) fn finish(self) -> u64 {
+        self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ranges(texts: &[&str]) -> Vec<IpNet> {
+        texts.iter().map(|text| text.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn ranges_lose_overlaps_and_host_bits_and_nothing_else() {
+        for (written, v4, v6) in [
+            (&["10.0.0.0/8"][..], Some(&["10.0.0.0/8"][..]), Some(&[][..])),
+            (&["10.1.2.3/8", "10.2.0.0/16", "10.1.2.3/32"], Some(&["10.0.0.0/8"]), Some(&[])),
+            (&["192.0.2.0/25", "192.0.2.128/25", "fd00::1/64"], Some(&["192.0.2.0/24"]), Some(&["fd00::/64"])),
+            (&["10.0.0.0/8", "0.0.0.0/0"], None, Some(&[])),
+            (&["0.0.0.0/1", "128.0.0.0/1"], None, Some(&[])),
+            (&["::ffff:10.0.0.0/104"], Some(&[]), Some(&["::ffff:10.0.0.0/104"])),
+        ] {
+            let written = ranges(written);
+            let of = |family| Ranges::of_family(&written, family).map(|ranges| ranges.0);
+            assert_eq!(of(Family::Ipv4), v4.map(ranges), "{written:?}");
+            assert_eq!(of(Family::Ipv6), v6.map(ranges), "{written:?}");
+        }
+    }
+
+    #[test]
+    fn fingerprints_tell_lists_apart() {
+        let of = |texts: &[&str]| Ranges::of_family(&ranges(texts), Family::Ipv4).unwrap().fingerprint();
+        assert_eq!(of(&["10.0.0.0/8", "192.0.2.0/24"]), of(&["192.0.2.0/24", "10.0.0.0/8"]));
+        assert_ne!(of(&["10.0.0.0/8"]), of(&["10.0.0.0/9"]));
+        assert_ne!(of(&[]), of(&["10.0.0.0/8"]));
+    }
+}

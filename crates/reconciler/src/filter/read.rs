@@ -1,0 +1,292 @@
+//! Reading the tables back. Only what this program needs is decoded, by hand: a chain of somebody else's with an attribute
+//! nobody has heard of must not keep us from reading ours.
+
+use std::collections::BTreeMap;
+use std::net::IpAddr;
+
+use ipvs_netlink::Family;
+use netlink_batch::{Error, Socket};
+use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_string, parse_u32_be};
+use netlink_packet_netfilter::NetfilterMessage;
+use netlink_packet_netfilter::nftables::{
+    ChainMessage, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementList, SetElementMessage,
+    SetMessage, TableMessage,
+};
+use service_watch::{ObjectName, Protocol};
+
+use super::message::{UDATA_FINGERPRINT, header, protocol_number};
+use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SERVICES, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
+use super::{Entry, ObservedFilter, TABLE};
+use crate::plan::FrontEnd;
+
+/// Attributes of a message of nfnetlink, after the four bytes of its own header.
+#[derive(Debug)]
+struct Raw(Vec<u8>);
+
+impl NetlinkDeserializable for Raw {
+    type Error = DecodeError;
+
+    fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        Ok(Self(payload.get(4..).ok_or("a message of nfnetlink is short")?.to_vec()))
+    }
+}
+
+impl Raw {
+    fn attribute(&self, kind: u16) -> Option<&[u8]> {
+        attribute(&self.0, kind)
+    }
+
+    fn text(&self, kind: u16) -> Option<String> {
+        parse_string(self.attribute(kind)?).ok()
+    }
+
+    fn number(&self, kind: u16) -> Option<u32> {
+        parse_u32_be(self.attribute(kind)?).ok()
+    }
+}
+
+fn attribute(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    let mut rest = attributes;
+    // By hand for the lifetime: the iterator's items end with it.
+    while let [a, b, c, d, ..] = *rest {
+        let length = usize::from(u16::from_ne_bytes([a, b]));
+        let kind = u16::from_ne_bytes([c, d]) & netlink_packet_core::NLA_TYPE_MASK;
+        let value = rest.get(4..length)?;
+        if kind == wanted {
+            return Some(value);
+        }
+        rest = rest.get(length.next_multiple_of(4)..).unwrap_or_default();
+    }
+    None
+}
+
+// linux/netfilter/nf_tables.h
+const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_CHAIN_TABLE: u16 = 1;
+const NFTA_CHAIN_NAME: u16 = 3;
+const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_POLICY: u16 = 5;
+const NFTA_CHAIN_TYPE: u16 = 7;
+const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_HOOK_PRIORITY: u16 = 2;
+const NFTA_RULE_TABLE: u16 = 1;
+const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_USERDATA: u16 = 7;
+const NFTA_SET_TABLE: u16 = 1;
+const NFTA_SET_NAME: u16 = 2;
+const NFTA_SET_FLAGS: u16 = 3;
+const NFTA_SET_KEY_LEN: u16 = 5;
+const NFTA_SET_DATA_TYPE: u16 = 6;
+const NFT_SET_ANONYMOUS: u32 = 1;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
+const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_DATA_VERDICT: u16 = 2;
+const NFTA_VERDICT_CHAIN: u16 = 2;
+const NF_ACCEPT: u32 = 1;
+
+/// Which families have a table of ours.
+pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<Vec<Family>, Error> {
+    let mut found = Vec::new();
+    for family in families {
+        let mut exists = false;
+        dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
+            exists |= table.text(NFTA_TABLE_NAME).as_deref() == Some(TABLE);
+        })?;
+        if exists {
+            found.push(family);
+        }
+    }
+    Ok(found)
+}
+
+/// Reads the tables of these families.
+pub fn read(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<ObservedFilter, Error> {
+    let mut observed = ObservedFilter::default();
+    for family in tables(socket, families)? {
+        let mut inventory = Inventory::default();
+        read_sets(socket, family, &mut inventory)?;
+        read_chains(socket, family, &mut inventory, &mut observed)?;
+        read_elements(socket, family, &mut inventory, &mut observed)?;
+        observed.rulesets.insert(family, inventory.fingerprint());
+    }
+    Ok(observed)
+}
+
+/// Chains of other tables at the forward hook that drop what nobody accepts, with their tables.
+///
+/// To accept a packet in one table does not keep another from dropping it.
+pub fn forward_drops(socket: &mut Socket, family: Family) -> Result<Vec<String>, Error> {
+    const FORWARD: u32 = 2;
+    const NF_DROP: u32 = 0;
+    let mut found = Vec::new();
+    dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
+        let hook = chain.attribute(NFTA_CHAIN_HOOK).and_then(|hook| attribute(hook, NFTA_HOOK_HOOKNUM));
+        let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
+        if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
+            let text = |kind| chain.text(kind).unwrap_or_default();
+            found.push(format!("{} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
+        }
+    })?;
+    Ok(found)
+}
+
+fn dump(
+    socket: &mut Socket,
+    family: Family,
+    message: NfTablesMessage,
+    each: impl FnMut(Raw),
+) -> Result<(), Error> {
+    socket.dump(&NetfilterMessage::new(header(family), message), each)
+}
+
+fn read_sets(socket: &mut Socket, family: Family, inventory: &mut Inventory) -> Result<(), Error> {
+    let attributes = vec![SetAttribute::Table(TABLE.into())];
+    dump(socket, family, NfTablesMessage::GetSet(SetMessage { attributes }), |set| {
+        let is_anonymous = set.number(NFTA_SET_FLAGS).unwrap_or(0) & NFT_SET_ANONYMOUS != 0;
+        if set.text(NFTA_SET_TABLE).as_deref() == Some(TABLE) && !is_anonymous {
+            let name = set.text(NFTA_SET_NAME).unwrap_or_default();
+            let number = |kind| set.number(kind).unwrap_or(0);
+            inventory.set(&name, number(NFTA_SET_KEY_LEN), number(NFTA_SET_DATA_TYPE));
+        }
+    })
+}
+
+fn read_chains(
+    socket: &mut Socket,
+    family: Family,
+    inventory: &mut Inventory,
+    observed: &mut ObservedFilter,
+) -> Result<(), Error> {
+    let mut rules: BTreeMap<String, Vec<u64>> = BTreeMap::new();
+    let attributes = vec![RuleAttribute::Table(TABLE.into())];
+    dump(socket, family, NfTablesMessage::GetRule(RuleMessage { attributes }), |rule| {
+        if rule.text(NFTA_RULE_TABLE).as_deref() == Some(TABLE) {
+            let chain = rule.text(NFTA_RULE_CHAIN).unwrap_or_default();
+            let user_data = rule.attribute(NFTA_RULE_USERDATA).unwrap_or_default();
+            rules.entry(chain).or_default().push(rule_fingerprint(user_data).unwrap_or(0));
+        }
+    })?;
+    dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
+        if chain.text(NFTA_CHAIN_TABLE).as_deref() != Some(TABLE) {
+            return;
+        }
+        let name = chain.text(NFTA_CHAIN_NAME).unwrap_or_default();
+        let rules = rules.get(&name).map(Vec::as_slice).unwrap_or_default();
+        if let Some(service) = sources_of(&name) {
+            let fingerprint = if let [only] = rules { *only } else { 0 };
+            observed.sources.insert((service, family), fingerprint);
+            return;
+        }
+        let kind = chain.text(NFTA_CHAIN_TYPE);
+        let base = chain.attribute(NFTA_CHAIN_HOOK).map(|hook| {
+            let number = |kind| attribute(hook, kind).and_then(|value| parse_u32_be(value).ok()).unwrap_or(u32::MAX);
+            // With another policy it is another chain.
+            let is_accept = chain.number(NFTA_CHAIN_POLICY).unwrap_or(NF_ACCEPT) == NF_ACCEPT;
+            let kind = kind.as_deref().filter(|_| is_accept).unwrap_or("");
+            (kind, number(NFTA_HOOK_HOOKNUM), number(NFTA_HOOK_PRIORITY).cast_signed())
+        });
+        inventory.chain(&name, base, rules);
+    })
+}
+
+/// The Service whose source ranges a chain has.
+fn sources_of(chain: &str) -> Option<ObjectName> {
+    let (namespace, name) = chain.strip_prefix(SOURCES_PREFIX)?.split_once('/')?;
+    Some(ObjectName::new(namespace, name))
+}
+
+/// What this program left in a rule's user data.
+fn rule_fingerprint(mut user_data: &[u8]) -> Option<u64> {
+    while let [kind, length, rest @ ..] = user_data {
+        let value = rest.get(..usize::from(*length))?;
+        if *kind == UDATA_FINGERPRINT {
+            return value.try_into().ok().map(u64::from_be_bytes);
+        }
+        user_data = &rest[value.len()..];
+    }
+    None
+}
+
+fn read_elements(
+    socket: &mut Socket,
+    family: Family,
+    inventory: &mut Inventory,
+    observed: &mut ObservedFilter,
+) -> Result<(), Error> {
+    for set in [SERVICES, SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS] {
+        let attributes = vec![SetElementList::Table(TABLE.into()), SetElementList::Set(set.into())];
+        let message = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
+        let mut is_ours = true;
+        let read = dump(socket, family, message, |list| {
+            let elements = list.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+            for element in NlasIterator::new(elements).flatten() {
+                is_ours &= take_in(family, set, element.value(), observed).is_some();
+            }
+        });
+        match read {
+            // Without the set the inventory shows already that this is not our table.
+            Err(error) if error.refusal().is_some() => {}
+            read => read?,
+        }
+        if !is_ours {
+            inventory.set(&format!("{set} with what no Service has"), 0, 0);
+        }
+    }
+    Ok(())
+}
+
+/// `None` is an element that this program never makes.
+fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFilter) -> Option<()> {
+    let key = attribute(attribute(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
+    let data = attribute(element, NFTA_SET_ELEM_DATA);
+    match set {
+        SERVICES => {
+            let value = attribute(data?, NFTA_DATA_VALUE)?;
+            let class = u32::from_ne_bytes(value.try_into().ok()?);
+            observed.front_ends.entry(front_end(family, key)?).or_default().class = Some(class);
+        }
+        SOURCE_RANGES => {
+            let chain = attribute(attribute(data?, NFTA_DATA_VERDICT)?, NFTA_VERDICT_CHAIN);
+            let service = chain.and_then(|chain| parse_string(chain).ok()).and_then(|chain| sources_of(&chain));
+            observed.front_ends.entry(front_end(family, key)?).or_default().sources = Some(service);
+        }
+        VIPS => {
+            observed.entries.insert(Entry::Vip(address(family, key)?.0));
+        }
+        HAIRPIN => {
+            let (source, rest) = address(family, key)?;
+            let (destination, _) = address(family, rest)?;
+            if source != destination {
+                return None;
+            }
+            observed.entries.insert(Entry::Hairpin(source));
+        }
+        _ => {
+            let [high, low, ..] = *key else { return None };
+            observed.entries.insert(Entry::HealthCheckPort(family, u16::from_be_bytes([high, low])));
+        }
+    }
+    Some(())
+}
+
+fn front_end(family: Family, key: &[u8]) -> Option<FrontEnd> {
+    let (address, rest) = address(family, key)?;
+    let [number, _, _, _, high, low, ..] = *rest else { return None };
+    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| protocol_number(*p) == number)?;
+    Some(FrontEnd { address, port: u16::from_be_bytes([high, low]), protocol })
+}
+
+fn address(family: Family, key: &[u8]) -> Option<(IpAddr, &[u8])> {
+    Some(match family {
+        Family::Ipv4 => {
+            let (octets, rest) = key.split_first_chunk::<4>()?;
+            (IpAddr::from(*octets), rest)
+        }
+        Family::Ipv6 => {
+            let (octets, rest) = key.split_first_chunk::<16>()?;
+            (IpAddr::from(*octets), rest)
+        }
+    })
+}

@@ -1,0 +1,571 @@
+//! The constant part of a family's table: sets, chains, and the rules in them. It follows from flags and the Node alone.
+//!
+//! ```text
+//! prerouting, output (nat)  a connection begins ─▶ what is its front end's class? ─▶ mark it, keep others' hands off it
+//! postrouting (nat)         marked, or from a pod to itself ─▶ masquerade
+//! input (filter)            before IPVS takes it: source ranges, front ends, health-check ports; the rest on a VIP is refused
+//! output (filter)           after IPVS took it: what is closed to the node
+//! ```
+//!
+//! IPVS takes packets in LOCAL_IN at 98 and in LOCAL_OUT at −99 (`ip_vs_core.c`), so the filter at input sees the VIP and
+//! nat at −110 comes before it. What IPVS has sent to a real server passes LOCAL_OUT a second time.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::sync::OnceLock;
+
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipvs_netlink::Family;
+use netlink_packet_core::Emitable;
+use netlink_packet_netfilter::nftables::{MetaKey, Register, RuleAttribute};
+
+use super::expression::{
+    Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare, immediate,
+    is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, port_unreachable, register, reset, set_mark,
+    translate_destination, verdict,
+};
+use super::{Fingerprint, class};
+use crate::node::NodeView;
+use crate::policy::{DetectLocal, Policy};
+
+/// A map: front end to class.
+pub(crate) const SERVICES: &str = "services";
+/// A map: front end to the chain with its source ranges.
+pub(crate) const SOURCE_RANGES: &str = "source-ranges";
+/// A set: VIPs on `kube-ipvs0`.
+pub(crate) const VIPS: &str = "vips";
+/// A set: local endpoints, each as source and as destination.
+pub(crate) const HAIRPIN: &str = "hairpin";
+/// A set: ports on which the node tells load balancers of its health.
+pub(crate) const HEALTH_CHECK_PORTS: &str = "health-check-ports";
+/// What the chains with source ranges begin with; the Service's namespace and name follow.
+pub(crate) const SOURCES_PREFIX: &str = "sources-";
+
+/// Where the node's own UDP goes that must be refused: a port of the VIP that no front end is asked for in earnest.
+const DISCARD_PORT: u16 = 9;
+
+const IPPROTO_TCP: u8 = 6;
+const IPPROTO_UDP: u8 = 17;
+const LOOPBACK_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
+const LOOPBACK_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128);
+/// The loopback device has this index in every network namespace.
+const LOOPBACK: u32 = 1;
+/// `IFNAMSIZ`: names of interfaces are compared in full, with the zeros after them.
+const INTERFACE_NAME_BYTES: usize = 16;
+
+/// How to tell that a packet comes from a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Insiders {
+    /// It cannot be told.
+    Unknown,
+    Range(IpNet),
+    Interface(String),
+    InterfacePrefix(String),
+}
+
+/// The constant part of one family's table.
+#[derive(Clone, Debug)]
+pub struct Ruleset {
+    family: Family,
+    mark: u32,
+    masquerades_all: bool,
+    insiders: Insiders,
+    /// Worked out when it is first asked for, from the rest.
+    fingerprint: OnceLock<u64>,
+}
+
+impl PartialEq for Ruleset {
+    fn eq(&self, other: &Self) -> bool {
+        let facts = |it: &Self| (it.family, it.mark, it.masquerades_all);
+        facts(self) == facts(other) && self.insiders == other.insiders
+    }
+}
+
+impl Eq for Ruleset {}
+
+/// A set or map.
+pub(crate) struct Set {
+    pub(crate) name: &'static str,
+    /// What its elements are, for those who list them; see `nft describe`.
+    pub(crate) key_type: u32,
+    pub(crate) key_bytes: u32,
+    pub(crate) data: Option<SetData>,
+}
+
+/// What a map leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SetData {
+    Class,
+    Verdict,
+}
+
+/// A chain.
+pub(crate) struct Chain {
+    pub(crate) name: String,
+    pub(crate) base: Option<Base>,
+    pub(crate) rules: Vec<Rule>,
+}
+
+/// Where a base chain is hooked in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Base {
+    pub(crate) kind: &'static str,
+    /// `NF_INET_*`.
+    pub(crate) hook: u32,
+    pub(crate) priority: i32,
+}
+
+/// A rule.
+pub(crate) struct Rule {
+    /// Shown by `nft list ruleset`.
+    pub(crate) comment: String,
+    pub(crate) expressions: Vec<Expression>,
+}
+
+impl Rule {
+    pub(crate) fn new(comment: impl Into<String>, expressions: impl IntoIterator<Item = Vec<Expression>>) -> Self {
+        Self { comment: comment.into(), expressions: expressions.into_iter().flatten().collect() }
+    }
+
+    /// Tells the rule from others, whatever the kernel makes of it.
+    pub(crate) fn fingerprint(&self) -> u64 {
+        let attribute = RuleAttribute::Expressions(self.expressions.clone());
+        let mut bytes = vec![0; attribute.buffer_len()];
+        attribute.emit(&mut bytes);
+        let mut fingerprint = Fingerprint::default();
+        fingerprint.add(self.comment.as_bytes());
+        fingerprint.add(&bytes);
+        fingerprint.finish()
+    }
+}
+
+// linux/netfilter.h
+const PREROUTING: u32 = 0;
+const INPUT: u32 = 1;
+const OUTPUT: u32 = 3;
+const POSTROUTING: u32 = 4;
+
+/// Before others' NAT, at −100 and 100: a hostPort of a CNI must not take what is a Service's.
+const BEFORE_DNAT: i32 = -110;
+const BEFORE_SNAT: i32 = 90;
+const FILTER: i32 = 0;
+
+impl Ruleset {
+    /// The constant part of a family's table on this node.
+    pub fn new(family: Family, policy: &Policy, node: &NodeView) -> Self {
+        let first_of = |ranges: &[IpNet]| {
+            let range = ranges.iter().find(|range| Family::of(range.addr()) == family);
+            range.map_or(Insiders::Unknown, |range| Insiders::Range(range.trunc()))
+        };
+        Self {
+            family,
+            mark: 1 << policy.masquerade_bit,
+            masquerades_all: policy.masquerade_all,
+            insiders: match &policy.detect_local {
+                DetectLocal::ClusterCidr(ranges) => first_of(ranges),
+                DetectLocal::NodeCidr => first_of(&node.pod_cidrs),
+                DetectLocal::BridgeInterface(name) => Insiders::Interface(name.clone()),
+                DetectLocal::InterfaceNamePrefix(prefix) => Insiders::InterfacePrefix(prefix.clone()),
+            },
+            fingerprint: OnceLock::new(),
+        }
+    }
+
+    /// Of which family it is.
+    pub fn family(&self) -> Family {
+        self.family
+    }
+
+    /// Tells the sets, chains and rules from all others: what a table has must have this too.
+    pub fn fingerprint(&self) -> u64 {
+        *self.fingerprint.get_or_init(|| self.inventory().fingerprint())
+    }
+
+    fn inventory(&self) -> Inventory {
+        let mut whole = Inventory::default();
+        for set in self.sets() {
+            let data = set.data.map_or(0, SetData::kind);
+            whole.set(set.name, set.key_bytes, data);
+        }
+        for chain in self.chains() {
+            let rules: Vec<u64> = chain.rules.iter().map(Rule::fingerprint).collect();
+            whole.chain(&chain.name, chain.base.map(|base| (base.kind, base.hook, base.priority)), &rules);
+        }
+        whole
+    }
+
+    fn address_words(&self) -> u32 {
+        match self.family {
+            Family::Ipv4 => 1,
+            Family::Ipv6 => 4,
+        }
+    }
+
+    pub(crate) fn sets(&self) -> [Set; 5] {
+        // The numbers of nft's own types (`datatype.h`), six bits each in a concatenation.
+        const INET_PROTO: u32 = 12;
+        const INET_SERVICE: u32 = 13;
+        let address = match self.family {
+            Family::Ipv4 => 7,
+            Family::Ipv6 => 8,
+        };
+        let words = self.address_words();
+        let front_end = (address << 12 | INET_PROTO << 6 | INET_SERVICE, (words + 2) * 4);
+        let set = |name, (key_type, key_bytes), data| Set { name, key_type, key_bytes, data };
+        [
+            set(SERVICES, front_end, Some(SetData::Class)),
+            set(SOURCE_RANGES, front_end, Some(SetData::Verdict)),
+            set(VIPS, (address, words * 4), None),
+            set(HAIRPIN, (address << 6 | address, words * 8), None),
+            set(HEALTH_CHECK_PORTS, (INET_SERVICE, 2), None),
+        ]
+    }
+
+    pub(crate) fn chains(&self) -> Vec<Chain> {
+        let base = |name: &str, kind, hook, priority, rules| Chain {
+            name: name.to_owned(),
+            base: Some(Base { kind, hook, priority }),
+            rules,
+        };
+        let chain = |name: &str, rules| Chain { name: name.to_owned(), base: None, rules };
+        vec![
+            chain("nat-masquerade", vec![self.mark(), self.keep()]),
+            chain("nat-cluster-ip", self.cluster_ip()),
+            chain("nat-services", self.nat_services()),
+            chain("refuse", self.refuse()),
+            chain("insiders", self.insiders_only()),
+            chain("filter-services", self.filter_services()),
+            base("nat-prerouting", "nat", PREROUTING, BEFORE_DNAT, self.nat_begin()),
+            base("nat-output", "nat", OUTPUT, BEFORE_DNAT, self.nat_begin()),
+            base("nat-postrouting", "nat", POSTROUTING, BEFORE_SNAT, self.nat_postrouting()),
+            base("filter-input", "filter", INPUT, FILTER, self.filter_input()),
+            base("filter-output", "filter", OUTPUT, FILTER, self.filter_output()),
+        ]
+    }
+
+    /// The first words: destination, protocol and destination port, as in the key of a front end.
+    fn load_front_end(&self) -> Vec<Expression> {
+        let words = self.address_words();
+        vec![
+            load(Field::destination(self.family), register(0)),
+            load_meta(MetaKey::L4Proto, register(words)),
+            load(Field::destination_port(), register(words + 1)),
+        ]
+    }
+
+    /// The same of the connection, which has another destination since IPVS took it.
+    fn load_original_front_end(&self) -> Vec<Expression> {
+        let words = self.address_words();
+        vec![
+            load_tracked(Tracked::OriginalDestination, register(0)),
+            load_meta(MetaKey::L4Proto, register(words)),
+            load_tracked(Tracked::OriginalDestinationPort, register(words + 1)),
+        ]
+    }
+
+    /// A register that no key uses.
+    fn scratch() -> Register {
+        register(12)
+    }
+
+    /// Goes on only where the front end's class has this value under this mask. The key is loaded.
+    fn has_class(mask: u32, value: u32) -> Vec<Expression> {
+        let scratch = Self::scratch();
+        vec![
+            map(SERVICES, register(0), scratch),
+            bitwise(scratch, &mask.to_ne_bytes(), &[0; 4]),
+            compare(scratch, true, &value.to_ne_bytes()),
+        ]
+    }
+
+    fn is_from_the_node() -> Vec<Expression> {
+        let scratch = Self::scratch();
+        vec![load_source_type(scratch), compare(scratch, true, &ROUTE_LOCAL.to_ne_bytes())]
+    }
+
+    fn is_new() -> Vec<Expression> {
+        let scratch = Self::scratch();
+        vec![
+            load_tracked(Tracked::State, scratch),
+            bitwise(scratch, &STATE_NEW.to_ne_bytes(), &[0; 4]),
+            compare(scratch, false, &[0; 4]),
+        ]
+    }
+
+    fn is_protocol(protocol: u8) -> Vec<Expression> {
+        vec![load_meta(MetaKey::L4Proto, Self::scratch()), compare(Self::scratch(), true, &[protocol])]
+    }
+
+    fn is_source_in(&self, range: &IpNet) -> Vec<Expression> {
+        let octets = |address| match address {
+            IpAddr::V4(address) => address.octets().to_vec(),
+            IpAddr::V6(address) => address.octets().to_vec(),
+        };
+        let (mask, network) = (octets(range.netmask()), octets(range.network()));
+        let zeros = vec![0; mask.len()];
+        vec![
+            load(Field::source(self.family), register(0)),
+            bitwise(register(0), &mask, &zeros),
+            compare(register(0), true, &network),
+        ]
+    }
+
+    /// Goes on only for packets from pods; `None` where that cannot be told.
+    fn is_insider(&self) -> Option<Vec<Expression>> {
+        let interface = |name: &[u8]| {
+            vec![load_meta(MetaKey::Iifname, register(0)), compare(register(0), true, name)]
+        };
+        match &self.insiders {
+            Insiders::Unknown => None,
+            Insiders::Range(range) => Some(self.is_source_in(range)),
+            Insiders::Interface(name) => {
+                let mut padded = name.as_bytes().to_vec();
+                padded.resize(INTERFACE_NAME_BYTES, 0);
+                Some(interface(&padded))
+            }
+            Insiders::InterfacePrefix(prefix) => Some(interface(prefix.as_bytes())),
+        }
+    }
+
+    fn goto(chain: &str) -> Vec<Expression> {
+        vec![verdict(&Fate::Goto(chain.to_owned()))]
+    }
+
+    fn mark(&self) -> Rule {
+        let scratch = Self::scratch();
+        Rule::new(
+            "to be masqueraded",
+            [vec![
+                load_meta(MetaKey::Mark, scratch),
+                bitwise(scratch, &(!self.mark).to_ne_bytes(), &self.mark.to_ne_bytes()),
+                set_mark(scratch),
+            ]],
+        )
+    }
+
+    /// Translates the destination to what it is: the connection has its destination then, and no hostPort of a CNI, whose
+    /// rules match every address of the node and so every VIP, can give it another.
+    fn keep(&self) -> Rule {
+        let port = register(self.address_words());
+        Rule::new(
+            "a Service's, not a hostPort's",
+            [vec![
+                load(Field::destination(self.family), register(0)),
+                load(Field::destination_port(), port),
+                translate_destination(self.family, register(0), port),
+            ]],
+        )
+    }
+
+    fn cluster_ip(&self) -> Vec<Rule> {
+        let mut rules = Vec::new();
+        if !self.masquerades_all {
+            match self.is_insider() {
+                Some(is_insider) => rules.push(Rule::new("from a pod", [is_insider, self.keep().expressions])),
+                // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
+                None => {
+                    let is_vip =
+                        vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
+                    rules.push(Rule::new("from the node", [is_vip, Self::goto("nat-masquerade")]));
+                    rules.push(self.keep());
+                    return rules;
+                }
+            }
+        }
+        rules.push(Rule::new("from elsewhere", [Self::goto("nat-masquerade")]));
+        rules
+    }
+
+    fn nat_begin(&self) -> Vec<Rule> {
+        let loopback = match self.family {
+            Family::Ipv4 => IpNet::V4(LOOPBACK_V4),
+            Family::Ipv6 => IpNet::V6(LOOPBACK_V6),
+        };
+        vec![
+            Rule::new("from loopback", [self.is_source_in(&loopback), vec![verdict(&Fate::Return)]]),
+            Rule::new(
+                "to a front end",
+                [self.load_front_end(), vec![map(SERVICES, register(0), Self::scratch())], Self::goto("nat-services")],
+            ),
+        ]
+    }
+
+    fn nat_services(&self) -> Vec<Rule> {
+        let front_end_of = |masquerade| [self.load_front_end(), Self::has_class(class::MASQUERADE, masquerade)].concat();
+        let words = self.address_words();
+        let away = vec![
+            immediate(&DISCARD_PORT.to_be_bytes(), register(words)),
+            translate_destination(self.family, register(0), register(words)),
+        ];
+        vec![
+            Rule::new("ClusterIP", [front_end_of(class::OUTSIDERS), Self::goto("nat-cluster-ip")]),
+            Rule::new("from outside", [front_end_of(class::EVERYBODY), Self::goto("nat-masquerade")]),
+            Rule::new(
+                "no local endpoint",
+                [front_end_of(class::NODE), Self::is_from_the_node(), Self::goto("nat-masquerade")],
+            ),
+            Rule::new(
+                "no endpoint",
+                [
+                    Self::is_protocol(IPPROTO_UDP),
+                    front_end_of(class::NODE_IS_REFUSED),
+                    Self::is_from_the_node(),
+                    away,
+                ],
+            ),
+            self.keep(),
+        ]
+    }
+
+    fn nat_postrouting(&self) -> Vec<Rule> {
+        let words = self.address_words();
+        let scratch = Self::scratch();
+        vec![
+            Rule::new(
+                "from a pod to itself",
+                [vec![
+                    load(Field::source(self.family), register(0)),
+                    load(Field::destination(self.family), register(words)),
+                    is_in(HAIRPIN, register(0)),
+                    masquerade(false),
+                ]],
+            ),
+            Rule::new(
+                "marked",
+                [vec![
+                    load_meta(MetaKey::Mark, scratch),
+                    bitwise(scratch, &self.mark.to_ne_bytes(), &[0; 4]),
+                    compare(scratch, true, &self.mark.to_ne_bytes()),
+                    load_meta(MetaKey::Mark, scratch),
+                    bitwise(scratch, &(!self.mark).to_ne_bytes(), &[0; 4]),
+                    set_mark(scratch),
+                    masquerade(true),
+                ]],
+            ),
+        ]
+    }
+
+    fn filter_input(&self) -> Vec<Rule> {
+        let front_end = self.load_front_end();
+        let words = self.address_words();
+        let discard = vec![
+            load_meta(MetaKey::Iif, Self::scratch()),
+            compare(Self::scratch(), true, &LOOPBACK.to_ne_bytes()),
+            load(Field::destination_port(), Self::scratch()),
+            compare(Self::scratch(), true, &DISCARD_PORT.to_be_bytes()),
+            load_tracked(Tracked::Status, Self::scratch()),
+            bitwise(Self::scratch(), &STATUS_DESTINATION_TRANSLATED.to_ne_bytes(), &[0; 4]),
+            compare(Self::scratch(), false, &[0; 4]),
+        ];
+        vec![
+            Rule::new("source ranges", [front_end.clone(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]]),
+            Rule::new(
+                "to an open front end",
+                [front_end.clone(), Self::has_class(class::GUARD, class::OPEN), vec![verdict(&Fate::Accept)]],
+            ),
+            Rule::new(
+                "to another front end",
+                [front_end, vec![map(SERVICES, register(0), Self::scratch())], Self::goto("filter-services")],
+            ),
+            Rule::new(
+                "health checks",
+                [
+                    Self::is_protocol(IPPROTO_TCP),
+                    vec![
+                        load(Field::destination_port(), register(words)),
+                        is_in(HEALTH_CHECK_PORTS, register(words)),
+                        verdict(&Fate::Accept),
+                    ],
+                ],
+            ),
+            Rule::new("from the node, no endpoint", [Self::is_protocol(IPPROTO_UDP), discard, Self::goto("refuse")]),
+            Rule::new(
+                "to a VIP, but to no front end",
+                [
+                    vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))],
+                    Self::goto("refuse"),
+                ],
+            ),
+        ]
+    }
+
+    fn filter_services(&self) -> Vec<Rule> {
+        vec![
+            Rule::new(
+                "no local endpoint",
+                [
+                    self.load_front_end(),
+                    Self::has_class(class::GUARD, class::INSIDERS),
+                    Self::goto("insiders"),
+                ],
+            ),
+            Rule::new("no endpoint", [Self::goto("refuse")]),
+        ]
+    }
+
+    fn insiders_only(&self) -> Vec<Rule> {
+        let accept = || vec![verdict(&Fate::Accept)];
+        let mut rules = vec![Rule::new("from the node", [Self::is_from_the_node(), accept()])];
+        match self.is_insider() {
+            Some(is_insider) => {
+                rules.push(Rule::new("from a pod", [is_insider, accept()]));
+                rules.push(Rule::new("from elsewhere", [Self::goto("refuse")]));
+            }
+            None => rules.push(Rule::new("pods cannot be told from others", [accept()])),
+        }
+        rules
+    }
+
+    /// Only what begins is refused: a connection to an endpoint that drains goes on. TCP is reset, since the kernel sends
+    /// few unreachables to one peer (`icmp_ratelimit`), and a client that hears nothing waits.
+    fn refuse(&self) -> Vec<Rule> {
+        vec![
+            Rule::new("TCP", [Self::is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
+            Rule::new("others", [Self::is_new(), vec![port_unreachable(self.family)]]),
+        ]
+    }
+
+    fn filter_output(&self) -> Vec<Rule> {
+        vec![Rule::new(
+            "closed to the node",
+            [
+                self.load_original_front_end(),
+                Self::has_class(class::CLOSED_TO_NODE, class::CLOSED_TO_NODE),
+                Self::is_from_the_node(),
+                vec![verdict(&Fate::Drop)],
+            ],
+        )]
+    }
+}
+
+impl SetData {
+    /// The data's type: nft's `mark`, so that a class is shown in hexadecimal; or `NFT_DATA_VERDICT`.
+    pub(crate) fn kind(self) -> u32 {
+        match self {
+            Self::Class => 19,
+            Self::Verdict => 0xffff_ff00,
+        }
+    }
+}
+
+/// The sets, chains and rules of a table, wanted or found, in whatever order they come.
+#[derive(Debug, Default)]
+pub(crate) struct Inventory(BTreeSet<String>);
+
+impl Inventory {
+    pub(crate) fn set(&mut self, name: &str, key_bytes: u32, data: u32) {
+        self.0.insert(format!("set {name} {key_bytes} {data:x}"));
+    }
+
+    pub(crate) fn chain(&mut self, name: &str, base: Option<(&str, u32, i32)>, rules: &[u64]) {
+        self.0.insert(format!("chain {name} {base:?} {rules:x?}"));
+    }
+
+    pub(crate) fn fingerprint(&self) -> u64 {
+        let mut fingerprint = Fingerprint::default();
+        for line in &self.0 {
+            fingerprint.add(line.as_bytes());
+        }
+        fingerprint.finish()
+    }
+}

@@ -1,0 +1,144 @@
+//! UDP flows in connection tracking that lead to where nobody answers any more.
+//!
+//! A UDP "connection" lives as long as its client keeps sending. When its real server is gone IPVS chooses another, but
+//! connection tracking still expects answers from the old one and would not translate those of the new: the flow is
+//! dead until it pauses. So flows whose answers come from no living real server are deleted.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+
+use ipvs_netlink::Family;
+use netlink_batch::{Error, Request, Socket};
+use netlink_packet_core::DefaultNla;
+use netlink_packet_netfilter::conntrack::{
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
+};
+use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
+use tracing::debug;
+
+use crate::filter::message::header;
+use crate::plan::{FrontEnd, Operation};
+
+// linux/netfilter/nfnetlink_conntrack.h
+const CTA_ZONE: u16 = 18;
+const CTA_FILTER: u16 = 25;
+const CTA_FILTER_ORIG_FLAGS: u16 = 1;
+const CTA_FILTER_REPLY_FLAGS: u16 = 2;
+const NLA_F_NESTED: u16 = 0x8000;
+/// `CTA_FILTER_F_CTA_PROTO_NUM` and `CTA_FILTER_F_CTA_PROTO_DST_PORT` of `nf_internals.h`.
+const FILTER_PROTOCOL: u32 = 1 << 3;
+const FILTER_DESTINATION_PORT: u32 = 1 << 5;
+
+const ENOENT: i32 = 2;
+
+/// Deletes the stale flows of all front ends that operations name, with one reading for each family among them.
+pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(), Error> {
+    let mut wanted: HashMap<SocketAddr, &Arc<[SocketAddr]>> = HashMap::new();
+    for operation in operations {
+        if let Operation::FlushFlows(FrontEnd { address, port, .. }, alive) = operation {
+            wanted.insert(SocketAddr::new(*address, *port), alive);
+        }
+    }
+    for family in [Family::Ipv4, Family::Ipv6] {
+        let mut ports = wanted.keys().filter(|front_end| Family::of(front_end.ip()) == family).map(SocketAddr::port);
+        let Some(first) = ports.next() else { continue };
+        let port = ports.all(|port| port == first).then_some(first);
+        let mut stale = Vec::new();
+        socket.dump(&list(family, port), |message: NetfilterMessage| {
+            if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner
+                && is_stale(&attributes, &wanted)
+            {
+                stale.push(delete(family, attributes));
+            }
+        })?;
+        if !stale.is_empty() {
+            let found = stale.len();
+            let refused = socket.batch(stale)?.into_iter().filter_map(Result::err).find(|refusal| refusal.errno != ENOENT);
+            if let Some(refusal) = refused {
+                return Err(refusal.into());
+            }
+            debug!(flows = found, "deleted stale UDP flows");
+        }
+    }
+    Ok(())
+}
+
+/// Asks for the UDP flows of a family, to one port if there is only one to be looked for. Before Linux 5.8 the kernel takes
+/// no notice of the filter and lists everything, so what it lists is looked at again.
+fn list(family: Family, port: Option<u16>) -> NetfilterMessage {
+    let mut proto = vec![ProtoTuple::Protocol(Protocol::Udp)];
+    proto.extend(port.map(ProtoTuple::DestinationPort));
+    let flags = FILTER_PROTOCOL | if port.is_some() { FILTER_DESTINATION_PORT } else { 0 };
+    let mut filter = Vec::new();
+    for (kind, value) in [(CTA_FILTER_ORIG_FLAGS, flags), (CTA_FILTER_REPLY_FLAGS, 0)] {
+        filter.extend(8_u16.to_ne_bytes());
+        filter.extend(kind.to_ne_bytes());
+        filter.extend(value.to_ne_bytes());
+    }
+    let attributes = vec![
+        ConntrackAttribute::CtaTupleOrig(vec![Tuple::Proto(proto)]),
+        ConntrackAttribute::Other(DefaultNla::new(CTA_FILTER | NLA_F_NESTED, filter)),
+    ];
+    NetfilterMessage::new(header(family), ConntrackMessage::Get(attributes))
+}
+
+fn is_stale(attributes: &[ConntrackAttribute], wanted: &HashMap<SocketAddr, &Arc<[SocketAddr]>>) -> bool {
+    let find = |pick: fn(&ConntrackAttribute) -> Option<&Vec<Tuple>>| attributes.iter().find_map(pick);
+    let original = find(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
+        _ => None,
+    });
+    let reply = find(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleReply(tuple) => Some(tuple),
+        _ => None,
+    });
+    let Some((original, reply)) = original.zip(reply) else { return false };
+    let is_udp = protocol(original) == Some(Protocol::Udp);
+    let alive = destination(original).and_then(|front_end| wanted.get(&front_end));
+    is_udp && alive.is_some_and(|alive| source(reply).is_none_or(|from| !alive.contains(&from)))
+}
+
+fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
+    let (mut addresses, mut ports): (&[IPTuple], &[ProtoTuple]) = (&[], &[]);
+    for part in tuple {
+        match part {
+            Tuple::Ip(part) => addresses = part,
+            Tuple::Proto(part) => ports = part,
+            _ => {}
+        }
+    }
+    (addresses, ports)
+}
+
+fn protocol(tuple: &[Tuple]) -> Option<Protocol> {
+    parts(tuple).1.iter().find_map(|part| if let ProtoTuple::Protocol(protocol) = part { Some(*protocol) } else { None })
+}
+
+fn destination(tuple: &[Tuple]) -> Option<SocketAddr> {
+    let (addresses, ports) = parts(tuple);
+    let address = |part: &IPTuple| if let IPTuple::DestinationAddress(ip) = part { Some(*ip) } else { None };
+    let port = |part: &ProtoTuple| if let ProtoTuple::DestinationPort(port) = part { Some(*port) } else { None };
+    socket_address(addresses.iter().find_map(address), ports.iter().find_map(port))
+}
+
+fn source(tuple: &[Tuple]) -> Option<SocketAddr> {
+    let (addresses, ports) = parts(tuple);
+    let address = |part: &IPTuple| if let IPTuple::SourceAddress(ip) = part { Some(*ip) } else { None };
+    let port = |part: &ProtoTuple| if let ProtoTuple::SourcePort(port) = part { Some(*port) } else { None };
+    socket_address(addresses.iter().find_map(address), ports.iter().find_map(port))
+}
+
+fn socket_address(address: Option<IpAddr>, port: Option<u16>) -> Option<SocketAddr> {
+    Some(SocketAddr::new(address?, port?))
+}
+
+/// Deletes exactly this flow: by its original direction and its zone. One that has ended meanwhile is no loss.
+fn delete(family: Family, attributes: Vec<ConntrackAttribute>) -> Request<NetfilterMessage> {
+    let identity = attributes.into_iter().filter(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(_) => true,
+        ConntrackAttribute::Other(other) => netlink_packet_core::Nla::kind(other) == CTA_ZONE,
+        _ => false,
+    });
+    NetfilterMessage::new(header(family), ConntrackMessage::Delete(identity.collect())).into()
+}
