@@ -121,24 +121,25 @@ impl Contribution {
             };
             (real_servers, rule(masquerade, guard, real_servers.is_empty()))
         };
-        let mut add = |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[SocketAddr]>, FrontEndRule)| {
-            let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
-            let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
-                config: ServerConfig {
-                    scheduler: policy.scheduler,
-                    scheduler_flags: policy.scheduler_flags(),
-                    persistence_timeout: service.affinity_seconds,
-                    netmask: Netmask::host(vips.family),
-                    one_packet: false,
-                },
-                real_servers: real_servers.clone(),
-                rule: rule.clone(),
-            });
-            // An address may be external IP and load-balancer IP at once; then it is restricted.
-            if rule.sources.is_some() {
-                (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
-            }
-        };
+        let mut add =
+            |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[SocketAddr]>, FrontEndRule)| {
+                let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
+                let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
+                    config: ServerConfig {
+                        scheduler: policy.scheduler,
+                        scheduler_flags: policy.scheduler_flags(),
+                        persistence_timeout: service.affinity_seconds,
+                        netmask: Netmask::host(vips.family),
+                        one_packet: false,
+                    },
+                    real_servers: real_servers.clone(),
+                    rule: rule.clone(),
+                });
+                // An address may be external IP and load-balancer IP at once; then it is restricted.
+                if rule.sources.is_some() {
+                    (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
+                }
+            };
         if let Some(cluster_ip) = vips.cluster_ip {
             add(cluster_ip, port.port, from_inside);
             self.addresses.push(cluster_ip);

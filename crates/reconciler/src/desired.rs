@@ -125,7 +125,8 @@ impl Desired {
     /// Everything that is to be in a family's table of the packet filter.
     pub fn contents(&self, family: Family) -> Contents {
         let sources = self.contributors.iter();
-        let sources = sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.sources.get(&family)?.clone())));
+        let sources =
+            sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.sources.get(&family)?.clone())));
         let front_ends = self.claims.keys().filter(|front_end| Family::of(front_end.address) == family);
         let vips = self.addresses.keys().copied().map(Entry::Vip);
         Contents {

@@ -10,10 +10,8 @@ use std::sync::Arc;
 
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Request, Socket};
-use netlink_packet_core::DefaultNla;
-use netlink_packet_netfilter::conntrack::{
-    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
-};
+use netlink_packet_core::{Emitable, NLA_F_NESTED, NetlinkSerializable};
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple};
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use tracing::debug;
 
@@ -25,7 +23,6 @@ const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
 const CTA_FILTER_REPLY_FLAGS: u16 = 2;
-const NLA_F_NESTED: u16 = 0x8000;
 /// `CTA_FILTER_F_CTA_PROTO_NUM` and `CTA_FILTER_F_CTA_PROTO_DST_PORT` of `nf_internals.h`.
 const FILTER_PROTOCOL: u32 = 1 << 3;
 const FILTER_DESTINATION_PORT: u32 = 1 << 5;
@@ -54,7 +51,8 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
         })?;
         if !stale.is_empty() {
             let found = stale.len();
-            let refused = socket.batch(stale)?.into_iter().filter_map(Result::err).find(|refusal| refusal.errno != ENOENT);
+            let refused =
+                socket.batch(stale)?.into_iter().filter_map(Result::err).find(|refusal| refusal.errno != ENOENT);
             if let Some(refusal) = refused {
                 return Err(refusal.into());
             }
@@ -64,23 +62,46 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
     Ok(())
 }
 
+/// A request for a list of flows. The library has no type for the filter, and gives none of its own to an attribute that
+/// must be marked as nested.
+struct List(Vec<u8>);
+
+impl NetlinkSerializable for List {
+    fn message_type(&self) -> u16 {
+        const NFNL_SUBSYS_CTNETLINK: u16 = 1;
+        const IPCTNL_MSG_CT_GET: u16 = 1;
+        NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer.copy_from_slice(&self.0);
+    }
+}
+
 /// Asks for the UDP flows of a family, to one port if there is only one to be looked for. Before Linux 5.8 the kernel takes
 /// no notice of the filter and lists everything, so what it lists is looked at again.
-fn list(family: Family, port: Option<u16>) -> NetfilterMessage {
+fn list(family: Family, port: Option<u16>) -> List {
     let mut proto = vec![ProtoTuple::Protocol(Protocol::Udp)];
     proto.extend(port.map(ProtoTuple::DestinationPort));
     let flags = FILTER_PROTOCOL | if port.is_some() { FILTER_DESTINATION_PORT } else { 0 };
-    let mut filter = Vec::new();
-    for (kind, value) in [(CTA_FILTER_ORIG_FLAGS, flags), (CTA_FILTER_REPLY_FLAGS, 0)] {
-        filter.extend(8_u16.to_ne_bytes());
-        filter.extend(kind.to_ne_bytes());
-        filter.extend(value.to_ne_bytes());
-    }
-    let attributes = vec![
-        ConntrackAttribute::CtaTupleOrig(vec![Tuple::Proto(proto)]),
-        ConntrackAttribute::Other(DefaultNla::new(CTA_FILTER | NLA_F_NESTED, filter)),
-    ];
-    NetfilterMessage::new(header(family), ConntrackMessage::Get(attributes))
+    let tuple = ConntrackAttribute::CtaTupleOrig(vec![Tuple::Proto(proto)]);
+    let header = header(family);
+    let mut bytes = vec![0; header.buffer_len() + tuple.buffer_len()];
+    header.emit(&mut bytes);
+    tuple.emit(&mut bytes[header.buffer_len()..]);
+    let mut put = |length: u16, kind: u16, value: Option<u32>| {
+        bytes.extend(length.to_ne_bytes());
+        bytes.extend(kind.to_ne_bytes());
+        bytes.extend(value.map(u32::to_ne_bytes).into_iter().flatten());
+    };
+    put(20, CTA_FILTER | NLA_F_NESTED, None);
+    put(8, CTA_FILTER_ORIG_FLAGS, Some(flags));
+    put(8, CTA_FILTER_REPLY_FLAGS, Some(0));
+    List(bytes)
 }
 
 fn is_stale(attributes: &[ConntrackAttribute], wanted: &HashMap<SocketAddr, &Arc<[SocketAddr]>>) -> bool {
@@ -112,7 +133,10 @@ fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
 }
 
 fn protocol(tuple: &[Tuple]) -> Option<Protocol> {
-    parts(tuple).1.iter().find_map(|part| if let ProtoTuple::Protocol(protocol) = part { Some(*protocol) } else { None })
+    parts(tuple)
+        .1
+        .iter()
+        .find_map(|part| if let ProtoTuple::Protocol(protocol) = part { Some(*protocol) } else { None })
 }
 
 fn destination(tuple: &[Tuple]) -> Option<SocketAddr> {

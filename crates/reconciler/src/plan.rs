@@ -220,7 +220,9 @@ impl Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::BuildFilter { ruleset, .. } => write!(f, "make the {} table kube-ipvs of nf_tables", ruleset.family()),
+            Self::BuildFilter { ruleset, .. } => {
+                write!(f, "make the {} table kube-ipvs of nf_tables", ruleset.family())
+            }
             Self::SetSources(service, family, _) => write!(f, "set the {family} source ranges of Service {service}"),
             Self::SetFrontEnd(front_end, ..) => write!(f, "set the packet filter for {front_end}"),
             Self::AddEntry(entry) => write!(f, "add {entry} to the packet filter"),

@@ -576,8 +576,8 @@ impl<K: Kernel> Reconciler<K> {
                 }
                 (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
                     self.is_filter_stale |= operation.is_about_the_filter();
-                    self.is_device_lost |= matches!(operation.key(), Key::Device | Key::Address(_))
-                        && !operation.is_about_the_filter();
+                    self.is_device_lost |=
+                        matches!(operation.key(), Key::Device | Key::Address(_)) && !operation.is_about_the_filter();
                     stale.entry(operation.key()).or_insert(error);
                 }
             }
@@ -616,9 +616,7 @@ impl<K: Kernel> Reconciler<K> {
             return Err((keys, error));
         }
         // Of the others only one thing can be stale: the device went away, and with it every address.
-        if is_device_lost
-            && let Some(mirror) = &mut self.mirror
-        {
+        if is_device_lost && let Some(mirror) = &mut self.mirror {
             mirror.lose_device();
             keys.insert(Key::Device);
             keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));
@@ -665,7 +663,9 @@ fn moves_flows(front_end: &FrontEnd, operations: &[Operation], mirror: &Mirror) 
     let had_none = mirror.server(front_end).is_none_or(|held| held.real_servers.is_empty());
     front_end.protocol == Protocol::Udp
         && operations.iter().any(|operation| match operation {
-            Operation::AddVirtualServer(..) | Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) => true,
+            Operation::AddVirtualServer(..) | Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) => {
+                true
+            }
             Operation::AddRealServer(..) => had_none,
             _ => false,
         })

@@ -2,9 +2,9 @@
 
 use netlink_batch::{Error, Refusal, Socket};
 
+use super::ObservedFilter;
 use super::message::Transaction;
 use super::read;
-use super::ObservedFilter;
 use crate::kernel::{Cause, KernelError};
 use crate::plan::Operation;
 use crate::policy::Families;

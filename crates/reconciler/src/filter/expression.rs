@@ -176,10 +176,7 @@ impl Fate {
 pub(crate) fn verdict(fate: &Fate) -> Expression {
     expression(
         "immediate",
-        Expressions::Immediate(vec![
-            Immediate::DestinationRegister(Register::Verdict),
-            Immediate::Data(fate.data()),
-        ]),
+        Expressions::Immediate(vec![Immediate::DestinationRegister(Register::Verdict), Immediate::Data(fate.data())]),
     )
 }
 
@@ -202,21 +199,21 @@ pub(crate) const STATE_NEW: u32 = 1 << 3;
 pub(crate) const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 
 /// Loads what connection tracking knows; a packet that is not tracked ends the rule.
-pub(crate) fn load_tracked(what: Tracked, into: Register) -> Expression {
+pub(crate) fn load_tracked(what: Tracked, family: Family, into: Register) -> Expression {
     const NFTA_CT_DREG: u16 = 1;
     const NFTA_CT_KEY: u16 = 2;
     const NFTA_CT_DIRECTION: u16 = 3;
     const IP_CT_DIR_ORIGINAL: u8 = 0;
     let into = (NFTA_CT_DREG, be32(into.into()));
-    match what {
-        Tracked::State => other("ct", [into, (NFTA_CT_KEY, be32(0))]),
-        Tracked::Status => other("ct", [into, (NFTA_CT_KEY, be32(2))]),
-        Tracked::OriginalDestination => {
-            other("ct", [into, (NFTA_CT_KEY, be32(9)), (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])])
-        }
-        Tracked::OriginalDestinationPort => {
-            other("ct", [into, (NFTA_CT_KEY, be32(12)), (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])])
-        }
+    let key = |key| (NFTA_CT_KEY, be32(key));
+    let of_original = |key| other("ct", [into.clone(), key, (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])]);
+    match (what, family) {
+        (Tracked::State, _) => other("ct", [into, key(0)]),
+        (Tracked::Status, _) => other("ct", [into, key(2)]),
+        // NFT_CT_DST_IP and NFT_CT_DST_IP6, since Linux 4.17; of NFT_CT_DST nft does not know how long it is.
+        (Tracked::OriginalDestination, Family::Ipv4) => of_original(key(20)),
+        (Tracked::OriginalDestination, Family::Ipv6) => of_original(key(22)),
+        (Tracked::OriginalDestinationPort, _) => of_original(key(12)),
     }
 }
 

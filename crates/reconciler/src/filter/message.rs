@@ -10,8 +10,8 @@ use netlink_batch::Request;
 use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, DataAttribute, Hook, HookNumber, ListAttribute, NfTablesMessage, RuleAttribute,
-    RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage,
-    SetFlags, SetMessage, TableAttribute, TableMessage,
+    RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage, SetFlags,
+    SetMessage, TableAttribute, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
@@ -52,9 +52,8 @@ pub struct Transaction {
 impl Transaction {
     /// The message that begins any transaction, and the one that ends it.
     pub fn brackets() -> (NetfilterMessage, NetfilterMessage) {
-        let message = |content| {
-            NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), content)
-        };
+        let message =
+            |content| NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), content);
         (message(ControlMessage::BatchBegin), message(ControlMessage::BatchEnd))
     }
 
@@ -133,7 +132,7 @@ impl Transaction {
             }
         };
         if before.class != after.class {
-            let class = after.class.map(|class| DataAttribute::Value(class.to_ne_bytes().to_vec()));
+            let class = after.class.map(|class| DataAttribute::Value(class.to_be_bytes().to_vec()));
             change(SERVICES, before.class.is_some(), class);
         }
         if before.sources != after.sources {
@@ -173,10 +172,8 @@ impl Transaction {
             for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
                 self.sources.push(set_elements(family, ANONYMOUS, Some(id), chunk.to_vec(), true));
             }
-            expressions.push(vec![
-                load(Field::source(family), register(0)),
-                is_not_in_anonymous(ANONYMOUS, id, register(0)),
-            ]);
+            expressions
+                .push(vec![load(Field::source(family), register(0)), is_not_in_anonymous(ANONYMOUS, id, register(0))]);
         }
         expressions.push(vec![verdict(&Fate::Drop)]);
         let rule = Rule::new("from elsewhere", expressions);
@@ -185,8 +182,7 @@ impl Transaction {
 
     /// Deletes the chain with a Service's source ranges.
     pub fn remove_sources(&mut self, service: &ObjectName, family: Family) {
-        let attributes =
-            vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(sources_chain(service))];
+        let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(sources_chain(service))];
         self.sources_gone.push(request(family, NfTablesMessage::DeleteChain(ChainMessage { attributes }), 0));
     }
 

@@ -6,7 +6,9 @@ use std::net::IpAddr;
 
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Socket};
-use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_string, parse_u32_be};
+use netlink_packet_core::{
+    DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_string, parse_u32_be,
+};
 use netlink_packet_netfilter::NetfilterMessage;
 use netlink_packet_netfilter::nftables::{
     ChainMessage, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementList, SetElementMessage,
@@ -132,12 +134,7 @@ pub fn forward_drops(socket: &mut Socket, family: Family) -> Result<Vec<String>,
     Ok(found)
 }
 
-fn dump(
-    socket: &mut Socket,
-    family: Family,
-    message: NfTablesMessage,
-    each: impl FnMut(Raw),
-) -> Result<(), Error> {
+fn dump(socket: &mut Socket, family: Family, message: NfTablesMessage, each: impl FnMut(Raw)) -> Result<(), Error> {
     socket.dump(&NetfilterMessage::new(header(family), message), each)
 }
 
@@ -244,7 +241,7 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
     match set {
         SERVICES => {
             let value = attribute(data?, NFTA_DATA_VALUE)?;
-            let class = u32::from_ne_bytes(value.try_into().ok()?);
+            let class = u32::from_be_bytes(value.try_into().ok()?);
             observed.front_ends.entry(front_end(family, key)?).or_default().class = Some(class);
         }
         SOURCE_RANGES => {
@@ -274,7 +271,8 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
 fn front_end(family: Family, key: &[u8]) -> Option<FrontEnd> {
     let (address, rest) = address(family, key)?;
     let [number, _, _, _, high, low, ..] = *rest else { return None };
-    let protocol = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| protocol_number(*p) == number)?;
+    let protocol =
+        [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|p| protocol_number(*p) == number)?;
     Some(FrontEnd { address, port: u16::from_be_bytes([high, low]), protocol })
 }
 

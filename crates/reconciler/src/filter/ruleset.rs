@@ -20,9 +20,9 @@ use netlink_packet_core::Emitable;
 use netlink_packet_netfilter::nftables::{MetaKey, Register, RuleAttribute};
 
 use super::expression::{
-    Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare, immediate,
-    is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, port_unreachable, register, reset, set_mark,
-    translate_destination, verdict,
+    Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare,
+    immediate, is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, port_unreachable, register,
+    reset, set_mark, translate_destination, verdict,
 };
 use super::{Fingerprint, class};
 use crate::node::NodeView;
@@ -257,9 +257,9 @@ impl Ruleset {
     fn load_original_front_end(&self) -> Vec<Expression> {
         let words = self.address_words();
         vec![
-            load_tracked(Tracked::OriginalDestination, register(0)),
+            load_tracked(Tracked::OriginalDestination, self.family, register(0)),
             load_meta(MetaKey::L4Proto, register(words)),
-            load_tracked(Tracked::OriginalDestinationPort, register(words + 1)),
+            load_tracked(Tracked::OriginalDestinationPort, self.family, register(words + 1)),
         ]
     }
 
@@ -273,9 +273,14 @@ impl Ruleset {
         let scratch = Self::scratch();
         vec![
             map(SERVICES, register(0), scratch),
-            bitwise(scratch, &mask.to_ne_bytes(), &[0; 4]),
-            compare(scratch, true, &value.to_ne_bytes()),
+            bitwise(scratch, &mask.to_be_bytes(), &[0; 4]),
+            compare(scratch, true, &value.to_be_bytes()),
         ]
+    }
+
+    /// Goes on only for what is a front end at all. The key is loaded.
+    fn is_front_end() -> Vec<Expression> {
+        vec![map(SERVICES, register(0), Self::scratch()), compare(Self::scratch(), false, &[0; 4])]
     }
 
     fn is_from_the_node() -> Vec<Expression> {
@@ -283,10 +288,10 @@ impl Ruleset {
         vec![load_source_type(scratch), compare(scratch, true, &ROUTE_LOCAL.to_ne_bytes())]
     }
 
-    fn is_new() -> Vec<Expression> {
+    fn is_new(&self) -> Vec<Expression> {
         let scratch = Self::scratch();
         vec![
-            load_tracked(Tracked::State, scratch),
+            load_tracked(Tracked::State, self.family, scratch),
             bitwise(scratch, &STATE_NEW.to_ne_bytes(), &[0; 4]),
             compare(scratch, false, &[0; 4]),
         ]
@@ -312,9 +317,7 @@ impl Ruleset {
 
     /// Goes on only for packets from pods; `None` where that cannot be told.
     fn is_insider(&self) -> Option<Vec<Expression>> {
-        let interface = |name: &[u8]| {
-            vec![load_meta(MetaKey::Iifname, register(0)), compare(register(0), true, name)]
-        };
+        let interface = |name: &[u8]| vec![load_meta(MetaKey::Iifname, register(0)), compare(register(0), true, name)];
         match &self.insiders {
             Insiders::Unknown => None,
             Insiders::Range(range) => Some(self.is_source_in(range)),
@@ -364,8 +367,7 @@ impl Ruleset {
                 Some(is_insider) => rules.push(Rule::new("from a pod", [is_insider, self.keep().expressions])),
                 // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
                 None => {
-                    let is_vip =
-                        vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
+                    let is_vip = vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
                     rules.push(Rule::new("from the node", [is_vip, Self::goto("nat-masquerade")]));
                     rules.push(self.keep());
                     return rules;
@@ -383,15 +385,13 @@ impl Ruleset {
         };
         vec![
             Rule::new("from loopback", [self.is_source_in(&loopback), vec![verdict(&Fate::Return)]]),
-            Rule::new(
-                "to a front end",
-                [self.load_front_end(), vec![map(SERVICES, register(0), Self::scratch())], Self::goto("nat-services")],
-            ),
+            Rule::new("to a front end", [self.load_front_end(), Self::is_front_end(), Self::goto("nat-services")]),
         ]
     }
 
     fn nat_services(&self) -> Vec<Rule> {
-        let front_end_of = |masquerade| [self.load_front_end(), Self::has_class(class::MASQUERADE, masquerade)].concat();
+        let front_end_of =
+            |masquerade| [self.load_front_end(), Self::has_class(class::MASQUERADE, masquerade)].concat();
         let words = self.address_words();
         let away = vec![
             immediate(&DISCARD_PORT.to_be_bytes(), register(words)),
@@ -406,12 +406,7 @@ impl Ruleset {
             ),
             Rule::new(
                 "no endpoint",
-                [
-                    Self::is_protocol(IPPROTO_UDP),
-                    front_end_of(class::NODE_IS_REFUSED),
-                    Self::is_from_the_node(),
-                    away,
-                ],
+                [Self::is_protocol(IPPROTO_UDP), front_end_of(class::NODE_IS_REFUSED), Self::is_from_the_node(), away],
             ),
             self.keep(),
         ]
@@ -453,7 +448,7 @@ impl Ruleset {
             compare(Self::scratch(), true, &LOOPBACK.to_ne_bytes()),
             load(Field::destination_port(), Self::scratch()),
             compare(Self::scratch(), true, &DISCARD_PORT.to_be_bytes()),
-            load_tracked(Tracked::Status, Self::scratch()),
+            load_tracked(Tracked::Status, self.family, Self::scratch()),
             bitwise(Self::scratch(), &STATUS_DESTINATION_TRANSLATED.to_ne_bytes(), &[0; 4]),
             compare(Self::scratch(), false, &[0; 4]),
         ];
@@ -463,10 +458,7 @@ impl Ruleset {
                 "to an open front end",
                 [front_end.clone(), Self::has_class(class::GUARD, class::OPEN), vec![verdict(&Fate::Accept)]],
             ),
-            Rule::new(
-                "to another front end",
-                [front_end, vec![map(SERVICES, register(0), Self::scratch())], Self::goto("filter-services")],
-            ),
+            Rule::new("to another front end", [front_end, Self::is_front_end(), Self::goto("filter-services")]),
             Rule::new(
                 "health checks",
                 [
@@ -493,11 +485,7 @@ impl Ruleset {
         vec![
             Rule::new(
                 "no local endpoint",
-                [
-                    self.load_front_end(),
-                    Self::has_class(class::GUARD, class::INSIDERS),
-                    Self::goto("insiders"),
-                ],
+                [self.load_front_end(), Self::has_class(class::GUARD, class::INSIDERS), Self::goto("insiders")],
             ),
             Rule::new("no endpoint", [Self::goto("refuse")]),
         ]
@@ -520,8 +508,8 @@ impl Ruleset {
     /// few unreachables to one peer (`icmp_ratelimit`), and a client that hears nothing waits.
     fn refuse(&self) -> Vec<Rule> {
         vec![
-            Rule::new("TCP", [Self::is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
-            Rule::new("others", [Self::is_new(), vec![port_unreachable(self.family)]]),
+            Rule::new("TCP", [self.is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
+            Rule::new("others", [self.is_new(), vec![port_unreachable(self.family)]]),
         ]
     }
 
