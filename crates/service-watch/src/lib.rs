@@ -1,4 +1,4 @@
-//! Services, EndpointSlices and the own Node as compact [`Change`]s, from an API server or a directory of manifests.
+//! Services, EndpointSlices and Nodes as compact [`Change`]s, from an API server or a directory of manifests.
 //!
 //! The vocabulary ([`Change`] and what it holds) is plain values and always there. The sources are behind the feature
 //! `sources` (on by default):
