@@ -4,6 +4,7 @@
 //! longer has becomes gone.
 
 mod connect;
+mod events;
 mod feed;
 mod patience;
 
@@ -13,10 +14,11 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt as _};
-use kube::runtime::watcher::{Config, Event};
+use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client};
 
 pub use self::connect::Connection;
+pub use self::events::{Event, EventKind, EventSubject, Events};
 use self::feed::{Feed, Step};
 use crate::convert::{Converted, Converter, Object, Outcome, consequence};
 use crate::error::Error;
@@ -64,6 +66,11 @@ impl ApiServer {
     /// The client, for whoever has something to tell the API server.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// A way to post Kubernetes Events, as `kube-ipvs` on the own Node. Must be called on a tokio runtime.
+    pub fn events(&self) -> Events {
+        Events::new(self.client.clone(), self.node.clone())
     }
 
     /// The address of the API server.
@@ -158,18 +165,20 @@ impl Tracker {
         let watch = Subject::Watch(K::KIND);
         match step {
             Step::Failed(problem) => return outlet.error(watch, problem),
-            Step::Event(Event::Init) => {
+            Step::Event(watcher::Event::Init) => {
                 self.seen = Some(HashSet::new());
                 return;
             }
             Step::Well => {}
-            Step::Event(Event::InitApply(object) | Event::Apply(object)) => self.apply(&object, converter, outlet),
-            Step::Event(Event::Delete(object)) => {
+            Step::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
+                self.apply(&object, converter, outlet)
+            }
+            Step::Event(watcher::Event::Delete(object)) => {
                 if let Some(name) = converter.name(object.meta()) {
                     self.gone(K::KIND, &name, converter, outlet);
                 }
             }
-            Step::Event(Event::InitDone) => {
+            Step::Event(watcher::Event::InitDone) => {
                 let seen = self.seen.take().unwrap_or_default();
                 let gone: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
                 for name in gone {
