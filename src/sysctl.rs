@@ -155,7 +155,7 @@ impl Setting {
         }
         let (Value::Exactly(value) | Value::AtLeast(value)) = self.value;
         fs::write(&path, value.to_string()).map_err(|error| self.problem(Some(found), &error))?;
-        info!(key = %self.key, old = found, new = value, "set");
+        info!(key = %self.key, old = %found, new = value, "set");
         Ok(())
     }
 
