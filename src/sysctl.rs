@@ -228,8 +228,8 @@ fn cpus(root: &Path) -> u64 {
 fn count(list: &str) -> Option<u64> {
     let number = |text: &str| text.trim().parse::<u64>().ok();
     let lengths = list.split(',').map(|range| {
-        let (first, last) = range.split_once('-').unwrap_or((range, range));
-        Some(number(last)?.checked_sub(number(first)?)? + 1)
+        let (low, high) = range.split_once('-').unwrap_or((range, range));
+        Some(number(high)?.checked_sub(number(low)?)? + 1)
     });
     lengths.sum()
 }

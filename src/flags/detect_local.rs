@@ -10,19 +10,19 @@ const INTERFACE_NAME: usize = 15;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DetectLocalFlags {
-    /// How to tell traffic of pods, which is not masqueraded: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix
+    /// How to tell traffic of pods, which is not masqueraded: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface` or `InterfaceNamePrefix`
     #[arg(long, value_name = "MODE", default_value = "ClusterCIDR", value_parser = mode)]
     detect_local_mode: Mode,
 
-    /// For ClusterCIDR, the range of pod addresses, one a family; without one no traffic counts as of pods
+    /// For `ClusterCIDR`, the range of pod addresses, one a family; without one no traffic counts as of pods
     #[arg(long, value_name = "CIDR,...")]
     cluster_cidr: Option<String>,
 
-    /// For BridgeInterface, the bridge that pods of this node are connected to
+    /// For `BridgeInterface`, the bridge that pods of this node are connected to
     #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
     pod_bridge_interface: String,
 
-    /// For InterfaceNamePrefix, how the names of all interfaces that lead to pods of this node begin
+    /// For `InterfaceNamePrefix`, how the names of all interfaces that lead to pods of this node begin
     #[arg(long, value_name = "PREFIX", default_value = "", hide_default_value = true)]
     pod_interface_name_prefix: String,
 }

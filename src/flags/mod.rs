@@ -31,6 +31,7 @@ use crate::go;
 /// --master, or the service account of a pod) or from a directory of manifests (--manifests).
 #[derive(Debug, Parser)]
 #[command(name = "kube-ipvs", version, args_override_self = true)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(crate) struct Flags {
     /// What kind of proxy to be: only ipvs can be had here
     #[arg(long, value_name = "MODE", default_value = "ipvs", value_parser = proxy_mode)]

@@ -143,12 +143,12 @@ impl Server {
         if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) }
     }
 
-    fn create_event(&self, path: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
+    fn create_event(&self, place: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         if event["metadata"]["name"].as_str().is_none_or(str::is_empty) {
             return json_answer(422, &status(422, "Invalid", "an Event without a name"));
         }
-        event["metadata"]["namespace"] = json!(path.namespace);
+        event["metadata"]["namespace"] = json!(place.namespace);
         if state.events.iter().any(|other| other["metadata"] == event["metadata"]) {
             return json_answer(409, &status(409, "AlreadyExists", "there is an Event of this name"));
         }
@@ -156,11 +156,11 @@ impl Server {
         json_answer(201, &event)
     }
 
-    fn patch_event(&self, path: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
+    fn patch_event(&self, place: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         let is_meant = |event: &&mut Value| {
             let metadata = &event["metadata"];
-            metadata["namespace"] == path.namespace.as_str() && metadata["name"] == path.name.as_str()
+            metadata["namespace"] == place.namespace.as_str() && metadata["name"] == place.name.as_str()
         };
         let Some(event) = state.events.iter_mut().find(is_meant) else {
             return json_answer(404, &status(404, "NotFound", "there is no such Event"));

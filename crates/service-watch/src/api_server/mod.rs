@@ -171,7 +171,7 @@ impl Tracker {
             }
             Step::Well => {}
             Step::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
-                self.apply(&object, converter, outlet)
+                self.apply(&object, converter, outlet);
             }
             Step::Event(watcher::Event::Delete(object)) => {
                 if let Some(name) = converter.name(object.meta()) {

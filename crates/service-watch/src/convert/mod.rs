@@ -71,7 +71,7 @@ impl Object for wire::Node {
         if name.name == converter.own {
             converter.node(self).map(Change::Node)
         } else {
-            converter.neighbour(self).map(|addresses| Change::Neighbour(name.name.clone(), addresses))
+            neighbour(self).map(|addresses| Change::Neighbour(name.name.clone(), addresses))
         }
     }
 }
@@ -167,13 +167,6 @@ impl Converter {
         let problems = Problems::default();
         let node = self.read_node(object, &problems);
         problems.with(Outcome::Serve(node))
-    }
-
-    /// Of another Node only the addresses matter.
-    fn neighbour(&self, object: &wire::Node) -> Converted<Vec<IpAddr>> {
-        let problems = Problems::default();
-        let addresses = node_addresses(object, &problems);
-        problems.with(Outcome::Serve(addresses))
     }
 
     fn read_service(&mut self, name: &ObjectName, object: &wire::Service, problems: &Problems) -> Outcome<Service> {
@@ -388,6 +381,13 @@ impl Converter {
             pod_cidrs: pod_cidrs(object, problems),
         }
     }
+}
+
+/// Of another Node only the addresses matter.
+fn neighbour(object: &wire::Node) -> Converted<Vec<IpAddr>> {
+    let problems = Problems::default();
+    let addresses = node_addresses(object, &problems);
+    problems.with(Outcome::Serve(addresses))
 }
 
 /// The internal addresses of a Node, and then its external ones.
