@@ -10,11 +10,12 @@ const INTERFACE_NAME: usize = 15;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct DetectLocalFlags {
-    /// How to tell traffic of pods, which is not masqueraded: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface` or `InterfaceNamePrefix`
+    /// How to tell pods, whose traffic to ClusterIPs is not masqueraded: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface` or
+    /// `InterfaceNamePrefix`
     #[arg(long, value_name = "MODE", default_value = "ClusterCIDR", value_parser = mode)]
     detect_local_mode: Mode,
 
-    /// For `ClusterCIDR`, the range of pod addresses, one a family; without one no traffic counts as of pods
+    /// For `ClusterCIDR`, the range of pod addresses, one a family; without one pods cannot be told from others
     #[arg(long, value_name = "CIDR,...")]
     cluster_cidr: Option<String>,
 
