@@ -3,21 +3,23 @@
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 use std::sync::mpsc::{self, Sender};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use ipvs_netlink::Timeouts;
 use reconciler::interface_watch::{Changed, InterfaceWatch};
+use reconciler::reconciler::Outcome;
 use reconciler::run::{Input, Periods};
 use reconciler::{Policy, Reconciler};
-use service_watch::{ApiServer, Connection, Manifests, Message, Source};
+use service_watch::{ApiServer, Connection, Event, EventKind, EventSubject, Events, Manifests, Message, Source};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use crate::flags::{Flags, Origin};
-use crate::preflight;
+use crate::{preflight, sysctl};
 
 /// Runs until a signal, or with `--once` until the first sync has ended.
 pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
@@ -29,12 +31,18 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
         bind_address: flags.bind_address(),
         external_ips: flags.allows_external_ips(),
         families: preflight::families(),
+        masquerade_all: flags.masquerade_all,
+        masquerade_bit: flags.iptables_masquerade_bit,
+        detect_local: flags.detect_local().map_err(anyhow::Error::msg)?,
+        drain_timeout: flags.drain_timeout(),
         ..Policy::new(flags.node_name())
     };
     info!(version = env!("CARGO_PKG_VERSION"), node = policy.node_name, scheduler = %policy.scheduler, "starting");
     tell_without_effect(flags);
 
     let mut kernel = preflight::kernel(policy.scheduler, policy.families)?;
+    // Only now: settings of IPVS exist once the kernel has loaded it.
+    sysctl::set(flags.ipvs_strict_arp, &flags.conntrack)?;
     preflight::set_timeouts(
         kernel.ipvs(),
         Timeouts {
@@ -49,12 +57,16 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     let node_name = policy.node_name.clone();
     let once = flags.once;
     let periods = Periods { min: flags.ipvs_min_sync_period, audit: flags.ipvs_sync_period };
+    // For whoever has something to tell an API server. Filled, if there is one, before the source says anything.
+    let events: Arc<OnceLock<Events>> = Arc::default();
+    let for_reports = events.clone();
+    let report = move |outcome: &Outcome| publish(outcome, &for_reports);
     let (ended, end) = oneshot::channel();
     thread::Builder::new()
         .name("reconciler".to_owned())
         .spawn(move || {
             let mut reconciler = Reconciler::new(kernel, policy);
-            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once, |_| {});
+            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once, report);
             // Nobody is left to hear it where the process is already stopping.
             let _ = ended.send((failed, reconciler.is_incomplete()));
         })
@@ -74,8 +86,11 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
         // Said in the log by the source.
         Message::Report(_) => ControlFlow::Continue(()),
     };
-    let origin = flags.origin();
-    let follow = async move { source(origin, &node_name).await?.run(sink).await.map_err(anyhow::Error::from) };
+    let (origin, all_nodes) = (flags.origin(), flags.watch_all_nodes);
+    let follow = async move {
+        let source = source(origin, &node_name, all_nodes, &events).await?;
+        source.run(sink).await.map_err(anyhow::Error::from)
+    };
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
@@ -107,7 +122,21 @@ fn stopped(signal: &str) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-async fn source(origin: Origin, node_name: &str) -> Result<Source> {
+/// Tells the API server, where there is one, what the owners of Services should know.
+fn publish(outcome: &Outcome, events: &OnceLock<Events>) {
+    let Some(events) = events.get() else { return };
+    for (service, vip) in &outcome.refused {
+        events.publish(Event {
+            subject: EventSubject::Service(service.clone()),
+            kind: EventKind::Warning,
+            reason: "AddressIsANodes".to_owned(),
+            action: "RefuseAddress".to_owned(),
+            note: format!("{vip} is the address of a Node and is not served: it would cut nodes off from that Node"),
+        });
+    }
+}
+
+async fn source(origin: Origin, node_name: &str, all_nodes: bool, events: &OnceLock<Events>) -> Result<Source> {
     Ok(match origin {
         Origin::Manifests(directory) => {
             info!(directory = %directory.display(), "taking Services from manifests");
@@ -115,8 +144,17 @@ async fn source(origin: Origin, node_name: &str) -> Result<Source> {
         }
         Origin::ApiServer { kubeconfig, master } => {
             let user_agent = Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned());
-            let server = ApiServer::connect(&Connection { kubeconfig, master, user_agent }, node_name).await?;
+            let connection = Connection { kubeconfig, master, user_agent };
+            let server = ApiServer::connect(&connection, node_name).await?.watch_all_nodes(all_nodes);
             info!(server = server.server(), "taking Services from an API server");
+            let events = events.get_or_init(|| server.events());
+            events.publish(Event {
+                subject: EventSubject::Node,
+                kind: EventKind::Normal,
+                reason: "Starting".to_owned(),
+                action: "StartKubeIpvs".to_owned(),
+                note: concat!("kube-ipvs ", env!("CARGO_PKG_VERSION")).to_owned(),
+            });
             Source::ApiServer(server)
         }
     })
@@ -146,13 +184,7 @@ fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
 }
 
 fn tell_without_effect(flags: &Flags) {
-    let mut names = flags.without_effect.clone();
-    if flags.cluster_cidr.is_some() {
-        names.push("--cluster-cidr".to_owned());
-    }
-    if flags.ipvs_strict_arp {
-        names.push("--ipvs-strict-arp".to_owned());
-    }
+    let names = &flags.without_effect;
     if !names.is_empty() {
         info!("flags of kube-proxy without effect here: {}", names.join(" "));
     }

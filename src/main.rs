@@ -2,6 +2,7 @@
 //!
 //! * `flags`: the command line, spelled as kube-proxy spells it.
 //! * `preflight`: what the kernel has, and what to do where it lacks something.
+//! * `sysctl`: the kernel's settings that Services depend on.
 //! * `agent`: the parts wired together, from start to signal.
 //!
 //! What the agent does with Services is in the crate `reconciler`, where they come from in `service-watch`.
@@ -13,6 +14,7 @@ mod flags;
 mod go;
 mod logging;
 mod preflight;
+mod sysctl;
 
 use std::process::ExitCode;
 

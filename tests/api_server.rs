@@ -70,6 +70,32 @@ fn objects_of_an_api_server_become_virtual_servers_and_follow_changes() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_start_is_an_event_of_the_node() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.until("post an Event", |_| !cluster.server.events().is_empty());
+    let event = &cluster.server.events()[0];
+    assert_eq!((&event["reason"], &event["regarding"]["name"]), (&"Starting".into(), &"node-a".into()), "{event}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn all_nodes_are_watched_only_when_asked_for() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    for (flag, field) in [("--watch-all-nodes=false", true), ("--watch-all-nodes", false)] {
+        let before = cluster.server.asked().len();
+        cluster.agent(&["--once", flag]).ends();
+        let asked = cluster.server.asked().split_off(before);
+        let asked: Vec<_> = asked.into_iter().filter(|asked| asked.resource == "nodes").collect();
+        assert!(!asked.is_empty() && asked.iter().all(|asked| asked.query.contains("metadata.name=node-a") == field));
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_server_without_streaming_lists_serves_as_well() {
     for streaming in [Streaming::Refused(422), Streaming::Refused(400)] {
         isolate().unwrap();

@@ -1,6 +1,8 @@
-//! IP addresses as Kubernetes reads them.
+//! IP addresses, and ranges of them, as Kubernetes reads them.
 
 use std::net::IpAddr;
+
+use ipnet::IpNet;
 
 /// Reads an address as kube-proxy does (Go's old parser): leading zeros are decimal (`010.0.0.1` is `10.0.0.1`), and an
 /// IPv4-mapped IPv6 address is the IPv4 address.
@@ -22,9 +24,55 @@ pub(crate) fn parse_ip(text: &str) -> Option<IpAddr> {
     plain.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }
 
+/// Reads a range such as `10.0.0.0/8`, its address as [`parse_ip`] does. Bits beyond the prefix are cut off.
+///
+/// A range of IPv4-mapped addresses is the IPv4 range; one that reaches beyond them is none.
+pub(crate) fn parse_range(text: &str) -> Option<IpNet> {
+    let (address_text, length) = text.split_once('/')?;
+    if length.is_empty() || !length.bytes().all(|c| c.is_ascii_digit()) {
+        return None;
+    }
+    let address = parse_ip(address_text)?;
+    let length: u8 = length.parse().ok()?;
+    let is_mapped = address.is_ipv4() && address_text.contains(':');
+    let length = if is_mapped { length.checked_sub(96)? } else { length };
+    IpNet::new(address, length).ok().map(|range| range.trunc())
+}
+
 #[cfg(test)]
 mod tests {
-    use super::parse_ip;
+    use super::{parse_ip, parse_range};
+
+    #[test]
+    fn ranges_are_read_with_leading_zeros_and_bits_beyond_the_prefix() {
+        for (text, read) in [
+            ("10.0.0.0/8", Some("10.0.0.0/8")),
+            ("010.001.002.003/08", Some("10.0.0.0/8")),
+            ("192.0.2.7/32", Some("192.0.2.7/32")),
+            ("0.0.0.0/0", Some("0.0.0.0/0")),
+            ("FD00::7/64", Some("fd00::/64")),
+            ("::/0", Some("::/0")),
+            ("::ffff:10.1.2.3/104", Some("10.0.0.0/8")),
+            ("::ffff:10.1.2.3/96", Some("0.0.0.0/0")),
+            ("::ffff:10.1.2.3/95", None),
+            ("::ffff:10.1.2.3/8", None),
+            ("::ffff:10.1.2.3/129", None),
+            ("10.0.0.0", None),
+            ("10.0.0.0/", None),
+            ("10.0.0.0/33", None),
+            ("10.0.0.0/264", None),
+            ("10.0.0.0/+8", None),
+            ("10.0.0.0/-1", None),
+            ("10.0.0.0/8/8", None),
+            ("10.0.0.0/255.0.0.0", None),
+            ("10.0.0/8", None),
+            ("fd00::/129", None),
+            ("/8", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_range(text).map(|range| range.to_string()).as_deref(), read, "{text:?}");
+        }
+    }
 
     #[test]
     fn addresses_are_read_as_the_old_go_parser_does() {

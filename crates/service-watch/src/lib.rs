@@ -1,9 +1,9 @@
-//! Services, EndpointSlices and the own Node as compact [`Change`]s, from an API server or a directory of manifests.
+//! Services, EndpointSlices and Nodes as compact [`Change`]s, from an API server or a directory of manifests.
 //!
 //! The vocabulary ([`Change`] and what it holds) is plain values and always there. The sources are behind the feature
 //! `sources` (on by default):
 //!
-//! - [`ApiServer`] watches a Kubernetes API server and survives whatever it does;
+//! - [`ApiServer`] watches a Kubernetes API server and survives whatever it does; it also posts [`Events`];
 //! - [`Manifests`] reads the YAML and JSON files of a directory and follows their changes.
 //!
 //! Both say the same things to whoever listens, as [`Message`]s: changes, one [`Change::Synced`] once all that existed
@@ -44,7 +44,7 @@ pub use model::{
 
 #[cfg(feature = "sources")]
 pub use self::{
-    api_server::{ApiServer, Connection},
+    api_server::{ApiServer, Connection, Event, EventKind, EventSubject, Events},
     error::Error,
     manifests::Manifests,
     report::{Counters, Kind, Message, Report, Subject},

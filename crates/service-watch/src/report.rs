@@ -38,7 +38,7 @@ pub enum Subject {
     Service(ObjectName),
     /// An EndpointSlice.
     EndpointSlice(ObjectName),
-    /// The agent's own Node.
+    /// A Node.
     Node(Arc<str>),
     /// A file of manifests, or their directory.
     File(PathBuf),
@@ -53,16 +53,6 @@ impl Subject {
             Kind::Service => Self::Service(name),
             Kind::EndpointSlice => Self::EndpointSlice(name),
             Kind::Node => Self::Node(name.name),
-        }
-    }
-
-    /// What to say when the object is gone.
-    pub(crate) fn gone(self) -> Option<Change> {
-        match self {
-            Self::Service(name) => Some(Change::ServiceGone(name)),
-            Self::EndpointSlice(name) => Some(Change::SliceGone(name)),
-            Self::Node(_) => Some(Change::NodeGone),
-            Self::File(_) | Self::Watch(_) => None,
         }
     }
 }
@@ -86,7 +76,7 @@ pub enum Kind {
     Service,
     /// EndpointSlices.
     EndpointSlice,
-    /// The agent's own Node.
+    /// Nodes: the agent's own, or all.
     Node,
 }
 

@@ -41,6 +41,8 @@ pub(crate) struct ServiceSpec {
     pub(crate) session_affinity_config: Lenient<AffinityConfig>,
     pub(crate) internal_traffic_policy: Text,
     pub(crate) external_traffic_policy: Text,
+    pub(crate) load_balancer_source_ranges: List<Box<str>>,
+    pub(crate) health_check_node_port: Lenient<i64>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -137,7 +139,17 @@ pub(crate) struct Named {
 pub(crate) struct Node {
     #[serde(deserialize_with = "metadata")]
     pub(crate) metadata: ObjectMeta,
+    pub(crate) spec: Lenient<NodeSpec>,
     pub(crate) status: Lenient<NodeStatus>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct NodeSpec {
+    #[serde(rename = "podCIDR")]
+    pub(crate) pod_cidr: Text,
+    #[serde(rename = "podCIDRs")]
+    pub(crate) pod_cidrs: List<Box<str>>,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -200,6 +212,7 @@ records!(
     Conditions,
     Hints,
     Named,
+    NodeSpec,
     NodeStatus,
     NodeAddress,
     Metadata,

@@ -10,7 +10,7 @@ use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 use http::{Method, Request, Response, header};
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
-use hyper::body::Frame;
+use hyper::body::{Body as HttpBody, Frame};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
@@ -88,14 +88,19 @@ impl Server {
         &self,
     ) -> impl tower::Service<Request<B>, Response = Response<Body>, Error = io::Error, Future: Send> + Clone + Send + use<B>
     where
-        B: Send + 'static,
+        B: HttpBody<Data: Send, Error: Send> + Send + 'static,
     {
         let server = self.clone();
         tower::service_fn(move |request| server.clone().answer(request))
     }
 
-    pub(crate) async fn answer<B: Send>(self, request: Request<B>) -> io::Result<Response<Body>> {
-        let resource = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+    pub(crate) async fn answer<B>(self, request: Request<B>) -> io::Result<Response<Body>>
+    where
+        B: HttpBody<Data: Send, Error: Send> + Send,
+    {
+        let path = request.uri().path();
+        let event = EventPath::new(path);
+        let resource = if event.is_some() { "events" } else { path.rsplit('/').next().unwrap_or_default() }.to_owned();
         let query = Query::new(request.uri().query().unwrap_or_default());
         let verb = match (request.method() == Method::GET, query.get("watch"), query.get("sendInitialEvents")) {
             (false, _, _) => Verb::Post,
@@ -123,6 +128,12 @@ impl Server {
             }
             Some(Fault::Answer { .. }) | None => {}
         }
+        if let Some(event) = event {
+            let is_patch = request.method() == Method::PATCH;
+            let body = request.into_body().collect().await.map_err(|_| io::Error::other("no body"))?.to_bytes();
+            let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
+            return if is_patch { self.patch_event(&event, &body) } else { self.create_event(&event, body) };
+        }
         if verb == Verb::Post {
             return json_answer(201, &json!({}));
         }
@@ -130,6 +141,32 @@ impl Server {
             return json_answer(404, &status(404, "NotFound", "the server could not find the requested resource"));
         };
         if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) }
+    }
+
+    fn create_event(&self, place: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
+        let mut state = self.state();
+        if event["metadata"]["name"].as_str().is_none_or(str::is_empty) {
+            return json_answer(422, &status(422, "Invalid", "an Event without a name"));
+        }
+        event["metadata"]["namespace"] = json!(place.namespace);
+        if state.events.iter().any(|other| other["metadata"] == event["metadata"]) {
+            return json_answer(409, &status(409, "AlreadyExists", "there is an Event of this name"));
+        }
+        state.events.push(event.clone());
+        json_answer(201, &event)
+    }
+
+    fn patch_event(&self, place: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
+        let mut state = self.state();
+        let is_meant = |event: &&mut Value| {
+            let metadata = &event["metadata"];
+            metadata["namespace"] == place.namespace.as_str() && metadata["name"] == place.name.as_str()
+        };
+        let Some(event) = state.events.iter_mut().find(is_meant) else {
+            return json_answer(404, &status(404, "NotFound", "there is no such Event"));
+        };
+        merge(event, patch);
+        json_answer(200, event)
     }
 
     fn list(&self, (resource, kind, api): (&str, &str, &str), query: &Query) -> io::Result<Response<Body>> {
@@ -191,6 +228,38 @@ impl Server {
             std::task::Poll::Pending
         });
         respond(200, "application/json", stream_body(events))
+    }
+}
+
+/// Where Events are: `/apis/events.k8s.io/v1/namespaces/NAMESPACE/events`, with or without a name.
+struct EventPath {
+    namespace: String,
+    name: String,
+}
+
+impl EventPath {
+    fn new(path: &str) -> Option<Self> {
+        let (namespace, rest) = path.strip_prefix("/apis/events.k8s.io/v1/namespaces/")?.split_once('/')?;
+        let name = rest.strip_prefix("events")?.trim_start_matches('/');
+        Some(Self { namespace: namespace.to_owned(), name: name.to_owned() })
+    }
+}
+
+/// A JSON merge patch.
+fn merge(value: &mut Value, patch: &Value) {
+    let Value::Object(patch) = patch else {
+        *value = patch.clone();
+        return;
+    };
+    if !value.is_object() {
+        *value = json!({});
+    }
+    for (key, patch) in patch {
+        if patch.is_null() {
+            value.as_object_mut().map(|object| object.remove(key));
+        } else {
+            merge(&mut value[key], patch);
+        }
     }
 }
 

@@ -7,6 +7,8 @@
 //! [`Server::service`] is a tower service for `kube::Client::new`: no socket, and tests can run on paused time.
 //! [`Server::listen`] and [`Server::listen_in_thread`] serve HTTP on 127.0.0.1, for a program under test.
 //!
+//! Events of `events.k8s.io` can be posted and patched, and are kept for [`Server::events`].
+//!
 //! A `Server` is a handle: clones are the same server. Its methods panic on what only a wrong test does.
 
 mod answer;
@@ -31,7 +33,7 @@ pub struct Server {
 /// A request as it came.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Asked {
-    /// `services`, `endpointslices` or `nodes`.
+    /// `services`, `endpointslices`, `nodes` or `events`.
     pub resource: String,
     /// Whether it was a list, a watch or a streaming list.
     pub verb: Verb,
@@ -91,6 +93,7 @@ struct State {
     gone: Gone,
     fault: Option<Fault>,
     asked: Vec<Asked>,
+    events: Vec<Value>,
 }
 
 impl Server {
@@ -221,6 +224,11 @@ impl Server {
     /// How many requests of this kind there were for a resource.
     pub fn count(&self, resource: &str, verb: Verb) -> usize {
         self.state().asked.iter().filter(|asked| asked.resource == resource && asked.verb == verb).count()
+    }
+
+    /// The Events that were posted, as they are now.
+    pub fn events(&self) -> Vec<Value> {
+        self.state().events.clone()
     }
 
     /// How many watches are open.

@@ -4,6 +4,7 @@
 //! longer has becomes gone.
 
 mod connect;
+mod events;
 mod feed;
 mod patience;
 
@@ -13,10 +14,11 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt as _};
-use kube::runtime::watcher::{Config, Event};
+use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client};
 
 pub use self::connect::Connection;
+pub use self::events::{Event, EventKind, EventSubject, Events};
 use self::feed::{Feed, Step};
 use crate::convert::{Converted, Converter, Object, Outcome, consequence};
 use crate::error::Error;
@@ -24,11 +26,12 @@ use crate::model::{Change, ObjectName};
 use crate::report::{Counters, Kind, Message, Outlet, Subject};
 use crate::wire;
 
-/// Services, EndpointSlices and the own Node from an API server.
+/// Services, EndpointSlices and Nodes from an API server.
 pub struct ApiServer {
     client: Client,
     server: String,
     node: Arc<str>,
+    all_nodes: bool,
     counters: Arc<Counters>,
 }
 
@@ -49,12 +52,25 @@ impl ApiServer {
 
     /// An API server reached through `client`; `server` is what messages call it.
     pub fn with_client(client: Client, server: impl Into<String>, node: impl Into<Arc<str>>) -> Self {
-        Self { client, server: server.into(), node: node.into(), counters: Arc::default() }
+        Self { client, server: server.into(), node: node.into(), all_nodes: false, counters: Arc::default() }
+    }
+
+    /// Whether to watch all Nodes, for [`Change::Neighbour`], instead of the own one alone. In a large cluster that is
+    /// much: each Node is written every few minutes, and each write goes to every watcher.
+    #[must_use]
+    pub fn watch_all_nodes(mut self, all: bool) -> Self {
+        self.all_nodes = all;
+        self
     }
 
     /// The client, for whoever has something to tell the API server.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// A way to post Kubernetes Events, as `kube-ipvs` on the own Node. Must be called on a tokio runtime.
+    pub fn events(&self) -> Events {
+        Events::new(self.client.clone(), self.node.clone())
     }
 
     /// The address of the API server.
@@ -69,23 +85,24 @@ impl ApiServer {
 
     /// As [`Source::run`](crate::Source::run). There is no error that ends it.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
-        let Self { client, server, node, counters } = self;
+        let Self { client, server, node, all_nodes, counters } = self;
         let mut outlet = Outlet::new(sink, counters);
-        let mut converter = Converter::default();
+        let mut converter = Converter::new(node.clone());
         let mut services = Tracker::default();
         let mut slices = Tracker::default();
-        let mut own = Tracker { only: Some(node.clone()), ..Tracker::default() };
+        let mut nodes = Tracker { only: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
 
         // What kube-proxy asks for: nothing of other proxies, nothing headless.
         let services_wanted =
             Config::default().labels("!service.kubernetes.io/service-proxy-name").fields("spec.clusterIP!=None");
         let slices_wanted = Config::default().labels("!service.kubernetes.io/headless");
-        let node_wanted = Config::default().fields(&format!("metadata.name={node}"));
+        let nodes_wanted =
+            if all_nodes { Config::default() } else { Config::default().fields(&format!("metadata.name={node}")) };
         let feeds = stream::select(
             feed(&client, &server, services_wanted).map(Said::Service),
             stream::select(
                 feed(&client, &server, slices_wanted).map(Said::Slice),
-                feed(&client, &server, node_wanted).map(Said::Node),
+                feed(&client, &server, nodes_wanted).map(Said::Node),
             ),
         );
         let mut feeds = std::pin::pin!(feeds);
@@ -94,11 +111,11 @@ impl ApiServer {
             match feeds.next().await {
                 Some(Said::Service(step)) => services.take(step, &mut converter, &mut outlet),
                 Some(Said::Slice(step)) => slices.take(step, &mut converter, &mut outlet),
-                Some(Said::Node(step)) => own.take(step, &mut converter, &mut outlet),
+                Some(Said::Node(step)) => nodes.take(step, &mut converter, &mut outlet),
                 None => break,
             }
-            outlet.incomplete([&services, &slices, &own].iter().any(|tracker| !tracker.obscure.is_empty()));
-            if !synced && services.listed && slices.listed && own.listed {
+            outlet.incomplete([&services, &slices, &nodes].iter().any(|tracker| !tracker.obscure.is_empty()));
+            if !synced && services.listed && slices.listed && nodes.listed {
                 synced = true;
                 outlet.change(Change::Synced);
             }
@@ -148,22 +165,24 @@ impl Tracker {
         let watch = Subject::Watch(K::KIND);
         match step {
             Step::Failed(problem) => return outlet.error(watch, problem),
-            Step::Event(Event::Init) => {
+            Step::Event(watcher::Event::Init) => {
                 self.seen = Some(HashSet::new());
                 return;
             }
             Step::Well => {}
-            Step::Event(Event::InitApply(object) | Event::Apply(object)) => self.apply(&object, converter, outlet),
-            Step::Event(Event::Delete(object)) => {
+            Step::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
+                self.apply(&object, converter, outlet);
+            }
+            Step::Event(watcher::Event::Delete(object)) => {
                 if let Some(name) = converter.name(object.meta()) {
-                    self.gone(K::KIND, &name, outlet);
+                    self.gone(K::KIND, &name, converter, outlet);
                 }
             }
-            Step::Event(Event::InitDone) => {
+            Step::Event(watcher::Event::InitDone) => {
                 let seen = self.seen.take().unwrap_or_default();
                 let gone: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
                 for name in gone {
-                    self.gone(K::KIND, &name, outlet);
+                    self.gone(K::KIND, &name, converter, outlet);
                 }
                 // Objects that never were good enough to be known.
                 self.obscure.retain(|name| seen.contains(name));
@@ -199,7 +218,7 @@ impl Tracker {
                 self.obscure.remove(&name);
                 outlet.change(change);
             }
-            Outcome::Ignore => self.gone(K::KIND, &name, outlet),
+            Outcome::Ignore => self.gone(K::KIND, &name, converter, outlet),
             Outcome::Broken => {
                 let before = self.known.contains(&name);
                 problems.push(consequence(before));
@@ -211,11 +230,17 @@ impl Tracker {
         outlet.problems(Subject::object(K::KIND, name), problems);
     }
 
-    fn gone<F: FnMut(Message) -> ControlFlow<()>>(&mut self, kind: Kind, name: &ObjectName, outlet: &mut Outlet<F>) {
+    fn gone<F: FnMut(Message) -> ControlFlow<()>>(
+        &mut self,
+        kind: Kind,
+        name: &ObjectName,
+        converter: &Converter,
+        outlet: &mut Outlet<F>,
+    ) {
         let subject = Subject::object(kind, name.clone());
         self.obscure.remove(name);
         if self.known.remove(name)
-            && let Some(gone) = subject.clone().gone()
+            && let Some(gone) = converter.gone(subject.clone())
         {
             outlet.change(gone);
         }

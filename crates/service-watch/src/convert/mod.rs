@@ -6,8 +6,10 @@ mod tests;
 
 use std::fmt;
 use std::net::IpAddr;
+use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use kube::api::ObjectMeta;
 use serde::de::DeserializeOwned;
 
@@ -17,7 +19,7 @@ use crate::model::{
     Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
     TrafficPolicy,
 };
-use crate::report::Kind;
+use crate::report::{Kind, Subject};
 use crate::wire;
 
 /// A Service with this label, whatever its value, belongs to another proxy.
@@ -65,8 +67,12 @@ impl Object for wire::EndpointSlice {
 impl Object for wire::Node {
     const KIND: Kind = Kind::Node;
 
-    fn convert(&self, _: &ObjectName, converter: &mut Converter) -> Converted<Change> {
-        converter.node(self).map(Change::Node)
+    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+        if name.name == converter.own {
+            converter.node(self).map(Change::Node)
+        } else {
+            neighbour(self).map(|addresses| Change::Neighbour(name.name.clone(), addresses))
+        }
     }
 }
 
@@ -107,17 +113,35 @@ pub(crate) fn consequence(before: bool) -> String {
 }
 
 /// Reads objects; shares the texts that many of them have in common.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Converter {
+    /// The name of the own Node.
+    own: Arc<str>,
     names: Interner,
     /// There is no API server that completes objects, nor controllers with objects of their own.
     by_hand: bool,
 }
 
 impl Converter {
+    /// For objects of an API server; `own` is the name of the own Node.
+    pub(crate) fn new(own: Arc<str>) -> Self {
+        Self { own, names: Interner::default(), by_hand: false }
+    }
+
     /// For objects that nobody completes: what is left out of them was forgotten.
-    pub(crate) fn by_hand() -> Self {
-        Self { by_hand: true, ..Self::default() }
+    pub(crate) fn by_hand(own: Arc<str>) -> Self {
+        Self { by_hand: true, ..Self::new(own) }
+    }
+
+    /// What to say when an object is gone.
+    pub(crate) fn gone(&self, subject: Subject) -> Option<Change> {
+        match subject {
+            Subject::Service(name) => Some(Change::ServiceGone(name)),
+            Subject::EndpointSlice(name) => Some(Change::SliceGone(name)),
+            Subject::Node(name) if name == self.own => Some(Change::NodeGone),
+            Subject::Node(name) => Some(Change::NeighbourGone(name)),
+            Subject::File(_) | Subject::Watch(_) => None,
+        }
     }
 
     /// Namespace and name; a manifest without namespace means `default`. `None` without a usable name.
@@ -187,8 +211,8 @@ impl Converter {
             affinity_seconds: affinity(spec, problems),
             internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
             external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
-            source_ranges: None,
-            health_check_node_port: None,
+            source_ranges: source_ranges(spec, problems),
+            health_check_node_port: health_check_node_port(spec, problems),
         })
     }
 
@@ -350,28 +374,72 @@ impl Converter {
     }
 
     fn read_node(&mut self, object: &wire::Node, problems: &Problems) -> Node {
-        const UNUSED: &str = "this address is not used";
-        let status = problems.value(&object.status, "status", "the Node counts as without addresses");
-        let mut internal = Vec::new();
-        let mut external = Vec::new();
-        for (at, address) in status
-            .into_iter()
-            .flat_map(|status| problems.items(&status.addresses, "status.addresses", "the Node counts as without"))
-        {
-            let Some(address) = problems.value(address, at, UNUSED) else { continue };
-            let list = match problems.value(&address.r#type, In(at, "type"), UNUSED).map_or("", |text| text) {
-                "InternalIP" => &mut internal,
-                "ExternalIP" => &mut external,
-                // Names, and types that others make up.
-                _ => continue,
-            };
-            let text = problems.value(&address.address, In(at, "address"), UNUSED);
-            list.extend(text.and_then(|text| problems.ip(text, In(at, "address"), UNUSED)));
-        }
-        internal.append(&mut external);
         let zone = label(&object.metadata, ZONE).filter(|zone| !zone.is_empty());
-        Node { addresses: internal, zone: zone.map(|zone| self.names.get(zone)), pod_cidrs: Vec::new() }
+        Node {
+            addresses: node_addresses(object, problems),
+            zone: zone.map(|zone| self.names.get(zone)),
+            pod_cidrs: pod_cidrs(object, problems),
+        }
     }
+}
+
+/// Of another Node only the addresses matter.
+fn neighbour(object: &wire::Node) -> Converted<Vec<IpAddr>> {
+    let problems = Problems::default();
+    let addresses = node_addresses(object, &problems);
+    problems.with(Outcome::Serve(addresses))
+}
+
+/// The internal addresses of a Node, and then its external ones.
+fn node_addresses(object: &wire::Node, problems: &Problems) -> Vec<IpAddr> {
+    const UNUSED: &str = "this address is not used";
+    let status = problems.value(&object.status, "status", "the Node counts as without addresses");
+    let mut internal = Vec::new();
+    let mut external = Vec::new();
+    for (at, address) in status
+        .into_iter()
+        .flat_map(|status| problems.items(&status.addresses, "status.addresses", "the Node counts as without"))
+    {
+        let Some(address) = problems.value(address, at, UNUSED) else { continue };
+        let list = match problems.value(&address.r#type, In(at, "type"), UNUSED).map_or("", |text| text) {
+            "InternalIP" => &mut internal,
+            "ExternalIP" => &mut external,
+            // Names, and types that others make up.
+            _ => continue,
+        };
+        let text = problems.value(&address.address, In(at, "address"), UNUSED);
+        list.extend(text.and_then(|text| problems.ip(text, In(at, "address"), UNUSED)));
+    }
+    internal.append(&mut external);
+    internal
+}
+
+/// The ranges of a Node's pods, one a family. (The API server fills in both fields.)
+fn pod_cidrs(object: &wire::Node, problems: &Problems) -> Vec<IpNet> {
+    const UNUSED: &str = "this range is not used";
+    const SINGLE: &str = "spec.podCIDR";
+    let Some(spec) = problems.value(&object.spec, "spec", "the Node counts as without pod ranges") else {
+        return Vec::new();
+    };
+    let mut ranges: Vec<IpNet> = Vec::new();
+    let mut is_listed = false;
+    for (at, text) in problems.items(&spec.pod_cidrs, "spec.podCIDRs", "the Node counts as without") {
+        is_listed = true;
+        let Some(text) = problems.value(text, at, UNUSED) else { continue };
+        let Some(range) = problems.range(text, at, UNUSED) else { continue };
+        let family = Family::of(range.addr());
+        if ranges.iter().any(|other| Family::of(other.addr()) == family) {
+            problems
+                .add(format_args!("{at} {range} is a second one of {}: {UNUSED}; give one a family", family.name()));
+        } else {
+            ranges.push(range);
+        }
+    }
+    if !is_listed {
+        let single = problems.value(&spec.pod_cidr, SINGLE, UNUSED).filter(|text| !text.is_empty());
+        ranges.extend(single.and_then(|text| problems.range(text, SINGLE, UNUSED)));
+    }
+    ranges
 }
 
 /// Only the first address counts: further ones are other addresses of the same endpoint.
@@ -470,6 +538,32 @@ fn load_balancer_ips(object: &wire::Service, problems: &Problems) -> Vec<IpAddr>
             problems.ip(text, In(at, "ip"), ADDRESS_OUT)
         })
         .collect()
+}
+
+/// Who may connect to the load balancer's IPs. What cannot be understood lets nobody in: a slip of the pen in a list that
+/// is there to keep people out must not open the Service to all.
+fn source_ranges(spec: &wire::ServiceSpec, problems: &Problems) -> Option<Vec<IpNet>> {
+    const AT: &str = "spec.loadBalancerSourceRanges";
+    const UNUSED: &str = "this entry lets nobody in";
+    let Ok(list) = problems.field(&spec.load_balancer_source_ranges, AT, "nobody may use its load balancer IPs") else {
+        return Some(Vec::new());
+    };
+    let list = list.filter(|list| !list.is_empty())?;
+    let ranges = list.iter().enumerate().filter_map(|(index, text)| {
+        let at = Item(AT, index);
+        let text = problems.field(text, at, UNUSED).ok()?.map_or("", |text| text);
+        problems.range(text.trim(), at, UNUSED)
+    });
+    Some(ranges.collect())
+}
+
+fn health_check_node_port(spec: &wire::ServiceSpec, problems: &Problems) -> Option<NonZeroU16> {
+    const AT: &str = "spec.healthCheckNodePort";
+    const WITHOUT: &str = "load balancers get no answer about this node";
+    match problems.value(&spec.health_check_node_port, AT, WITHOUT) {
+        None | Some(0) => None,
+        Some(&port) => problems.port(port, AT, WITHOUT),
+    }
 }
 
 fn affinity(spec: &wire::ServiceSpec, problems: &Problems) -> Option<u32> {

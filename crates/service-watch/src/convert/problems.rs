@@ -7,7 +7,9 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use crate::address::parse_ip;
+use ipnet::IpNet;
+
+use crate::address::{parse_ip, parse_range};
 use crate::convert::{Converted, Outcome};
 use crate::lenient::{Lenient, Short};
 
@@ -80,6 +82,18 @@ impl Problems {
             self.add(format_args!("{at} {:?} is no IP address: {effect}; correct it", Short(text)));
         }
         address
+    }
+
+    /// A range of addresses.
+    pub(crate) fn range(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpNet> {
+        let range = parse_range(text);
+        if range.is_none() {
+            self.add(format_args!(
+                "{at} {:?} is no range of IP addresses: {effect}; write it as in 192.0.2.0/24 or 2001:db8::/32",
+                Short(text)
+            ));
+        }
+        range
     }
 
     /// A port number.

@@ -9,7 +9,7 @@ use crate::wire;
 fn convert<K: Object>(object: &Value) -> Converted<Change> {
     // As from the API server: text, not a value.
     let object: K = serde_json::from_str(&object.to_string()).unwrap();
-    let mut converter = Converter::default();
+    let mut converter = Converter::new("node-a".into());
     let name = converter.name(object.meta()).unwrap();
     object.convert(&name, &mut converter)
 }
@@ -105,7 +105,7 @@ fn services_that_a_proxy_does_not_serve_are_ignored_without_a_word() {
 
 #[test]
 fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
-    let mut converter = Converter::by_hand();
+    let mut converter = Converter::by_hand("node-a".into());
     let mut read = |patch: &Value| {
         let object: wire::Service = serde_json::from_value(patched(service_json(), patch)).unwrap();
         let name = converter.name(&object.metadata).unwrap();
@@ -283,10 +283,64 @@ fn type_and_policies_are_read_and_unknown_ones_default() {
 }
 
 #[test]
+fn source_ranges_are_read_sloppily_and_a_wrong_one_opens_nothing() {
+    for (ranges, read, problems) in [
+        (Value::Null, None, 0),
+        (json!([]), None, 0),
+        (json!(["192.0.2.0/24"]), Some(vec!["192.0.2.0/24"]), 0),
+        (
+            json!([" 192.0.2.7/24 ", "010.0.0.1/08", "2001:DB8::1/32"]),
+            Some(vec!["192.0.2.0/24", "10.0.0.0/8", "2001:db8::/32"]),
+            0,
+        ),
+        // What it means is the reconciler's concern.
+        (json!(["0.0.0.0/0", "::/0"]), Some(vec!["0.0.0.0/0", "::/0"]), 0),
+        (json!(["192.0.2.0/24", "192.0.2.0/24"]), Some(vec!["192.0.2.0/24", "192.0.2.0/24"]), 0),
+        (json!(["::ffff:192.0.2.0/120"]), Some(vec!["192.0.2.0/24"]), 0),
+        (json!(["192.0.2.0/24", "192.0.2.9", "x"]), Some(vec!["192.0.2.0/24"]), 2),
+        (json!(["192.0.2.9"]), Some(vec![]), 1),
+        (json!(["192.0.2.0/33", "", null, 5, {}]), Some(vec![]), 5),
+        (json!(["::ffff:192.0.2.0/24"]), Some(vec![]), 1),
+        (json!("192.0.2.0/24"), Some(vec![]), 1),
+        (json!({ "a": 1 }), Some(vec![]), 1),
+    ] {
+        let (service, told) = service(&json!({ "spec": { "loadBalancerSourceRanges": ranges } }));
+        let found = service.unwrap().source_ranges;
+        assert_eq!(found.map(ips), read.map(ips), "{ranges}");
+        assert_eq!(told.len(), problems, "{ranges}: {told:?}");
+    }
+    let (_, told) = service(&json!({ "spec": { "loadBalancerSourceRanges": ["10.0.0.0/8", "192.0.2.9"] } }));
+    assert_eq!(
+        told,
+        [
+            "spec.loadBalancerSourceRanges[1] \"192.0.2.9\" is no range of IP addresses: this entry lets nobody in; write it \
+             as in 192.0.2.0/24 or 2001:db8::/32"
+        ]
+    );
+}
+
+#[test]
+fn a_health_check_node_port_is_read_and_a_wrong_one_left_out() {
+    for (port, read, problems) in [
+        (Value::Null, None, 0),
+        (json!(0), None, 0),
+        (json!(32000), Some(32000), 0),
+        (json!(65_536), None, 1),
+        (json!(-1), None, 1),
+        (json!("32000"), None, 1),
+        (json!({}), None, 1),
+    ] {
+        let (service, told) = service(&json!({ "spec": { "healthCheckNodePort": port } }));
+        assert_eq!(service.unwrap().health_check_node_port.map(u16::from), read, "{port}");
+        assert_eq!(told.len(), problems, "{port}: {told:?}");
+    }
+}
+
+#[test]
 fn wrong_types_of_what_nobody_reads_do_not_matter() {
     let service = good_service(&json!({
         "metadata": { "creationTimestamp": 5, "annotations": 7, "ownerReferences": "x", "generation": "many" },
-        "spec": { "selector": [1], "healthCheckNodePort": {}, "future": [[[]]] },
+        "spec": { "selector": [1], "allocateLoadBalancerNodePorts": {}, "future": [[[]]] },
     }));
     assert_eq!(service.created, None);
 }
@@ -455,9 +509,58 @@ fn a_node_has_its_internal_addresses_before_its_external_ones_and_its_zone() {
     assert_eq!(ips(read.addresses), ["192.168.10.11", "fd00::11", "198.51.100.1"]);
     assert_eq!(read.zone.as_deref(), Some("zone-1"));
     assert_eq!(problems.len(), 1, "{problems:?}");
-    for zoneless in [json!({ "name": "a" }), json!({ "name": "a", "labels": { "topology.kubernetes.io/zone": "" } })] {
+    for zoneless in
+        [json!({ "name": "node-a" }), json!({ "name": "node-a", "labels": { "topology.kubernetes.io/zone": "" } })]
+    {
         assert_eq!(node(&json!({ "metadata": zoneless })), (Node::default(), vec![]));
     }
+}
+
+#[test]
+fn a_node_has_one_pod_range_a_family() {
+    for (spec, read, problems) in [
+        (Value::Null, vec![], 0),
+        (json!({}), vec![], 0),
+        (json!({ "podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24"] }), vec!["10.244.1.0/24"], 0),
+        (
+            json!({ "podCIDR": "10.244.1.0/24", "podCIDRs": ["10.244.1.0/24", "fd00:1::/64"] }),
+            vec!["10.244.1.0/24", "fd00:1::/64"],
+            0,
+        ),
+        (json!({ "podCIDR": "10.244.1.9/24" }), vec!["10.244.1.0/24"], 0),
+        (json!({ "podCIDR": "10.244.1.0/24", "podCIDRs": [] }), vec!["10.244.1.0/24"], 0),
+        (json!({ "podCIDR": "" }), vec![], 0),
+        (json!({ "podCIDR": "10.244.1.0" }), vec![], 1),
+        (json!({ "podCIDR": 5 }), vec![], 1),
+        (
+            json!({ "podCIDRs": ["10.244.1.0/24", "10.244.2.0/24", "fd00:1::/64"] }),
+            vec!["10.244.1.0/24", "fd00:1::/64"],
+            1,
+        ),
+        (json!({ "podCIDRs": ["x", 7, "10.244.2.0/24"] }), vec!["10.244.2.0/24"], 2),
+        (json!({ "podCIDRs": "10.244.1.0/24" }), vec![], 1),
+        (json!("10.244.1.0/24"), vec![], 1),
+    ] {
+        let (read_node, told) = node(&json!({ "metadata": { "name": "node-a" }, "spec": spec }));
+        assert_eq!(ips(read_node.pod_cidrs), read, "{spec}");
+        assert_eq!(told.len(), problems, "{spec}: {told:?}");
+    }
+}
+
+#[test]
+fn another_node_is_a_neighbour_of_which_only_the_addresses_count() {
+    let converted = convert::<wire::Node>(&json!({
+        "metadata": { "name": "node-b", "labels": { "topology.kubernetes.io/zone": "z" } },
+        "spec": { "podCIDR": "nonsense" },
+        "status": { "addresses": [
+            { "type": "ExternalIP", "address": "198.51.100.2" }, { "type": "InternalIP", "address": "192.168.10.12" },
+            { "type": "InternalIP", "address": "nonsense" },
+        ] },
+    }));
+    let Outcome::Serve(Change::Neighbour(name, addresses)) = converted.outcome else { panic!("{converted:?}") };
+    assert_eq!((&*name, ips(addresses)), ("node-b", vec!["192.168.10.12".to_owned(), "198.51.100.2".to_owned()]));
+    assert_eq!(converted.problems.len(), 1, "{:?}", converted.problems);
+    assert!(converted.problems[0].starts_with("status.addresses[2].address"), "{:?}", converted.problems);
 }
 
 #[test]

@@ -46,7 +46,7 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// The manifests in `directory`; of Nodes, only the one named `node` counts.
+    /// The manifests in `directory`; `node` is the name of the own Node.
     pub fn new(directory: impl Into<PathBuf>, node: impl Into<Arc<str>>) -> Self {
         Self { directory: directory.into(), node: node.into(), counters: Arc::default() }
     }

@@ -4,7 +4,6 @@ use std::fs::{self, Metadata};
 use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::sync::Arc;
 
 use serde_json::{Map, Value};
 use tracing::debug;
@@ -63,7 +62,7 @@ impl Stamp {
 }
 
 /// Reads a file. The stamp is that of before it was read; `None` if it could not be, for that may pass unseen.
-pub(super) fn read_file(path: &Path, node: &Arc<str>, converter: &mut Converter) -> (FileRead, Option<Stamp>) {
+pub(super) fn read_file(path: &Path, converter: &mut Converter) -> (FileRead, Option<Stamp>) {
     let stamp = match fs::metadata(path) {
         Ok(meta) if meta.is_file() => Stamp::new(&meta),
         Ok(_) => return (FileRead::Absent, None),
@@ -77,18 +76,18 @@ pub(super) fn read_file(path: &Path, node: &Arc<str>, converter: &mut Converter)
         Err(error) => return (FileRead::Failed(format!("cannot be read: {error}; check its permissions")), None),
     };
     match fs::read_to_string(path) {
-        Ok(text) => (read_text(&text, path, node, converter), Some(stamp)),
+        Ok(text) => (read_text(&text, path, converter), Some(stamp)),
         Err(error) if error.kind() == ErrorKind::NotFound => (FileRead::Absent, None),
         Err(error) => (FileRead::Failed(format!("cannot be read: {error}; check its permissions and encoding")), None),
     }
 }
 
-fn read_text(text: &str, path: &Path, node: &Arc<str>, converter: &mut Converter) -> FileRead {
+fn read_text(text: &str, path: &Path, converter: &mut Converter) -> FileRead {
     let documents = match parse(text, path.extension().is_some_and(|extension| extension == "json")) {
         Ok(documents) => documents,
         Err(problem) => return FileRead::Failed(format!("does not parse: {problem}; correct the file")),
     };
-    let mut reader = Reader { node, converter, found: Vec::new(), problems: Vec::new() };
+    let mut reader = Reader { converter, found: Vec::new(), problems: Vec::new() };
     for (index, document) in documents.into_iter().enumerate() {
         reader.object(document, &format!("document {}", index + 1), None);
     }
@@ -108,7 +107,6 @@ fn parse(text: &str, json: bool) -> Result<Vec<Value>, String> {
 }
 
 struct Reader<'a> {
-    node: &'a Arc<str>,
     converter: &'a mut Converter,
     found: Vec<Found>,
     problems: Vec<String>,
@@ -174,9 +172,6 @@ impl Reader<'_> {
         let Some(name) = self.converter.name(object.meta()) else {
             return Err("has no metadata.name that is text: skipped; give it one".into());
         };
-        if K::KIND == Kind::Node && name.name != *self.node {
-            return Ok(());
-        }
         let Converted { outcome, problems } = object.convert(&name, self.converter);
         self.found.push(Found { subject: Subject::object(K::KIND, name), outcome, problems });
         Ok(())

@@ -15,7 +15,6 @@ use crate::report::{Message, Outlet, Subject};
 #[derive(Debug)]
 pub(super) struct Shelf {
     directory: PathBuf,
-    node: Arc<str>,
     converter: Converter,
     files: BTreeMap<OsString, File>,
     /// Who says what of an object. The file that sorts first is believed.
@@ -51,8 +50,7 @@ impl Shelf {
     pub(super) fn new(directory: PathBuf, node: Arc<str>) -> Self {
         Self {
             directory,
-            node,
-            converter: Converter::by_hand(),
+            converter: Converter::by_hand(node),
             files: BTreeMap::new(),
             claims: HashMap::new(),
             unread: BTreeSet::new(),
@@ -101,7 +99,7 @@ impl Shelf {
     ) {
         let mut before = BTreeMap::new();
         for name in &names {
-            let (read, stamp) = read_file(&self.directory.join(name), &self.node, &mut self.converter);
+            let (read, stamp) = read_file(&self.directory.join(name), &mut self.converter);
             match read {
                 FileRead::Absent => {
                     self.unread.remove(name);
@@ -196,7 +194,7 @@ impl Shelf {
             if fact != was {
                 if let Some(fact) = fact {
                     arrived.push(fact);
-                } else if let Some(gone) = subject.clone().gone() {
+                } else if let Some(gone) = self.converter.gone(subject.clone()) {
                     outlet.change(gone);
                 }
             }

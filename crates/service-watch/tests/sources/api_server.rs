@@ -12,8 +12,12 @@ use crate::common::{Listener, labelled, listen, node, of_service, service, slice
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn source(server: &Server) -> Source {
+    Source::ApiServer(api_server(server))
+}
+
+fn api_server(server: &Server) -> ApiServer {
     let client = kube::Client::new(server.service(), "default");
-    Source::ApiServer(ApiServer::with_client(client, "https://test", "node-a"))
+    ApiServer::with_client(client, "https://test", "node-a")
 }
 
 /// A server with one object of each kind and a source that has read them.
@@ -82,6 +86,55 @@ async fn a_node_that_does_not_exist_does_not_hold_up_and_is_followed_when_it_com
     assert_eq!(listener.change().await, "node x");
     server.delete("Node", "", "node-a");
     assert_eq!(listener.change().await, "-node");
+}
+
+#[tokio::test(start_paused = true)]
+async fn all_nodes_are_watched_when_asked_for_and_gone_ones_are_missed() {
+    for streaming in [Streaming::Yes, Streaming::Refused(422)] {
+        let server = Server::new();
+        server.streaming(streaming);
+        for (name, zone) in [("node-a", "z"), ("node-b", "z"), ("node-c", "z")] {
+            server.apply(node(name, zone));
+        }
+        let mut listener = listen(Source::ApiServer(api_server(&server).watch_all_nodes(true)));
+        assert_eq!(listener.synced().await, ["neighbour node-b", "neighbour node-c", "node z"]);
+        assert!(server.asked().iter().all(|asked| !asked.query.contains("metadata.name")), "{:?}", server.asked());
+        server.apply(node("node-d", "y"));
+        assert_eq!(listener.change().await, "neighbour node-d");
+        server.delete("Node", "", "node-b");
+        assert_eq!(listener.change().await, "-neighbour node-b");
+        // Also what went while nobody watched: those after the own Node and before it.
+        server.refuse();
+        server.delete("Node", "", "node-c");
+        server.delete("Node", "", "node-a");
+        server.apply(node("node-0", "y"));
+        server.compact();
+        server.recover();
+        let changes = listener.changes(4).await;
+        assert_eq!(changes, ["-neighbour node-c", "-node", "neighbour node-0", "neighbour node-d"], "{streaming:?}");
+        server.apply(node("node-a", "x"));
+        assert_eq!(listener.change().await, "node x");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_wrong_address_of_a_neighbour_is_reported_until_the_node_goes() {
+    let server = Server::new();
+    let mut odd = node("node-b", "z");
+    odd["status"]["addresses"][0]["address"] = json!("nonsense");
+    server.apply(odd);
+    let mut listener = listen(Source::ApiServer(api_server(&server).watch_all_nodes(true)));
+    assert_eq!(listener.synced().await, ["neighbour node-b"]);
+    let report = listener.report().await;
+    assert_eq!(report.subject, Subject::Node("node-b".into()));
+    assert!(report.problems[0].contains("\"nonsense\" is no IP address"), "{report:?}");
+    server.refuse();
+    server.delete("Node", "", "node-b");
+    server.compact();
+    server.recover();
+    assert_eq!(listener.change().await, "-neighbour node-b");
+    let well = Report { subject: Subject::Node("node-b".into()), problems: vec![] };
+    while listener.report().await != well {}
 }
 
 #[tokio::test(start_paused = true)]

@@ -4,4 +4,5 @@
 mod api_server;
 mod common;
 mod connect;
+mod events;
 mod manifests;

@@ -70,7 +70,7 @@ async fn all_kinds_of_files_and_documents_are_read() {
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSliceList", "items": [slice("s", "six", &["10.0.0.6"])],
     });
     write(&directory, "six.yaml", &slices);
-    // Not read: other names, hidden files, directories, other nodes, other kinds of the same name.
+    // Not read: other names, hidden files, directories, other kinds of the same name.
     write(&directory, "readme.txt", &service("txt", "10.96.0.9"));
     write(&directory, ".hidden.yaml", &service("hidden", "10.96.0.9"));
     fs::create_dir(directory.path().join("sub.yaml")).unwrap();
@@ -85,6 +85,7 @@ async fn all_kinds_of_files_and_documents_are_read() {
             "five 10.96.0.5",
             "four 10.96.0.4",
             "four-1 of four: 10.0.0.4",
+            "neighbour node-b",
             "node z",
             "one 10.96.0.1",
             "s of six: 10.0.0.6",
@@ -117,6 +118,31 @@ async fn a_file_that_comes_changes_and_goes_is_followed() {
     listener.quiet(A_WHILE).await;
     fs::remove_file(directory.path().join("b.yaml")).unwrap();
     assert_eq!(listener.change().await, "-a");
+}
+
+#[tokio::test]
+async fn other_nodes_are_neighbours() {
+    let directory = directory();
+    write(&directory, "b.yaml", &node("node-b", "z"));
+    let mut listener = follow(directory.path());
+    assert_eq!(listener.synced().await, ["neighbour node-b"]);
+    write(&directory, "a.yaml", &node("node-a", "z"));
+    assert_eq!(listener.change().await, "node z");
+    let mut moved = node("node-b", "z");
+    moved["status"]["addresses"] = json!([{ "type": "InternalIP", "address": "192.168.10.99" }]);
+    write(&directory, "b.yaml", &moved);
+    assert_eq!(listener.change().await, "neighbour node-b");
+    // The zone of another is nobody's concern.
+    moved["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!("y");
+    write(&directory, "b.yaml", &moved);
+    listener.quiet(A_WHILE).await;
+    // A file whose Node gets another name.
+    write(&directory, "b.yaml", &node("node-c", "z"));
+    assert_eq!(listener.changes(2).await, ["-neighbour node-b", "neighbour node-c"]);
+    fs::remove_file(directory.path().join("b.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-neighbour node-c");
+    fs::remove_file(directory.path().join("a.yaml")).unwrap();
+    assert_eq!(listener.change().await, "-node");
 }
 
 #[tokio::test]

@@ -80,6 +80,9 @@ pub(crate) struct Expectation {
     pub(crate) kube_ipvs0: Option<BTreeSet<String>>,
     pub(crate) ipvs_timeouts: Option<Timeouts>,
     pub(crate) kube_ipvs0_link: Option<Link>,
+    /// Values by their path below /proc/sys.
+    #[serde(default)]
+    pub(crate) sysctls: BTreeMap<String, String>,
     #[serde(flatten)]
     pub(crate) others: BTreeMap<String, Value>,
 }

@@ -84,7 +84,7 @@ pub(crate) fn play(agent: &Path, case: &Case, source: Source, result: &mut CaseR
 /// (`ip_vs_genl_dump_services` counts through one table for all), and cases run side by side: what differs is read again.
 fn compare(case: &Case, step: usize, expected: &Expectation, objects: &Objects, result: &mut CaseResult) -> Result<()> {
     for is_last in [false, false, true] {
-        let state = state()?;
+        let state = state(expected)?;
         let diff = state.diff(expected);
         if diff.is_empty() {
             break;
@@ -252,9 +252,9 @@ impl Node<'_> {
     }
 }
 
-/// The kernel's state without the marker.
-fn state() -> Result<State> {
-    let mut state = State::read()?;
+/// The kernel's state without the marker, as far as something is expected of it.
+fn state(expected: &Expectation) -> Result<State> {
+    let mut state = State::read(expected.sysctls.keys())?;
     state.virtual_servers.retain(|server| server.address != Some(MARKER));
     if let Some(addresses) = &mut state.kube_ipvs0 {
         addresses.remove(&format!("{MARKER}/32"));

@@ -1,7 +1,9 @@
 //! The kernel's state, read and compared in the terms of a case.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
+use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result};
@@ -17,6 +19,7 @@ pub(crate) struct State {
     pub(crate) kube_ipvs0: Option<BTreeSet<String>>,
     timeouts: Timeouts,
     link: Option<Link>,
+    sysctls: BTreeMap<String, String>,
 }
 
 /// A device as `ip -json address` shows it.
@@ -37,8 +40,8 @@ struct Address {
 }
 
 impl State {
-    /// Reads the state of the calling thread's network namespace.
-    pub(crate) fn read() -> Result<Self> {
+    /// Reads the state of the calling thread's network namespace, with these sysctls.
+    pub(crate) fn read<'a>(sysctls: impl IntoIterator<Item = &'a String>) -> Result<Self> {
         let mut ipvs = Client::connect()?;
         let mut virtual_servers = Vec::new();
         for entry in ipvs.virtual_servers()? {
@@ -58,6 +61,7 @@ impl State {
                 arp: !device.flags.iter().any(|flag| flag == "NOARP"),
                 mtu: device.mtu,
             }),
+            sysctls: sysctls.into_iter().map(|key| Ok((key.clone(), sysctl(key)?))).collect::<Result<_>>()?,
         })
     }
 
@@ -75,8 +79,18 @@ impl State {
         if expected.kube_ipvs0_link.is_some() && expected.kube_ipvs0_link != self.link {
             let _ = writeln!(lines, "- kube-ipvs0 {:?}\n+ kube-ipvs0 {:?}", expected.kube_ipvs0_link, self.link);
         }
+        let sysctls = |sysctls: &BTreeMap<String, String>| -> BTreeSet<String> {
+            sysctls.iter().map(|(key, value)| format!("{key} = {value}")).collect()
+        };
+        lines += &difference(&sysctls(&expected.sysctls), &sysctls(&self.sysctls));
         lines
     }
+}
+
+/// A value below /proc/sys, which shows that of the reading thread's namespace.
+fn sysctl(key: &str) -> Result<String> {
+    let value = fs::read_to_string(Path::new("/proc/sys").join(key)).with_context(|| format!("cannot read {key}"))?;
+    Ok(value.trim().to_owned())
 }
 
 fn device() -> Result<Option<Device>> {

@@ -10,9 +10,15 @@ use lab::Scratch;
 use super::read;
 use super::stage::{Backend, Stage};
 
-/// The agent's flags; it runs in the directory that has `hello`.
-pub(crate) const FLAGS: [&str; 4] =
-    ["--manifests=hello", "--hostname-override=node-a", "--ipvs-min-sync-period=0s", "--ipvs-tcpfin-timeout=2s"];
+/// The agent's flags; it runs in the directory that has `hello`. How much connection tracking may hold is not for a node in
+/// a namespace of its own to say.
+pub(crate) const FLAGS: [&str; 5] = [
+    "--manifests=hello",
+    "--hostname-override=node-a",
+    "--ipvs-min-sync-period=0s",
+    "--ipvs-tcpfin-timeout=2s",
+    "--conntrack-max-per-core=0",
+];
 
 const SLICE: &str = "endpointslice.yaml";
 const SERVICE: &str = "service.yaml";

@@ -3,7 +3,6 @@
 //! The servers answer every line with their name. They hang up after `goodbye`; the client leaves its end open until the
 //! demo ends, so that the kernel forgets each connection after the FIN timeout and the table shows what goes on.
 
-use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::sync::Mutex;
@@ -77,7 +76,6 @@ pub(crate) struct Call {
 impl Stage {
     pub(crate) fn build() -> Result<Self> {
         let node = Namespace::new()?;
-        node.run(|| fs::write("/proc/sys/net/ipv4/ip_forward", "1"))?.context("cannot switch forwarding on")?;
         // The address of the Node in examples/hello.
         node.exec("ip address add 192.168.10.11/32 dev lo")?;
         let client = pod(&node, "client", CLIENT_SUBNET)?;

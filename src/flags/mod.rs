@@ -1,7 +1,13 @@
 //! The command line, spelled as kube-proxy spells it.
 //!
-//! Flags that have a meaning here are fields of [`Flags`]. kube-proxy's other flags stand in [`ACCEPTED`]: they are taken,
+//! Flags that have a meaning here are fields of [`Flags`]. kube-proxy's other flags stand in [`accepted`]: they are taken,
 //! so that a command line can be kept as it is, and named once in the log.
+
+mod accepted;
+mod conntrack;
+mod detect_local;
+#[cfg(test)]
+mod tests;
 
 use std::ffi::OsString;
 use std::net::IpAddr;
@@ -12,61 +18,12 @@ use clap::error::ErrorKind;
 use clap::{CommandFactory, FromArgMatches, Parser};
 use ipnet::IpNet;
 use ipvs_netlink::Scheduler;
-use reconciler::policy::NodePortAddresses;
+use reconciler::policy::{DetectLocal, NodePortAddresses};
 
+use self::accepted::{NOT_YET, sort_out};
+pub(crate) use self::conntrack::Conntrack;
+use self::detect_local::DetectLocalFlags;
 use crate::go;
-
-/// Flags of kube-proxy that are taken and have no effect, and whether a value must follow.
-const ACCEPTED: &[(&str, Takes)] = &[
-    ("bind-address-hard-fail", Takes::Boolean),
-    ("boot-id-file", Takes::Value),
-    ("config-sync-period", Takes::Value),
-    ("conntrack-max-per-core", Takes::Value),
-    ("conntrack-min", Takes::Value),
-    ("conntrack-tcp-be-liberal", Takes::Boolean),
-    ("conntrack-tcp-timeout-close-wait", Takes::Value),
-    ("conntrack-tcp-timeout-established", Takes::Value),
-    ("conntrack-udp-timeout", Takes::Value),
-    ("conntrack-udp-timeout-stream", Takes::Value),
-    ("detect-local-mode", Takes::Value),
-    ("healthz-bind-address", Takes::Value),
-    ("healthz-port", Takes::Value),
-    ("iptables-localhost-nodeports", Takes::Boolean),
-    ("iptables-masquerade-bit", Takes::Value),
-    ("iptables-min-sync-period", Takes::Value),
-    ("iptables-sync-period", Takes::Value),
-    ("kube-api-burst", Takes::Value),
-    ("kube-api-content-type", Takes::Value),
-    ("kube-api-qps", Takes::Value),
-    ("log-flush-frequency", Takes::Value),
-    ("log-json-info-buffer-size", Takes::Value),
-    ("log-json-split-stream", Takes::Boolean),
-    ("log-text-info-buffer-size", Takes::Value),
-    ("log-text-split-stream", Takes::Boolean),
-    ("logging-format", Takes::Value),
-    ("machine-id-file", Takes::Value),
-    ("masquerade-all", Takes::Boolean),
-    ("metrics-bind-address", Takes::Value),
-    ("metrics-port", Takes::Value),
-    ("oom-score-adj", Takes::Value),
-    ("pod-bridge-interface", Takes::Value),
-    ("pod-interface-name-prefix", Takes::Value),
-    ("profiling", Takes::Boolean),
-    ("show-hidden-metrics-for-version", Takes::Value),
-    ("vmodule", Takes::Value),
-];
-
-/// Flags of kube-proxy that would change what the program does, and are not there yet: they are refused, not ignored.
-const NOT_YET: [&str; 4] = ["cleanup", "config", "init-only", "write-config-to"];
-
-/// What may follow a flag.
-#[derive(Clone, Copy, PartialEq)]
-enum Takes {
-    /// `=VALUE`, or the next argument.
-    Value,
-    /// `=true` or `=false`, or nothing.
-    Boolean,
-}
 
 /// Makes Kubernetes Services work with IPVS, the kernel's own load balancer.
 ///
@@ -74,6 +31,7 @@ enum Takes {
 /// --master, or the service account of a pod) or from a directory of manifests (--manifests).
 #[derive(Debug, Parser)]
 #[command(name = "kube-ipvs", version, args_override_self = true)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(crate) struct Flags {
     /// What kind of proxy to be: only ipvs can be had here
     #[arg(long, value_name = "MODE", default_value = "ipvs", value_parser = proxy_mode)]
@@ -115,7 +73,7 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
     ipvs_exclude_cidrs: Vec<String>,
 
-    /// Answer ARP only for addresses of the interface asked: taken, and without effect in this version
+    /// Answer ARP only for addresses of the interface asked, as load balancers need that announce VIPs by ARP
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
         default_value = "false", hide_default_value = true, value_parser = go::boolean)]
     pub(crate) ipvs_strict_arp: bool,
@@ -140,9 +98,29 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "IP", default_value = "0.0.0.0", value_parser = bind_address)]
     bind_address: IpAddr,
 
-    /// The range of pod addresses, one a family: checked, and without effect in this version
-    #[arg(long, value_name = "CIDR,...", value_parser = cluster_cidr)]
-    pub(crate) cluster_cidr: Option<String>,
+    /// How long a TCP endpoint that is to go may keep its connections; then they are cut. 0s: as long as they last
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = go::duration)]
+    ipvs_drain_timeout: Duration,
+
+    /// Masquerade all traffic to ClusterIPs, that of pods too
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
+    pub(crate) masquerade_all: bool,
+
+    /// Which bit of a packet's mark, 0 to 31, says that it is to be masqueraded
+    #[arg(long, value_name = "BIT", default_value = "14", value_parser = clap::value_parser!(u8).range(0..=31))]
+    pub(crate) iptables_masquerade_bit: u8,
+
+    #[command(flatten)]
+    detect_local: DetectLocalFlags,
+
+    /// Know the addresses of all Nodes, to refuse VIPs that are one of them: costs the API server each Node status update
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
+    pub(crate) watch_all_nodes: bool,
+
+    #[command(flatten)]
+    pub(crate) conntrack: Conntrack,
 
     /// Switches as NAME=true|false: `AllowServiceExternalIPs` has a meaning here, others are ignored
     #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = feature_gate)]
@@ -186,35 +164,6 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Fla
     Ok(flags)
 }
 
-/// Takes out the flags that have no effect, and spells the others with `-`.
-fn sort_out(arguments: impl IntoIterator<Item = OsString>) -> (Vec<OsString>, Vec<String>) {
-    let (mut kept, mut without_effect) = (Vec::new(), Vec::new());
-    let mut arguments = arguments.into_iter();
-    kept.extend(arguments.next());
-    while let Some(argument) = arguments.next() {
-        let Some(flag) = argument.to_str().and_then(|text| text.strip_prefix("--")) else {
-            kept.push(argument);
-            continue;
-        };
-        let (name, value) = match flag.split_once('=') {
-            Some((name, value)) => (name.replace('_', "-"), Some(value)),
-            None => (flag.replace('_', "-"), None),
-        };
-        if let Some((_, takes)) = ACCEPTED.iter().find(|(accepted, _)| *accepted == name) {
-            if *takes == Takes::Value && value.is_none() {
-                arguments.next();
-            }
-            without_effect.push(format!("--{name}"));
-            continue;
-        }
-        kept.push(match value {
-            Some(value) => format!("--{name}={value}").into(),
-            None => format!("--{name}").into(),
-        });
-    }
-    (kept, without_effect)
-}
-
 impl Flags {
     fn check(&self) -> Result<(), String> {
         if self.ipvs_sync_period.is_zero() {
@@ -228,6 +177,7 @@ impl Flags {
         }
         self.excluded()?;
         self.node_port_addresses()?;
+        self.detect_local()?;
         Ok(())
     }
 
@@ -265,6 +215,16 @@ impl Flags {
                 Ok(NodePortAddresses::Within(ranges.collect::<Result<_, _>>()?))
             }
         }
+    }
+
+    /// How to tell that a packet comes from a pod.
+    pub(crate) fn detect_local(&self) -> Result<DetectLocal, String> {
+        self.detect_local.get()
+    }
+
+    /// `--ipvs-drain-timeout`, unless there is none.
+    pub(crate) fn drain_timeout(&self) -> Option<Duration> {
+        Some(self.ipvs_drain_timeout).filter(|timeout| !timeout.is_zero())
     }
 
     /// `--bind-address`, unless it is the unspecified address.
@@ -321,126 +281,7 @@ fn entries(list: &[String]) -> impl Iterator<Item = &str> {
     list.iter().map(String::as_str).filter(|entry| !entry.is_empty())
 }
 
-/// One range, or one of each family.
-fn cluster_cidr(text: &str) -> Result<String, String> {
-    let ranges = text.split(',').map(|range| cidr("--cluster-cidr", range)).collect::<Result<Vec<_>, _>>()?;
-    match ranges.as_slice() {
-        [_] => {}
-        [a, b] if a.addr().is_ipv4() != b.addr().is_ipv4() => {}
-        _ => return Err("give one range, or one of each family".to_owned()),
-    }
-    Ok(text.to_owned())
-}
-
 fn feature_gate(text: &str) -> Result<(String, bool), String> {
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} lacks =true or =false"))?;
     Ok((name.trim().to_owned(), go::boolean(value.trim())?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn parse_words(words: &[&str]) -> Result<Flags, clap::Error> {
-        parse(["kube-ipvs"].iter().chain(words).map(OsString::from))
-    }
-
-    #[test]
-    fn the_command_is_well_formed() {
-        Flags::command().debug_assert();
-    }
-
-    #[test]
-    fn defaults_are_those_of_kube_proxy() {
-        let flags = parse_words(&[]).unwrap();
-        assert_eq!(flags.ipvs_scheduler, Scheduler::RoundRobin);
-        assert_eq!(flags.ipvs_sync_period, Duration::from_secs(30));
-        assert_eq!(flags.ipvs_min_sync_period, Duration::from_secs(1));
-        assert_eq!(flags.node_port_addresses(), Ok(NodePortAddresses::All));
-        assert_eq!(flags.bind_address(), None);
-        assert!(flags.allows_external_ips());
-        assert!(!flags.ipvs_strict_arp);
-    }
-
-    #[test]
-    fn names_may_be_spelled_with_underscores() {
-        let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m"]).unwrap();
-        assert_eq!(flags.ipvs_scheduler, Scheduler::WeightedLeastConnection);
-        assert_eq!(flags.ipvs_sync_period, Duration::from_secs(60));
-    }
-
-    #[test]
-    fn the_last_value_counts_and_lists_add_up() {
-        let flags = parse_words(&[
-            "--ipvs-scheduler=wlc",
-            "--ipvs-scheduler=sh",
-            "--ipvs-exclude-cidrs=10.0.0.0/8,fd00::/64",
-            "--ipvs-exclude-cidrs=172.16.0.0/12",
-        ])
-        .unwrap();
-        assert_eq!(flags.ipvs_scheduler, Scheduler::SourceHashing);
-        assert_eq!(flags.excluded().unwrap().len(), 3);
-    }
-
-    #[test]
-    fn a_list_may_be_empty() {
-        let flags = parse_words(&["--nodeport-addresses=", "--ipvs-exclude-cidrs="]).unwrap();
-        assert_eq!(flags.node_port_addresses(), Ok(NodePortAddresses::All));
-        assert_eq!(flags.excluded(), Ok(vec![]));
-    }
-
-    #[test]
-    fn truth_values_need_no_value() {
-        assert!(parse_words(&["--ipvs-strict-arp"]).unwrap().ipvs_strict_arp);
-        assert!(!parse_words(&["--ipvs-strict-arp=false"]).unwrap().ipvs_strict_arp);
-    }
-
-    #[test]
-    fn flags_without_effect_are_taken_with_their_values() {
-        let flags = parse_words(&[
-            "--masquerade-all",
-            "--conntrack-min",
-            "5",
-            "--healthz_bind_address=0.0.0.0:1",
-            "--profiling=false",
-            "-v=4",
-        ])
-        .unwrap();
-        assert_eq!(
-            flags.without_effect,
-            ["--masquerade-all", "--conntrack-min", "--healthz-bind-address", "--profiling"]
-        );
-        assert_eq!(flags.verbosity, 4);
-    }
-
-    #[test]
-    fn wrong_values_are_refused_with_the_reason() {
-        for (words, reason) in [
-            (&["--proxy-mode=iptables"][..], "run kube-proxy"),
-            (&["--ipvs-sync-period=5"], "is no duration"),
-            (&["--ipvs-sync-period=0s"], "must be more than 0"),
-            (&["--ipvs-min-sync-period=1m"], "must not be more than"),
-            (&["--ipvs-exclude-cidrs=10.0.0.0/40"], "--ipvs-exclude-cidrs"),
-            (&["--nodeport-addresses=primary,10.0.0.0/8"], "alone"),
-            (&["--cluster-cidr=10.0.0.0/8,10.1.0.0/16"], "one of each family"),
-            (&["--cluster-cidr="], "is no range"),
-            (&["--bind-address=here"], "is no IP address"),
-            (&["--hostname-override= "], "blank"),
-            (&["--ipvs-scheduler=a-name-too-long-for-it"], "cannot be the name of a scheduler"),
-            (&["--no-such-flag"], "--no-such-flag"),
-            (&["--config=/etc/c"], "--config of kube-proxy is not part of this version"),
-            (&["word"], "word"),
-            (&["--manifests=d", "--kubeconfig=k"], "cannot be used with"),
-        ] {
-            let error = parse_words(words).expect_err(reason).to_string();
-            assert!(error.contains(reason), "{words:?}: {error}");
-        }
-    }
-
-    #[test]
-    fn the_external_ips_gate_closes() {
-        let flags = parse_words(&["--feature-gates=Other=true,AllowServiceExternalIPs=false"]).unwrap();
-        assert!(!flags.allows_external_ips());
-        assert_eq!(flags.ignored_gates(), ["Other"]);
-    }
 }
