@@ -4,6 +4,7 @@
 
 mod cargo;
 mod conformance;
+mod dataplane;
 mod demo;
 mod guest_tests;
 mod in_lab;
@@ -26,9 +27,12 @@ enum Command {
     Demo(demo::Args),
     Test(test::Args),
     Conformance(conformance::Args),
+    Dataplane(dataplane::Args),
     Lab(in_lab::Args),
     #[command(hide = true)]
     GuestConformance(conformance::GuestArgs),
+    #[command(hide = true)]
+    GuestDataplane(dataplane::GuestArgs),
     #[command(hide = true)]
     GuestDemo(demo::GuestArgs),
     #[command(hide = true)]
@@ -44,6 +48,8 @@ fn main() -> ExitCode {
         Command::Test(args) => test::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::GuestConformance(args) => conformance::run_guest(&args),
+        Command::Dataplane(args) => dataplane::run(&args),
+        Command::GuestDataplane(args) => dataplane::run_guest(&args),
         Command::Demo(args) => demo::run(&args),
         Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
         Command::GuestTests(args) => guest_tests::run(&args),

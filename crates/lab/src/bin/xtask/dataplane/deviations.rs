@@ -1,0 +1,131 @@
+//! Where the traffic differs from that through kube-proxy on purpose: rules that turn what was recorded for a cell into
+//! what is right. A cell is compared exactly under a rule too.
+//!
+//! The reasons stand in `docs/deviations.md`, under the same names.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+
+use super::compare::{CONNECTED, Expected, Names};
+use super::objects::{NODE, Objects};
+use super::recording::Cell;
+
+/// What the rules look at besides the cell.
+pub(crate) struct Circumstances<'a> {
+    pub(crate) flags: &'a [String],
+    pub(crate) objects: &'a Objects,
+    pub(crate) names: &'a Names,
+}
+
+/// A rule: its name in the document, and what it wants of a cell that it is about.
+type Rule = (&'static str, fn(&Cell, &Expected, &Circumstances<'_>) -> Option<Expected>);
+
+const RULES: [Rule; 3] = [
+    ("external-client-refused-without-local-endpoint", external_client_refused_without_local_endpoint),
+    ("node-reaches-local-policy-without-local-endpoint", node_reaches_local_policy_without_local_endpoint),
+    ("no-endpoints-is-refused-everywhere", no_endpoints_is_refused_everywhere),
+];
+
+/// The rule that is about a cell, and what it wants.
+pub(crate) fn wanted(cell: &Cell, recorded: &Expected, at: &Circumstances<'_>) -> Option<(&'static str, Expected)> {
+    RULES.iter().find_map(|(name, rule)| Some((*name, rule(cell, recorded, at)?)))
+}
+
+const DOCUMENT: &str = include_str!("../../../../../../docs/deviations.md");
+
+/// Whether the document has a line for a rule.
+pub(crate) fn is_documented(rule: &str) -> bool {
+    DOCUMENT.lines().any(|line| line.starts_with(&format!("| `{rule}` |")))
+}
+
+/// Whether the document names a Service in the line of a rule.
+pub(crate) fn is_named(rule: &str, service: &str) -> bool {
+    let mut lines = DOCUMENT.lines().filter(|line| line.starts_with(&format!("| `{rule}` |")));
+    lines.any(|line| line.contains(&format!("`{service}`")))
+}
+
+/// A Service with policy Local for this front end, and no endpoint on the node.
+fn is_local_without_local(cell: &Cell, at: &Circumstances<'_>) -> bool {
+    let name = cell.service.as_deref().unwrap_or_default();
+    let policy = at.objects.service(name).map(|service| &service["spec"]["externalTrafficPolicy"]);
+    let endpoints = at.objects.endpoints(name, cell.is_ipv6());
+    policy.is_some_and(|policy| policy == "Local")
+        && cell.front_end.as_deref() != Some("ClusterIP")
+        && !endpoints.is_empty()
+        && endpoints.iter().all(|(_, node)| node != NODE)
+}
+
+/// Whether the agent can tell who is outside the cluster.
+fn has_detector(flags: &[String], is_ipv6: bool) -> bool {
+    let others = ["--detect-local-mode=", "--pod-bridge-interface=", "--pod-interface-name-prefix="];
+    let is_other =
+        |flag: &String| others.iter().any(|other| flag.starts_with(other)) && !flag.ends_with("=ClusterCIDR");
+    let ranges = flags.iter().filter_map(|flag| flag.strip_prefix("--cluster-cidr=")).flat_map(|list| list.split(','));
+    flags.iter().any(is_other) || ranges.filter(|range| !range.is_empty()).any(|range| range.contains(':') == is_ipv6)
+}
+
+/// A client outside the cluster is told at once that nobody here serves it, instead of waiting for an answer that
+/// comes from somewhere else.
+fn external_client_refused_without_local_endpoint(
+    cell: &Cell,
+    recorded: &Expected,
+    at: &Circumstances<'_>,
+) -> Option<Expected> {
+    let is_outside = matches!(cell.client.as_deref(), Some("client" | "remote"));
+    let applies = is_outside
+        && recorded.is("timeout")
+        && is_local_without_local(cell, at)
+        && has_detector(at.flags, cell.is_ipv6());
+    applies.then(refused)
+}
+
+/// The node itself is served by the endpoints elsewhere, which see it by its own address.
+fn node_reaches_local_policy_without_local_endpoint(
+    cell: &Cell,
+    recorded: &Expected,
+    at: &Circumstances<'_>,
+) -> Option<Expected> {
+    let is_vip = matches!(cell.front_end.as_deref(), Some("externalIP" | "loadBalancerIP"));
+    let is_from_node = cell.client.as_deref() == Some("node");
+    if !is_vip || !is_from_node || !recorded.is("timeout") || !is_local_without_local(cell, at) {
+        return None;
+    }
+    let node: IpAddr = at.names.address("node", cell.is_ipv6())?;
+    let endpoints = at.objects.endpoints(cell.service.as_deref()?, cell.is_ipv6());
+    let seen: BTreeSet<_> = endpoints.iter().map(|(endpoint, _)| (at.names.name(*endpoint), node)).collect();
+    let backends = Some(seen.iter().map(|(backend, _)| backend.clone()).collect());
+    Some(Expected { outcomes: [CONNECTED.to_owned()].into(), backends, seen: Some(seen) })
+}
+
+/// The node itself is told the same as everybody else.
+fn no_endpoints_is_refused_everywhere(cell: &Cell, recorded: &Expected, _: &Circumstances<'_>) -> Option<Expected> {
+    let is_udp = cell.protocol.as_deref() == Some("UDP");
+    (cell.client.as_deref() == Some("node") && is_udp && recorded.is("not permitted")).then(refused)
+}
+
+fn refused() -> Expected {
+    Expected { outcomes: ["refused".to_owned()].into(), backends: Some([].into()), seen: Some([].into()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_names_every_rule() {
+        for (name, _) in RULES {
+            assert!(is_documented(name), "docs/deviations.md has no line for {name}");
+        }
+        assert!(!is_documented("a-rule-that-is-not-there"));
+    }
+
+    #[test]
+    fn a_detector_is_one_for_a_family() {
+        let flags = |list: &[&str]| list.iter().map(|flag| (*flag).to_owned()).collect::<Vec<_>>();
+        assert!(has_detector(&flags(&["--cluster-cidr=10.244.0.0/16"]), false));
+        assert!(!has_detector(&flags(&["--cluster-cidr=10.244.0.0/16"]), true));
+        assert!(has_detector(&flags(&["--detect-local-mode=InterfaceNamePrefix"]), true));
+        assert!(!has_detector(&flags(&["--detect-local-mode=ClusterCIDR"]), true));
+        assert!(!has_detector(&flags(&["--masquerade-all"]), false));
+    }
+}

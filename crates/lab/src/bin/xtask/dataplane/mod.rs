@@ -1,0 +1,242 @@
+//! `cargo xtask dataplane`: sends traffic through a node with the agent, in the lab, and compares who connects, to which
+//! backend, with which source address, with what was recorded of kube-proxy.
+//!
+//! `tests/dataplane/README.md` describes the recordings. Where traffic differs on purpose, a rule in [`deviations`]
+//! says how, and `docs/deviations.md` says why.
+//!
+//! On this machine, this file and [`report`]; in the lab, [`cells`] and [`timed`] play on the [`network`].
+
+mod agent;
+mod cells;
+mod compare;
+mod deviations;
+mod network;
+mod objects;
+mod observe;
+mod probe;
+mod recording;
+mod report;
+mod results;
+mod servers;
+mod timed;
+
+use std::fs;
+use std::num::NonZero;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use lab::{Job, Scratch};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::cargo;
+use crate::guest_tests::Counts;
+use agent::Agent;
+use cells::Table;
+use compare::Names;
+use network::{Network, Topology};
+use objects::Objects;
+use recording::Recording;
+use report::Report;
+use results::{Played, Recorded};
+use timed::Stage;
+
+/// The recordings of this repository.
+const RECORDINGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/dataplane");
+
+/// Sends traffic through a node with the agent and compares what comes of it with recordings of kube-proxy.
+///
+/// The network is made of namespaces in the lab: a node with two pods, another node with a pod, and a client outside
+/// the cluster. Exit status 0 means that every cell is as recorded, or differs as docs/deviations.md says.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The directory of the recordings
+    #[arg(long, value_name = "DIR", default_value = RECORDINGS, hide_default_value = true)]
+    matrix: PathBuf,
+    /// Write the results here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// The agent, instead of the one built from this workspace
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+    /// Only cells, and sequences of events, with all of these in their file and name
+    filter: Vec<String>,
+}
+
+/// Plays recordings inside the lab.
+#[derive(clap::Args)]
+pub(crate) struct GuestArgs {
+    share: PathBuf,
+    results: PathBuf,
+}
+
+/// What one guest plays: cells or events that were recorded under the same flags.
+#[derive(Serialize, Deserialize)]
+struct Share {
+    agent: PathBuf,
+    flags: Vec<String>,
+    topology: Value,
+    objects: Value,
+    cells: Vec<Recorded>,
+    events: Vec<Recorded>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let results = play_all(args)?;
+    Ok(if results.iter().all(Played::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// All recordings of the repository, as a part of `cargo xtask test`.
+#[expect(dead_code, reason = "the agent has no packet filter yet")]
+pub(crate) fn test() -> Result<Counts> {
+    let args = Args { matrix: RECORDINGS.into(), json: None, agent: None, filter: Vec::new() };
+    let results = play_all(&args)?;
+    let faults = report::faults(&results);
+    if !faults.is_empty() {
+        bail!("{}", faults.into_iter().collect::<Vec<_>>().join("; "));
+    }
+    let failed = results.iter().filter(|result| !result.passed()).count();
+    Ok(Counts { passed: u32::try_from(results.len() - failed)?, failed: u32::try_from(failed)? })
+}
+
+fn play_all(args: &Args) -> Result<Vec<Played>> {
+    let started = Instant::now();
+    let shares = shares(args)?;
+    let count: usize = shares.iter().map(|share| share.cells.len() + share.events.len()).sum();
+    lab::prepare()?;
+    // A guest has one processor.
+    let guests = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let queue = Mutex::new(shares.iter().enumerate());
+    let next = || queue.lock().map_or(None, |mut queue| queue.next());
+    let results = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..guests.min(shares.len()) {
+            scope.spawn(|| {
+                while let Some((index, share)) = next() {
+                    let played = play_share(share);
+                    if let Ok(mut results) = results.lock() {
+                        results.push((index, played));
+                    }
+                }
+            });
+        }
+    });
+    let mut results = results.into_inner().unwrap_or_default();
+    results.sort_by_key(|(index, _)| *index);
+    let results: Result<Vec<Vec<Played>>> = results.into_iter().map(|(_, played)| played).collect();
+    let results: Vec<Played> = results?.into_iter().flatten().collect();
+    if results.len() != count {
+        bail!("{count} cells were to be played, and {} have results", results.len());
+    }
+    if let Some(path) = &args.json {
+        let report = serde_json::to_vec_pretty(&Report::new(&results))?;
+        fs::write(path, report).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    eprint!("{}", report::text(&results, started.elapsed()));
+    Ok(results)
+}
+
+/// The recordings by flags; those that change Services apart from those that do not.
+fn shares(args: &Args) -> Result<Vec<Share>> {
+    let (dir, recordings) = recording::find(&args.matrix)?;
+    let own = |file: &str| {
+        let path = dir.join(file);
+        recording::read_json(&if path.is_file() { path } else { Path::new(RECORDINGS).join(file) })
+    };
+    let (topology, objects) = (own("topology.json")?, own("objects.json")?);
+    let agent = match &args.agent {
+        Some(agent) => agent.canonicalize().with_context(|| format!("cannot find the agent {}", agent.display()))?,
+        None => cargo::agent()?.context("this workspace has no agent to send traffic through")?,
+    };
+    let new = |flags: &[String], cells, events| Share {
+        agent: agent.clone(),
+        flags: flags.to_vec(),
+        topology: topology.clone(),
+        objects: objects.clone(),
+        cells,
+        events,
+    };
+    let mut shares: Vec<Share> = Vec::new();
+    for Recording { name, flags, cells, events } in recordings {
+        let selected = |values: Vec<Value>| -> Vec<Recorded> {
+            let all = values.into_iter().map(|value| Recorded { file: name.clone(), value });
+            all.filter(|recorded| is_selected(recorded, &args.filter)).collect()
+        };
+        let (cells, events) = (selected(cells), selected(events));
+        if !cells.is_empty() {
+            match shares.iter_mut().find(|share| share.flags == flags && share.events.is_empty()) {
+                Some(share) => share.cells.extend(cells),
+                None => shares.push(new(&flags, cells, Vec::new())),
+            }
+        }
+        if !events.is_empty() {
+            match shares.iter_mut().find(|share| share.flags == flags && share.cells.is_empty()) {
+                Some(share) => share.events.extend(events),
+                None => shares.push(new(&flags, Vec::new(), events)),
+            }
+        }
+    }
+    if shares.is_empty() {
+        bail!("no cell has {} in its name", args.filter.join(" and "));
+    }
+    Ok(shares)
+}
+
+fn is_selected(recorded: &Recorded, words: &[String]) -> bool {
+    // The events of a sequence make no sense without each other.
+    let name = recorded.event().map_or_else(|| recorded.name(), |event| event.sequence());
+    words.iter().all(|word| recorded.file.contains(word.as_str()) || name.contains(word.as_str()))
+}
+
+/// Plays a share in a boot of its own.
+fn play_share(share: &Share) -> Result<Vec<Played>> {
+    let dir = Scratch::new()?;
+    let (list, results) = (dir.path().join("share.json"), dir.path().join("results.json"));
+    fs::write(&list, serde_json::to_vec(share)?).context("cannot write what is to be played")?;
+    let seconds = 120 + share.cells.len() + 30 * share.events.len();
+    let status = lab::run(
+        &Job::this_executable()
+            .arg("guest-dataplane")
+            .args([&list, &results])
+            .writable(dir.path())
+            .time_limit(Duration::from_secs(seconds as u64)),
+    )?;
+    if !status.success() {
+        bail!("the cells could not be played to their end: exit code {}", status.code());
+    }
+    serde_json::from_slice(&fs::read(&results).context("cannot read the results")?).context("cannot read the results")
+}
+
+/// Inside the lab.
+pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
+    let share: Share = serde_json::from_value(recording::read_json(&args.share)?).context("cannot read the share")?;
+    let started = Instant::now();
+    let topology: Topology = serde_json::from_value(share.topology).context("cannot understand the topology")?;
+    let objects = Objects::new(share.objects, topology.of("node")?)?;
+    let names = Names::new(&topology, &objects);
+    let network = Network::build(topology).context("cannot build the network")?;
+    servers::start(&network)?;
+    let mut agent = Agent::new(&share.agent, &share.flags, network.node()?, &objects)?;
+    agent.start()?;
+    let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
+    eprintln!("the network and the agent with {flags}: there after {:.1} s", started.elapsed().as_secs_f32());
+    let mut results = Vec::new();
+    if !share.cells.is_empty() {
+        let table = Table { network: &network, objects: &objects, flags: &share.flags, names: names.clone() };
+        results.extend(cells::play(&table, &share.cells));
+        eprintln!("{} cells played after {:.1} s", share.cells.len(), started.elapsed().as_secs_f32());
+    }
+    if !share.events.is_empty() {
+        let mut stage = Stage { network: &network, objects: &objects, names: &names, agent: &mut agent };
+        results.extend(timed::play(&mut stage, &share.events));
+        eprintln!("{} events played after {:.1} s", share.events.len(), started.elapsed().as_secs_f32());
+    }
+    if std::env::var_os("KUBE_IPVS_LAB_LOG").is_some() {
+        eprintln!("{}", agent.last_words());
+    }
+    fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
+    Ok(ExitCode::SUCCESS)
+}
