@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow};
 use ipvs_netlink::Timeouts;
 use reconciler::interface_watch::{Changed, InterfaceWatch};
-use reconciler::reconciler::Outcome;
+use reconciler::outcome::Outcome;
 use reconciler::run::{Input, Periods};
 use reconciler::{Policy, Reconciler};
 use service_watch::{ApiServer, Connection, Event, EventKind, EventSubject, Events, Manifests, Message, Source};

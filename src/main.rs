@@ -4,12 +4,14 @@
 //! * `preflight`: what the kernel has, and what to do where it lacks something.
 //! * `sysctl`: the kernel's settings that Services depend on.
 //! * `agent`: the parts wired together, from start to signal.
+//! * `cleanup`: takes away what was made.
 //!
 //! What the agent does with Services is in the crate `reconciler`, where they come from in `service-watch`.
 
 #![forbid(unsafe_code)]
 
 mod agent;
+mod cleanup;
 mod flags;
 mod go;
 mod logging;
@@ -19,6 +21,8 @@ mod sysctl;
 use std::process::ExitCode;
 
 use tracing::error;
+
+use crate::flags::Command;
 
 fn main() -> ExitCode {
     let flags = match flags::parse(std::env::args_os()) {
@@ -31,7 +35,11 @@ fn main() -> ExitCode {
         }
     };
     logging::start(flags.verbosity);
-    match agent::run(&flags) {
+    let result = match flags.command {
+        Some(Command::Cleanup) => cleanup::run(),
+        None => agent::run(&flags),
+    };
+    match result {
         Ok(code) => code,
         Err(error) => {
             error!("{}", in_one_line(&error));

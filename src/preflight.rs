@@ -18,6 +18,17 @@ pub(crate) fn kernel(scheduler: Scheduler, families: Families) -> Result<LinuxKe
         probe(kernel.ipvs(), scheduler)?;
     }
     kernel.ensure_device()?;
+    match kernel.forward_drops() {
+        Ok(chains) if chains.is_empty() => {}
+        // To accept a packet in one table keeps no other from dropping it, and others' tables are not ours to change.
+        Ok(chains) => warn!(
+            chains = chains.join(", "),
+            "a chain of another program drops forwarded packets that it does not accept itself; unless that program accepts \
+             answers, connections to Services stall: `iptables -I FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT` \
+             accepts them"
+        ),
+        Err(error) => warn!("{error}"),
+    }
     Ok(kernel)
 }
 

@@ -79,11 +79,13 @@ fn a_restart_with_nothing_changed_writes_nothing() {
 /// Whether a message in a trace of strace only reads: the look-up of the family, IPVS's `GET_SERVICE`, `GET_DEST`,
 /// `GET_CONFIG` and `GET_INFO`, or rtnetlink's `RTM_GETLINK` and `RTM_GETADDR`.
 fn is_read(message: &str) -> bool {
-    let is_get_link_or_address = ["nlmsg_type=0x12 ", "nlmsg_type=0x16 "].iter().any(|kind| message.contains(kind));
+    // RTM_GETLINK, RTM_GETADDR; NFT_MSG_GETTABLE, GETCHAIN, GETRULE, GETSET and GETSETELEM; IPCTNL_MSG_CT_GET.
+    let kinds = ["0x12", "0x16", "0xa01", "0xa04", "0xa07", "0xa0a", "0xa0d", "0x101"];
+    let is_get = kinds.iter().any(|kind| message.contains(&format!("nlmsg_type={kind} ")));
     let payload = message.split("}, \"").nth(1).unwrap_or_default();
     let reads =
         [r"\x03\x02\x00\x00", r"\x04\x01\x00\x00", r"\x08\x01\x00\x00", r"\x0d\x01\x00\x00", r"\x0f\x01\x00\x00"];
-    is_get_link_or_address || reads.iter().any(|command| payload.starts_with(command))
+    is_get || reads.iter().any(|command| payload.starts_with(command))
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use ipnet::IpNet;
 use ipvs_netlink::Scheduler;
 use reconciler::policy::{DetectLocal, NodePortAddresses};
@@ -132,6 +132,17 @@ pub(crate) struct Flags {
 
     #[arg(skip)]
     pub(crate) without_effect: Vec<String>,
+
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+/// What to do instead of serving.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
+pub(crate) enum Command {
+    /// Remove what kube-ipvs made: virtual servers of VIPs, kube-ipvs0, the tables of the packet filter. Tells what it
+    /// leaves. Needs no API server, and may be repeated
+    Cleanup,
 }
 
 /// What kind of proxy to be.

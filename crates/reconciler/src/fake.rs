@@ -82,6 +82,66 @@ impl FakeKernel {
         if let Some(cause) = self.fault.as_mut().and_then(|fault| fault(operation)) {
             return Err(cause);
         }
+        if operation.is_about_the_filter() {
+            self.filter(operation)?;
+            self.log.push(operation.clone());
+            return Ok(());
+        }
+        match *operation {
+            Operation::FlushFlows(front_end, ref alive) => {
+                self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
+            }
+            Operation::AddDevice => match self.addresses {
+                Some(_) => return Err(Cause::Exists),
+                None => self.addresses = Some(BTreeMap::new()),
+            },
+            Operation::BindAddress(address) => {
+                let addresses = self.addresses.as_mut().ok_or(Cause::NoDevice)?;
+                if addresses.contains_key(&address) {
+                    return Err(Cause::Exists);
+                }
+                addresses.insert(address, if address.is_ipv4() { 32 } else { 128 });
+            }
+            Operation::UnbindAddress(address) => {
+                self.addresses.as_mut().ok_or(Cause::NoDevice)?.remove(&address).ok_or(Cause::NotFound)?;
+            }
+            Operation::AddVirtualServer(front_end, config) => {
+                if self.servers.contains_key(&front_end) {
+                    return Err(Cause::Exists);
+                }
+                self.check(&config)?;
+                self.servers.insert(front_end, FakeServer { config, real_servers: BTreeMap::new() });
+            }
+            Operation::SetVirtualServer(front_end, config) => {
+                self.server(&front_end)?;
+                self.check(&config)?;
+                self.server(&front_end)?.config = config;
+            }
+            Operation::DeleteVirtualServer(front_end) => {
+                self.servers.remove(&front_end).ok_or(Cause::NotFound)?;
+            }
+            Operation::AddRealServer(front_end, server) => {
+                let real_servers = &mut self.server(&front_end)?.real_servers;
+                if real_servers.contains_key(&server.socket_address()) {
+                    return Err(Cause::Exists);
+                }
+                real_servers.insert(server.socket_address(), FakeRealServer { server, connections: 0 });
+            }
+            Operation::SetRealServer(front_end, server) | Operation::DrainRealServer(front_end, server) => {
+                let real_servers = &mut self.server(&front_end)?.real_servers;
+                real_servers.get_mut(&server.socket_address()).ok_or(Cause::NotFound)?.server = server;
+            }
+            Operation::DeleteRealServer(front_end, address) => {
+                self.server(&front_end)?.real_servers.remove(&address).ok_or(Cause::NotFound)?;
+            }
+            _ => {}
+        }
+        self.log.push(operation.clone());
+        Ok(())
+    }
+
+    /// The packet filter's part of it.
+    fn filter(&mut self, operation: &Operation) -> Result<(), Cause> {
         match *operation {
             Operation::BuildFilter { ref ruleset, replaces, ref contents } => {
                 if self.filter.rulesets.contains_key(&ruleset.family()) != replaces {
@@ -132,59 +192,9 @@ impl FakeKernel {
             Operation::AddEntry(entry) => {
                 self.table(entry.family())?.entries.insert(entry);
             }
-            Operation::RemoveEntry(entry) => {
-                if !self.filter.entries.remove(&entry) {
-                    return Err(Cause::NotFound);
-                }
-            }
-            Operation::FlushFlows(front_end, ref alive) => {
-                self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
-            }
-            Operation::AddDevice => match self.addresses {
-                Some(_) => return Err(Cause::Exists),
-                None => self.addresses = Some(BTreeMap::new()),
-            },
-            Operation::BindAddress(address) => {
-                let addresses = self.addresses.as_mut().ok_or(Cause::NoDevice)?;
-                if addresses.contains_key(&address) {
-                    return Err(Cause::Exists);
-                }
-                addresses.insert(address, if address.is_ipv4() { 32 } else { 128 });
-            }
-            Operation::UnbindAddress(address) => {
-                self.addresses.as_mut().ok_or(Cause::NoDevice)?.remove(&address).ok_or(Cause::NotFound)?;
-            }
-            Operation::AddVirtualServer(front_end, config) => {
-                if self.servers.contains_key(&front_end) {
-                    return Err(Cause::Exists);
-                }
-                self.check(&config)?;
-                self.servers.insert(front_end, FakeServer { config, real_servers: BTreeMap::new() });
-            }
-            Operation::SetVirtualServer(front_end, config) => {
-                self.server(&front_end)?;
-                self.check(&config)?;
-                self.server(&front_end)?.config = config;
-            }
-            Operation::DeleteVirtualServer(front_end) => {
-                self.servers.remove(&front_end).ok_or(Cause::NotFound)?;
-            }
-            Operation::AddRealServer(front_end, server) => {
-                let real_servers = &mut self.server(&front_end)?.real_servers;
-                if real_servers.contains_key(&server.socket_address()) {
-                    return Err(Cause::Exists);
-                }
-                real_servers.insert(server.socket_address(), FakeRealServer { server, connections: 0 });
-            }
-            Operation::SetRealServer(front_end, server) | Operation::DrainRealServer(front_end, server) => {
-                let real_servers = &mut self.server(&front_end)?.real_servers;
-                real_servers.get_mut(&server.socket_address()).ok_or(Cause::NotFound)?.server = server;
-            }
-            Operation::DeleteRealServer(front_end, address) => {
-                self.server(&front_end)?.real_servers.remove(&address).ok_or(Cause::NotFound)?;
-            }
+            Operation::RemoveEntry(entry) if !self.filter.entries.remove(&entry) => return Err(Cause::NotFound),
+            _ => {}
         }
-        self.log.push(operation.clone());
         Ok(())
     }
 

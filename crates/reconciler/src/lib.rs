@@ -31,6 +31,7 @@ pub mod kernel;
 pub mod linux;
 pub mod mirror;
 pub mod node;
+pub mod outcome;
 pub mod plan;
 pub mod policy;
 pub mod reconciler;

@@ -69,6 +69,32 @@ impl LinuxKernel {
         Ok(())
     }
 
+    /// Chains of others at the forward hook that drop what they do not accept.
+    pub fn forward_drops(&mut self) -> Result<Vec<String>, KernelError> {
+        let mut found = Vec::new();
+        for family in self.families.iter() {
+            let chains = filter::read::forward_drops(&mut self.netfilter, family);
+            found.extend(chains.map_err(|error| refused(format!("cannot read the packet filter of others: {error}")))?);
+        }
+        Ok(found)
+    }
+
+    /// Deletes `kube-ipvs0`. Returns whether it was there; an interface of that name that is no dummy is refused.
+    pub fn delete_device(&mut self) -> Result<bool, KernelError> {
+        let Some(index) = self.find_device()? else { return Ok(false) };
+        let mut message = LinkMessage::default();
+        message.header.index = index;
+        let deleted = self.route.request(&RouteNetlinkMessage::DelLink(message).into(), |_: RouteNetlinkMessage| {});
+        deleted.map_err(|error| refused(format!("cannot delete device {DEVICE}: {error}")))?;
+        self.device = None;
+        Ok(true)
+    }
+
+    /// Deletes the tables of the packet filter. Returns whether there was one.
+    pub fn delete_filter(&mut self) -> Result<bool, KernelError> {
+        filter::client::delete(&mut self.netfilter, self.families)
+    }
+
     fn add_device(&mut self) -> Result<(), KernelError> {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
@@ -201,7 +227,7 @@ impl LinuxKernel {
             self.is_broken = true;
         }
         results.extend(operations.iter().map(|operation| {
-            flushed.as_ref().map(|()| ()).map_err(|error| refused(format!("cannot {operation}: {error}")))
+            flushed.as_ref().copied().map_err(|error| refused(format!("cannot {operation}: {error}")))
         }));
     }
 

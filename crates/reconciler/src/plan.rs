@@ -199,11 +199,13 @@ impl Operation {
             Self::SetSources(service, family, _) | Self::RemoveSources(service, family) => {
                 Key::Sources(service.clone(), *family)
             }
-            Self::AddEntry(Entry::Vip(address)) | Self::RemoveEntry(Entry::Vip(address)) => Key::Address(*address),
-            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Key::Entry(*entry),
             Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
             Self::AddDevice => Key::Device,
-            Self::BindAddress(address) | Self::UnbindAddress(address) => Key::Address(*address),
+            Self::AddEntry(Entry::Vip(address))
+            | Self::RemoveEntry(Entry::Vip(address))
+            | Self::BindAddress(address)
+            | Self::UnbindAddress(address) => Key::Address(*address),
+            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Key::Entry(*entry),
             Self::SetFrontEnd(front_end, ..)
             | Self::ForgetFrontEnd(front_end, _)
             | Self::AddVirtualServer(front_end, _)
@@ -296,6 +298,7 @@ impl Plan {
     }
 
     /// Splits off the operations from a phase on.
+    #[must_use]
     pub fn split_off(&mut self, phase: Phase) -> Self {
         let place = self.operations.partition_point(|operation| operation.phase() < phase);
         Self { operations: self.operations.split_off(place) }

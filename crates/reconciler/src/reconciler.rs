@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 use service_watch::{Change, ObjectName, Protocol};
 
 use crate::contribution::Contribution;
-use crate::desired::{Clash, Desired};
+use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
 use crate::filter::ruleset::Ruleset;
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
+use crate::outcome::{Failure, Outcome};
 use crate::plan::{FrontEnd, Key, Operation, Phase, Plan};
 use crate::policy::Policy;
 use crate::table::{Dirty, ServiceTable};
@@ -54,107 +55,29 @@ struct Pending {
 /// Keys with the first error of each.
 type Errors = BTreeMap<Key, KernelError>;
 
-/// An operation that failed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Failure {
-    /// What it was about.
-    pub key: Key,
-    /// The Service that wants it, where one does.
-    pub service: Option<ObjectName>,
-    /// The operation, the kernel's reason, and what to do.
-    pub error: String,
-    /// Whether it failed in the same way the last time.
-    pub is_repeated: bool,
+/// What did not go as planned.
+#[derive(Debug, Default)]
+struct Findings {
+    /// Keys with operations that were refused.
+    failed: Errors,
+    /// Keys the mirror is wrong about.
+    stale: Errors,
+    /// Whether it is wrong about the packet filter.
+    is_filter_stale: bool,
+    /// Whether `kube-ipvs0` went away, and with it every address.
+    is_device_lost: bool,
 }
 
-/// What a sync did.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
-    /// The operations the kernel carried out, by kind.
-    pub done: Done,
-    /// Those it did not.
-    pub failures: Vec<Failure>,
-    /// Keys that were found otherwise than this agent had left them.
-    pub drifted: Vec<Key>,
-    /// Front ends that two Services began to claim.
-    pub clashes: Vec<Clash>,
-    /// VIPs that began to be refused, each with its Service: they are addresses of Nodes.
-    pub refused: Vec<(ObjectName, IpAddr)>,
-    /// Whether everything was read from the kernel.
-    pub audited: bool,
-    /// Whether it was read without anything known of it before.
-    pub is_first: bool,
-}
-
-/// How many operations of each kind were carried out.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Done {
-    /// Virtual servers made.
-    pub servers_added: usize,
-    /// Virtual servers changed.
-    pub servers_changed: usize,
-    /// Virtual servers deleted.
-    pub servers_deleted: usize,
-    /// Real servers made.
-    pub real_servers_added: usize,
-    /// Real servers corrected, or taken back while they drained.
-    pub real_servers_changed: usize,
-    /// Real servers set to weight 0.
-    pub real_servers_drained: usize,
-    /// Real servers deleted.
-    pub real_servers_deleted: usize,
-    /// VIPs bound.
-    pub addresses_bound: usize,
-    /// VIPs taken from the device.
-    pub addresses_unbound: usize,
-    /// Whether the device was made.
-    pub device_added: usize,
-    /// Tables of the packet filter made.
-    pub filters_built: usize,
-    /// What the packet filter learned.
-    pub filter_added: usize,
-    /// What it forgot.
-    pub filter_removed: usize,
-}
-
-impl Done {
-    /// How many operations in all.
-    pub fn total(&self) -> usize {
-        self.servers_added
-            + self.servers_changed
-            + self.servers_deleted
-            + self.real_servers_added
-            + self.real_servers_changed
-            + self.real_servers_drained
-            + self.real_servers_deleted
-            + self.addresses_bound
-            + self.addresses_unbound
-            + self.device_added
-            + self.filters_built
-            + self.filter_added
-            + self.filter_removed
+impl Findings {
+    fn concern(&self, key: &Key) -> bool {
+        self.failed.contains_key(key) || self.stale.contains_key(key)
     }
 
-    fn count(&mut self, operation: &Operation) {
-        *match operation {
-            // Most of them find nothing to delete.
-            Operation::FlushFlows(..) => return,
-            Operation::BuildFilter { .. } => &mut self.filters_built,
-            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) => &mut self.filter_added,
-            Operation::RemoveSources(..) | Operation::ForgetFrontEnd(..) | Operation::RemoveEntry(_) => {
-                &mut self.filter_removed
-            }
-            Operation::AddDevice => &mut self.device_added,
-            Operation::AddVirtualServer(..) => &mut self.servers_added,
-            Operation::SetVirtualServer(..) => &mut self.servers_changed,
-            Operation::DeleteVirtualServer(_) => &mut self.servers_deleted,
-            Operation::AddRealServer(..) => &mut self.real_servers_added,
-            Operation::SetRealServer(..) => &mut self.real_servers_changed,
-            Operation::DrainRealServer(..) => &mut self.real_servers_drained,
-            Operation::DeleteRealServer(..) => &mut self.real_servers_deleted,
-            Operation::BindAddress(_) => &mut self.addresses_bound,
-            Operation::UnbindAddress(_) => &mut self.addresses_unbound,
-        } += 1;
+    fn extend(&mut self, more: Self) {
+        self.failed.extend(more.failed);
+        self.stale.extend(more.stale);
+        self.is_filter_stale |= more.is_filter_stale;
+        self.is_device_lost |= more.is_device_lost;
     }
 }
 
@@ -181,9 +104,6 @@ pub struct Reconciler<K> {
     draining: BTreeMap<FrontEnd, Again>,
     /// Since when real servers are known to drain, where there is a limit to it. After a restart it begins anew.
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
-    /// Whether an operation found the packet filter, or `kube-ipvs0`, otherwise than the mirror has it.
-    is_filter_stale: bool,
-    is_device_lost: bool,
     /// VIPs that were reported as refused.
     refused: BTreeMap<ObjectName, Vec<IpAddr>>,
 }
@@ -208,8 +128,6 @@ impl<K: Kernel> Reconciler<K> {
             pending: BTreeMap::new(),
             draining: BTreeMap::new(),
             drain_since: BTreeMap::new(),
-            is_filter_stale: false,
-            is_device_lost: false,
             refused: BTreeMap::new(),
         }
     }
@@ -418,28 +336,25 @@ impl<K: Kernel> Reconciler<K> {
     fn execute(&mut self, mut keys: BTreeSet<Key>, origin: Origin, now: Instant, outcome: &mut Outcome) {
         for is_last in [false, true] {
             // A table that is made anew has all that belongs in it: what else is to be done shows afterwards.
-            let tables = keys.extract_if(.., |key| matches!(key, Key::Filter(_))).collect();
-            let (mut failed, mut stale) = (Errors::new(), Errors::new());
-            for mut keys in [tables, std::mem::take(&mut keys)] {
-                let Some(errors) = self.carry_out(&mut keys, origin, now, outcome) else { return };
-                for key in &keys {
-                    if !errors.0.contains_key(key) && !errors.1.contains_key(key) {
-                        self.pending.remove(key);
-                    }
+            let (tables, others) = keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
+            let mut findings = Findings::default();
+            for mut keys in [tables, others] {
+                let Some(found) = self.carry_out(&mut keys, origin, now, outcome) else { return };
+                for key in keys.iter().filter(|key| !found.concern(key)) {
+                    self.pending.remove(key);
                 }
-                failed.extend(errors.0);
-                stale.extend(errors.1);
+                findings.extend(found);
             }
             if is_last {
-                failed.append(&mut stale);
+                findings.failed.append(&mut findings.stale);
             }
-            for (key, error) in failed {
+            for (key, error) in std::mem::take(&mut findings.failed) {
                 self.fail(key, error.text, now, outcome);
             }
-            if stale.is_empty() || self.mirror.is_none() {
+            if findings.stale.is_empty() || self.mirror.is_none() {
                 return;
             }
-            match self.reread(stale) {
+            match self.reread(findings) {
                 Ok(again) => keys = again,
                 Err((stale, error)) => {
                     for key in stale {
@@ -459,18 +374,17 @@ impl<K: Kernel> Reconciler<K> {
         origin: Origin,
         now: Instant,
         outcome: &mut Outcome,
-    ) -> Option<(Errors, Errors)> {
+    ) -> Option<Findings> {
         let mut guards = self.plan(keys, origin, now)?;
         let mut rest = guards.split_off(Phase::Device);
-        let (mut failed, mut stale) = (Errors::new(), Errors::new());
+        let mut findings = Findings::default();
         if !guards.is_empty() {
             let results = self.kernel.apply(&guards);
-            (failed, stale) = self.take_in(&guards, results, outcome);
-            let is_unguarded = |key: &Key| failed.contains_key(key) || stale.contains_key(key);
+            findings = self.take_in(&guards, results, outcome);
             let mut closed = BTreeSet::new();
             rest.retain(|operation| match operation {
-                Operation::BindAddress(_) => !is_unguarded(&operation.key()),
-                Operation::AddVirtualServer(front_end, _) if is_unguarded(&operation.key()) => {
+                Operation::BindAddress(_) => !findings.concern(&operation.key()),
+                Operation::AddVirtualServer(front_end, _) if findings.concern(&operation.key()) => {
                     closed.insert(*front_end);
                     false
                 }
@@ -480,11 +394,9 @@ impl<K: Kernel> Reconciler<K> {
         }
         if !rest.is_empty() && self.mirror.is_some() {
             let results = self.kernel.apply(&rest);
-            let errors = self.take_in(&rest, results, outcome);
-            failed.extend(errors.0);
-            stale.extend(errors.1);
+            findings.extend(self.take_in(&rest, results, outcome));
         }
-        Some((failed, stale))
+        Some(findings)
     }
 
     /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
@@ -546,15 +458,10 @@ impl<K: Kernel> Reconciler<K> {
         first
     }
 
-    /// Takes the results of a plan into the mirror. Returns the keys that failed, and those the mirror is wrong about.
-    fn take_in(
-        &mut self,
-        plan: &Plan,
-        results: Vec<Result<(), KernelError>>,
-        outcome: &mut Outcome,
-    ) -> (Errors, Errors) {
-        let (mut failed, mut stale) = (Errors::new(), Errors::new());
-        let Some(mirror) = &mut self.mirror else { return (failed, stale) };
+    /// Takes the results of a plan into the mirror.
+    fn take_in(&mut self, plan: &Plan, results: Vec<Result<(), KernelError>>, outcome: &mut Outcome) -> Findings {
+        let mut findings = Findings::default();
+        let Some(mirror) = &mut self.mirror else { return findings };
         for (operation, result) in plan.operations().iter().zip(results) {
             let error = match result {
                 Ok(()) => {
@@ -572,28 +479,28 @@ impl<K: Kernel> Reconciler<K> {
                 // Making a device or an address does not fail for want of it.
                 (Operation::AddDevice | Operation::BindAddress(_) | Operation::BuildFilter { .. }, Cause::NotFound)
                 | (_, Cause::Refused | Cause::Unknown) => {
-                    failed.entry(operation.key()).or_insert(error);
+                    findings.failed.entry(operation.key()).or_insert(error);
                 }
                 (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
-                    self.is_filter_stale |= operation.is_about_the_filter();
-                    self.is_device_lost |=
-                        matches!(operation.key(), Key::Device | Key::Address(_)) && !operation.is_about_the_filter();
-                    stale.entry(operation.key()).or_insert(error);
+                    let key = operation.key();
+                    let is_filter = operation.is_about_the_filter();
+                    findings.is_filter_stale |= is_filter;
+                    findings.is_device_lost |= !is_filter && matches!(key, Key::Device | Key::Address(_));
+                    findings.stale.entry(key).or_insert(error);
                 }
             }
         }
         // The real servers of a virtual server that was refused are missing their virtual server: no news.
-        stale.retain(|key, _| !failed.contains_key(key));
-        if failed.values().any(|error| error.cause == Cause::Unknown) {
+        findings.stale.retain(|key, _| !findings.failed.contains_key(key));
+        if findings.failed.values().any(|error| error.cause == Cause::Unknown) {
             self.mirror = None;
         }
-        (failed, stale)
+        findings
     }
 
     /// Corrects the mirror about some keys and returns the keys to be planned again.
-    fn reread(&mut self, stale: Errors) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
-        let mut keys: BTreeSet<Key> = stale.into_keys().collect();
-        let is_device_lost = std::mem::take(&mut self.is_device_lost);
+    fn reread(&mut self, findings: Findings) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
+        let mut keys: BTreeSet<Key> = findings.stale.into_keys().collect();
         let servers: Vec<FrontEnd> = keys
             .iter()
             .filter_map(|key| match key {
@@ -601,7 +508,7 @@ impl<K: Kernel> Reconciler<K> {
                 _ => None,
             })
             .collect();
-        if std::mem::take(&mut self.is_filter_stale) {
+        if findings.is_filter_stale {
             let observed = match self.kernel.dump(Scope::Filter) {
                 Ok(observed) => observed,
                 Err(error) => return Err((keys, error)),
@@ -616,7 +523,9 @@ impl<K: Kernel> Reconciler<K> {
             return Err((keys, error));
         }
         // Of the others only one thing can be stale: the device went away, and with it every address.
-        if is_device_lost && let Some(mirror) = &mut self.mirror {
+        if findings.is_device_lost
+            && let Some(mirror) = &mut self.mirror
+        {
             mirror.lose_device();
             keys.insert(Key::Device);
             keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));

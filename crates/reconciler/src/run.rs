@@ -7,7 +7,8 @@ use service_watch::Change;
 use tracing::{debug, error, info, warn};
 
 use crate::kernel::Kernel;
-use crate::reconciler::{Outcome, Reconciler};
+use crate::outcome::Outcome;
+use crate::reconciler::Reconciler;
 
 /// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
 const READ_AGAIN: Duration = Duration::from_secs(1);

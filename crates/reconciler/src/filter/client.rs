@@ -30,6 +30,24 @@ pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<Observe
     })
 }
 
+/// Deletes the tables of these families. Returns whether there was one.
+pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, KernelError> {
+    let failed = |error: &dyn std::fmt::Display| KernelError {
+        cause: Cause::Refused,
+        text: format!("cannot delete the tables of the packet filter: {error}"),
+    };
+    let tables = read::tables(socket, families.iter()).map_err(|error| failed(&error))?;
+    let mut transaction = Transaction::default();
+    for family in &tables {
+        transaction.delete_table(*family);
+    }
+    let (begin, end) = Transaction::brackets();
+    match socket.transaction(&begin, transaction.into_requests(), &end).map_err(|error| failed(&error))? {
+        Ok(()) => Ok(!tables.is_empty()),
+        Err(refusals) => Err(refusals.first().map_or_else(|| failed(&"no reason given"), |(_, why)| failed(why))),
+    }
+}
+
 /// Carries out operations on the packet filter and returns one result each. An `Err` of the whole is a socket that failed.
 pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<Outcome>, Error> {
     let mut results = Vec::with_capacity(operations.len());
@@ -49,17 +67,16 @@ fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Outco
     let (begin, end) = Transaction::brackets();
     match socket.transaction(&begin, transaction.into_requests(), &end)? {
         Ok(()) => results.extend(operations.iter().map(|_| Ok(()))),
-        Err(refusals) => match operations {
-            [operation] => {
+        Err(refusals) => {
+            if let [operation] = operations {
                 let refusal = refusals.first().map(|(_, refusal)| refusal);
                 results.push(Err(refused(operation, refusal)));
-            }
-            _ => {
+            } else {
                 let (first, second) = operations.split_at(operations.len() / 2);
                 commit(socket, first, results)?;
                 commit(socket, second, results)?;
             }
-        },
+        }
     }
     Ok(())
 }
@@ -85,10 +102,9 @@ fn refused(operation: &Operation, refusal: Option<&Refusal>) -> KernelError {
         return KernelError { cause: Cause::Refused, text: format!("cannot {operation}: the kernel does not say why") };
     };
     let cause = match refusal.errno {
-        EEXIST => Cause::Exists,
+        // EBUSY is a key that has something else already, or a chain in use: somebody has changed the table.
+        EEXIST | EBUSY => Cause::Exists,
         ENOENT => Cause::NotFound,
-        // A key that has something else already, or a chain in use: somebody has changed the table.
-        EBUSY => Cause::Exists,
         _ => Cause::Refused,
     };
     KernelError { cause, text: format!("cannot {operation}: {refusal}{}", hint(refusal.errno)) }

@@ -1,4 +1,4 @@
-//! The expressions of nf_tables that the rules are made of, each in one word.
+//! The expressions of `nf_tables` that the rules are made of, each in one word.
 //!
 //! `netlink-packet-netfilter` has types for some; `ct`, `fib`, `masq`, `nat` and `reject` are put together here from their
 //! attributes in `linux/netfilter/nf_tables.h`, and so are the values those take.

@@ -1,4 +1,4 @@
-//! The tables and their elements as messages of nf_tables. Order within a transaction is made here: what is referred to
+//! The tables and their elements as messages of `nf_tables`. Order within a transaction is made here: what is referred to
 //! comes before what refers to it, and goes after it.
 
 use std::collections::BTreeMap;

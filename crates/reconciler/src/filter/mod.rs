@@ -1,7 +1,7 @@
 //! The packet filter: who is masqueraded, who is refused, and where.
 //!
 //! Two tables, one a family, both named [`TABLE`]: a constant [`ruleset`] over a few sets and maps, and elements that
-//! follow the Services. [`message`] writes them as nf_tables messages, [`read`] reads them back. What a front end gets is
+//! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets is
 //! one number in one map, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
 //!
 //! Everything in this module but [`expression`], [`message`] and [`read`] is free of netlink.
@@ -232,7 +232,9 @@ impl Fingerprint {
             self.0 = mixed ^ (mixed >> 32);
         };
         let (words, rest) = part.as_chunks::<8>();
-        words.iter().for_each(|word| take_in(u64::from_le_bytes(*word)));
+        for word in words {
+            take_in(u64::from_le_bytes(*word));
+        }
         let mut last = [0; 8];
         last[..rest.len()].copy_from_slice(rest);
         take_in(u64::from_le_bytes(last));

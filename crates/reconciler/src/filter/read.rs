@@ -128,7 +128,8 @@ pub fn forward_drops(socket: &mut Socket, family: Family) -> Result<Vec<String>,
         let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
         if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
             let text = |kind| chain.text(kind).unwrap_or_default();
-            found.push(format!("{} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
+            let word = if family == Family::Ipv4 { "ip" } else { "ip6" };
+            found.push(format!("{word} {} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
         }
     })?;
     Ok(found)

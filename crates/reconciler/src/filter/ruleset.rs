@@ -7,8 +7,8 @@
 //! output (filter)           after IPVS took it: what is closed to the node
 //! ```
 //!
-//! IPVS takes packets in LOCAL_IN at 98 and in LOCAL_OUT at −99 (`ip_vs_core.c`), so the filter at input sees the VIP and
-//! nat at −110 comes before it. What IPVS has sent to a real server passes LOCAL_OUT a second time.
+//! IPVS takes packets in `LOCAL_IN` at 98 and in `LOCAL_OUT` at −99 (`ip_vs_core.c`), so the filter at input sees the VIP
+//! and nat at −110 comes before it. What IPVS has sent to a real server passes `LOCAL_OUT` a second time.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -361,21 +361,16 @@ impl Ruleset {
     }
 
     fn cluster_ip(&self) -> Vec<Rule> {
-        let mut rules = Vec::new();
-        if !self.masquerades_all {
-            match self.is_insider() {
-                Some(is_insider) => rules.push(Rule::new("from a pod", [is_insider, self.keep().expressions])),
-                // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
-                None => {
-                    let is_vip = vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
-                    rules.push(Rule::new("from the node", [is_vip, Self::goto("nat-masquerade")]));
-                    rules.push(self.keep());
-                    return rules;
-                }
-            }
+        let from_elsewhere = Rule::new("from elsewhere", [Self::goto("nat-masquerade")]);
+        if self.masquerades_all {
+            return vec![from_elsewhere];
         }
-        rules.push(Rule::new("from elsewhere", [Self::goto("nat-masquerade")]));
-        rules
+        if let Some(is_insider) = self.is_insider() {
+            return vec![Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere];
+        }
+        // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
+        let is_vip = vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
+        vec![Rule::new("from the node", [is_vip, Self::goto("nat-masquerade")]), self.keep()]
     }
 
     fn nat_begin(&self) -> Vec<Rule> {

@@ -15,8 +15,9 @@ use super::state::State;
 /// A rule: its name in the document, and what it makes of an expectation.
 type Rule = (&'static str, fn(&mut Expectation, &Objects));
 
-const RULES: [Rule; 3] = [
+const RULES: [Rule; 4] = [
     ("drift-is-repaired", drift_is_repaired),
+    ("node-addresses-are-no-vips", node_addresses_are_no_vips),
     ("node-ports-not-on-vips", node_ports_not_on_vips),
     ("slice-follows-its-label", slice_follows_its_label),
 ];
@@ -100,6 +101,25 @@ fn drift_is_repaired(expected: &mut Expectation, objects: &Objects) {
             "masquerade".clone_into(&mut real.forward);
             (real.weight, real.upper_threshold, real.lower_threshold) = (1, 0, 0);
         }
+    }
+}
+
+/// An address of a Node is not served as a VIP; NodePorts are what it has.
+fn node_addresses_are_no_vips(expected: &mut Expectation, objects: &Objects) {
+    let node_ports = objects.ports("nodePort");
+    let nodes: BTreeSet<IpAddr> = objects
+        .of_kind("Node")
+        .flat_map(|node| list(&node["status"]["addresses"]))
+        .filter_map(|address| address["address"].as_str()?.parse().ok())
+        .collect();
+    expected.virtual_servers.retain(|server| {
+        let front_end = server.port.map(u64::from).zip(server.protocol.as_deref());
+        !server.address.is_some_and(|address| nodes.contains(&address))
+            || front_end.is_some_and(|front_end| node_ports.contains(&front_end))
+    });
+    if let Some(bound) = &mut expected.kube_ipvs0 {
+        let address = |entry: &String| entry.split('/').next()?.parse::<IpAddr>().ok();
+        bound.retain(|entry| !address(entry).is_some_and(|address| nodes.contains(&address)));
     }
 }
 

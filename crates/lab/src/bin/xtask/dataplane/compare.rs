@@ -63,8 +63,8 @@ impl Expected {
     pub(crate) fn new(cell: &Cell, names: &Names) -> Result<Self> {
         let seen = cell.seen.as_ref().map(|seen| {
             let each = seen.iter().map(|seen| {
-                let named = || names.address(seen.source.as_ref()?, cell.is_ipv6());
-                let source = seen.source_address.or_else(named);
+                let address = || names.address(seen.source.as_ref()?, cell.is_ipv6());
+                let source = seen.source_address.or_else(address);
                 let source = source.with_context(|| format!("nothing is known of the address {:?}", seen.source))?;
                 Ok((seen.backend.clone(), source))
             });

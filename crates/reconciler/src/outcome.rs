@@ -1,0 +1,112 @@
+//! What a sync did: operations carried out and refused, drift found, and what people should know.
+
+use std::net::IpAddr;
+
+use service_watch::ObjectName;
+
+use crate::desired::Clash;
+use crate::plan::{Key, Operation};
+
+/// An operation that failed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    /// What it was about.
+    pub key: Key,
+    /// The Service that wants it, where one does.
+    pub service: Option<ObjectName>,
+    /// The operation, the kernel's reason, and what to do.
+    pub error: String,
+    /// Whether it failed in the same way the last time.
+    pub is_repeated: bool,
+}
+
+/// What a sync did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Outcome {
+    /// The operations the kernel carried out, by kind.
+    pub done: Done,
+    /// Those it did not.
+    pub failures: Vec<Failure>,
+    /// Keys that were found otherwise than this agent had left them.
+    pub drifted: Vec<Key>,
+    /// Front ends that two Services began to claim.
+    pub clashes: Vec<Clash>,
+    /// VIPs that began to be refused, each with its Service: they are addresses of Nodes.
+    pub refused: Vec<(ObjectName, IpAddr)>,
+    /// Whether everything was read from the kernel.
+    pub audited: bool,
+    /// Whether it was read without anything known of it before.
+    pub is_first: bool,
+}
+
+/// How many operations of each kind were carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Done {
+    /// Virtual servers made.
+    pub servers_added: usize,
+    /// Virtual servers changed.
+    pub servers_changed: usize,
+    /// Virtual servers deleted.
+    pub servers_deleted: usize,
+    /// Real servers made.
+    pub real_servers_added: usize,
+    /// Real servers corrected, or taken back while they drained.
+    pub real_servers_changed: usize,
+    /// Real servers set to weight 0.
+    pub real_servers_drained: usize,
+    /// Real servers deleted.
+    pub real_servers_deleted: usize,
+    /// VIPs bound.
+    pub addresses_bound: usize,
+    /// VIPs taken from the device.
+    pub addresses_unbound: usize,
+    /// Whether the device was made.
+    pub device_added: usize,
+    /// Tables of the packet filter made.
+    pub filters_built: usize,
+    /// What the packet filter learned.
+    pub filter_added: usize,
+    /// What it forgot.
+    pub filter_removed: usize,
+}
+
+impl Done {
+    /// How many operations in all.
+    pub fn total(&self) -> usize {
+        self.servers_added
+            + self.servers_changed
+            + self.servers_deleted
+            + self.real_servers_added
+            + self.real_servers_changed
+            + self.real_servers_drained
+            + self.real_servers_deleted
+            + self.addresses_bound
+            + self.addresses_unbound
+            + self.device_added
+            + self.filters_built
+            + self.filter_added
+            + self.filter_removed
+    }
+
+    pub(crate) fn count(&mut self, operation: &Operation) {
+        *match operation {
+            // Most of them find nothing to delete.
+            Operation::FlushFlows(..) => return,
+            Operation::BuildFilter { .. } => &mut self.filters_built,
+            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) => &mut self.filter_added,
+            Operation::RemoveSources(..) | Operation::ForgetFrontEnd(..) | Operation::RemoveEntry(_) => {
+                &mut self.filter_removed
+            }
+            Operation::AddDevice => &mut self.device_added,
+            Operation::AddVirtualServer(..) => &mut self.servers_added,
+            Operation::SetVirtualServer(..) => &mut self.servers_changed,
+            Operation::DeleteVirtualServer(_) => &mut self.servers_deleted,
+            Operation::AddRealServer(..) => &mut self.real_servers_added,
+            Operation::SetRealServer(..) => &mut self.real_servers_changed,
+            Operation::DrainRealServer(..) => &mut self.real_servers_drained,
+            Operation::DeleteRealServer(..) => &mut self.real_servers_deleted,
+            Operation::BindAddress(_) => &mut self.addresses_bound,
+            Operation::UnbindAddress(_) => &mut self.addresses_unbound,
+        } += 1;
+    }
+}

@@ -1,0 +1,100 @@
+//! `kube-ipvs cleanup`: takes away what was made, and says what it leaves.
+//!
+//! What is ours shows in the kernel: the VIPs are on `kube-ipvs0`, and every front end is in the tables of the packet
+//! filter. So no API server is needed, and what others made is not taken for ours.
+
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use reconciler::kernel::{Cause, DEVICE, Kernel as _, Observed, Scope};
+use reconciler::linux::LinuxKernel;
+use reconciler::mirror::Mirror;
+use reconciler::plan::{Operation, Plan};
+use reconciler::policy::Families;
+use tracing::{error, info};
+
+/// Removes everything of ours. What fails does not keep the rest from going; then the exit status is 1.
+pub(crate) fn run() -> Result<ExitCode> {
+    let mut kernel = LinuxKernel::connect(Families::BOTH)?;
+    let observed = kernel.dump(Scope::All)?;
+    let (plan, left) = plan(observed);
+    let mut failed = 0;
+    let mut done = 0;
+    let results = if plan.is_empty() { Vec::new() } else { kernel.apply(&plan) };
+    for (operation, result) in plan.operations().iter().zip(results) {
+        match result {
+            Ok(()) => {
+                info!("done: {operation}");
+                done += 1;
+            }
+            // Somebody was faster.
+            Err(error) if matches!(error.cause, Cause::NotFound | Cause::NoDevice) => {}
+            Err(error) => {
+                error!("{error}");
+                failed += 1;
+            }
+        }
+    }
+    let is_device_empty = left.addresses.is_empty() && failed == 0;
+    let mut whole = |what: &str, result: Result<bool, _>| match result {
+        Ok(true) => {
+            info!("done: delete {what}");
+            done += 1;
+        }
+        Ok(false) => {}
+        Err(error) => {
+            error!("{error}");
+            failed += 1;
+        }
+    };
+    if is_device_empty {
+        whole("device kube-ipvs0", kernel.delete_device());
+    }
+    // Last: what they refuse is refused for as long as there is a VIP.
+    whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
+    for server in &left.servers {
+        info!("left: virtual server {server}, which is of no VIP of ours");
+    }
+    for address in &left.addresses {
+        info!("left: address {address} on {DEVICE}, which kube-ipvs does not make, and the device");
+    }
+    info!("left: settings of the kernel (sysctls and IPVS timeouts)");
+    if failed > 0 {
+        bail!("{failed} things could not be removed: see above, and run it again");
+    }
+    info!(done, "{}", if done == 0 { "there was nothing of ours" } else { "all that was ours is gone" });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What is not ours.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Left {
+    servers: Vec<String>,
+    addresses: Vec<String>,
+}
+
+fn plan(observed: Observed) -> (Plan, Left) {
+    let mut left = Left::default();
+    let known: BTreeSet<_> = observed.filter.front_ends.keys().copied().collect();
+    let servers: Vec<_> = observed.servers.iter().map(|server| server.front_end).collect();
+    let on_device: Vec<(IpAddr, u8)> = observed.addresses.clone().unwrap_or_default();
+    let mirror = Mirror::from_dump(observed);
+    let mut operations = Vec::new();
+    for (address, prefix) in on_device {
+        if mirror.has_own_address(address) {
+            operations.push(Operation::UnbindAddress(address));
+        } else if mirror.has_address(address) {
+            left.addresses.push(format!("{address}/{prefix}"));
+        }
+    }
+    for front_end in servers {
+        if known.contains(&front_end) || mirror.has_own_address(front_end.address) {
+            operations.push(Operation::DeleteVirtualServer(front_end));
+        } else {
+            left.servers.push(front_end.to_string());
+        }
+    }
+    (operations.into_iter().collect(), left)
+}
