@@ -12,6 +12,7 @@ use lab::{Job, Place, Scratch};
 
 use crate::cargo::{self, TestExecutable};
 use crate::conformance;
+use crate::dataplane;
 use crate::guest_tests::{self, Counts, List, Suite};
 
 /// The target with the tests of the lab itself.
@@ -86,6 +87,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         if filter.is_none() {
             parts.push(Part::run("conformance, from manifests", || conformance::test(false)));
             parts.push(Part::run("conformance, from an API server", || conformance::test(true)));
+            parts.push(Part::run("data plane", dataplane::test));
         }
     }
     let summary: Vec<String> = parts.iter().map(Part::summary).collect();

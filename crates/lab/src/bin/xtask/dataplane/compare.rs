@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::network::Topology;
-use super::objects::Objects;
+use super::objects::{NODE, Objects};
 use super::probe::Try;
-use super::recording::Cell;
+use super::recording::{Cell, Seen};
 
 /// What the recordings call addresses.
 #[derive(Clone, Debug)]
@@ -61,17 +61,23 @@ impl Names {
 
 impl Expected {
     pub(crate) fn new(cell: &Cell, names: &Names) -> Result<Self> {
-        let seen = cell.seen.as_ref().map(|seen| {
-            let each = seen.iter().map(|seen| {
-                let address = || names.address(seen.source.as_ref()?, cell.is_ipv6());
-                let source = seen.source_address.or_else(address);
-                let source = source.with_context(|| format!("nothing is known of the address {:?}", seen.source))?;
-                Ok((seen.backend.clone(), source))
-            });
-            each.collect::<Result<_>>()
-        });
+        let source = |seen: &Seen| {
+            let by_name = || names.address(seen.source.as_ref()?, cell.is_ipv6());
+            let source = seen.source_address.or_else(by_name);
+            source.with_context(|| format!("nothing is known of the address {:?}", seen.source))
+        };
+        // A source that is not recorded cannot be compared.
+        let has_sources = cell.seen.iter().flatten().all(|seen| seen.source.is_some() || seen.source_address.is_some());
+        let backends =
+            cell.backends.clone().or_else(|| Some(cell.seen.as_ref()?.iter().map(|s| s.backend.clone()).collect()));
+        let seen = match &cell.seen {
+            Some(seen) if has_sources => {
+                Some(seen.iter().map(|seen| Ok((seen.backend.clone(), source(seen)?))).collect::<Result<_>>()?)
+            }
+            _ => None,
+        };
         let result = cell.result.as_ref().context("the cell does not say what is expected")?;
-        Ok(Self { outcomes: outcomes(result)?, backends: cell.backends.clone(), seen: seen.transpose()? })
+        Ok(Self { outcomes: outcomes(result)?, backends, seen })
     }
 
     pub(crate) fn is(&self, outcome: &str) -> bool {
@@ -149,30 +155,28 @@ fn outcomes(result: &Value) -> Result<BTreeSet<String>> {
 }
 
 /// With affinity the scheduler chooses a backend for each client once, and it may choose another than it did for the
-/// recording: what is expected then of the one that it did choose. The recorded source tells whether the connection
-/// was masqueraded.
-pub(crate) fn of_another_choice(expected: &Expected, got: &Got, client: &str, home: &Home<'_>) -> Option<Expected> {
-    let [(recorded, source)] = <[_; 1]>::try_from(expected.seen.as_ref()?.iter().collect::<Vec<_>>()).ok()?;
-    let [(chosen, saw)] = <[_; 1]>::try_from(got.seen.iter().collect::<Vec<_>>()).ok()?;
+/// recording. Whether that is what came, and the source is right for it: the recorded one tells whether connections
+/// are masqueraded.
+pub(crate) fn is_another_choice(recorded: &Expected, got: &Got, client: &str, home: &Home<'_>) -> bool {
+    let only = |seen: &BTreeSet<(String, IpAddr)>| if seen.len() == 1 { seen.first().cloned() } else { None };
+    let Some((chosen, saw)) = only(&got.seen) else { return false };
+    let is_possible = recorded.outcomes.iter().eq(got.outcomes.keys())
+        && recorded.backends.as_ref().is_some_and(|backends| backends.len() == 1)
+        && home.endpoints.iter().any(|(address, _)| home.names.name(*address) == chosen);
     let own = home.address(client);
-    let masqueraded = if *chosen == client || home.is_local(chosen) { "node-pod-side" } else { "node" };
-    let masqueraded = home.address(masqueraded);
-    let is_endpoint = home.endpoints.iter().any(|(address, _)| home.names.name(*address) == *chosen);
-    let source_fits = if chosen == client {
-        Some(*saw) == masqueraded
-    } else if recorded == client {
-        // It reached itself, which is always masqueraded and so tells nothing.
-        [own, masqueraded].contains(&Some(*saw))
-    } else if Some(*source) == own {
-        Some(*saw) == own
-    } else {
-        Some(*saw) == masqueraded
+    let is_near = chosen == client || home.is_local(&chosen);
+    let masqueraded = home.address(if is_near { "node-pod-side" } else { "node" });
+    let sources = match recorded.seen.as_ref().map(only) {
+        // Nothing was recorded of sources.
+        None => return is_possible,
+        Some(None) => return false,
+        // Who reaches itself is masqueraded in any case.
+        Some(Some(_)) if chosen == client => [masqueraded, None],
+        Some(Some((backend, _))) if backend == client => [own, masqueraded],
+        Some(Some((_, source))) if Some(source) == own => [own, None],
+        Some(Some(_)) => [masqueraded, None],
     };
-    (chosen != recorded && is_endpoint && source_fits).then(|| Expected {
-        outcomes: expected.outcomes.clone(),
-        backends: Some(got.backends()),
-        seen: Some(got.seen.clone()),
-    })
+    is_possible && sources.contains(&Some(saw))
 }
 
 /// What is known of addresses and endpoints, for one Service and family.
@@ -189,9 +193,7 @@ impl Home<'_> {
 
     /// Whether a backend is on the agent's node.
     fn is_local(&self, backend: &str) -> bool {
-        self.endpoints
-            .iter()
-            .any(|(address, node)| self.names.name(*address) == backend && node == super::objects::NODE)
+        self.endpoints.iter().any(|(address, node)| self.names.name(*address) == backend && node == NODE)
     }
 }
 
@@ -223,5 +225,34 @@ mod tests {
         assert!(!expected.admits(&got));
         got.outcomes.insert("timeout".to_owned(), 1);
         assert!(!Expected { seen: None, ..expected }.admits(&got));
+    }
+
+    #[test]
+    fn another_choice_of_the_scheduler_needs_the_right_source() {
+        let objects = Objects::new(json!([]), &[]).unwrap();
+        let topology = json!({"addresses": {"pod-a": ["10.244.1.5"], "pod-b": ["10.244.1.6"],
+            "remote-pod": ["10.244.2.6"], "node-pod-side": ["10.244.1.1"], "node": ["192.168.10.11"],
+            "client": ["192.168.10.50"]}});
+        let names = Names::new(&serde_json::from_value(topology).unwrap(), &objects);
+        let address = |name: &str| names.address(name, false).unwrap();
+        let endpoints = [(address("pod-a"), NODE.to_owned()), (address("remote-pod"), "node-b".to_owned())];
+        let home = Home { names: &names, endpoints: endpoints.into(), is_ipv6: false };
+        let admits = |client: &str, recorded: [&str; 2], got: [&str; 2]| {
+            let seen = |[backend, source]: [&str; 2]| BTreeSet::from([(backend.to_owned(), address(source))]);
+            let recorded = Expected {
+                outcomes: [CONNECTED.to_owned()].into(),
+                backends: Some([recorded[0].to_owned()].into()),
+                seen: Some(seen(recorded)),
+            };
+            let got = Got { outcomes: BTreeMap::from([(CONNECTED.to_owned(), 6)]), seen: seen(got) };
+            is_another_choice(&recorded, &got, client, &home)
+        };
+        assert!(admits("client", ["remote-pod", "node"], ["pod-a", "node-pod-side"]));
+        assert!(!admits("client", ["remote-pod", "node"], ["pod-a", "client"]));
+        assert!(!admits("client", ["remote-pod", "node"], ["pod-b", "node-pod-side"]));
+        assert!(admits("pod-b", ["pod-a", "pod-b"], ["remote-pod", "pod-b"]));
+        assert!(!admits("pod-b", ["pod-a", "pod-b"], ["remote-pod", "node"]));
+        assert!(admits("pod-a", ["remote-pod", "pod-a"], ["pod-a", "node-pod-side"]));
+        assert!(!admits("pod-a", ["remote-pod", "pod-a"], ["pod-a", "pod-a"]));
     }
 }

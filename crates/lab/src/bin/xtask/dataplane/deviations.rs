@@ -109,6 +109,8 @@ fn refused() -> Expected {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -117,6 +119,40 @@ mod tests {
             assert!(is_documented(name), "docs/deviations.md has no line for {name}");
         }
         assert!(!is_documented("a-rule-that-is-not-there"));
+    }
+
+    #[test]
+    fn rules_follow_from_the_objects() {
+        let slice = |name: &str, node: &str| {
+            json!({"kind": "EndpointSlice", "metadata": {"labels": {"kubernetes.io/service-name": name}},
+                "endpoints": [{"addresses": ["10.244.2.6"], "nodeName": node}]})
+        };
+        let service = |name: &str| json!({"kind": "Service", "metadata": {"name": name}, "spec": {"externalTrafficPolicy": "Local"}});
+        let list = json!([service("far"), slice("far", "node-b"), service("near"), slice("near", NODE)]);
+        let objects = Objects::new(list, &[]).unwrap();
+        let topology = json!({"addresses": {"node": ["192.168.10.11"], "remote-pod": ["10.244.2.6"]}});
+        let names = Names::new(&serde_json::from_value(topology).unwrap(), &objects);
+        let under = |flag: &str, service: &str, front_end: &str, client: &str, result: &str| {
+            let cell = json!({"service": service, "front_end": front_end, "client": client, "target": "1.2.3.4:80",
+                "protocol": "UDP", "result": result});
+            let cell: Cell = serde_json::from_value(cell).unwrap();
+            let flags = [flag.to_owned()];
+            let at = Circumstances { flags: &flags, objects: &objects, names: &names };
+            let (rule, wanted) = wanted(&cell, &Expected::new(&cell, &names).unwrap(), &at)?;
+            Some((rule, wanted.describe(&names)))
+        };
+        let outside = RULES[0].0;
+        let cidr = "--cluster-cidr=10.244.0.0/16";
+        let refused = "refused".to_owned();
+        assert_eq!(under(cidr, "far", "NodePort", "client", "timeout"), Some((outside, refused.clone())));
+        assert_eq!(under("--masquerade-all", "far", "NodePort", "client", "timeout"), None);
+        assert_eq!(under(cidr, "near", "NodePort", "client", "timeout"), None);
+        assert_eq!(under(cidr, "far", "ClusterIP", "client", "timeout"), None);
+        assert_eq!(under(cidr, "far", "NodePort", "client", "refused"), None);
+        let served = "connected: remote-pod sees node".to_owned();
+        assert_eq!(under(cidr, "far", "externalIP", "node", "timeout"), Some((RULES[1].0, served)));
+        assert_eq!(under(cidr, "far", "NodePort", "node", "timeout"), None);
+        assert_eq!(under(cidr, "none", "ClusterIP", "node", "not permitted"), Some((RULES[2].0, refused)));
     }
 
     #[test]

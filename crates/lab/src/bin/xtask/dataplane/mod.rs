@@ -90,7 +90,6 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 }
 
 /// All recordings of the repository, as a part of `cargo xtask test`.
-#[expect(dead_code, reason = "the agent has no packet filter yet")]
 pub(crate) fn test() -> Result<Counts> {
     let args = Args { matrix: RECORDINGS.into(), json: None, agent: None, filter: Vec::new() };
     let results = play_all(&args)?;
@@ -213,30 +212,47 @@ fn play_share(share: &Share) -> Result<Vec<Played>> {
 /// Inside the lab.
 pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
     let share: Share = serde_json::from_value(recording::read_json(&args.share)?).context("cannot read the share")?;
+    let results = play(&share).unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        let all = share.cells.iter().chain(&share.events);
+        let failed = |recorded: &Recorded| {
+            let got = format!("could not be played: {}", error.to_string().lines().next().unwrap_or_default());
+            Played { got, ..recorded.not_played() }
+        };
+        all.map(failed).collect()
+    });
+    fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn play(share: &Share) -> Result<Vec<Played>> {
     let started = Instant::now();
-    let topology: Topology = serde_json::from_value(share.topology).context("cannot understand the topology")?;
-    let objects = Objects::new(share.objects, topology.of("node")?)?;
+    let topology: Topology =
+        serde_json::from_value(share.topology.clone()).context("cannot understand the topology")?;
+    let objects = Objects::new(share.objects.clone(), topology.of("node")?)?;
     let names = Names::new(&topology, &objects);
     let network = Network::build(topology).context("cannot build the network")?;
     servers::start(&network)?;
     let mut agent = Agent::new(&share.agent, &share.flags, network.node()?, &objects)?;
     agent.start()?;
-    let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
-    eprintln!("the network and the agent with {flags}: there after {:.1} s", started.elapsed().as_secs_f32());
+    let tell = |what: &str| {
+        let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
+        eprintln!("{what} after {:.1} s, with {flags}", started.elapsed().as_secs_f32());
+    };
+    tell("the network and the agent are there");
     let mut results = Vec::new();
     if !share.cells.is_empty() {
         let table = Table { network: &network, objects: &objects, flags: &share.flags, names: names.clone() };
         results.extend(cells::play(&table, &share.cells));
-        eprintln!("{} cells played after {:.1} s", share.cells.len(), started.elapsed().as_secs_f32());
+        tell(&format!("{} cells are played", share.cells.len()));
     }
     if !share.events.is_empty() {
         let mut stage = Stage { network: &network, objects: &objects, names: &names, agent: &mut agent };
         results.extend(timed::play(&mut stage, &share.events));
-        eprintln!("{} events played after {:.1} s", share.events.len(), started.elapsed().as_secs_f32());
+        tell(&format!("{} events are played", share.events.len()));
     }
-    if std::env::var_os("KUBE_IPVS_LAB_LOG").is_some() {
-        eprintln!("{}", agent.last_words());
+    if !results.iter().all(Played::passed) {
+        eprintln!("the last that the agent said:\n{}", agent.last_words());
     }
-    fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
-    Ok(ExitCode::SUCCESS)
+    Ok(results)
 }

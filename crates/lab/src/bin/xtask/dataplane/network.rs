@@ -73,9 +73,10 @@ impl Network {
         self.namespace("node")
     }
 
-    /// Addresses of the node's interface besides its first.
-    pub(crate) fn extras() -> impl Iterator<Item = IpAddr> {
-        EXTRAS.iter().filter_map(|address| address.parse().ok())
+    /// All addresses of the node.
+    pub(crate) fn addresses_of_node(&self) -> Result<Vec<IpAddr>> {
+        let extras: Vec<IpAddr> = EXTRAS.iter().filter_map(|address| address.parse().ok()).collect();
+        Ok([self.topology.of("node")?, self.topology.of("node-pod-side")?, &extras].concat())
     }
 
     /// One segment for the two nodes and the client.

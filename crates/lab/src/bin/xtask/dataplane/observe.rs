@@ -15,7 +15,7 @@ use super::compare::CONNECTED;
 use super::objects::list;
 use super::probe::{self, Connection, Flow, TIMEOUT, Try};
 use super::recording::Event;
-use super::results::{Played, Verdict};
+use super::results::{Played, Verdict, describe};
 
 /// How long something that must come may take: a reset follows the next time that TCP sends again.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -45,7 +45,6 @@ pub(crate) struct Observer<'a> {
 /// What was seen after an event, key by key.
 #[derive(Default)]
 pub(crate) struct Observation {
-    recorded: BTreeMap<String, Value>,
     got: BTreeMap<String, Value>,
     differs: bool,
     not_compared: BTreeSet<String>,
@@ -101,7 +100,7 @@ impl Watched {
 impl Observer<'_> {
     /// Looks at everything that was recorded.
     pub(crate) fn observe(&mut self, event: &Event) -> Result<Observation> {
-        let mut seen = Observation { recorded: event.observed.clone(), ..Observation::default() };
+        let mut seen = Observation::default();
         let recorded = |key: &str| event.observed.get(key);
         if let Watched::Flow { first, .. } | Watched::Connection { first, .. } = &*self.watched {
             for key in ["answer_from", "before"] {
@@ -209,12 +208,7 @@ impl Observation {
 
     /// Puts it into the result of the event.
     pub(crate) fn tell(self, result: &mut Played) {
-        let text = |values: &BTreeMap<String, Value>| {
-            let each = values.iter().map(|(key, value)| format!("{key} {}", compact(value)));
-            each.collect::<Vec<_>>().join("; ")
-        };
-        result.expected = text(&self.recorded);
-        result.got = text(&self.got);
+        result.got = describe(&self.got);
         result.not_compared = self.not_compared;
         let nothing_compared = self.got.is_empty();
         if nothing_compared {
@@ -222,21 +216,7 @@ impl Observation {
         }
         let differs = self.differs || nothing_compared;
         result.verdict = if differs { Verdict::Differs } else { Verdict::AsRecorded { unlike: None } };
-        result.symbol = '●';
-    }
-}
-
-/// A value as people read it.
-fn compact(value: &Value) -> String {
-    match value {
-        Value::String(text) => text.clone(),
-        Value::Array(values) => format!("[{}]", values.iter().map(compact).collect::<Vec<_>>().join(" ")),
-        Value::Object(server) if server.contains_key("weight") => {
-            let active = if server.get("has_active_connections") == Some(&json!(true)) { "*" } else { "" };
-            let text = |key: &str| server.get(key).map(compact).unwrap_or_default();
-            format!("{}={}{active}", text("address"), text("weight"))
-        }
-        other => other.to_string(),
+        result.symbol = '✓';
     }
 }
 

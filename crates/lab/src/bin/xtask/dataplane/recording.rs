@@ -109,8 +109,8 @@ impl Cell {
         if self.service.is_none() && self.front_end.is_none() {
             return [word(&self.case), word(&self.target)];
         }
-        let case = self.case.as_ref().map(|case| format!(" ({case})")).unwrap_or_default();
-        [word(&self.service) + &case, word(&self.front_end)]
+        let words = [&self.service, &self.case].into_iter().flatten().map(String::as_str);
+        [words.collect::<Vec<_>>().join(", "), word(&self.front_end)]
     }
 
     /// What the cell is called: nothing else of the same file is called so.
@@ -205,5 +205,22 @@ mod tests {
         assert_eq!(question(ping).unwrap(), Question::Ping(six.ip()));
         assert!(question(json!({"target": "10.0.0.1:80", "protocol": "SCTP"})).is_err());
         assert!(question(json!({"client": "node"})).is_err());
+    }
+
+    #[test]
+    fn every_recording_of_this_repository_can_be_played() {
+        let (_, recordings) = find(Path::new(super::super::RECORDINGS)).unwrap();
+        let mut names = BTreeSet::new();
+        for cell in recordings.iter().flat_map(|recording| &recording.cells) {
+            let cell: Cell = serde_json::from_value(cell.clone()).unwrap();
+            cell.question().unwrap();
+            assert!(cell.others.is_empty() && cell.result.is_some() && cell.client.is_some(), "{cell:?}");
+            assert!(names.insert(cell.name()), "{} is there twice", cell.name());
+        }
+        for event in recordings.iter().flat_map(|recording| &recording.events) {
+            let event: Event = serde_json::from_value(event.clone()).unwrap();
+            assert!(!event.observed.is_empty() && names.insert(event.name()), "{event:?}");
+        }
+        assert!(names.len() > 500, "{}", names.len());
     }
 }

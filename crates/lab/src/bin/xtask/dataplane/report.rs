@@ -14,14 +14,8 @@ use super::results::{Played, Verdict};
 pub(crate) struct Report<'a> {
     cells: usize,
     passed: usize,
-    deviations: Vec<Deviation<'a>>,
+    deviations: Vec<String>,
     failed: Vec<Failure<'a>>,
-}
-
-#[derive(Serialize)]
-struct Deviation<'a> {
-    cell: String,
-    rule: &'a str,
 }
 
 #[derive(Serialize)]
@@ -37,16 +31,13 @@ fn full_name(played: &Played) -> String {
 
 impl<'a> Report<'a> {
     pub(crate) fn new(results: &'a [Played]) -> Self {
-        let deviations = results.iter().filter_map(|played| match &played.verdict {
-            Verdict::OnPurpose { rule } => Some(Deviation { cell: full_name(played), rule }),
-            _ => None,
-        });
+        let deviations = results.iter().filter(|played| matches!(played.verdict, Verdict::OnPurpose { .. }));
         let failed = results.iter().filter(|played| !played.passed());
         let failed = failed.map(|p| Failure { cell: full_name(p), expected: &p.expected, got: &p.got });
         Self {
             cells: results.len(),
             passed: results.iter().filter(|played| played.passed()).count(),
-            deviations: deviations.collect(),
+            deviations: deviations.map(full_name).collect(),
             failed: failed.collect(),
         }
     }
@@ -149,13 +140,24 @@ fn picture(file: &str, all: &[&Played]) -> String {
         let padded = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
         let _ = writeln!(text, "{}", padded.collect::<Vec<_>>().join("  ").trim_end());
     }
-    let _ = writeln!(
-        text,
-        "each: {}; ● connected  × refused  ~ timeout  ◐ differs between tries  ? other  d on purpose  ! DIFFERENT\n",
-        within.join(", ")
-    );
+    let legend = SIGNS.iter().filter(|(sign, _)| cells.iter().any(|played| self::sign(played) == *sign));
+    let legend: Vec<String> = legend.map(|(sign, meaning)| format!("{sign} {meaning}")).collect();
+    let _ = writeln!(text, "each cell: {}; {}", within.join(", "), legend.join("  "));
     text
 }
+
+const SIGNS: [(char, &str); 10] = [
+    ('✓', "as recorded"),
+    ('●', "connected"),
+    ('×', "refused"),
+    ('~', "timeout"),
+    ('p', "not permitted"),
+    ('u', "unreachable"),
+    ('◐', "depends on the backend"),
+    ('?', "other"),
+    ('d', "on purpose not as recorded"),
+    ('!', "DIFFERENT"),
+];
 
 fn sign(played: &Played) -> char {
     match played.verdict {

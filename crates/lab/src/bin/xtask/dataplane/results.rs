@@ -1,9 +1,9 @@
 //! What was recorded and what came of playing it, as they pass between this machine and the lab.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::recording::{Cell, Event};
 
@@ -47,6 +47,9 @@ pub(crate) enum Verdict {
     Differs,
 }
 
+/// What a result says until there is another.
+pub(crate) const NOT_PLAYED: &str = "was not played";
+
 impl Recorded {
     /// What it is called.
     pub(crate) fn name(&self) -> String {
@@ -70,17 +73,22 @@ impl Recorded {
         let (row, column, within) = match (self.event(), self.cell()) {
             (Some(event), _) => ([event.case, event.service.unwrap_or_default()], event.client, event.family),
             (None, Some(cell)) => {
-                let within = [&cell.family, &cell.protocol].map(|word| word.clone().unwrap_or_default());
-                (cell.row(), cell.client.unwrap_or_default(), within.join(" "))
+                let within: Vec<&str> =
+                    [&cell.family, &cell.protocol].into_iter().flatten().map(String::as_str).collect();
+                (cell.row(), cell.client.clone().unwrap_or_default(), within.join(" "))
             }
             (None, None) => Default::default(),
+        };
+        let expected = match self.event() {
+            Some(event) => describe(&event.observed),
+            None => self.value.get("result").map(compact).unwrap_or_default(),
         };
         Played {
             file: self.file.clone(),
             name: self.name(),
             service: None,
-            expected: self.value.get("result").map(ToString::to_string).unwrap_or_default(),
-            got: "was not played".into(),
+            expected,
+            got: NOT_PLAYED.into(),
             verdict: Verdict::Differs,
             not_compared: BTreeSet::new(),
             row,
@@ -94,5 +102,25 @@ impl Recorded {
 impl Played {
     pub(crate) fn passed(&self) -> bool {
         self.verdict != Verdict::Differs
+    }
+}
+
+/// What was observed after an event, as people read it.
+pub(crate) fn describe(observed: &BTreeMap<String, Value>) -> String {
+    let each = observed.iter().map(|(key, value)| format!("{key} {}", compact(value)));
+    each.collect::<Vec<_>>().join("; ")
+}
+
+/// A value as people read it.
+fn compact(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Array(values) => format!("[{}]", values.iter().map(compact).collect::<Vec<_>>().join(" ")),
+        Value::Object(server) if server.contains_key("weight") => {
+            let active = if server.get("has_active_connections") == Some(&json!(true)) { "*" } else { "" };
+            let text = |key: &str| server.get(key).map(compact).unwrap_or_default();
+            format!("{}={}{active}", text("address"), text("weight"))
+        }
+        other => other.to_string(),
     }
 }

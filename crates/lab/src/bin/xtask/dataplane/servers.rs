@@ -15,7 +15,7 @@ use super::network::Network;
 /// The port of the backends.
 const BACKEND: u16 = 8080;
 /// The port of the node's daemon.
-pub(crate) const HOST: u16 = 2222;
+const HOST: u16 = 2222;
 
 /// What clients say.
 pub(crate) const HELLO: &str = "hello";
@@ -28,7 +28,7 @@ pub(crate) fn start(network: &Network) -> Result<()> {
     for backend in ["pod-a", "remote-pod"] {
         serve(network.namespace(backend)?, backend, BACKEND, &[])?;
     }
-    serve(network.node()?, "host", HOST, &Network::extras().collect::<Vec<_>>())
+    serve(network.node()?, "host", HOST, &network.addresses_of_node()?)
 }
 
 /// Listens on all addresses of both families, and for datagrams on some addresses by themselves.

@@ -16,7 +16,7 @@ use super::network::Network;
 use super::objects::{Group, Objects, list};
 use super::observe::{Observer, Watched};
 use super::recording::Event;
-use super::results::{Played, Recorded};
+use super::results::{NOT_PLAYED, Played, Recorded};
 
 /// What sequences are played on.
 pub(crate) struct Stage<'a, 'b> {
@@ -51,7 +51,7 @@ pub(crate) fn play(stage: &mut Stage<'_, '_>, recorded: &[Recorded]) -> Vec<Play
         let played = stage.sequence(sequence);
         if let Err(error) = played {
             // Whoever comes after the event that went wrong was not played.
-            if let Some((result, _)) = sequence.iter_mut().find(|(result, _)| result.got == "was not played") {
+            if let Some((result, _)) = sequence.iter_mut().find(|(result, _)| result.got == NOT_PLAYED) {
                 result.got = format!("could not be played: {error:#}");
             }
         }
