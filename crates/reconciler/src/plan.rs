@@ -132,14 +132,14 @@ pub enum Operation {
     UnbindAddress(IpAddr),
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
+    /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
+    FlushFlows(FrontEnd, Arc<[SocketAddr]>),
     /// Takes from the packet filter what it has for a front end.
     ForgetFrontEnd(FrontEnd, Elements),
     /// Takes a member from one of the packet filter's sets.
     RemoveEntry(Entry),
     /// Deletes the source ranges of a Service.
     RemoveSources(ObjectName, Family),
-    /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
-    FlushFlows(FrontEnd, Arc<[SocketAddr]>),
 }
 
 /// When an operation's turn is. The order is that of the variants.
@@ -163,10 +163,11 @@ pub enum Phase {
     AddressesOut,
     /// Virtual servers out.
     VirtualServersOut,
-    /// What the packet filter is to forget: a VIP is guarded for as long as it can be reached.
-    FilterOut,
     /// UDP flows to real servers that are gone.
     FlowsOut,
+    /// What the packet filter is to forget, last: a VIP is guarded for as long as it can be reached, and an agent that is
+    /// killed meanwhile finds here whose flows it has to look after.
+    FilterOut,
 }
 
 impl Operation {
@@ -175,8 +176,8 @@ impl Operation {
         match self {
             Self::BuildFilter { .. } => Phase::FilterTables,
             Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
-            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) | Self::RemoveSources(..) => Phase::FilterOut,
             Self::FlushFlows(..) => Phase::FlowsOut,
+            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) | Self::RemoveSources(..) => Phase::FilterOut,
             Self::AddDevice => Phase::Device,
             Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
             Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,

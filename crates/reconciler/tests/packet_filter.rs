@@ -1,0 +1,295 @@
+//! What the packet filter is told about a Service, and what happens where it does not take it.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
+use ipvs_netlink::Family;
+use reconciler::Policy;
+use reconciler::fake::FakeKernel;
+use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade};
+use reconciler::kernel::Cause;
+use reconciler::plan::{FrontEnd, Operation};
+use service_watch::{Change, Endpoint, Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+
+const CLUSTER_IP: &str = "10.96.0.10";
+const EXTERNAL: &str = "198.51.100.10";
+const BALANCED: &str = "203.0.113.10";
+const OWN: &str = "192.168.1.1";
+
+/// A load balancer of every kind of front end.
+fn balancer() -> Service {
+    Service {
+        kind: ServiceKind::LoadBalancer,
+        external_ips: vec![ip(EXTERNAL)],
+        load_balancer_ips: vec![ip(BALANCED)],
+        ports: vec![ServicePort {
+            name: "http".into(),
+            protocol: Protocol::Tcp,
+            port: port(80),
+            node_port: Some(port(30080)),
+        }],
+        ..service("web", &[CLUSTER_IP])
+    }
+}
+
+fn local(address: &str) -> Endpoint {
+    Endpoint { node: Some(NODE.into()), ..endpoint(address) }
+}
+
+fn node() -> Node {
+    Node { addresses: vec![ip(OWN)], ..Node::default() }
+}
+
+fn world(service: Service, endpoints: Vec<Endpoint>) -> World {
+    let changes = vec![Change::Node(node()), Change::Service(service), Change::Slice(slice("web-1", "web", endpoints))];
+    World::with(FakeKernel::default(), Policy::new(NODE), changes)
+}
+
+fn rule(masquerade: Masquerade, guard: Guard) -> Elements {
+    Elements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None })
+}
+
+fn front_ends(world: &mut World) -> BTreeMap<String, Elements> {
+    let front_ends = &world.kernel().filter.front_ends;
+    front_ends.iter().map(|(front_end, elements)| (front_end.to_string(), elements.clone())).collect()
+}
+
+#[test]
+fn each_front_end_has_the_rule_of_its_kind_and_policy() {
+    let (remote, here) = (|| vec![endpoint("10.0.0.2")], || vec![local("10.0.0.1"), endpoint("10.0.0.2")]);
+    let outsiders = rule(Masquerade::Outsiders, Guard::Open);
+    let refuse = rule(Masquerade::Nobody, Guard::Refuse);
+    for (what, external, endpoints, from_inside, from_outside) in [
+        ("Cluster", TrafficPolicy::Cluster, here(), &outsiders, rule(Masquerade::Everybody, Guard::Open)),
+        ("Local", TrafficPolicy::Local, here(), &outsiders, rule(Masquerade::Nobody, Guard::Open)),
+        ("Local, none here", TrafficPolicy::Local, remote(), &outsiders, rule(Masquerade::Node, Guard::Insiders)),
+        ("Cluster, none at all", TrafficPolicy::Cluster, vec![], &refuse, refuse.clone()),
+        ("Local, none at all", TrafficPolicy::Local, vec![], &refuse, refuse.clone()),
+    ] {
+        let mut world = world(Service { external_policy: external, ..balancer() }, endpoints);
+        let found = front_ends(&mut world);
+        assert_eq!(found.len(), 4, "{what}");
+        for (front_end, elements) in found {
+            let wanted = if front_end.contains(CLUSTER_IP) { from_inside } else { &from_outside };
+            assert_eq!(elements, *wanted, "{what}: {front_end}");
+        }
+    }
+}
+
+#[test]
+fn the_nodes_own_udp_is_refused_where_there_is_no_endpoint() {
+    let mut udp = service("dns", &[CLUSTER_IP]);
+    udp.ports[0].protocol = Protocol::Udp;
+    let mut world = world(udp, vec![]);
+    let front_end = FrontEnd { protocol: Protocol::Udp, ..tcp(CLUSTER_IP, 80) };
+    assert_eq!(world.kernel().filter.front_ends[&front_end], rule(Masquerade::NodeIsRefused, Guard::Refuse));
+}
+
+#[test]
+fn source_ranges_restrict_load_balancer_ips_alone() {
+    for (ranges, is_closed_to_node) in [(["10.1.0.0/16", "192.168.0.0/16"], false), (["10.1.0.0/16", "fd00::/8"], true)]
+    {
+        let ranges = ranges.iter().map(|text| text.parse().unwrap()).collect();
+        let mut world = world(Service { source_ranges: Some(ranges), ..balancer() }, vec![endpoint("10.0.0.2")]);
+        for (front_end, elements) in front_ends(&mut world) {
+            let is_restricted = front_end.contains(BALANCED);
+            assert_eq!(elements.sources, is_restricted.then(|| Some(name("web"))), "{front_end}");
+            assert_eq!(elements.class.unwrap() & 0x100 != 0, is_restricted && is_closed_to_node, "{front_end}");
+        }
+        assert_eq!(world.kernel().filter.sources.keys().collect::<Vec<_>>(), [&(name("web"), Family::Ipv4)]);
+    }
+}
+
+#[test]
+fn an_address_that_is_external_ip_and_load_balancer_ip_is_restricted() {
+    let both = Service {
+        external_ips: vec![ip(BALANCED)],
+        source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]),
+        ..balancer()
+    };
+    let mut world = world(both, vec![endpoint("10.0.0.2")]);
+    assert_eq!(world.kernel().filter.front_ends[&tcp(BALANCED, 80)].sources, Some(Some(name("web"))));
+}
+
+#[test]
+fn ranges_of_the_other_family_alone_let_nobody_in_and_a_range_of_everything_everybody() {
+    for (range, is_restricted) in [("fd00::/8", true), ("0.0.0.0/0", false)] {
+        let ranges = Some(vec![range.parse().unwrap()]);
+        let mut world = world(Service { source_ranges: ranges, ..balancer() }, vec![endpoint("10.0.0.2")]);
+        assert_eq!(world.kernel().filter.front_ends[&tcp(BALANCED, 80)].sources.is_some(), is_restricted, "{range}");
+    }
+}
+
+#[test]
+fn hairpins_are_the_local_endpoints_whatever_their_condition() {
+    let unready = Endpoint { ready: false, serving: false, ..local("10.0.0.3") };
+    let mut world = world(balancer(), vec![local("10.0.0.1"), endpoint("10.0.0.2"), unready]);
+    let entries: Vec<Entry> = world.kernel().filter.entries.iter().copied().collect();
+    let hairpins = [Entry::Hairpin(ip("10.0.0.1")), Entry::Hairpin(ip("10.0.0.3"))];
+    assert_eq!(
+        entries.iter().filter(|entry| matches!(entry, Entry::Hairpin(_))).collect::<Vec<_>>(),
+        [&hairpins[0], &hairpins[1]]
+    );
+}
+
+#[test]
+fn a_health_check_port_is_known_while_a_load_balancer_has_policy_local() {
+    let checked =
+        |external_policy| Service { external_policy, health_check_node_port: Some(port(31000)), ..balancer() };
+    let mut world = world(checked(TrafficPolicy::Local), vec![local("10.0.0.1")]);
+    let entry = Entry::HealthCheckPort(Family::Ipv4, 31000);
+    assert!(world.kernel().filter.entries.contains(&entry));
+    world.apply(Change::Service(checked(TrafficPolicy::Cluster))).settle();
+    assert!(!world.kernel().filter.entries.contains(&entry));
+}
+
+#[test]
+fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
+    let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
+    world.apply(Change::Neighbour("node-b".into(), vec![ip(EXTERNAL)]));
+    world.apply(Change::Service(Service { external_ips: vec![ip(OWN), ip(EXTERNAL)], ..balancer() }));
+    let outcome = world.sync();
+    let mut refused = outcome.refused;
+    refused.sort();
+    assert_eq!(refused, [(name("web"), ip(OWN)), (name("web"), ip(EXTERNAL))]);
+    assert!(!world.kernel().servers.contains_key(&tcp(OWN, 80)));
+    assert!(!world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
+    assert!(world.kernel().servers.contains_key(&tcp(OWN, 30080)), "NodePorts are what a node's address has");
+    assert!(!world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)));
+    assert!(!world.kernel().filter.entries.contains(&Entry::Vip(ip(OWN))), "a node is never shielded");
+    assert_eq!(world.audit().refused, []);
+    // Another node goes away: now it is an address like any other.
+    world.apply(Change::NeighbourGone("node-b".into())).settle();
+    assert!(world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
+}
+
+#[test]
+fn what_cannot_be_guarded_is_not_opened() {
+    let mut world = World::new();
+    world.kernel().fault = Some(Box::new(|operation| match operation {
+        Operation::SetFrontEnd(front_end, ..) if front_end.address == ip(BALANCED) => Some(Cause::Refused),
+        Operation::AddEntry(Entry::Vip(vip)) if *vip == ip(EXTERNAL) => Some(Cause::Refused),
+        _ => None,
+    }));
+    world.apply(Change::Service(balancer()));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2"])));
+    let outcome = world.sync();
+    assert_eq!(outcome.failures.len(), 2);
+    assert!(!world.kernel().servers.contains_key(&tcp(BALANCED, 80)), "no guard, no virtual server");
+    assert!(!world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)), "no shield, no address");
+    assert!(world.kernel().servers.contains_key(&tcp(CLUSTER_IP, 80)), "the rest is served");
+    world.kernel().fault = None;
+    world.wait(Duration::from_secs(2)).settle();
+    assert!(world.kernel().servers.contains_key(&tcp(BALANCED, 80)));
+    assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)));
+}
+
+#[test]
+fn endpoints_follow_even_while_the_packet_filter_does_not() {
+    let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
+    world.kernel().fault =
+        Some(Box::new(|operation| matches!(operation, Operation::SetFrontEnd(..)).then_some(Cause::Refused)));
+    let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
+    world.apply(Change::Service(restricted));
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.3"])));
+    world.sync();
+    assert!(world.weights(CLUSTER_IP, 80).contains_key("10.0.0.3:8080"));
+}
+
+#[test]
+fn a_table_that_somebody_changed_is_built_anew_with_all_that_belongs_in_it() {
+    let mut world = world(balancer(), vec![local("10.0.0.1")]);
+    let whole = world.kernel().filter.clone();
+    world.kernel().filter.rulesets.insert(Family::Ipv4, 1);
+    world.kernel().filter.front_ends.clear();
+    let outcome = world.audit();
+    assert_eq!((outcome.done.filters_built, outcome.done.filter_added), (1, 0), "in one step");
+    assert_eq!(world.kernel().filter, whole);
+    // The whole table, without an audit between: the next change meets it.
+    world.kernel().filter = Default::default();
+    world.apply(Change::Service(Service { external_ips: vec![], ..balancer() })).sync();
+    world.kernel().filter.front_ends.get(&tcp(CLUSTER_IP, 80)).unwrap();
+    assert!(!world.kernel().filter.front_ends.contains_key(&tcp(EXTERNAL, 80)));
+    assert_eq!(world.audit().done.total(), 0);
+}
+
+#[test]
+fn one_changed_endpoint_changes_nothing_in_the_packet_filter() {
+    let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
+    world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"])));
+    let done = world.sync().done;
+    assert_eq!((done.filter_added, done.filter_removed, done.filters_built), (0, 0, 0));
+}
+
+#[test]
+fn stale_udp_flows_go_when_their_real_server_or_their_service_goes_or_when_the_first_one_comes() {
+    let mut dns = service("dns", &[CLUSTER_IP]);
+    dns.ports[0].protocol = Protocol::Udp;
+    let udp_slice = |addresses: &[&str]| {
+        let mut slice = ready("dns-1", "dns", addresses);
+        slice.ports[0].protocol = Protocol::Udp;
+        Change::Slice(slice)
+    };
+    let front_end = FrontEnd { protocol: Protocol::Udp, ..tcp(CLUSTER_IP, 80) };
+    let flow = |to: &str| (front_end, to.parse().unwrap());
+    let mut world = World::with(
+        FakeKernel::default(),
+        Policy::new(NODE),
+        vec![Change::Service(dns.clone()), udp_slice(&["10.0.0.1", "10.0.0.2"])],
+    );
+    let (first, second) = (flow("10.0.0.1:8080"), flow("10.0.0.2:8080"));
+    world.kernel().flows.extend([first, second]);
+    world.apply(udp_slice(&["10.0.0.2"])).sync();
+    assert_eq!(world.kernel().flows.iter().collect::<Vec<_>>(), [&second]);
+    // An endpoint more: everybody stays where he is.
+    world.apply(udp_slice(&["10.0.0.2", "10.0.0.3"])).sync();
+    assert_eq!(world.kernel().flows.len(), 1);
+    world.apply(Change::ServiceGone(name("dns"))).sync();
+    assert!(world.kernel().flows.is_empty());
+    // To nobody at first, then to somebody.
+    world.apply(Change::Service(dns)).apply(udp_slice(&[])).settle();
+    world.kernel().flows.insert(flow("10.96.0.10:9"));
+    world.apply(udp_slice(&["10.0.0.5"])).sync();
+    assert!(world.kernel().flows.is_empty());
+    // A killed agent's last deed may have been half done.
+    world.kernel().flows.insert(first);
+    let changes = world.kill();
+    let mut next = World::with(changes, Policy::new(NODE), vec![]);
+    next.interfaces(ips(&[OWN]));
+    assert!(next.kernel().servers.is_empty());
+    assert!(next.kernel().flows.is_empty());
+}
+
+#[test]
+fn a_drain_ends_at_its_deadline_and_without_one_does_not() {
+    for (timeout, is_deleted) in [(None, false), (Some(Duration::from_secs(10)), true)] {
+        let policy = Policy { drain_timeout: timeout, ..Policy::new(NODE) };
+        let mut world = World::with(
+            FakeKernel::default(),
+            policy,
+            vec![
+                Change::Service(service("web", &[CLUSTER_IP])),
+                Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"])),
+            ],
+        );
+        world.connections((CLUSTER_IP, 80), "10.0.0.1:8080", 1);
+        world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2"]))).sync();
+        assert_eq!(world.weights(CLUSTER_IP, 80)["10.0.0.1:8080"], 0);
+        if timeout.is_some() {
+            let deadline = world.now + Duration::from_secs(10);
+            while world.reconciler.next_look().unwrap() < deadline {
+                world.now = world.reconciler.next_look().unwrap();
+                world.sync();
+                assert!(world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), "not before its time");
+            }
+            assert_eq!(world.reconciler.next_look(), Some(deadline));
+        }
+        world.wait(Duration::from_secs(10)).sync();
+        assert_eq!(!world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), is_deleted, "{timeout:?}");
+    }
+}
