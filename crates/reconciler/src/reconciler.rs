@@ -572,9 +572,10 @@ fn moves_flows(front_end: &FrontEnd, operations: &[Operation], mirror: &Mirror) 
     let had_none = mirror.server(front_end).is_none_or(|held| held.real_servers.is_empty());
     front_end.protocol == Protocol::Udp
         && operations.iter().any(|operation| match operation {
-            Operation::AddVirtualServer(..) | Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) => {
-                true
-            }
+            Operation::AddVirtualServer(..)
+            | Operation::DeleteVirtualServer(_)
+            | Operation::DeleteRealServer(..)
+            | Operation::ForgetFrontEnd(..) => true,
             Operation::AddRealServer(..) => had_none,
             _ => false,
         })

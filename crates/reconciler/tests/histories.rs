@@ -320,7 +320,7 @@ fn kernel() -> impl Strategy<Value = FakeKernel> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 1000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
     fn step_by_step_leads_where_the_objects_alone_lead(policy in policy(), history in vec(event(), 1..16)) {
