@@ -58,8 +58,10 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
             if let Some(ruleset) = ruleset
                 && held != Some(ruleset.fingerprint())
             {
-                // A table that is not there guards nothing; one that is has its place taken in one step.
-                let contents = if held.is_some() { desired.contents(*family) } else { Contents::default() };
+                // Where Services are served already, the table comes with all that belongs in it, in one step. On a cold node
+                // nothing is to be guarded yet, and who comes first is not to wait for the rest.
+                let is_cold = held.is_none() && !mirror.has_servers();
+                let contents = if is_cold { Contents::default() } else { desired.contents(*family) };
                 let (ruleset, contents) = (ruleset.clone(), Arc::new(contents));
                 out.push(Operation::BuildFilter { ruleset, replaces: held.is_some(), contents });
             }

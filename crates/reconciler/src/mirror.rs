@@ -84,6 +84,11 @@ impl Mirror {
         self.has_device
     }
 
+    /// Whether there is any virtual server.
+    pub fn has_servers(&self) -> bool {
+        !self.servers.is_empty()
+    }
+
     /// The virtual server at a front end.
     pub fn server(&self, front_end: &FrontEnd) -> Option<&MirrorServer> {
         self.servers.get(front_end)
