@@ -230,8 +230,8 @@ impl Show<'_> {
         let log = self.wait_for_log("real_servers=")?;
         self.screen.log("the agent", &log);
         self.screen.check(
-            log.iter().any(|line| line.contains("synced real_servers=\"+1\" total=")),
-            "one real server was written, and nothing else",
+            log.iter().any(|line| line.contains("synced real_servers=\"+1\" filter=\"+1\" total=")),
+            "one real server was written, and that this pod may ask itself; nothing else",
             "the agent's log says otherwise",
         )?;
         self.screen.rest();
