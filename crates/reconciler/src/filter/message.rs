@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use ipvs_netlink::Family;
 use netlink_batch::Request;
-use netlink_packet_core::{NLM_F_APPEND, NLM_F_CREATE};
+use netlink_packet_core::{Emitable, NLA_HEADER_SIZE, NLM_F_APPEND, NLM_F_CREATE};
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, DataAttribute, Hook, HookNumber, ListAttribute, NfTablesMessage, RuleAttribute,
     RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage, SetFlags,
@@ -24,8 +24,8 @@ use super::ruleset::{
 use super::{Contents, Elements, Entry, Ranges, TABLE};
 use crate::plan::FrontEnd;
 
-/// One attribute has 16 bits for its length: a list of elements, of at most 60 bytes each, goes in pieces.
-const ELEMENTS_PER_MESSAGE: usize = 1000;
+/// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
+const LIST_BYTES: usize = 48 * 1024;
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
 /// What the kernel numbers a set by that has no name of its own.
@@ -62,8 +62,7 @@ impl Transaction {
         let mut requests = self.tables;
         let elements = |(key, elements): ((Family, &'static str), Vec<Element>), is_new: bool| {
             let (family, set) = key;
-            let chunks: Vec<Vec<Element>> = elements.chunks(ELEMENTS_PER_MESSAGE).map(<[Element]>::to_vec).collect();
-            chunks.into_iter().map(move |chunk| set_elements(family, set, None, chunk, is_new))
+            pieces(elements).into_iter().map(move |piece| set_elements(family, set, None, piece, is_new))
         };
         requests.extend(self.removed.into_iter().flat_map(|set| elements(set, false)));
         requests.extend(self.sources);
@@ -167,10 +166,9 @@ impl Transaction {
             // A set of intervals has no fixed size and takes no part in a concatenation before Linux 5.6; one that only
             // this rule knows goes with it.
             let id = self.next_set_id();
-            let elements: Vec<Element> = elements.collect();
             self.sources.push(create(family, intervals(family, id)));
-            for chunk in elements.chunks(ELEMENTS_PER_MESSAGE) {
-                self.sources.push(set_elements(family, ANONYMOUS, Some(id), chunk.to_vec(), true));
+            for piece in pieces(elements.collect()) {
+                self.sources.push(set_elements(family, ANONYMOUS, Some(id), piece, true));
             }
             expressions
                 .push(vec![load(Field::source(family), register(0)), is_not_in_anonymous(ANONYMOUS, id, register(0))]);
@@ -237,6 +235,24 @@ fn intervals(family: Family, id: u32) -> NfTablesMessage {
             SetAttribute::Id(id),
         ],
     })
+}
+
+/// Cuts a list of elements into pieces that fit into an attribute each.
+fn pieces(elements: Vec<Element>) -> Vec<Vec<Element>> {
+    let mut pieces: Vec<Vec<Element>> = Vec::new();
+    let mut bytes = LIST_BYTES;
+    for element in elements {
+        let length = element.as_slice().buffer_len() + NLA_HEADER_SIZE;
+        bytes += length;
+        match pieces.last_mut() {
+            Some(piece) if bytes <= LIST_BYTES => piece.push(element),
+            _ => {
+                bytes = length;
+                pieces.push(vec![element]);
+            }
+        }
+    }
+    pieces
 }
 
 fn set_elements(

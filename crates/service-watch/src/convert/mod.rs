@@ -144,10 +144,16 @@ impl Converter {
         }
     }
 
-    /// Namespace and name; a manifest without namespace means `default`. `None` without a usable name.
+    /// Namespace and name; a manifest without namespace means `default`. `None` without usable names: the API allows at
+    /// most 253 bytes of letters, digits, `-` and `.`, and others trust in that.
     pub(crate) fn name(&mut self, meta: &ObjectMeta) -> Option<ObjectName> {
+        let is_usable =
+            |name: &str| name.len() <= 253 && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
         let name = meta.name.as_deref().filter(|name| !name.is_empty())?;
         let namespace = meta.namespace.as_deref().filter(|namespace| !namespace.is_empty()).unwrap_or("default");
+        if !is_usable(name) || !is_usable(namespace) {
+            return None;
+        }
         Some(ObjectName::new(self.names.get(namespace), name))
     }
 

@@ -309,7 +309,7 @@ async fn parts_that_make_no_sense_are_reported_and_the_rest_is_served() {
     assert!(listener.reports[0].problems[0].contains("spec.ports[0].port"), "{:?}", listener.reports);
     let file = &listener.reports[1].problems;
     assert_eq!(file.len(), 3, "{file:?}");
-    assert!(file[0].contains("document 2 is no object") && file[1].contains("document 3: has no metadata.name"));
+    assert!(file[0].contains("document 2 is no object") && file[1].contains("document 3: has no usable metadata.name"));
     assert!(file[2].contains("document 4 has no apiVersion or no kind"), "{file:?}");
     listener.reports.clear();
     // An object that becomes broken as a whole stays as it was.

@@ -1,0 +1,232 @@
+//! The packet filter on a real kernel: what is written is what is read, and a transaction is all or nothing.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::net::IpAddr;
+use std::process::Command;
+
+use ipnet::IpNet;
+use ipvs_netlink::Family;
+use lab::netns::isolate;
+use netlink_batch::Socket;
+use netlink_batch::protocols::NETLINK_NETFILTER;
+use proptest::prelude::*;
+use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+use reconciler::Policy;
+use reconciler::filter::message::Transaction;
+use reconciler::filter::ruleset::Ruleset;
+use reconciler::filter::{Contents, Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter, Ranges, read};
+use reconciler::node::NodeView;
+use reconciler::plan::FrontEnd;
+use reconciler::policy::{DetectLocal, Families};
+use service_watch::{ObjectName, Protocol};
+
+fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), Vec<usize>> {
+    let (begin, end) = Transaction::brackets();
+    let result = socket.transaction(&begin, transaction.into_requests(), &end).unwrap();
+    result.map_err(|refused| refused.into_iter().map(|(index, _)| index).collect())
+}
+
+fn observe(socket: &mut Socket) -> ObservedFilter {
+    read::read(socket, Families::BOTH.iter()).unwrap()
+}
+
+fn ruleset(family: Family, detect_local: DetectLocal) -> Ruleset {
+    Ruleset::new(family, &Policy { detect_local, ..Policy::new("n") }, &NodeView::default())
+}
+
+fn shell(command: &str) {
+    assert!(Command::new("sh").args(["-c", command]).status().unwrap().success(), "{command}");
+}
+
+fn address(family: Family, number: u16) -> IpAddr {
+    match family {
+        Family::Ipv4 => IpAddr::from([10, 96, u8::try_from(number >> 8).unwrap(), u8::try_from(number & 255).unwrap()]),
+        Family::Ipv6 => IpAddr::from([0xfd00, 0, 0, 0, 0, 0, 0, number]),
+    }
+}
+
+fn name(number: u8) -> ObjectName {
+    ObjectName::new("some-namespace", format!("service-{number}"))
+}
+
+/// Contents of any kind; rules name only source ranges that are there.
+fn contents(family: Family) -> impl Strategy<Value = Contents> {
+    let masquerade = prop_oneof![
+        Just(Masquerade::Nobody),
+        Just(Masquerade::Outsiders),
+        Just(Masquerade::Everybody),
+        Just(Masquerade::Node),
+        Just(Masquerade::NodeIsRefused)
+    ];
+    let guard = prop_oneof![Just(Guard::Open), Just(Guard::Insiders), Just(Guard::Refuse)];
+    let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
+    let front_end = (0_u16..2000, any::<u16>(), protocol).prop_map(move |(number, port, protocol)| FrontEnd {
+        address: address(family, number),
+        port,
+        protocol,
+    });
+    let range = (any::<u16>(), 1_u8..=32).prop_map(move |(number, length)| match family {
+        Family::Ipv4 => IpNet::new(IpAddr::from([u8::try_from(number >> 8).unwrap(), 1, 2, 3]), length).unwrap(),
+        Family::Ipv6 => IpNet::new(IpAddr::from([number, 0, 1, 0, 2, 0, 0, 3]), length * 4).unwrap(),
+    });
+    let ranges = proptest::collection::vec(range, 0..40)
+        .prop_filter_map("everybody", move |ranges| Ranges::of_family(&ranges, family));
+    let sources = proptest::collection::btree_map((0_u8..4).prop_map(name), ranges, 0..4);
+    let entry = prop_oneof![
+        (0_u16..2000).prop_map(move |number| Entry::Vip(address(family, number))),
+        (0_u16..2000).prop_map(move |number| Entry::Hairpin(address(family, number))),
+        any::<u16>().prop_map(move |port| Entry::HealthCheckPort(family, port)),
+    ];
+    let rule = (masquerade, guard, any::<bool>(), proptest::option::of(any::<prop::sample::Index>()));
+    let front_ends = proptest::collection::btree_map(front_end, rule, 0..60);
+    (front_ends, proptest::collection::btree_set(entry, 0..60), sources).prop_map(|(front_ends, entries, sources)| {
+        let names: Vec<ObjectName> = sources.keys().cloned().collect();
+        let front_ends = front_ends.into_iter().map(|(front_end, (masquerade, guard, is_closed_to_node, index))| {
+            let sources = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
+            (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, sources })
+        });
+        Contents { front_ends: front_ends.collect(), entries, sources }
+    })
+}
+
+/// What should be read of contents that were written.
+fn expected(rulesets: &[&Ruleset], contents: &[&Contents]) -> ObservedFilter {
+    let mut observed = ObservedFilter::default();
+    for (ruleset, contents) in rulesets.iter().zip(contents) {
+        let family = ruleset.family();
+        observed.rulesets.insert(family, ruleset.fingerprint());
+        observed.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
+        observed.entries.extend(&contents.entries);
+        let sources = contents.sources.iter();
+        observed.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
+    }
+    observed
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_is_built_is_read_back_and_changes_lead_to_what_would_have_been_built() {
+    isolate().unwrap();
+    let socket = RefCell::new(Socket::open(NETLINK_NETFILTER).unwrap());
+    let detect = DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap(), "fd00:10::/56".parse().unwrap()]);
+    let (v4, v6) = (ruleset(Family::Ipv4, detect), ruleset(Family::Ipv6, DetectLocal::BridgeInterface("br0".into())));
+    let exists = Cell::new(false);
+    let strategy = (contents(Family::Ipv4), contents(Family::Ipv6), contents(Family::Ipv4));
+    // The guest's kernel takes minutes to gather entropy.
+    let random = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    TestRunner::new_with_rng(Config { cases: 60, ..Config::default() }, random)
+        .run(&strategy, |(first, other, second)| {
+            let socket = &mut *socket.borrow_mut();
+            let mut transaction = Transaction::default();
+            transaction.build(&v4, exists.get(), &first);
+            transaction.build(&v6, exists.get(), &other);
+            prop_assert_eq!(commit(socket, transaction), Ok(()));
+            exists.set(true);
+            prop_assert_eq!(observe(socket), expected(&[&v4, &v6], &[&first, &other]));
+            // All at once: what goes, what comes, and what changes.
+            let mut transaction = Transaction::default();
+            let keys: BTreeSet<&FrontEnd> = first.front_ends.keys().chain(second.front_ends.keys()).collect();
+            for key in keys {
+                let of = |contents: &Contents| contents.front_ends.get(key).map(Elements::from).unwrap_or_default();
+                transaction.set_front_end(*key, &of(&first), &of(&second));
+            }
+            first.entries.difference(&second.entries).for_each(|entry| transaction.remove_entry(*entry));
+            second.entries.difference(&first.entries).for_each(|entry| transaction.add_entry(*entry));
+            for (name, ranges) in &second.sources {
+                transaction.set_sources(name, Family::Ipv4, ranges);
+            }
+            for name in first.sources.keys().filter(|name| !second.sources.contains_key(*name)) {
+                transaction.remove_sources(name, Family::Ipv4);
+            }
+            prop_assert_eq!(commit(socket, transaction), Ok(()));
+            prop_assert_eq!(observe(socket), expected(&[&v4, &v6], &[&second, &other]));
+            Ok(())
+        })
+        .unwrap();
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn thousands_of_elements_and_ranges_go_in_one_transaction() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    let rulesets: Vec<Ruleset> =
+        Families::BOTH.iter().map(|family| ruleset(family, DetectLocal::ClusterCidr(vec![]))).collect();
+    let mut transaction = Transaction::default();
+    let mut all = Vec::new();
+    for ruleset in &rulesets {
+        let family = ruleset.family();
+        let ranges: Vec<IpNet> = (0..5000_u16).map(|number| IpNet::from(address(family, number * 2))).collect();
+        let rule = FrontEndRule {
+            masquerade: Masquerade::Everybody,
+            guard: Guard::Open,
+            is_closed_to_node: true,
+            sources: Some(name(1)),
+        };
+        let front_ends = (1..=10_000)
+            .map(|port| (FrontEnd { address: address(family, 1), port, protocol: Protocol::Tcp }, rule.clone()));
+        let contents = Contents {
+            front_ends: front_ends.collect(),
+            entries: (0..5000).map(|number| Entry::Vip(address(family, number))).collect(),
+            sources: [(name(1), Ranges::of_family(&ranges, family).unwrap())].into(),
+        };
+        transaction.build(ruleset, false, &contents);
+        all.push(contents);
+    }
+    assert_eq!(commit(&mut socket, transaction), Ok(()));
+    assert_eq!(observe(&mut socket), expected(&rulesets.iter().collect::<Vec<_>>(), &all.iter().collect::<Vec<_>>()));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    let v4 = ruleset(Family::Ipv4, DetectLocal::NodeCidr);
+    let mut transaction = Transaction::default();
+    transaction.build(&v4, false, &Contents::default());
+    assert_eq!(commit(&mut socket, transaction), Ok(()));
+    let mut transaction = Transaction::default();
+    transaction.remove_entry(Entry::Vip(address(Family::Ipv4, 1)));
+    transaction.add_entry(Entry::Vip(address(Family::Ipv4, 2)));
+    transaction.remove_sources(&name(1), Family::Ipv4);
+    assert_eq!(commit(&mut socket, transaction), Err(vec![0, 2]), "neither exists");
+    assert!(observe(&mut socket).entries.is_empty(), "nothing took effect");
+    // The socket is as good as before.
+    let mut transaction = Transaction::default();
+    transaction.add_entry(Entry::Vip(address(Family::Ipv4, 2)));
+    assert_eq!(commit(&mut socket, transaction), Ok(()));
+    assert_eq!(observe(&mut socket).entries.len(), 1);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn every_foreign_change_to_the_constant_part_shows() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    let v4 = ruleset(Family::Ipv4, DetectLocal::NodeCidr);
+    let mut exists = false;
+    for change in [
+        "nft add rule ip kube-ipvs filter-input accept",
+        "nft insert rule ip kube-ipvs refuse accept",
+        "nft flush chain ip kube-ipvs nat-postrouting",
+        "nft add chain ip kube-ipvs another",
+        "nft add set ip kube-ipvs another '{ type ipv4_addr; }'",
+        "nft add chain ip kube-ipvs filter-input '{ policy drop; }'",
+        "nft add element ip kube-ipvs services '{ 10.96.0.1 . icmp . 1 : 0x1 }'",
+        "nft add element ip kube-ipvs hairpin '{ 10.0.0.1 . 10.0.0.2 }'",
+        "nft replace rule ip kube-ipvs nat-cluster-ip handle $(nft -a list chain ip kube-ipvs nat-cluster-ip \
+         | sed -n 's/.*handle //p' | tail -n 1) accept",
+    ] {
+        let mut transaction = Transaction::default();
+        transaction.build(&v4, exists, &Contents::default());
+        assert_eq!(commit(&mut socket, transaction), Ok(()));
+        exists = true;
+        assert_eq!(observe(&mut socket).rulesets[&Family::Ipv4], v4.fingerprint());
+        shell(change);
+        assert_ne!(observe(&mut socket).rulesets[&Family::Ipv4], v4.fingerprint(), "{change}");
+    }
+}
