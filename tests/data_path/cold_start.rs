@@ -6,22 +6,21 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::common::run;
 use crate::network::{Network, masqueraded};
 use crate::objects::{manifests, ready, service};
-use crate::traffic::{Connection, Flow, Server, Try};
+use crate::traffic::{Connection, Flow, PATIENCE, Server, Try};
 use crate::{FLAGS, Over};
 
 /// How many Services there are.
 const SERVICES: usize = 1000;
 /// Among them those with endpoints that live. The first and the last by name, and one that is served before all others.
 const LIVING: [(&str, u8); 3] = [("a-first", 1), ("kubernetes", 2), ("z-last", 3)];
-/// How long a client waits: a VIP that is not there yet may be silent.
-const PATIENCE: Duration = Duration::from_millis(300);
+/// How long a client waits for a VIP that may not be there yet: the kernel sends few unreachables to one peer.
+const FIRST_PATIENCE: Duration = Duration::from_millis(40);
 
 /// A thousand Services with endpoints nobody has, but for a few with the first pod. All are served from outside, where
 /// everybody is masqueraded.
-fn objects(network: &Network) -> Vec<Value> {
+pub(crate) fn objects(network: &Network) -> Vec<Value> {
     let pod = &network.pods[0];
     let mut objects = Vec::new();
     for number in 0..SERVICES - LIVING.len() {
@@ -42,7 +41,7 @@ fn objects(network: &Network) -> Vec<Value> {
 }
 
 /// Where the living ones answer.
-fn targets() -> Vec<String> {
+pub(crate) fn targets() -> Vec<String> {
     let of = |number: u8| {
         [
             format!("10.96.0.{number}:80"),
@@ -54,14 +53,13 @@ fn targets() -> Vec<String> {
     LIVING.iter().flat_map(|(_, number)| of(*number)).collect()
 }
 
-/// Asks every target in turn until it is over. Returns what came of each, in order.
-fn hammer(targets: &[String], is_over: &AtomicBool, ask: impl Fn(&str) -> Try) -> Vec<Vec<Try>> {
-    let mut results = vec![Vec::new(); targets.len()];
+/// Asks a target until it is over. Returns what came of it, in order.
+fn hammer(is_over: &AtomicBool, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
+    let mut results: Vec<Try> = Vec::new();
     while !is_over.load(Ordering::Relaxed) {
-        for (target, results) in targets.iter().zip(&mut results) {
-            results.push(ask(target));
-            thread::sleep(Duration::from_millis(2));
-        }
+        let is_served = results.last().is_some_and(Result::is_ok);
+        results.push(ask(if is_served { PATIENCE } else { FIRST_PATIENCE }));
+        thread::sleep(Duration::from_millis(15));
     }
     results
 }
@@ -78,76 +76,40 @@ fn during_a_cold_start_of_1000_services_a_client_is_served_right_or_not_at_all()
     let (targets, is_over) = (targets(), AtomicBool::new(false));
     let results = thread::scope(|scope| {
         let over = Over(&is_over);
-        let by_tcp = scope
-            .spawn(|| client.run(|| hammer(&targets, &is_over, |target| Connection::open(target, PATIENCE)?.ask())));
-        let by_udp =
-            scope.spawn(|| client.run(|| hammer(&targets, &is_over, |target| Flow::open(target, PATIENCE)?.ask())));
+        let is_over = &is_over;
+        let asking: Vec<_> = targets
+            .iter()
+            .flat_map(|target| {
+                let by_tcp = move |patience| Connection::open(target, patience)?.ask();
+                let by_udp = move |patience| Flow::open(target, patience)?.ask();
+                [
+                    ("TCP", target, scope.spawn(move || client.run(|| hammer(is_over, by_tcp)))),
+                    ("UDP", target, scope.spawn(move || client.run(|| hammer(is_over, by_udp)))),
+                ]
+            })
+            .collect();
         thread::sleep(Duration::from_millis(200));
         let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
         agent.says("audited");
         thread::sleep(Duration::from_millis(500));
         drop(over);
-        [("TCP", by_tcp.join().unwrap()), ("UDP", by_udp.join().unwrap())]
+        asking
+            .into_iter()
+            .map(|(protocol, target, asking)| (protocol, target, asking.join().unwrap()))
+            .collect::<Vec<_>>()
     });
     let mut total = [0, 0];
-    for (protocol, results) in results {
-        for (target, results) in targets.iter().zip(results) {
-            let begin = results.iter().position(Result::is_ok).unwrap_or(results.len());
-            let (before, after) = results.split_at(begin);
-            let is_absence = |result: &Try| matches!(result, Err(word) if word == "unreachable" || word == "timeout");
-            let wrong: Vec<_> = before.iter().filter(|result| !is_absence(result)).collect();
-            assert!(wrong.is_empty(), "{protocol} to {target} before it was served: {wrong:?}");
-            let right = masqueraded("pod", target);
-            let wrong: Vec<_> = after.iter().filter(|result| **result != right).collect();
-            assert!(wrong.is_empty(), "{protocol} to {target} once it was served: {wrong:?} of {}", after.len());
-            assert!(!before.is_empty() && after.len() > 3, "{protocol} to {target}: {} {}", before.len(), after.len());
-            total = [total[0] + before.len(), total[1] + after.len()];
-        }
+    for (protocol, target, results) in results {
+        let begin = results.iter().position(Result::is_ok).unwrap_or(results.len());
+        let (before, after) = results.split_at(begin);
+        let is_absence = |result: &Try| matches!(result, Err(word) if word == "unreachable" || word == "timeout");
+        let wrong: Vec<_> = before.iter().filter(|result| !is_absence(result)).collect();
+        assert!(wrong.is_empty(), "{protocol} to {target} before it was served: {wrong:?}");
+        let right = masqueraded("pod", target);
+        let wrong: Vec<_> = after.iter().filter(|result| **result != right).collect();
+        assert!(wrong.is_empty(), "{protocol} to {target} once it was served: {wrong:?} of {}", after.len());
+        assert!(!before.is_empty() && after.len() > 3, "{protocol} to {target}: {} {}", before.len(), after.len());
+        total = [total[0] + before.len(), total[1] + after.len()];
     }
     println!("{} tries before, {} after, none wrong", total[0], total[1]);
-}
-
-/// Real nodes have a default route. Packets to a VIP that is not there yet leave by it, and connection tracking knows
-/// their flows by the time the VIP is there.
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_left_by_the_default_route_before_a_cold_start_is_masqueraded_after_it() {
-    let network = Network::new(1, 1);
-    let client = &network.clients[0];
-    let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
-    run("ip link add uplink type dummy && ip link set uplink up");
-    run("ip -4 route add default dev uplink && ip -6 route add default dev uplink");
-    let manifests = manifests(&objects(&network));
-    let (targets, is_over) = (targets(), AtomicBool::new(false));
-    let long = Duration::from_secs(10);
-    let flows: Vec<Flow> =
-        client.run(|| targets.iter().map(|target| Flow::open(target, Duration::from_millis(1)).unwrap()).collect());
-    thread::scope(|scope| {
-        let over = Over(&is_over);
-        let flow_results = scope.spawn(|| {
-            let mut answers = vec![Vec::new(); flows.len()];
-            while !is_over.load(Ordering::Relaxed) {
-                for (flow, answers) in flows.iter().zip(&mut answers) {
-                    answers.extend(flow.ask().ok());
-                }
-            }
-            answers
-        });
-        let connecting: Vec<_> =
-            targets.iter().map(|target| scope.spawn(|| client.run(|| Connection::open(target, long)?.ask()))).collect();
-        thread::sleep(Duration::from_millis(300));
-        let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
-        agent.says("audited");
-        thread::sleep(Duration::from_millis(500));
-        for (target, connecting) in targets.iter().zip(connecting) {
-            assert_eq!(connecting.join().unwrap(), masqueraded("pod", target), "TCP to {target}");
-        }
-        drop(over);
-        for (target, answers) in targets.iter().zip(flow_results.join().unwrap()) {
-            assert!(!answers.is_empty(), "UDP to {target} is not served");
-            let right = masqueraded("pod", target).unwrap();
-            let wrong = answers.iter().filter(|answer| **answer != right).count();
-            assert_eq!(wrong, 0, "UDP to {target}: {wrong} of {} answers wrong", answers.len());
-        }
-    });
 }

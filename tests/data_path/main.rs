@@ -10,8 +10,13 @@ mod objects;
 mod traffic;
 
 mod cold_start;
+mod default_route;
+mod neighbours;
 mod over_time;
+mod rolling;
+mod ruleset;
 mod source_ranges;
+mod udp;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -105,11 +105,6 @@ impl Connection {
         let asked = self.0.get_mut().write_all(b"hello\n").and_then(|()| self.0.read_line(&mut line));
         asked.map_err(|error| word(&error)).and_then(|_| parse(&line))
     }
-
-    /// Ends it with a reset: after an orderly end IPVS keeps the connection for two minutes more.
-    pub(crate) fn reset(self) {
-        rustix::net::sockopt::set_socket_linger(self.0.get_ref(), Some(Duration::ZERO)).unwrap();
-    }
 }
 
 /// A socket that sends datagrams from one port to one place.
