@@ -11,8 +11,11 @@ mod traffic;
 
 mod cold_start;
 mod default_route;
+mod hostile;
 mod neighbours;
+mod no_exec;
 mod over_time;
+mod refused;
 mod rolling;
 mod ruleset;
 mod source_ranges;

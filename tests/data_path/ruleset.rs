@@ -15,9 +15,10 @@ use crate::{FLAGS, serving};
 
 /// What stands on a node besides: a table of somebody's own, and rules of `iptables` over nf_tables.
 const OTHERS: &str = "
+set -e
 nft 'table inet foreign {
-    set elements { type ipv4_addr; elements = { 10.96.0.1, 192.0.2.1 }; }
-    chain forward { type filter hook forward priority 5; policy accept; ip daddr @elements counter drop; }
+    set listed { type ipv4_addr; elements = { 10.96.0.1, 192.0.2.1 }; }
+    chain forward { type filter hook forward priority 5; policy accept; ip daddr @listed counter drop; }
 }'
 iptables-nft-restore -w <<'EOF'
 *filter
@@ -316,7 +317,7 @@ fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
         ("nft flush ruleset ip6", "IPv6 table"),
         ("nft delete table ip kube-ipvs", "IPv4 table"),
     ] {
-        // Just after an audit, so that the next comes only after a look at what was done.
+        // While it looks away, so that what was done is seen before it is repaired.
         let log_before = agent.log().len();
         agent.stop_while(|| {
             run(tamper);
