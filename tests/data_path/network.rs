@@ -118,12 +118,14 @@ impl Host {
     }
 
     /// What the host gets that is answered by this backend and seen with its own address.
+    #[expect(clippy::unnecessary_wraps, reason = "it is compared with what came of a try")]
     pub(crate) fn seen_by(&self, backend: &str, target: &str) -> Try {
         Ok(Answer { backend: backend.to_owned(), source: if target.contains('[') { self.v6 } else { self.v4 } })
     }
 }
 
 /// What those get who are masqueraded and answered by this backend.
+#[expect(clippy::unnecessary_wraps, reason = "it is compared with what came of a try")]
 pub(crate) fn masqueraded(backend: &str, target: &str) -> Try {
     let source = if target.contains('[') { NODE_V6 } else { NODE_V4 };
     Ok(Answer { backend: backend.to_owned(), source: source.parse().unwrap() })

@@ -13,7 +13,7 @@ use crate::network::CLUSTER_CIDR;
 use crate::objects::{file, manifests, ready, service};
 use crate::{FLAGS, serving};
 
-/// What stands on a node besides: a table of somebody's own, and rules of `iptables` over nf_tables.
+/// What stands on a node besides: a table of somebody's own, and rules of `iptables-nft`.
 const OTHERS: &str = "
 set -e
 nft 'table inet foreign {

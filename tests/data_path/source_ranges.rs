@@ -5,11 +5,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::common::{Manifests, run};
+use crate::common::run;
 use crate::network::{CLUSTER_CIDR, Host, Network, masqueraded};
 use crate::objects::{file, manifests, ready, service};
 use crate::traffic::{Server, Try, tcp, udp};
-use crate::{FLAGS, serving};
+use crate::{finds_nothing_to_change, serving};
 
 const LB_V4: &str = "203.0.113.10:80";
 const LB_V6: &str = "[2001:db8::10]:80";
@@ -123,12 +123,5 @@ fn a_source_range_of_one_address_is_written_once() {
     assert_eq!(list(), before);
     assert!(!agent.log().contains("somebody else"), "{}", agent.log());
     agent.kill();
-    says_nothing_to_change(&manifests);
-}
-
-/// Starts an agent that finds everything as it should be.
-fn says_nothing_to_change(manifests: &Manifests) {
-    let mut agent = manifests.agent(&[&FLAGS[..], &[CLUSTER_CIDR, "--once"]].concat());
-    assert!(agent.ends().success(), "{}", agent.log());
-    assert!(agent.log().contains("audited, nothing to change"), "{}", agent.log());
+    finds_nothing_to_change(&manifests);
 }

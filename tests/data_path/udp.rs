@@ -118,9 +118,13 @@ fn a_udp_client_with_one_port_moves_to_a_living_endpoint_at_once() {
     let mut took = Vec::new();
     thread::scope(|scope| {
         let _over = Over(&is_over);
-        clients.iter().for_each(|client| client.start(scope, &is_over));
+        for client in &clients {
+            client.start(scope, &is_over);
+        }
         let start = Instant::now();
-        clients.iter().for_each(|client| drop(client.first_from("one", start)));
+        for client in &clients {
+            client.first_from("one", start);
+        }
         let moves = [
             ("two", &two, 8080, format!("{one}:8080"), "its endpoint went"),
             ("two-new", &two, 8081, format!("{two}:8080"), "the target port changed"),
