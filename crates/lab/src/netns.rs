@@ -53,8 +53,13 @@ impl Namespace {
     pub fn new() -> Result<Self> {
         on_own_thread(|| {
             isolate()?;
-            Ok(Self { file: File::open(OWN).context("open", OWN)?, name: None })
+            Self::own()
         })
+    }
+
+    /// The namespace of the calling thread, to be connected with others.
+    pub fn own() -> Result<Self> {
+        Ok(Self { file: File::open(OWN).context("open", OWN)?, name: None })
     }
 
     /// A fresh namespace that `ip netns exec NAME` finds, for people who look around. The name must not be in use.

@@ -16,6 +16,16 @@ pub enum Place {
     Guest,
 }
 
+/// What tests look with, and what plays the part of others on a node: each program with the package that has it.
+const PROGRAMS: [(&str, &str); 6] = [
+    ("ip", "iproute2"),
+    ("ipvsadm", "ipvsadm"),
+    ("strace", "strace"),
+    ("nft", "nftables"),
+    ("iptables-nft", "iptables"),
+    ("iptables-legacy", "iptables"),
+];
+
 /// Makes everything ready that [`run`] needs, and says where jobs will run. The first time this builds a kernel.
 pub fn prepare() -> Result<Place> {
     Ok(match guest_kernel()? {
@@ -26,7 +36,7 @@ pub fn prepare() -> Result<Place> {
 
 /// Makes everything ready; the guest's kernel if jobs run there.
 fn guest_kernel() -> Result<Option<PathBuf>> {
-    packages::ensure_programs(&[("ip", "iproute2"), ("ipvsadm", "ipvsadm"), ("strace", "strace")])?;
+    packages::ensure_programs(&PROGRAMS)?;
     match place()? {
         Place::Host => Ok(None),
         Place::Guest => kernel::prepare().map(Some),

@@ -1,0 +1,115 @@
+//! A client that asks all the time while an agent starts with many Services: nothing goes wrong on the way, not once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::network::{Network, masqueraded};
+use crate::objects::{manifests, ready, service};
+use crate::traffic::{Connection, Flow, PATIENCE, Server, Try};
+use crate::{FLAGS, Over};
+
+/// How many Services there are.
+const SERVICES: usize = 1000;
+/// Among them those with endpoints that live. The first and the last by name, and one that is served before all others.
+const LIVING: [(&str, u8); 3] = [("a-first", 1), ("kubernetes", 2), ("z-last", 3)];
+/// How long a client waits for a VIP that may not be there yet: the kernel sends few unreachables to one peer.
+const FIRST_PATIENCE: Duration = Duration::from_millis(40);
+
+/// A thousand Services with endpoints nobody has, but for a few with the first pod. All are served from outside, where
+/// everybody is masqueraded.
+pub(crate) fn objects(network: &Network) -> Vec<Value> {
+    let pod = &network.pods[0];
+    let mut objects = Vec::new();
+    for number in 0..SERVICES - LIVING.len() {
+        let name = format!("service-{number}");
+        let vip = format!("10.97.{}.{}", number / 250, number % 250 + 1);
+        let external = format!("203.0.{}.{}", number / 250, number % 250 + 1);
+        objects.push(service(&name, json!({"clusterIPs": [vip], "externalIPs": [external]})));
+        objects.push(ready(&name, [format!("10.244.7.{}", number % 250 + 1)]));
+    }
+    for (name, number) in LIVING {
+        let spec = json!({
+            "clusterIPs": [format!("10.96.0.{number}"), format!("fd00:96::{number}")],
+            "externalIPs": [format!("203.0.113.{number}"), format!("2001:db8::{number}")],
+        });
+        objects.extend([service(name, spec), ready(name, [pod.v4]), ready(name, [pod.v6])]);
+    }
+    objects
+}
+
+/// Where the living ones answer.
+pub(crate) fn targets() -> Vec<String> {
+    let of = |number: u8| {
+        [
+            format!("10.96.0.{number}:80"),
+            format!("203.0.113.{number}:80"),
+            format!("[fd00:96::{number}]:80"),
+            format!("[2001:db8::{number}]:80"),
+        ]
+    };
+    LIVING.iter().flat_map(|(_, number)| of(*number)).collect()
+}
+
+/// Asks a target until it is over. Returns what came of it, in order.
+fn hammer(is_over: &AtomicBool, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
+    let mut results: Vec<Try> = Vec::new();
+    while !is_over.load(Ordering::Relaxed) {
+        let is_served = results.last().is_some_and(Result::is_ok);
+        results.push(ask(if is_served { PATIENCE } else { FIRST_PATIENCE }));
+        thread::sleep(Duration::from_millis(15));
+    }
+    results
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn during_a_cold_start_of_1000_services_a_client_is_served_right_or_not_at_all() {
+    let network = Network::new(1, 1);
+    let client = &network.clients[0];
+    let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
+    // Listens on every address, so on every VIP: nobody may ever get there by one.
+    let _host = Server::start(&lab::netns::Namespace::own().unwrap(), "host", 80);
+    let manifests = manifests(&objects(&network));
+    let (targets, is_over) = (targets(), AtomicBool::new(false));
+    let results = thread::scope(|scope| {
+        let over = Over(&is_over);
+        let is_over = &is_over;
+        let asking: Vec<_> = targets
+            .iter()
+            .flat_map(|target| {
+                let by_tcp = move |patience| Connection::open(target, patience)?.ask();
+                let by_udp = move |patience| Flow::open(target, patience)?.ask();
+                [
+                    ("TCP", target, scope.spawn(move || client.run(|| hammer(is_over, by_tcp)))),
+                    ("UDP", target, scope.spawn(move || client.run(|| hammer(is_over, by_udp)))),
+                ]
+            })
+            .collect();
+        thread::sleep(Duration::from_millis(200));
+        let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
+        agent.says("audited");
+        thread::sleep(Duration::from_millis(500));
+        drop(over);
+        asking
+            .into_iter()
+            .map(|(protocol, target, asking)| (protocol, target, asking.join().unwrap()))
+            .collect::<Vec<_>>()
+    });
+    let mut total = [0, 0];
+    for (protocol, target, results) in results {
+        let begin = results.iter().position(Result::is_ok).unwrap_or(results.len());
+        let (before, after) = results.split_at(begin);
+        let is_absence = |result: &Try| matches!(result, Err(word) if word == "unreachable" || word == "timeout");
+        let wrong: Vec<_> = before.iter().filter(|result| !is_absence(result)).collect();
+        assert!(wrong.is_empty(), "{protocol} to {target} before it was served: {wrong:?}");
+        let right = masqueraded("pod", target);
+        let wrong: Vec<_> = after.iter().filter(|result| **result != right).collect();
+        assert!(wrong.is_empty(), "{protocol} to {target} once it was served: {wrong:?} of {}", after.len());
+        assert!(!before.is_empty() && after.len() > 3, "{protocol} to {target}: {} {}", before.len(), after.len());
+        total = [total[0] + before.len(), total[1] + after.len()];
+    }
+    println!("{} tries before, {} after, none wrong", total[0], total[1]);
+}

@@ -1,0 +1,62 @@
+//! The agent is one program that runs no other, whatever it has to do.
+
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+
+use crate::FLAGS;
+use crate::common::{Agent, ipvs, run};
+use crate::network::{CLUSTER_CIDR, Network};
+use crate::objects::{file, manifests, ready, service};
+use crate::traffic::Server;
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_agent_runs_no_other_program() {
+    let network = Network::new(1, 2);
+    let _server = Server::start(&network.pods[0].namespace, "web", 8080);
+    let spec = |ranges: &[&str]| {
+        json!({
+            "type": "LoadBalancer",
+            "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+            "loadBalancerIPs": ["203.0.113.10"],
+            "loadBalancerSourceRanges": ranges,
+        })
+    };
+    let manifests = manifests(&[service("web", spec(&["192.168.1.0/24"])), ready("web", ["10.244.1.1"])]);
+    let dir = tempfile::tempdir().unwrap();
+    let trace = dir.path().join("trace");
+    let mut agent = Agent::start_command(
+        Command::new("strace")
+            .args(["-f", "-e", "trace=execve,execveat", "-o"])
+            .arg(&trace)
+            .arg(env!("CARGO_BIN_EXE_kube-ipvs"))
+            .args(["--hostname-override=node-a", "--ipvs-min-sync-period=0s", "--ipvs-sync-period=300ms", CLUSTER_CIDR])
+            .args(FLAGS)
+            .arg(format!("--manifests={}", manifests.path().display())),
+    );
+    agent.says("audited");
+    assert!(network.clients[0].udp("10.96.0.10:80").is_ok());
+    // Endpoints and ranges change: a UDP flow goes from connection tracking, and a real server drains.
+    manifests.write("objects.json", &file(&[service("web", spec(&["10.0.0.0/8"])), ready("web", ["10.244.1.2"])]));
+    agent.until("take in the change", |_| ipvs().iter().any(|line| line.contains("10.244.1.2")));
+    // Repairs, settings of the node and the device among them.
+    run("nft delete table ip kube-ipvs && ip link del kube-ipvs0");
+    agent.until("repair", |_| {
+        run("nft list tables").contains("table ip kube-ipvs") && run("ip -br address show").contains("10.96.0.10")
+    });
+    manifests.remove("objects.json");
+    agent.until("take everything away", |_| ipvs().is_empty());
+    std::thread::sleep(Duration::from_millis(500));
+    let read = || std::fs::read_to_string(&trace).unwrap();
+    // Each line begins with the process. strace would leave the agent behind if it were stopped itself.
+    let pid: i32 = read().split_whitespace().next().unwrap().parse().unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
+    assert!(agent.ends().success(), "{}", agent.log());
+    let trace = read();
+    let programs: Vec<&str> = trace.lines().filter(|line| line.contains("exec")).collect();
+    assert_eq!(programs.len(), 1, "{trace}");
+    assert!(programs[0].contains("kube-ipvs"), "{trace}");
+}

@@ -1,0 +1,340 @@
+//! The packet filter as `nft` lists it: what becomes of it over time, and of the tables of others.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use lab::netns::{Namespace, isolate};
+use serde_json::{Value, json};
+
+use crate::common::{Agent, Manifests, addresses, ipvs, run};
+use crate::network::CLUSTER_CIDR;
+use crate::objects::{file, manifests, ready, service};
+use crate::{FLAGS, serving};
+
+/// What stands on a node besides: a table of somebody's own, and rules of `iptables-nft`.
+const OTHERS: &str = "
+set -e
+nft 'table inet foreign {
+    set listed { type ipv4_addr; elements = { 10.96.0.1, 192.0.2.1 }; }
+    chain forward { type filter hook forward priority 5; policy accept; ip daddr @listed counter drop; }
+}'
+iptables-nft-restore -w <<'EOF'
+*filter
+:FORWARD ACCEPT [0:0]
+:DOCKER-USER - [0:0]
+-A FORWARD -j DOCKER-USER
+-A DOCKER-USER -s 192.0.2.7 -m comment --comment theirs -j DROP
+COMMIT
+EOF
+";
+
+/// The tables of the others, to the last byte.
+fn others() -> String {
+    run("nft -a list table inet foreign && nft -a list table ip filter")
+}
+
+/// Everything in our tables but handles, in an order of its own. Rules stay in theirs.
+fn ours() -> Vec<String> {
+    let mut lines = Vec::new();
+    for family in ["ip", "ip6"] {
+        let Some(listing) = try_run(&format!("nft -j list table {family} kube-ipvs")) else { continue };
+        let listing: Value = serde_json::from_str(&listing).unwrap();
+        let mut places: BTreeMap<String, usize> = BTreeMap::new();
+        for object in listing["nftables"].as_array().unwrap() {
+            if object.get("metainfo").is_some() {
+                continue;
+            }
+            let mut object = object.clone();
+            normalise(&mut object);
+            let chain = object["rule"]["chain"].as_str().unwrap_or_default().to_owned();
+            let place = places.entry(chain).or_default();
+            *place += 1;
+            let place = if object.get("rule").is_some() { *place } else { 0 };
+            lines.push(format!("{family} {place} {object}"));
+        }
+    }
+    lines.sort();
+    lines
+}
+
+/// Takes handles away and sorts elements.
+fn normalise(value: &mut Value) {
+    match value {
+        Value::Object(fields) => {
+            fields.remove("handle");
+            for (key, value) in fields {
+                normalise(value);
+                if let ("elem" | "set", Value::Array(elements)) = (key.as_str(), value) {
+                    elements.sort_by_key(Value::to_string);
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(normalise),
+        _ => {}
+    }
+}
+
+fn try_run(command: &str) -> Option<String> {
+    let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+    output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
+}
+
+/// Numbers that look random and are the same each time: xorshift.
+struct Numbers(u64);
+
+impl Numbers {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 33).unwrap() % limit
+    }
+
+    fn chance(&mut self, of: usize) -> bool {
+        self.below(of) == 0
+    }
+
+    fn pick<T: Clone>(&mut self, from: &[T]) -> T {
+        from[self.below(from.len())].clone()
+    }
+
+    fn some<T: Clone>(&mut self, from: &[T]) -> Vec<T> {
+        let count = self.below(from.len() + 1);
+        (0..count).map(|_| self.pick(from)).collect()
+    }
+}
+
+const RANGES: [&str; 9] = [
+    "10.0.0.0/8",
+    "10.1.2.3/16",
+    "192.168.1.0/24",
+    "192.168.1.2/32",
+    "0.0.0.0/0",
+    "fd00:192:1::/64",
+    "fd00:192:1::2/128",
+    "::/0",
+    "::ffff:10.0.0.0/104",
+];
+
+/// A Service of any kind. Some share addresses or ports.
+fn random_service(number: usize, numbers: &mut Numbers) -> Value {
+    let kind = numbers.pick(&["ClusterIP", "NodePort", "LoadBalancer"]);
+    let mut vips = vec![format!("10.96.0.{number}"), format!("fd00:96::{number}")];
+    match numbers.below(4) {
+        0 => vips.truncate(1),
+        1 => vips.reverse(),
+        _ => {}
+    }
+    let mut ports = Vec::new();
+    for (index, protocol) in ["TCP", "UDP", "SCTP"].into_iter().enumerate() {
+        if numbers.chance(2) || index == 0 {
+            let mut port =
+                json!({"name": protocol.to_lowercase(), "protocol": protocol, "port": 80 + numbers.below(3)});
+            if kind != "ClusterIP" {
+                port["nodePort"] = json!(30000 + numbers.below(60));
+            }
+            ports.push(port);
+        }
+    }
+    let external: Vec<String> = (1..=20).flat_map(|n| [format!("203.0.113.{n}"), format!("2001:db8::{n}")]).collect();
+    let policy = ["Cluster", "Local"];
+    let mut spec = json!({
+        "type": kind,
+        "clusterIPs": vips,
+        "ports": ports,
+        "externalTrafficPolicy": numbers.pick(&policy),
+        "internalTrafficPolicy": numbers.pick(&["Cluster", "Cluster", "Local"]),
+        "sessionAffinity": numbers.pick(&["None", "None", "ClientIP"]),
+    });
+    if numbers.chance(4) {
+        spec["externalIPs"] = json!([numbers.pick(&external)]);
+    }
+    if kind == "LoadBalancer" {
+        spec["loadBalancerIPs"] = json!([numbers.pick(&external), numbers.pick(&external)]);
+        spec["loadBalancerSourceRanges"] = json!(numbers.some(&RANGES));
+        spec["healthCheckNodePort"] = json!(31000 + number);
+    }
+    service(&format!("service-{number}"), spec)
+}
+
+fn random_slice(number: usize, numbers: &mut Numbers) -> Value {
+    let prefix = numbers.pick(&[format!("10.244.{number}."), format!("fd00:244::{number}:")]);
+    let endpoints: Vec<String> = (0..numbers.below(4)).map(|last| format!("{prefix}{}", last + 1)).collect();
+    let mut slice = ready(&format!("service-{number}"), endpoints);
+    for endpoint in slice["endpoints"].as_array_mut().unwrap() {
+        endpoint["nodeName"] = json!(numbers.pick(&["node-a", "node-b"]));
+        if numbers.chance(4) {
+            endpoint["conditions"] = json!({"ready": false, "serving": numbers.chance(2), "terminating": true});
+        }
+    }
+    slice["metadata"]["name"] = json!(format!("service-{number}-{}", numbers.below(2)));
+    slice["ports"].as_array_mut().unwrap().push(json!({"name": "sctp", "protocol": "SCTP", "port": 8080}));
+    slice
+}
+
+/// One change of one file.
+fn change(manifests: &Manifests, numbers: &mut Numbers) {
+    let number = 1 + numbers.below(40);
+    let name = format!("{}-{number}.json", numbers.pick(&["service", "slice"]));
+    if numbers.chance(4) {
+        if manifests.path().join(&name).exists() {
+            manifests.remove(&name);
+        }
+    } else if name.starts_with("service") {
+        manifests.write(&name, &file(&[random_service(number, numbers)]));
+    } else {
+        manifests.write(&name, &file(&[random_slice(number, numbers)]));
+    }
+}
+
+/// The addresses of the node's interface, of which NodePorts follow.
+fn interface() {
+    run("ip link add eth0 type dummy && ip link set eth0 up");
+    run("ip address add 192.168.1.1/24 dev eth0 && ip address add fd00:192:1::1/64 dev eth0 nodad");
+}
+
+/// What a new agent makes of the manifests where there is nothing yet.
+fn from_nothing(manifests: &Manifests, flags: &[&str]) -> (Vec<String>, Vec<String>, Vec<String>) {
+    Namespace::new()
+        .unwrap()
+        .run(|| {
+            interface();
+            let mut agent = manifests.agent(&[&FLAGS[..], flags, &["--once"]].concat());
+            assert!(agent.ends().success(), "{}", agent.log());
+            (ours(), ipvs(), addresses())
+        })
+        .unwrap()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn after_1000_changes_the_ruleset_is_the_one_made_from_nothing_and_those_of_others_are_untouched() {
+    const CHANGES: usize = 1000;
+    const SEED: u64 = 0x5eed_0000_0001;
+    isolate().unwrap();
+    interface();
+    run(OTHERS);
+    let before = others();
+    let manifests = manifests(&[]);
+    let mut agent = serving(&manifests, &[CLUSTER_CIDR]);
+    let (mut numbers, mut left, mut batches) = (Numbers(SEED), CHANGES, 0);
+    while left > 0 {
+        let batch = (1 + numbers.below(30)).min(left);
+        let syncs = agent.log().matches("synced").count();
+        for _ in 0..batch {
+            change(&manifests, &mut numbers);
+        }
+        (left, batches) = (left - batch, batches + 1);
+        // A change of what is not there, or back, is none: then there is no sync.
+        let start = Instant::now();
+        while agent.log().matches("synced").count() == syncs && start.elapsed() < Duration::from_millis(150) {
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let expected = from_nothing(&manifests, &[CLUSTER_CIDR]);
+    assert!(expected.0.iter().any(|line| line.contains("sources-default/")), "{:#?}", expected.0);
+    let start = Instant::now();
+    let mut found = (ours(), ipvs(), addresses());
+    while found != expected && start.elapsed() < Duration::from_secs(5) {
+        thread::sleep(Duration::from_millis(200));
+        found = (ours(), ipvs(), addresses());
+    }
+    let syncs = agent.log().matches("synced").count();
+    assert!(found == expected, "{}\n{}", differences(&found.0, &expected.0), differences(&found.1, &expected.1));
+    println!("{CHANGES} changes in {batches} batches and {syncs} syncs; {} lines", found.0.len());
+    assert!(syncs > batches / 2, "only {syncs} syncs");
+    let log = agent.log();
+    assert!(!log.contains("somebody else"), "{log}");
+    assert!(!log.contains("will try again"), "{}", complaints(&log));
+    assert_eq!(others(), before);
+    no_kube_proxy();
+    agent.terminate();
+    agent.ends();
+}
+
+fn complaints(log: &str) -> String {
+    log.lines().filter(|line| line.contains("will try again")).take(5).collect::<Vec<_>>().join("\n")
+}
+
+/// Lines that only one of two lists has.
+fn differences(found: &[String], expected: &[String]) -> String {
+    let mut text = String::new();
+    for (sign, these, those) in [('+', found, expected), ('-', expected, found)] {
+        for line in these.iter().filter(|line| !those.contains(line)) {
+            writeln!(text, "{sign} {line}").unwrap();
+        }
+    }
+    text
+}
+
+fn no_kube_proxy() {
+    let tables = run("nft list tables");
+    assert!(!tables.contains("kube-proxy"), "{tables}");
+}
+
+/// An agent that audits often, with the Services for which there is something to tamper with.
+fn audited(manifests: &Manifests) -> Agent {
+    serving(manifests, &[CLUSTER_CIDR, "--ipvs-sync-period=300ms"])
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
+    const PERIOD: Duration = Duration::from_millis(300);
+    isolate().unwrap();
+    interface();
+    run(OTHERS);
+    let before = others();
+    let spec = json!({
+        "type": "LoadBalancer",
+        "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+        "loadBalancerIPs": ["203.0.113.10", "2001:db8::10"],
+        "loadBalancerSourceRanges": ["192.168.1.0/24", "10.0.0.0/8"],
+        "externalTrafficPolicy": "Local",
+        "healthCheckNodePort": 31000,
+    });
+    let manifests = manifests(&[service("web", spec), ready("web", ["10.244.1.1"])]);
+    let mut agent = audited(&manifests);
+    let right = ours();
+    let mut took = Vec::new();
+    for (tamper, named) in [
+        ("nft delete element ip kube-ipvs vips '{ 10.96.0.10 }'", "address 10.96.0.10"),
+        ("nft delete element ip kube-ipvs services '{ 10.96.0.10 . tcp . 80 }'", "virtual server TCP 10.96.0.10:80"),
+        ("nft add element ip kube-ipvs services '{ 10.9.9.9 . tcp . 80 : 0x11 }'", "virtual server TCP 10.9.9.9:80"),
+        (
+            "nft delete element ip kube-ipvs source-ranges '{ 203.0.113.10 . tcp . 80 }'",
+            "virtual server TCP 203.0.113.10:80",
+        ),
+        ("nft delete element ip kube-ipvs hairpin '{ 10.244.1.1 . 10.244.1.1 }'", "local endpoint 10.244.1.1"),
+        ("nft delete element ip kube-ipvs health-check-ports '{ 31000 }'", "health-check port 31000"),
+        ("nft add rule ip kube-ipvs filter-input accept", "IPv4 table"),
+        ("nft insert rule ip kube-ipvs sources-default/web accept", "source ranges of Service default/web"),
+        ("nft flush chain ip kube-ipvs nat-services", "IPv4 table"),
+        ("nft flush chain ip kube-ipvs sources-default/web", "source ranges of Service default/web"),
+        ("nft add chain ip6 kube-ipvs mine", "IPv6 table"),
+        ("nft flush ruleset ip6", "IPv6 table"),
+        ("nft delete table ip kube-ipvs", "IPv4 table"),
+    ] {
+        // While it looks away, so that what was done is seen before it is repaired.
+        let log_before = agent.log().len();
+        agent.stop_while(|| {
+            run(tamper);
+            assert_ne!(ours(), right, "{tamper} changes nothing");
+        });
+        let start = Instant::now();
+        agent.until(&format!("repair {tamper}"), |_| ours() == right);
+        took.push(start.elapsed());
+        let log = agent.log();
+        let warning = log[log_before..].lines().find(|line| line.contains("somebody else changed"));
+        let warning = warning.unwrap_or_else(|| panic!("{tamper}: no warning in\n{}", &log[log_before..]));
+        assert!(warning.contains(named), "{tamper}: {warning}");
+        assert!(!log[log_before..].contains("will try again"), "{tamper}: {}", &log[log_before..]);
+    }
+    println!("repaired within {took:?}");
+    // The period, and time for a few listings and an audit on a slow machine.
+    assert!(took.iter().all(|took| *took < PERIOD + Duration::from_secs(1)), "{took:?}");
+    assert_eq!(others(), before);
+    no_kube_proxy();
+}
