@@ -1,7 +1,5 @@
 //! What the packet filter is told about a Service, and what happens where it does not take it.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
-
 mod common;
 
 use std::collections::BTreeMap;
@@ -11,7 +9,7 @@ use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, 
 use ipvs_netlink::Family;
 use reconciler::Policy;
 use reconciler::fake::FakeKernel;
-use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade};
+use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter};
 use reconciler::kernel::Cause;
 use reconciler::plan::{FrontEnd, Operation};
 use service_watch::{Change, Endpoint, Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
@@ -211,7 +209,7 @@ fn a_table_that_somebody_changed_is_built_anew_with_all_that_belongs_in_it() {
     assert_eq!((outcome.done.filters_built, outcome.done.filter_added), (1, 0), "in one step");
     assert_eq!(world.kernel().filter, whole);
     // The whole table, without an audit between: the next change meets it.
-    world.kernel().filter = Default::default();
+    world.kernel().filter = ObservedFilter::default();
     world.apply(Change::Service(Service { external_ips: vec![], ..balancer() })).sync();
     world.kernel().filter.front_ends.get(&tcp(CLUSTER_IP, 80)).unwrap();
     assert!(!world.kernel().filter.front_ends.contains_key(&tcp(EXTERNAL, 80)));
