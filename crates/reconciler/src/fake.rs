@@ -58,7 +58,7 @@ pub struct FakeKernel {
     pub missing_schedulers: BTreeSet<Scheduler>,
     /// The packet filter.
     pub filter: ObservedFilter,
-    /// UDP flows: to which front end, and which real server answers.
+    /// What connection tracking knows: to which front end, and who answers.
     pub flows: BTreeSet<(FrontEnd, SocketAddr)>,
     /// What was asked so far.
     pub counts: Counts,
@@ -88,7 +88,7 @@ impl FakeKernel {
             return Ok(());
         }
         match *operation {
-            Operation::FlushFlows(front_end, ref alive) => {
+            Operation::ClearFlows(front_end, ref alive) | Operation::FlushFlows(front_end, ref alive) => {
                 self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
             }
             Operation::AddDevice => match self.addresses {

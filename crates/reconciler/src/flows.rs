@@ -1,8 +1,9 @@
-//! UDP flows in connection tracking that lead to where nobody answers any more.
+//! Connections and flows that connection tracking knows and that lead to where nobody answers.
 //!
-//! A UDP "connection" lives as long as its client keeps sending. When its real server is gone IPVS chooses another, but
-//! connection tracking still expects answers from the old one and would not translate those of the new: the flow is
-//! dead until it pauses. So flows whose answers come from no living real server are deleted.
+//! A UDP flow lives as long as its client keeps sending. When its real server is gone IPVS chooses another, but connection
+//! tracking still expects answers from the old one and would not translate those of the new: the flow is dead until it
+//! pauses. And what a client began before there was a virtual server, TCP too, is known as something nobody translates,
+//! and its next packet would not be masqueraded. So what no living real server answers is deleted.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -11,11 +12,12 @@ use std::sync::Arc;
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Request, Socket};
 use netlink_packet_core::{Emitable, NLA_F_NESTED, NetlinkSerializable};
-use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple};
+use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Tuple};
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
+use service_watch::Protocol;
 use tracing::debug;
 
-use crate::filter::message::header;
+use crate::filter::message::{header, protocol_number};
 use crate::plan::{FrontEnd, Operation};
 
 // linux/netfilter/nfnetlink_conntrack.h
@@ -29,20 +31,29 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 
 const ENOENT: i32 = 2;
 
+/// Who answers for each front end.
+type Alive<'a> = HashMap<FrontEnd, &'a Arc<[SocketAddr]>>;
+
 /// Deletes the stale flows of all front ends that operations name, with one reading for each family among them.
 pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(), Error> {
-    let mut wanted: HashMap<SocketAddr, &Arc<[SocketAddr]>> = HashMap::new();
+    let mut wanted = Alive::new();
     for operation in operations {
-        if let Operation::FlushFlows(FrontEnd { address, port, .. }, alive) = operation {
-            wanted.insert(SocketAddr::new(*address, *port), alive);
+        if let Operation::ClearFlows(front_end, alive) | Operation::FlushFlows(front_end, alive) = operation {
+            wanted.insert(*front_end, alive);
         }
     }
     for family in [Family::Ipv4, Family::Ipv6] {
-        let mut ports = wanted.keys().filter(|front_end| Family::of(front_end.ip()) == family).map(SocketAddr::port);
-        let Some(first) = ports.next() else { continue };
-        let port = ports.all(|port| port == first).then_some(first);
+        let mut front_ends = wanted.keys().filter(|front_end| Family::of(front_end.address) == family);
+        let Some(first) = front_ends.next() else { continue };
+        let (mut has_one_protocol, mut has_one_port) = (true, true);
+        for front_end in front_ends {
+            has_one_protocol &= front_end.protocol == first.protocol;
+            has_one_port &= front_end.port == first.port;
+        }
+        let protocol = has_one_protocol.then_some(first.protocol);
+        let port = (has_one_protocol && has_one_port).then_some(first.port);
         let mut stale = Vec::new();
-        socket.dump(&list(family, port), |message: NetfilterMessage| {
+        socket.dump(&list(family, protocol, port), |message: NetfilterMessage| {
             if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner
                 && is_stale(&attributes, &wanted)
             {
@@ -56,7 +67,7 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
             if let Some(refusal) = refused {
                 return Err(refusal.into());
             }
-            debug!(flows = found, "deleted stale UDP flows");
+            debug!(flows = found, "deleted stale flows from connection tracking");
         }
     }
     Ok(())
@@ -82,14 +93,19 @@ impl NetlinkSerializable for List {
     }
 }
 
-/// Asks for the UDP flows of a family, to one port if there is only one to be looked for. Before Linux 5.8 the kernel takes
-/// no notice of the filter and lists everything, so what it lists is looked at again.
-fn list(family: Family, port: Option<u16>) -> List {
-    let mut proto = vec![ProtoTuple::Protocol(Protocol::Udp)];
+/// Asks for the flows of a family, of one protocol and to one port if there is only one to be looked for. Before Linux 5.8
+/// the kernel takes no notice of the filter and lists everything, so what it lists is looked at again.
+fn list(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> List {
+    let header = header(family);
+    let Some(protocol) = protocol else {
+        let mut bytes = vec![0; header.buffer_len()];
+        header.emit(&mut bytes);
+        return List(bytes);
+    };
+    let mut proto = vec![ProtoTuple::Protocol(protocol_number(protocol).into())];
     proto.extend(port.map(ProtoTuple::DestinationPort));
     let flags = FILTER_PROTOCOL | if port.is_some() { FILTER_DESTINATION_PORT } else { 0 };
     let tuple = ConntrackAttribute::CtaTupleOrig(vec![Tuple::Proto(proto)]);
-    let header = header(family);
     let mut bytes = vec![0; header.buffer_len() + tuple.buffer_len()];
     header.emit(&mut bytes);
     tuple.emit(&mut bytes[header.buffer_len()..]);
@@ -104,7 +120,7 @@ fn list(family: Family, port: Option<u16>) -> List {
     List(bytes)
 }
 
-fn is_stale(attributes: &[ConntrackAttribute], wanted: &HashMap<SocketAddr, &Arc<[SocketAddr]>>) -> bool {
+fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
     let find = |pick: fn(&ConntrackAttribute) -> Option<&Vec<Tuple>>| attributes.iter().find_map(pick);
     let original = find(|attribute| match attribute {
         ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
@@ -115,9 +131,13 @@ fn is_stale(attributes: &[ConntrackAttribute], wanted: &HashMap<SocketAddr, &Arc
         _ => None,
     });
     let Some((original, reply)) = original.zip(reply) else { return false };
-    let is_udp = protocol(original) == Some(Protocol::Udp);
-    let alive = destination(original).and_then(|front_end| wanted.get(&front_end));
-    is_udp && alive.is_some_and(|alive| source(reply).is_none_or(|from| !alive.contains(&from)))
+    let front_end = protocol(original).zip(destination(original)).map(|(protocol, destination)| FrontEnd {
+        address: destination.ip(),
+        port: destination.port(),
+        protocol,
+    });
+    let alive = front_end.and_then(|front_end| wanted.get(&front_end));
+    alive.is_some_and(|alive| source(reply).is_none_or(|from| !alive.contains(&from)))
 }
 
 fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
@@ -133,10 +153,11 @@ fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
 }
 
 fn protocol(tuple: &[Tuple]) -> Option<Protocol> {
-    parts(tuple)
-        .1
-        .iter()
-        .find_map(|part| if let ProtoTuple::Protocol(protocol) = part { Some(*protocol) } else { None })
+    let number = parts(tuple).1.iter().find_map(|part| match part {
+        ProtoTuple::Protocol(protocol) => Some(u8::from(*protocol)),
+        _ => None,
+    })?;
+    [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter().find(|protocol| protocol_number(*protocol) == number)
 }
 
 fn destination(tuple: &[Tuple]) -> Option<SocketAddr> {

@@ -299,7 +299,7 @@ impl Target {
     fn of(operation: &Operation) -> Self {
         match operation {
             operation if operation.is_about_the_filter() => Self::Filter,
-            Operation::FlushFlows(..) => Self::Flows,
+            Operation::ClearFlows(..) | Operation::FlushFlows(..) => Self::Flows,
             Operation::AddDevice => Self::Device,
             Operation::BindAddress(_) | Operation::UnbindAddress(_) => Self::Addresses,
             _ => Self::Ipvs,

@@ -158,7 +158,7 @@ impl Mirror {
             Operation::RemoveEntry(entry) => {
                 self.filter.entries.remove(&entry);
             }
-            Operation::FlushFlows(..) => {}
+            Operation::ClearFlows(..) | Operation::FlushFlows(..) => {}
             Operation::AddDevice => self.has_device = true,
             Operation::BindAddress(address) => {
                 self.addresses.insert(address, true);

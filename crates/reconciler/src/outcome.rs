@@ -91,7 +91,7 @@ impl Done {
     pub(crate) fn count(&mut self, operation: &Operation) {
         *match operation {
             // Most of them find nothing to delete.
-            Operation::FlushFlows(..) => return,
+            Operation::ClearFlows(..) | Operation::FlushFlows(..) => return,
             Operation::BuildFilter { .. } => &mut self.filters_built,
             Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) => &mut self.filter_added,
             Operation::RemoveSources(..) | Operation::ForgetFrontEnd(..) | Operation::RemoveEntry(_) => {

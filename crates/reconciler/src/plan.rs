@@ -122,6 +122,9 @@ pub enum Operation {
     AddRealServer(FrontEnd, RealServer),
     /// Corrects the attributes of a real server that is wanted.
     SetRealServer(FrontEnd, RealServer),
+    /// Deletes from connection tracking what was begun to a front end before it had a virtual server, but for what its real
+    /// servers answer: nobody has translated that.
+    ClearFlows(FrontEnd, Arc<[SocketAddr]>),
     /// Binds a VIP to `kube-ipvs0`, as /32 or /128.
     BindAddress(IpAddr),
     /// Sets the weight of a real server that is not wanted to 0: connections stay, new ones go elsewhere.
@@ -155,6 +158,8 @@ pub enum Phase {
     VirtualServersIn,
     /// Real servers in, or brought to their weight.
     RealServersIn,
+    /// What clients tried before.
+    FlowsIn,
     /// VIPs, now that something answers behind them.
     AddressesIn,
     /// Real servers drained or out, now that their successors take connections.
@@ -176,6 +181,7 @@ impl Operation {
         match self {
             Self::BuildFilter { .. } => Phase::FilterTables,
             Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
+            Self::ClearFlows(..) => Phase::FlowsIn,
             Self::FlushFlows(..) => Phase::FlowsOut,
             Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) | Self::RemoveSources(..) => Phase::FilterOut,
             Self::AddDevice => Phase::Device,
@@ -200,7 +206,7 @@ impl Operation {
             Self::SetSources(service, family, _) | Self::RemoveSources(service, family) => {
                 Key::Sources(service.clone(), *family)
             }
-            Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
+            Self::ClearFlows(front_end, _) | Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
             Self::AddDevice => Key::Device,
             Self::AddEntry(Entry::Vip(address))
             | Self::RemoveEntry(Entry::Vip(address))
@@ -232,6 +238,7 @@ impl fmt::Display for Operation {
             Self::ForgetFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
             Self::RemoveEntry(entry) => write!(f, "delete {entry} from the packet filter"),
             Self::RemoveSources(service, family) => write!(f, "delete the {family} source ranges of Service {service}"),
+            Self::ClearFlows(front_end, _) => write!(f, "delete what was tracked of {front_end} before it was served"),
             Self::FlushFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
             Self::AddDevice => write!(f, "add device kube-ipvs0"),
             Self::AddVirtualServer(front_end, _) => write!(f, "add virtual server {front_end}"),
@@ -268,7 +275,7 @@ pub enum Key {
     Server(FrontEnd),
     /// A VIP, on the device and in the packet filter.
     Address(IpAddr),
-    /// UDP flows to a front end.
+    /// What connection tracking knows of a front end.
     Flows(FrontEnd),
 }
 

@@ -388,7 +388,9 @@ impl<K: Kernel> Reconciler<K> {
                     closed.insert(*front_end);
                     false
                 }
-                Operation::AddRealServer(front_end, _) => !closed.contains(front_end),
+                Operation::AddRealServer(front_end, _) | Operation::ClearFlows(front_end, _) => {
+                    !closed.contains(front_end)
+                }
                 _ => true,
             });
         }
@@ -416,8 +418,11 @@ impl<K: Kernel> Reconciler<K> {
             if let Key::Server(front_end) = key {
                 let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
                 drains.push((*front_end, is_draining, began));
-                if moves_flows(front_end, &operations[start..], mirror) {
-                    diff(&Key::Flows(*front_end), mirror, &self.desired, context, &mut operations);
+                let alive = || self.desired.server(front_end).map(|it| it.real_servers.clone()).unwrap_or_default();
+                if operations[start..].iter().any(|o| matches!(o, Operation::AddVirtualServer(..))) {
+                    operations.push(Operation::ClearFlows(*front_end, alive()));
+                } else if moves_flows(front_end, &operations[start..], mirror) {
+                    operations.push(Operation::FlushFlows(*front_end, alive()));
                 }
             }
         }
@@ -572,10 +577,7 @@ fn moves_flows(front_end: &FrontEnd, operations: &[Operation], mirror: &Mirror) 
     let had_none = mirror.server(front_end).is_none_or(|held| held.real_servers.is_empty());
     front_end.protocol == Protocol::Udp
         && operations.iter().any(|operation| match operation {
-            Operation::AddVirtualServer(..)
-            | Operation::DeleteVirtualServer(_)
-            | Operation::DeleteRealServer(..)
-            | Operation::ForgetFrontEnd(..) => true,
+            Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) | Operation::ForgetFrontEnd(..) => true,
             Operation::AddRealServer(..) => had_none,
             _ => false,
         })

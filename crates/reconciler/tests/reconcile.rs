@@ -113,8 +113,8 @@ fn an_address_that_no_interface_can_have_costs_no_other() {
     assert_eq!(outcome.failures.len(), 1);
     assert_eq!(
         world.kernel().counts.operations - before,
-        12,
-        "three virtual servers, three addresses, their entries in the packet filter, and nothing again"
+        15,
+        "three virtual servers, three addresses, their entries in the packet filter, their flows, and nothing again"
     );
 }
 
@@ -471,6 +471,7 @@ fn operations_come_in_phases() {
             Phase::VirtualServersIn,
             Phase::RealServersIn,
             Phase::RealServersIn,
+            Phase::FlowsIn,
             Phase::AddressesIn,
             Phase::RealServersOut,
             Phase::AddressesOut,

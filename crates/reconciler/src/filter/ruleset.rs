@@ -4,6 +4,7 @@
 //! prerouting, output (nat)  a connection begins ─▶ what is its front end's class? ─▶ mark it, keep others' hands off it
 //! postrouting (nat)         marked, or from a pod to itself ─▶ masquerade
 //! input (filter)            before IPVS takes it: source ranges, front ends, health-check ports; the rest on a VIP is refused
+//! forward (filter)          to a VIP that is not bound yet: nothing
 //! output (filter)           after IPVS took it: what is closed to the node
 //! ```
 //!
@@ -142,6 +143,7 @@ impl Rule {
 // linux/netfilter.h
 const PREROUTING: u32 = 0;
 const INPUT: u32 = 1;
+const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
 
@@ -239,6 +241,7 @@ impl Ruleset {
             base("nat-output", "nat", OUTPUT, BEFORE_DNAT, self.nat_begin()),
             base("nat-postrouting", "nat", POSTROUTING, BEFORE_SNAT, self.nat_postrouting()),
             base("filter-input", "filter", INPUT, FILTER, self.filter_input()),
+            base("filter-forward", "filter", FORWARD, FILTER, self.filter_forward()),
             base("filter-output", "filter", OUTPUT, FILTER, self.filter_output()),
         ]
     }
@@ -506,6 +509,13 @@ impl Ruleset {
             Rule::new("TCP", [self.is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
             Rule::new("others", [self.is_new(), vec![port_unreachable(self.family)]]),
         ]
+    }
+
+    /// A VIP is never somewhere else. Before it is bound here its packets would leave by the default route, and connection
+    /// tracking would take note of connections that nobody translates.
+    fn filter_forward(&self) -> Vec<Rule> {
+        let is_to_vip = vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))];
+        vec![Rule::new("to a VIP that is not bound yet", [is_to_vip, vec![verdict(&Fate::Drop)]])]
     }
 
     fn filter_output(&self) -> Vec<Rule> {

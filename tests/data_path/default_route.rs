@@ -1,0 +1,120 @@
+//! A cold start on a node with a default route: packets to a VIP that is not there yet leave by it.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use crate::cold_start::{objects, targets};
+use serde_json::json;
+
+use crate::common::{addresses, run};
+use crate::network::{Network, masqueraded};
+use crate::objects::{manifests, ready, service};
+use crate::traffic::{Connection, Flow, Server};
+use crate::{FLAGS, Over, serving};
+
+/// What clients get that go on trying. Where connection tracking is at work before the agent, it knows their connections
+/// by the time the VIP is there.
+fn try_across_a_cold_start(is_tracked: bool) {
+    const EVERY: Duration = Duration::from_millis(200);
+    let network = Network::new(1, 1);
+    let client = &network.clients[0];
+    let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
+    run("ip link add uplink type dummy && ip link set uplink up");
+    run("ip -4 route add default dev uplink && ip -6 route add default dev uplink");
+    if is_tracked {
+        run(
+            "nft 'table inet cni { chain forward { type filter hook forward priority 0; ct state invalid counter; }; }'",
+        );
+    }
+    let manifests = manifests(&objects(&network));
+    let targets: Vec<String> = targets().into_iter().skip(5).step_by(2).collect();
+    let is_over = AtomicBool::new(false);
+    let (flows, connections) = thread::scope(|scope| {
+        let over = Over(&is_over);
+        let is_over = &is_over;
+        let flows: Vec<_> = targets
+            .iter()
+            .map(|target| {
+                scope.spawn(move || {
+                    client.run(|| {
+                        let flow = Flow::open(target, Duration::from_millis(10)).unwrap();
+                        let mut answers = Vec::new();
+                        while !is_over.load(Ordering::Relaxed) {
+                            answers.extend(flow.ask().ok());
+                            thread::sleep(Duration::from_millis(5));
+                        }
+                        (target, answers)
+                    })
+                })
+            })
+            .collect();
+        // Connections begin at every stage; each tries for as long as it takes four of its packets to be sent.
+        let begin = || {
+            thread::sleep(EVERY);
+            let connect = |target: &str| Connection::open(target, Duration::from_millis(7500))?.ask();
+            let begun = targets.iter().map(|target| scope.spawn(move || (target, client.run(|| connect(target)))));
+            begun.collect::<Vec<_>>()
+        };
+        let mut connecting = begin();
+        connecting.extend(begin());
+        let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
+        agent.until("serve", |agent| {
+            connecting.extend(begin());
+            agent.log().contains("audited")
+        });
+        connecting.extend(begin());
+        let connections: Vec<_> = connecting.into_iter().map(|connecting| connecting.join().unwrap()).collect();
+        drop(over);
+        (flows.into_iter().map(|flow| flow.join().unwrap()).collect::<Vec<_>>(), connections)
+    });
+    let wrong: Vec<_> = connections.iter().filter(|(target, result)| *result != masqueraded("pod", target)).collect();
+    let kinds: BTreeSet<String> = wrong.iter().map(|(_, result)| format!("{result:?}")).collect();
+    assert!(wrong.is_empty(), "{} of {} connections: {kinds:?}", wrong.len(), connections.len());
+    for (target, answers) in flows {
+        assert!(!answers.is_empty(), "UDP to {target} is not served");
+        let right = masqueraded("pod", target).unwrap();
+        let wrong: Vec<_> = answers.iter().filter(|answer| **answer != right).collect();
+        assert!(wrong.is_empty(), "UDP to {target}: {} of {} answers: {wrong:?}", wrong.len(), answers.len());
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn clients_that_try_across_a_cold_start_get_there() {
+    try_across_a_cold_start(false);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn clients_that_try_across_a_cold_start_get_there_although_they_were_tracked_before() {
+    try_across_a_cold_start(true);
+}
+
+/// The packet filter knows a VIP before the device has it and after it had it. What comes in between must not leave a trace.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_connection_begun_while_its_vip_was_not_bound_gets_there_once_it_is() {
+    let network = Network::new(1, 1);
+    let client = &network.clients[0];
+    let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
+    run("ip link add uplink type dummy && ip address add 198.18.0.1/24 dev uplink && ip link set uplink up");
+    run("ip -4 route add default dev uplink");
+    let spec = json!({"clusterIPs": ["10.96.0.10"], "externalIPs": ["203.0.113.10"]});
+    let manifests = manifests(&[service("web", spec), ready("web", ["10.244.1.1"])]);
+    let mut agent = serving(&manifests, &["--ipvs-sync-period=300ms"]);
+    thread::scope(|scope| {
+        let mut connecting = Vec::new();
+        agent.stop_while(|| {
+            run("ip address del 203.0.113.10/32 dev kube-ipvs0");
+            let connect = || client.run(|| Connection::open("203.0.113.10:80", Duration::from_millis(7500))?.ask());
+            connecting.push(scope.spawn(connect));
+            thread::sleep(Duration::from_millis(200));
+        });
+        agent.until("bind the VIP again", |_| addresses().contains(&"203.0.113.10/32".to_owned()));
+        for connecting in connecting {
+            assert_eq!(connecting.join().unwrap(), masqueraded("pod", "203.0.113.10:80"));
+        }
+    });
+}
