@@ -40,7 +40,7 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     info!(version = env!("CARGO_PKG_VERSION"), node = policy.node_name, scheduler = %policy.scheduler, "starting");
     tell_without_effect(flags);
 
-    let mut kernel = preflight::kernel(policy.scheduler, policy.families)?;
+    let mut kernel = preflight::kernel(&policy)?;
     // Only now: settings of IPVS exist once the kernel has loaded it.
     sysctl::set(flags.ipvs_strict_arp, &flags.conntrack)?;
     preflight::set_timeouts(

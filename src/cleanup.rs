@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use reconciler::kernel::{Cause, DEVICE, Kernel as _, Observed, Scope};
@@ -13,6 +14,7 @@ use reconciler::linux::LinuxKernel;
 use reconciler::mirror::Mirror;
 use reconciler::plan::{Operation, Plan};
 use reconciler::policy::Families;
+use service_watch::Protocol;
 use tracing::{error, info};
 
 /// Removes everything of ours. What fails does not keep the rest from going; then the exit status is 1.
@@ -92,6 +94,9 @@ fn plan(observed: Observed) -> (Plan, Left) {
     for front_end in servers {
         if known.contains(&front_end) || mirror.has_own_address(front_end.address) {
             operations.push(Operation::DeleteVirtualServer(front_end));
+            if front_end.protocol == Protocol::Udp {
+                operations.push(Operation::FlushFlows(front_end, Arc::default()));
+            }
         } else {
             left.servers.push(front_end.to_string());
         }

@@ -6,17 +6,19 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, ErrorKind, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
 use reconciler::linux::LinuxKernel;
-use reconciler::policy::Families;
+use reconciler::policy::{Families, Policy};
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
-pub(crate) fn kernel(scheduler: Scheduler, families: Families) -> Result<LinuxKernel> {
-    let mut kernel = LinuxKernel::connect(families)?;
+pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
+    let scheduler = policy.scheduler;
+    let mut kernel = LinuxKernel::connect(policy.families)?;
     // The first request that takes a privilege.
     let in_use = kernel.ipvs().virtual_servers()?;
     if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {
         probe(kernel.ipvs(), scheduler)?;
     }
+    kernel.probe_filter(policy)?;
     kernel.ensure_device()?;
     match kernel.forward_drops() {
         Ok(chains) if chains.is_empty() => {}

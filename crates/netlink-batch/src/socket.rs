@@ -151,6 +151,37 @@ impl Socket {
         Err(Error::Interrupted { attempts: DUMP_ATTEMPTS })
     }
 
+    /// Asks for a dump and hands on each message as it comes, for lists that are too long to be held. Where the dump is
+    /// interrupted some entries may be missing, or come twice.
+    pub fn stream<M, R>(&mut self, message: &M, mut each: impl FnMut(R)) -> Result<(), Error>
+    where
+        M: NetlinkSerializable,
+        R: NetlinkDeserializable,
+    {
+        self.outgoing.clear();
+        let sequence = self.push(message, NLM_F_DUMP);
+        self.send()?;
+        let mut failure = None;
+        self.answers(|header, answer| {
+            if header.sequence_number != sequence {
+                return Ok(false);
+            }
+            match answer {
+                Answer::Acknowledged => Ok(false),
+                Answer::Done => Ok(true),
+                Answer::Refused(refusal) => Err(refusal.into()),
+                Answer::Data(payload) => {
+                    match decode(header, payload) {
+                        Ok(message) => each(message),
+                        Err(error) => failure = failure.take().or(Some(error)),
+                    }
+                    Ok(false)
+                }
+            }
+        })?;
+        failure.map_or(Ok(()), Err)
+    }
+
     /// Sends many requests in few `send`s and returns one result each, in order.
     ///
     /// A batch is plain messages one after another in one datagram, at most [`BATCH_MESSAGES`] of them. The kernel handles
@@ -204,7 +235,7 @@ impl Socket {
     ///
     /// The inner result names the requests that were refused, by their place; nothing of the transaction took effect
     /// then. A refusal of the transaction as a whole stands for its first request. The kernel checks every request even
-    /// after one was refused, so that all refusals are named at once.
+    /// after one was refused, so that all refusals are named at once, as far as the receive buffer holds them.
     ///
     /// The send buffer grows to what the datagram needs, which takes `CAP_NET_ADMIN` beyond the system's limit.
     pub fn transaction<M>(
@@ -231,25 +262,41 @@ impl Socket {
         self.acknowledge(last_start);
         self.push(end, 0);
         self.make_room()?;
-        self.send()?;
+        match self.send() {
+            Err(Error::Send(error)) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                return Ok(Err(vec![(0, Refusal::new(libc::EMSGSIZE))]));
+            }
+            sent => sent?,
+        }
         let mut refused = Vec::new();
-        self.answers(|header, answer| {
-            let index = header.sequence_number.wrapping_sub(begin_sequence) as usize;
-            let is_end = match (index, answer) {
-                // The transaction itself: not allowed, or refused at its very end.
-                (0, Answer::Refused(refusal)) => {
-                    refused.insert(0, (0, refusal));
-                    true
+        let mut is_acknowledged = false;
+        // All answers are queued by now, and which of them is the last one cannot be told: of a transaction that is refused
+        // as a whole the kernel says nothing more.
+        loop {
+            let mut rest = match receive_queued(&self.raw, &mut self.incoming) {
+                Ok(Some(datagram)) => datagram,
+                Ok(None) => break,
+                // Only refusals come in such numbers.
+                Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => {
+                    is_acknowledged = false;
+                    break;
                 }
-                (1.., Answer::Refused(refusal)) if index <= count => {
-                    refused.push((index - 1, refusal));
-                    index == count
-                }
-                (_, Answer::Acknowledged) => index == count,
-                _ => false,
+                Err(error) => return Err(Error::Receive(error)),
             };
-            Ok(is_end)
-        })?;
+            while let Some((header, payload)) = next_message(&mut rest)? {
+                let index = header.sequence_number.wrapping_sub(begin_sequence) as usize;
+                match answer(&header, payload, &self.outgoing)? {
+                    Some(Answer::Refused(refusal)) if index <= count => {
+                        refused.push((index.saturating_sub(1), refusal))
+                    }
+                    Some(Answer::Acknowledged) => is_acknowledged |= index == count,
+                    _ => {}
+                }
+            }
+        }
+        if refused.is_empty() && !is_acknowledged {
+            refused.push((0, Refusal::new(libc::ENOBUFS)));
+        }
         Ok(if refused.is_empty() { Ok(()) } else { Err(refused) })
     }
 
@@ -321,14 +368,32 @@ impl Socket {
 pub(crate) fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
     let received = retry(|| raw.recv(&mut &mut buffer[..], 0));
     if is_overrun(&received) {
-        loop {
-            let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
-            if dropped.is_err() && !is_overrun(&dropped) {
-                break;
-            }
-        }
+        drop_queued(raw, buffer);
     }
     received.map(|length| &buffer[..length.min(buffer.len())])
+}
+
+/// Receives one datagram if one is queued.
+fn receive_queued<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::Result<Option<&'a [u8]>> {
+    let received = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
+    if is_overrun(&received) {
+        drop_queued(raw, buffer);
+    }
+    match received {
+        Ok(length) => Ok(Some(&buffer[..length.min(buffer.len())])),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Empties the queue.
+fn drop_queued(raw: &RawSocket, buffer: &mut [u8]) {
+    loop {
+        let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
+        if dropped.is_err() && !is_overrun(&dropped) {
+            break;
+        }
+    }
 }
 
 fn is_overrun(received: &io::Result<usize>) -> bool {

@@ -55,7 +55,7 @@ impl Contribution {
                     let endpoints = endpoints(entry, port, family, policy);
                     contribution.add_port(service, port, &vips, &endpoints, ranges.as_ref(), node, policy);
                     let local = endpoints.iter().filter(|candidate| candidate.is_local);
-                    contribution.entries.extend(local.map(|candidate| Entry::Hairpin(candidate.address.ip())));
+                    contribution.entries.extend(local.map(|it| Entry::Hairpin(it.address, port.protocol)));
                 }
                 if !vips.load_balancer.is_empty()
                     && let Some(ranges) = ranges
@@ -188,12 +188,14 @@ impl Vips {
         let mut external = if policy.external_ips { of_family(&service.external_ips) } else { Vec::new() };
         let mut load_balancer = of_family(&service.load_balancer_ips);
         let is_external = !external.is_empty() || !load_balancer.is_empty();
-        let is_taken = |vip: &IpAddr| node.taken.contains(vip);
-        let all = [cluster_ip].into_iter().chain(external.iter().copied()).chain(load_balancer.iter().copied());
-        let refused = all.filter(is_taken).collect();
+        let is_taken = |vip: &IpAddr| node.own.contains(vip) || node.neighbours.contains(vip);
+        let mut refused: Vec<IpAddr> = external.iter().chain(&load_balancer).copied().filter(is_taken).collect();
         external.retain(|vip| !is_taken(vip));
         load_balancer.retain(|vip| !is_taken(vip));
-        let cluster_ip = Some(cluster_ip).filter(|vip| !is_taken(vip));
+        // The cluster hands out ClusterIPs; the addresses of other Nodes are what their kubelets say, and no kubelet may
+        // switch off a Service of the cluster.
+        refused.extend(Some(cluster_ip).filter(|vip| node.own.contains(vip)));
+        let cluster_ip = Some(cluster_ip).filter(|vip| !node.own.contains(vip));
         Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
 }

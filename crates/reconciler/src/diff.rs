@@ -55,8 +55,11 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
         Key::Filter(family) => {
             let ruleset = context.rulesets.iter().find(|ruleset| ruleset.family() == *family);
             let held = mirror.ruleset(*family);
+            // A table cannot be replaced while what is in it must be kept: of source ranges only a fingerprint is known.
+            let must_stay = keeps.is_everything() && held.is_some();
             if let Some(ruleset) = ruleset
                 && held != Some(ruleset.fingerprint())
+                && !must_stay
             {
                 // Where Services are served already, the table comes with all that belongs in it, in one step. On a cold node
                 // nothing is to be guarded yet, and who comes first is not to wait for the rest.

@@ -82,7 +82,7 @@ impl FakeKernel {
         if let Some(cause) = self.fault.as_mut().and_then(|fault| fault(operation)) {
             return Err(cause);
         }
-        if operation.is_about_the_filter() {
+        if operation.filter_family().is_some() {
             self.filter(operation)?;
             self.log.push(operation.clone());
             return Ok(());

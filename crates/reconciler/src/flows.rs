@@ -11,7 +11,9 @@ use std::sync::Arc;
 
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Request, Socket};
-use netlink_packet_core::{Emitable, NLA_F_NESTED, NetlinkSerializable};
+use netlink_packet_core::{
+    DecodeError, Emitable, NLA_F_NESTED, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable,
+};
 use netlink_packet_netfilter::conntrack::{ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Tuple};
 use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use service_watch::Protocol;
@@ -31,7 +33,7 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 
 const ENOENT: i32 = 2;
 
-/// Who answers for each front end.
+/// Who answers for each front end, sorted.
 type Alive<'a> = HashMap<FrontEnd, &'a Arc<[SocketAddr]>>;
 
 /// Deletes the stale flows of all front ends that operations name, with one reading for each family among them.
@@ -53,10 +55,8 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
         let protocol = has_one_protocol.then_some(first.protocol);
         let port = (has_one_protocol && has_one_port).then_some(first.port);
         let mut stale = Vec::new();
-        socket.dump(&list(family, protocol, port), |message: NetfilterMessage| {
-            if let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner
-                && is_stale(&attributes, &wanted)
-            {
+        socket.stream(&list(family, protocol, port), |Entry(attributes)| {
+            if is_stale(&attributes, &wanted) {
                 stale.push(delete(family, attributes));
             }
         })?;
@@ -71,6 +71,21 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
         }
     }
     Ok(())
+}
+
+/// An entry of connection tracking. One that cannot be understood is empty: it must not keep us from the others.
+struct Entry(Vec<ConntrackAttribute>);
+
+impl NetlinkDeserializable for Entry {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        let message = NetfilterMessage::deserialize(header, payload).map(|message| message.inner);
+        Ok(match message {
+            Ok(NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes))) => Self(attributes),
+            _ => Self(Vec::new()),
+        })
+    }
 }
 
 /// A request for a list of flows. The library has no type for the filter, and gives none of its own to an attribute that
@@ -137,7 +152,7 @@ fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
         protocol,
     });
     let alive = front_end.and_then(|front_end| wanted.get(&front_end));
-    alive.is_some_and(|alive| source(reply).is_none_or(|from| !alive.contains(&from)))
+    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&from).is_err()))
 }
 
 fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {

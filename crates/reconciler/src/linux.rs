@@ -16,7 +16,7 @@ use crate::filter::{self, ObservedFilter};
 use crate::flows;
 use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer, Scope};
 use crate::plan::{FrontEnd, Operation, Plan};
-use crate::policy::Families;
+use crate::policy::{Families, Policy};
 
 // errno.h
 const EPERM: i32 = 1;
@@ -67,6 +67,12 @@ impl LinuxKernel {
             None => self.add_device()?,
         }
         Ok(())
+    }
+
+    /// Finds out whether the kernel has what the packet filter needs, by making a table and taking it back in one
+    /// transaction; asking makes it load its modules. Where there is a table already there is nothing to find out.
+    pub fn probe_filter(&mut self, policy: &Policy) -> Result<(), KernelError> {
+        filter::client::probe(&mut self.netfilter, policy)
     }
 
     /// Chains of others at the forward hook that drop what they do not accept.
@@ -298,7 +304,7 @@ enum Target {
 impl Target {
     fn of(operation: &Operation) -> Self {
         match operation {
-            operation if operation.is_about_the_filter() => Self::Filter,
+            operation if operation.filter_family().is_some() => Self::Filter,
             Operation::ClearFlows(..) | Operation::FlushFlows(..) => Self::Flows,
             Operation::AddDevice => Self::Device,
             Operation::BindAddress(_) | Operation::UnbindAddress(_) => Self::Addresses,

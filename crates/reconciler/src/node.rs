@@ -22,9 +22,11 @@ pub struct NodeView {
     pub node_ports: BTreeSet<IpAddr>,
     /// The node's own IP, at most one a family: who the node is for source ranges.
     pub node_ips: Vec<IpAddr>,
-    /// Addresses of this Node and of the others that are known. None of them can be a VIP: bound here, it would cut this
-    /// node off from whoever has it.
-    pub taken: BTreeSet<IpAddr>,
+    /// Addresses of this Node. None of them can be a VIP.
+    pub own: BTreeSet<IpAddr>,
+    /// Addresses of the other Nodes that are known. None of them can be an external or load-balancer IP: bound here, it
+    /// would cut this node off from that one.
+    pub neighbours: BTreeSet<IpAddr>,
     /// The ranges of the pods on this node.
     pub pod_cidrs: Vec<IpNet>,
 }
@@ -48,7 +50,8 @@ impl NodeView {
                 .flat_map(|family| node_port_addresses(family, &node_ips, interfaces, policy))
                 .collect(),
             node_ips,
-            taken: node.into_iter().flat_map(|node| node.addresses.iter().copied()).chain(neighbours).collect(),
+            own: node.into_iter().flat_map(|node| node.addresses.iter().copied()).collect(),
+            neighbours: neighbours.into_iter().collect(),
             pod_cidrs: node.map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
         }
     }

@@ -164,6 +164,8 @@ pub enum Phase {
     AddressesIn,
     /// Real servers drained or out, now that their successors take connections.
     RealServersOut,
+    /// Front ends opened, now that there is somebody behind them and nobody else.
+    FilterWider,
     /// VIPs out: who asks now is told that nobody is there.
     AddressesOut,
     /// Virtual servers out.
@@ -173,6 +175,8 @@ pub enum Phase {
     /// What the packet filter is to forget, last: a VIP is guarded for as long as it can be reached, and an agent that is
     /// killed meanwhile finds here whose flows it has to look after.
     FilterOut,
+    /// Source ranges that nothing refers to any more.
+    SourcesOut,
 }
 
 impl Operation {
@@ -180,10 +184,12 @@ impl Operation {
     pub fn phase(&self) -> Phase {
         match self {
             Self::BuildFilter { .. } => Phase::FilterTables,
+            Self::SetFrontEnd(_, before, after) if after.is_wider_than(before) => Phase::FilterWider,
             Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
             Self::ClearFlows(..) => Phase::FlowsIn,
             Self::FlushFlows(..) => Phase::FlowsOut,
-            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) | Self::RemoveSources(..) => Phase::FilterOut,
+            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) => Phase::FilterOut,
+            Self::RemoveSources(..) => Phase::SourcesOut,
             Self::AddDevice => Phase::Device,
             Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
             Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,
@@ -194,9 +200,17 @@ impl Operation {
         }
     }
 
-    /// Whether the operation is one of the packet filter.
-    pub fn is_about_the_filter(&self) -> bool {
-        matches!(self.phase(), Phase::FilterTables | Phase::FilterIn | Phase::FilterOut)
+    /// The family whose table of the packet filter the operation is about; `None` for other operations.
+    pub fn filter_family(&self) -> Option<Family> {
+        match self {
+            Self::BuildFilter { ruleset, .. } => Some(ruleset.family()),
+            Self::SetSources(_, family, _) | Self::RemoveSources(_, family) => Some(*family),
+            Self::SetFrontEnd(front_end, ..) | Self::ForgetFrontEnd(front_end, _) => {
+                Some(Family::of(front_end.address))
+            }
+            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Some(entry.family()),
+            _ => None,
+        }
     }
 
     /// What the operation is about.

@@ -11,6 +11,7 @@ use service_watch::{Change, ObjectName, Protocol};
 use crate::contribution::Contribution;
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
+use crate::filter::Elements;
 use crate::filter::ruleset::Ruleset;
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
@@ -339,7 +340,8 @@ impl<K: Kernel> Reconciler<K> {
             let (tables, others) = keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
             let mut findings = Findings::default();
             for mut keys in [tables, others] {
-                let Some(found) = self.carry_out(&mut keys, origin, now, outcome) else { return };
+                // After a socket that failed it is open what the kernel holds: the rest waits for the next reading.
+                let Some(found) = self.carry_out(&mut keys, origin, now, &findings.failed, outcome) else { break };
                 for key in keys.iter().filter(|key| !found.concern(key)) {
                     self.pending.remove(key);
                 }
@@ -366,37 +368,61 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
-    /// Plans and applies once: first what the packet filter must know, then what it guards. Nothing is opened whose guard
-    /// failed; what was open is kept right all the same.
+    /// Plans and applies once: first what the packet filter must know, then what it guards, and last what it may forget.
+    /// Nothing is opened whose guard failed, and no guard is taken from what could not be closed; what was open is kept
+    /// right all the same. Where a family's table could not be built, nothing of the family is even tried.
     fn carry_out(
         &mut self,
         keys: &mut BTreeSet<Key>,
         origin: Origin,
         now: Instant,
+        failed: &Errors,
         outcome: &mut Outcome,
     ) -> Option<Findings> {
         let mut guards = self.plan(keys, origin, now)?;
+        let mut hopeless = BTreeSet::new();
+        guards.retain(|operation| {
+            let is_hopeless = operation.filter_family().is_some_and(|it| failed.contains_key(&Key::Filter(it)));
+            if is_hopeless {
+                hopeless.insert(operation.key());
+            }
+            !is_hopeless
+        });
         let mut rest = guards.split_off(Phase::Device);
+        let mut last = rest.split_off(Phase::FilterOut);
         let mut findings = Findings::default();
         if !guards.is_empty() {
             let results = self.kernel.apply(&guards);
             findings = self.take_in(&guards, results, outcome);
-            let mut closed = BTreeSet::new();
-            rest.retain(|operation| match operation {
-                Operation::BindAddress(_) => !findings.concern(&operation.key()),
-                Operation::AddVirtualServer(front_end, _) if findings.concern(&operation.key()) => {
-                    closed.insert(*front_end);
-                    false
-                }
-                Operation::AddRealServer(front_end, _) | Operation::ClearFlows(front_end, _) => {
-                    !closed.contains(front_end)
-                }
-                _ => true,
-            });
         }
+        let is_unguarded = |key: &Key| findings.concern(key) || hopeless.contains(key);
+        let mut closed = BTreeSet::new();
+        rest.retain(|operation| match operation {
+            Operation::BindAddress(_) => !is_unguarded(&operation.key()),
+            Operation::AddVirtualServer(front_end, _) if is_unguarded(&operation.key()) => {
+                closed.insert(*front_end);
+                false
+            }
+            Operation::AddRealServer(front_end, _) | Operation::ClearFlows(front_end, _) => !closed.contains(front_end),
+            _ => true,
+        });
         if !rest.is_empty() && self.mirror.is_some() {
             let results = self.kernel.apply(&rest);
             findings.extend(self.take_in(&rest, results, outcome));
+        }
+        let mut kept = BTreeSet::new();
+        last.retain(|operation| {
+            let is_kept = findings.concern(&operation.key());
+            if let Operation::ForgetFrontEnd(_, Elements { sources: Some(Some(service)), .. }) = operation
+                && is_kept
+            {
+                kept.insert(service.clone());
+            }
+            !is_kept && !matches!(operation, Operation::RemoveSources(service, _) if kept.contains(service))
+        });
+        if !last.is_empty() && self.mirror.is_some() {
+            let results = self.kernel.apply(&last);
+            findings.extend(self.take_in(&last, results, outcome));
         }
         Some(findings)
     }
@@ -488,7 +514,7 @@ impl<K: Kernel> Reconciler<K> {
                 }
                 (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
                     let key = operation.key();
-                    let is_filter = operation.is_about_the_filter();
+                    let is_filter = operation.filter_family().is_some();
                     findings.is_filter_stale |= is_filter;
                     findings.is_device_lost |= !is_filter && matches!(key, Key::Device | Key::Address(_));
                     findings.stale.entry(key).or_insert(error);

@@ -2,12 +2,14 @@
 
 use netlink_batch::{Error, Refusal, Socket};
 
-use super::ObservedFilter;
 use super::message::Transaction;
 use super::read;
+use super::ruleset::Ruleset;
+use super::{Contents, ObservedFilter};
 use crate::kernel::{Cause, KernelError};
+use crate::node::NodeView;
 use crate::plan::Operation;
-use crate::policy::Families;
+use crate::policy::{Families, Policy};
 
 /// At most this many operations in a transaction: some 200 KB of messages.
 const TRANSACTION_OPERATIONS: usize = 2000;
@@ -17,7 +19,10 @@ const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const EBUSY: i32 = 16;
 const EEXIST: i32 = 17;
-const EOPNOTSUPP: i32 = 95;
+
+/// What helps where the kernel lacks a part of `nf_tables`, which it would load by itself if it could.
+const MODULES: &str = "it takes CAP_NET_ADMIN, and the modules nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_reject_ipv4 \
+                       nft_reject_ipv6 nft_fib_ipv4 nft_fib_ipv6: load them with `modprobe -a`";
 
 /// What became of one operation.
 type Outcome = Result<(), KernelError>;
@@ -30,6 +35,26 @@ pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<Observe
     })
 }
 
+/// Makes the tables and takes them back, in one transaction.
+pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelError> {
+    let failed = |reason: &dyn std::fmt::Display| KernelError {
+        cause: Cause::Refused,
+        text: format!("this kernel cannot have the packet filter: {reason}; {MODULES}"),
+    };
+    let tables = read::tables(socket, policy.families.iter()).map_err(|error| failed(&error))?;
+    let missing = policy.families.iter().filter(|family| !tables.iter().any(|(it, _)| it == family));
+    let mut transaction = Transaction::default();
+    for family in missing {
+        transaction.build(&Ruleset::new(family, policy, &NodeView::default()), false, &Contents::default());
+        transaction.delete_table(family);
+    }
+    let (begin, end) = Transaction::brackets();
+    match socket.transaction(&begin, transaction.into_requests(), &end).map_err(|error| failed(&error))? {
+        Ok(()) => Ok(()),
+        Err(refusals) => Err(refusals.first().map_or_else(|| failed(&"no reason given"), |(_, why)| failed(why))),
+    }
+}
+
 /// Deletes the tables of these families. Returns whether there was one.
 pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, KernelError> {
     let failed = |error: &dyn std::fmt::Display| KernelError {
@@ -38,7 +63,7 @@ pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, Ke
     };
     let tables = read::tables(socket, families.iter()).map_err(|error| failed(&error))?;
     let mut transaction = Transaction::default();
-    for family in &tables {
+    for (family, _) in &tables {
         transaction.delete_table(*family);
     }
     let (begin, end) = Transaction::brackets();
@@ -113,10 +138,6 @@ fn refused(operation: &Operation, refusal: Option<&Refusal>) -> KernelError {
 fn hint(errno: i32) -> &'static str {
     match errno {
         EPERM => ": it takes CAP_NET_ADMIN",
-        EOPNOTSUPP => {
-            ": the kernel lacks a part of nf_tables; load it with `modprobe -a nf_tables nft_chain_nat nft_ct nft_masq \
-             nft_nat nft_reject_inet nft_fib_ipv4 nft_fib_ipv6`"
-        }
         _ => "",
     }
 }

@@ -180,17 +180,13 @@ pub(crate) fn verdict(fate: &Fate) -> Expression {
     )
 }
 
-/// What connection tracking knows (`enum nft_ct_keys`).
+/// What connection tracking knows (`enum nft_ct_keys`), in the host's byte order.
 #[derive(Clone, Copy)]
 pub(crate) enum Tracked {
-    /// One bit for each state, in the host's byte order.
+    /// One bit for each state.
     State,
-    /// `IPS_*`, in the host's byte order.
+    /// `IPS_*`.
     Status,
-    /// The address the connection was made to, before anything was translated.
-    OriginalDestination,
-    /// The port it was made to.
-    OriginalDestinationPort,
 }
 
 /// `NF_CT_STATE_BIT(IP_CT_NEW)`.
@@ -199,22 +195,14 @@ pub(crate) const STATE_NEW: u32 = 1 << 3;
 pub(crate) const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 
 /// Loads what connection tracking knows; a packet that is not tracked ends the rule.
-pub(crate) fn load_tracked(what: Tracked, family: Family, into: Register) -> Expression {
+pub(crate) fn load_tracked(what: Tracked, into: Register) -> Expression {
     const NFTA_CT_DREG: u16 = 1;
     const NFTA_CT_KEY: u16 = 2;
-    const NFTA_CT_DIRECTION: u16 = 3;
-    const IP_CT_DIR_ORIGINAL: u8 = 0;
-    let into = (NFTA_CT_DREG, be32(into.into()));
-    let key = |key| (NFTA_CT_KEY, be32(key));
-    let of_original = |key| other("ct", [into.clone(), key, (NFTA_CT_DIRECTION, vec![IP_CT_DIR_ORIGINAL])]);
-    match (what, family) {
-        (Tracked::State, _) => other("ct", [into, key(0)]),
-        (Tracked::Status, _) => other("ct", [into, key(2)]),
-        // NFT_CT_DST_IP and NFT_CT_DST_IP6, since Linux 4.17; of NFT_CT_DST nft does not know how long it is.
-        (Tracked::OriginalDestination, Family::Ipv4) => of_original(key(20)),
-        (Tracked::OriginalDestination, Family::Ipv6) => of_original(key(22)),
-        (Tracked::OriginalDestinationPort, _) => of_original(key(12)),
-    }
+    let key = match what {
+        Tracked::State => 0,
+        Tracked::Status => 2,
+    };
+    other("ct", [(NFTA_CT_DREG, be32(into.into())), (NFTA_CT_KEY, be32(key))])
 }
 
 /// `RTN_LOCAL`, as the routing table calls an address of this machine.
@@ -248,22 +236,25 @@ pub(crate) fn masquerade(has_random_port: bool) -> Expression {
     }
 }
 
-/// Sends the connection to the address and the port in these registers.
-pub(crate) fn translate_destination(family: Family, address: Register, port: Register) -> Expression {
+/// Sends the connection to the address in this register, and to the port in the other.
+pub(crate) fn translate_destination(family: Family, address: Register, port: Option<Register>) -> Expression {
     const NFTA_NAT_TYPE: u16 = 1;
     const NFTA_NAT_FAMILY: u16 = 2;
     const NFTA_NAT_REG_ADDR_MIN: u16 = 3;
     const NFTA_NAT_REG_PROTO_MIN: u16 = 5;
     const NFT_NAT_DNAT: u32 = 1;
-    other(
-        "nat",
-        [
-            (NFTA_NAT_TYPE, be32(NFT_NAT_DNAT)),
-            (NFTA_NAT_FAMILY, be32(u32::from(protocol_family(family)))),
-            (NFTA_NAT_REG_ADDR_MIN, be32(address.into())),
-            (NFTA_NAT_REG_PROTO_MIN, be32(port.into())),
-        ],
-    )
+    let translation = [
+        (NFTA_NAT_TYPE, be32(NFT_NAT_DNAT)),
+        (NFTA_NAT_FAMILY, be32(u32::from(protocol_family(family)))),
+        (NFTA_NAT_REG_ADDR_MIN, be32(address.into())),
+    ];
+    match port {
+        None => other("nat", translation),
+        Some(port) => {
+            let [a, b, c] = translation;
+            other("nat", [a, b, c, (NFTA_NAT_REG_PROTO_MIN, be32(port.into()))])
+        }
+    }
 }
 
 /// Puts bytes into a register.

@@ -18,10 +18,8 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProto
 use service_watch::{ObjectName, Protocol};
 
 use super::expression::{Fate, Field, is_not_in_anonymous, load, protocol_family, register, verdict};
-use super::ruleset::{
-    HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SERVICES, SOURCE_RANGES, SOURCES_PREFIX, Set, SetData, VIPS,
-};
-use super::{Contents, Elements, Entry, Ranges, TABLE};
+use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS};
+use super::{Contents, Elements, Entry, Ranges, TABLE, set};
 use crate::plan::FrontEnd;
 
 /// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
@@ -118,25 +116,30 @@ impl Transaction {
         self.tables.push(request(family, NfTablesMessage::DeleteTable(TableMessage { attributes }), 0));
     }
 
-    /// Changes what the maps have for a front end.
+    /// Changes what the sets have for a front end.
     pub fn set_front_end(&mut self, front_end: FrontEnd, before: &Elements, after: &Elements) {
         let family = Family::of(front_end.address);
         let key = || SetElementAttribute::Key(DataAttribute::Value(front_end_key(&front_end)));
-        let mut change = |set: &'static str, is_before: bool, after: Option<DataAttribute>| {
+        // What is put into a map has a verdict, what is put into a set has none.
+        let mut change = |set: &'static str, is_before: bool, after: Option<Option<DataAttribute>>| {
             if is_before {
                 self.removed.entry((family, set)).or_default().push(vec![key()]);
             }
             if let Some(data) = after {
-                self.added.entry((family, set)).or_default().push(vec![key(), SetElementAttribute::Data(data)]);
+                let element = [key()].into_iter().chain(data.map(SetElementAttribute::Data));
+                self.added.entry((family, set)).or_default().push(element.collect());
             }
         };
-        if before.class != after.class {
-            let class = after.class.map(|class| DataAttribute::Value(class.to_be_bytes().to_vec()));
-            change(SERVICES, before.class.is_some(), class);
+        for (set, name) in set::NAMES {
+            match (before.sets & set != 0, after.sets & set != 0) {
+                (false, true) => change(name, false, Some(None)),
+                (true, false) => change(name, true, None),
+                _ => {}
+            }
         }
         if before.sources != after.sources {
             let fate = after.sources.clone().flatten().map(|service| Fate::Jump(sources_chain(&service)).data());
-            change(SOURCE_RANGES, before.sources.is_some(), fate);
+            change(SOURCE_RANGES, before.sources.is_some(), fate.map(Some));
         }
     }
 
@@ -210,12 +213,9 @@ fn new_set(set: &Set, id: u32) -> NfTablesMessage {
         SetAttribute::KeyLen(set.key_bytes),
         SetAttribute::Id(id),
     ];
-    if let Some(data) = set.data {
+    if set.is_map {
         attributes.push(SetAttribute::Flags(SetFlags::Map));
-        attributes.push(SetAttribute::DataType(data.kind()));
-        if data == SetData::Class {
-            attributes.push(SetAttribute::DataLen(4));
-        }
+        attributes.push(SetAttribute::DataType(VERDICT));
     }
     NfTablesMessage::NewSet(SetMessage { attributes })
 }
@@ -314,17 +314,20 @@ pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
 
 /// Each part of a concatenation fills whole words.
 fn front_end_key(front_end: &FrontEnd) -> Vec<u8> {
-    let mut key = octets(front_end.address);
-    key.extend([protocol_number(front_end.protocol), 0, 0, 0]);
-    key.extend(front_end.port.to_be_bytes());
-    key.extend([0, 0]);
-    key
+    [octets(front_end.address), port_key(front_end.protocol, front_end.port)].concat()
+}
+
+fn port_key(protocol: Protocol, port: u16) -> Vec<u8> {
+    let [high, low] = port.to_be_bytes();
+    vec![protocol_number(protocol), 0, 0, 0, high, low, 0, 0]
 }
 
 fn member(entry: Entry) -> (&'static str, Element) {
     let (set, key) = match entry {
         Entry::Vip(address) => (VIPS, octets(address)),
-        Entry::Hairpin(address) => (HAIRPIN, octets(address).repeat(2)),
+        Entry::Hairpin(endpoint, protocol) => {
+            (HAIRPIN, [octets(endpoint.ip()).repeat(2), port_key(protocol, endpoint.port())].concat())
+        }
         Entry::HealthCheckPort(_, port) => (HEALTH_CHECK_PORTS, port.to_be_bytes().to_vec()),
     };
     (set, vec![SetElementAttribute::Key(DataAttribute::Value(key))])

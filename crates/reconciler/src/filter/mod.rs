@@ -1,8 +1,8 @@
 //! The packet filter: who is masqueraded, who is refused, and where.
 //!
 //! Two tables, one a family, both named [`TABLE`]: a constant [`ruleset`] over a few sets and maps, and elements that
-//! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets is
-//! one number in one map, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
+//! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets
+//! follows from the sets it is in, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
 //!
 //! Everything in this module but [`expression`], [`message`] and [`read`] is free of netlink.
 
@@ -14,11 +14,11 @@ pub mod ruleset;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
 use ipvs_netlink::Family;
-use service_watch::ObjectName;
+use service_watch::{ObjectName, Protocol};
 
 use crate::plan::FrontEnd;
 
@@ -68,52 +68,73 @@ pub struct FrontEndRule {
 }
 
 impl FrontEndRule {
-    /// The number that stands for the rule in the map: bits 0 to 3 for the masquerade, 4 to 7 for the guard, and bit 8 for
-    /// what is closed to the node.
-    pub fn class(&self) -> u32 {
+    /// The sets the front end is in, one bit each.
+    pub fn sets(&self) -> u32 {
         let masquerade = match self.masquerade {
-            Masquerade::Nobody => class::NOBODY,
-            Masquerade::Outsiders => class::OUTSIDERS,
-            Masquerade::Everybody => class::EVERYBODY,
-            Masquerade::Node => class::NODE,
-            Masquerade::NodeIsRefused => class::NODE_IS_REFUSED,
+            Masquerade::Nobody => set::MASQUERADE_NOBODY,
+            Masquerade::Outsiders => set::MASQUERADE_OUTSIDERS,
+            Masquerade::Everybody => set::MASQUERADE_EVERYBODY,
+            Masquerade::Node => set::MASQUERADE_NODE,
+            Masquerade::NodeIsRefused => set::UDP_REFUSED_TO_NODE,
         };
         let guard = match self.guard {
-            Guard::Open => class::OPEN,
-            Guard::Insiders => class::INSIDERS,
-            Guard::Refuse => class::REFUSE,
+            Guard::Open => set::OPEN,
+            Guard::Insiders => set::OPEN_TO_INSIDERS,
+            Guard::Refuse => set::REFUSED,
         };
-        masquerade | guard | if self.is_closed_to_node { class::CLOSED_TO_NODE } else { 0 }
+        masquerade | guard | if self.is_closed_to_node { set::CLOSED_TO_NODE } else { 0 }
     }
 }
 
-/// The numbers of which a class is made. None is 0, so that every part of a class says something.
-pub(crate) mod class {
-    pub(crate) const MASQUERADE: u32 = 0x0f;
-    pub(crate) const NOBODY: u32 = 0x01;
-    pub(crate) const OUTSIDERS: u32 = 0x02;
-    pub(crate) const EVERYBODY: u32 = 0x03;
-    pub(crate) const NODE: u32 = 0x04;
-    pub(crate) const NODE_IS_REFUSED: u32 = 0x05;
-    pub(crate) const GUARD: u32 = 0xf0;
-    pub(crate) const OPEN: u32 = 0x10;
-    pub(crate) const INSIDERS: u32 = 0x20;
-    pub(crate) const REFUSE: u32 = 0x30;
-    pub(crate) const CLOSED_TO_NODE: u32 = 0x100;
+/// The sets of front ends: a bit and a name for each.
+pub(crate) mod set {
+    pub(crate) const MASQUERADE_NOBODY: u32 = 1;
+    pub(crate) const MASQUERADE_OUTSIDERS: u32 = 1 << 1;
+    pub(crate) const MASQUERADE_EVERYBODY: u32 = 1 << 2;
+    pub(crate) const MASQUERADE_NODE: u32 = 1 << 3;
+    pub(crate) const UDP_REFUSED_TO_NODE: u32 = 1 << 4;
+    pub(crate) const OPEN: u32 = 1 << 5;
+    pub(crate) const OPEN_TO_INSIDERS: u32 = 1 << 6;
+    pub(crate) const REFUSED: u32 = 1 << 7;
+    pub(crate) const CLOSED_TO_NODE: u32 = 1 << 8;
+
+    pub(crate) const NAMES: [(u32, &str); 9] = [
+        (MASQUERADE_NOBODY, "masquerade-nobody"),
+        (MASQUERADE_OUTSIDERS, "masquerade-outsiders"),
+        (MASQUERADE_EVERYBODY, "masquerade-everybody"),
+        (MASQUERADE_NODE, "masquerade-node"),
+        (UDP_REFUSED_TO_NODE, "udp-refused-to-node"),
+        (OPEN, "open"),
+        (OPEN_TO_INSIDERS, "open-to-insiders"),
+        (REFUSED, "refused"),
+        (CLOSED_TO_NODE, "closed-to-node"),
+    ];
+
+    pub(crate) fn name(set: u32) -> &'static str {
+        NAMES.iter().find(|(bit, _)| *bit == set).map_or("", |(_, name)| name)
+    }
 }
 
-/// What is in the maps for a front end: a rule, or whatever somebody else has put there.
+/// What is in the sets for a front end: a rule, or whatever somebody else has put there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Elements {
-    /// In `services`: the class.
-    pub class: Option<u32>,
+    /// The sets of front ends it is in, one bit each.
+    pub sets: u32,
     /// In `source-ranges`: the Service whose ranges are asked, or `None` for a verdict that is not ours.
     pub sources: Option<Option<ObjectName>>,
 }
 
 impl From<&FrontEndRule> for Elements {
     fn from(rule: &FrontEndRule) -> Self {
-        Self { class: Some(rule.class()), sources: rule.sources.clone().map(Some) }
+        Self { sets: rule.sets(), sources: rule.sources.clone().map(Some) }
+    }
+}
+
+impl Elements {
+    /// Whether these let in whom others kept out: then there must be somebody behind the door.
+    pub(crate) fn is_wider_than(&self, before: &Self) -> bool {
+        let is_narrow = |it: &Self| it.sets & (set::OPEN_TO_INSIDERS | set::REFUSED) != 0;
+        is_narrow(before) && !is_narrow(self)
     }
 }
 
@@ -122,9 +143,9 @@ impl From<&FrontEndRule> for Elements {
 pub enum Entry {
     /// A VIP on `kube-ipvs0`: what is no front end on it is refused, whatever listens on the node.
     Vip(IpAddr),
-    /// A pod on this node that is an endpoint: what it sends to itself by way of a VIP is masqueraded, or it would answer
-    /// itself directly.
-    Hairpin(IpAddr),
+    /// An endpoint on this node: what its pod sends to itself by way of a VIP is masqueraded, or it would answer itself
+    /// directly.
+    Hairpin(SocketAddr, Protocol),
     /// A port on which load balancers ask after the node's health, of either family's table.
     HealthCheckPort(Family, u16),
 }
@@ -133,7 +154,8 @@ impl Entry {
     /// Of which family's table it is.
     pub fn family(&self) -> Family {
         match self {
-            Self::Vip(address) | Self::Hairpin(address) => Family::of(*address),
+            Self::Vip(address) => Family::of(*address),
+            Self::Hairpin(endpoint, _) => Family::of(endpoint.ip()),
             Self::HealthCheckPort(family, _) => *family,
         }
     }
@@ -143,7 +165,7 @@ impl fmt::Display for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vip(address) => write!(f, "VIP {address}"),
-            Self::Hairpin(address) => write!(f, "local endpoint {address}"),
+            Self::Hairpin(endpoint, protocol) => write!(f, "local endpoint {endpoint} ({protocol:?})"),
             Self::HealthCheckPort(family, port) => write!(f, "health-check port {port} ({family})"),
         }
     }

@@ -2,7 +2,7 @@
 //! nobody has heard of must not keep us from reading ours.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Socket};
@@ -17,8 +17,8 @@ use netlink_packet_netfilter::nftables::{
 use service_watch::{ObjectName, Protocol};
 
 use super::message::{UDATA_FINGERPRINT, header, protocol_number};
-use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SERVICES, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
-use super::{Entry, ObservedFilter, TABLE};
+use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
+use super::{Entry, ObservedFilter, TABLE, set};
 use crate::plan::FrontEnd;
 
 /// Attributes of a message of nfnetlink, after the four bytes of its own header.
@@ -64,6 +64,7 @@ fn attribute(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
 
 // linux/netfilter/nf_tables.h
 const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_TABLE_FLAGS: u16 = 2;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
@@ -88,17 +89,15 @@ const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 const NF_ACCEPT: u32 = 1;
 
-/// Which families have a table of ours.
-pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<Vec<Family>, Error> {
+/// Which families have a table of ours, and its flags: one that is dormant does nothing.
+pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<Vec<(Family, u32)>, Error> {
     let mut found = Vec::new();
     for family in families {
-        let mut exists = false;
         dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
-            exists |= table.text(NFTA_TABLE_NAME).as_deref() == Some(TABLE);
+            if table.text(NFTA_TABLE_NAME).as_deref() == Some(TABLE) {
+                found.push((family, table.number(NFTA_TABLE_FLAGS).unwrap_or(0)));
+            }
         })?;
-        if exists {
-            found.push(family);
-        }
     }
     Ok(found)
 }
@@ -106,8 +105,9 @@ pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Re
 /// Reads the tables of these families.
 pub fn read(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<ObservedFilter, Error> {
     let mut observed = ObservedFilter::default();
-    for family in tables(socket, families)? {
+    for (family, flags) in tables(socket, families)? {
         let mut inventory = Inventory::default();
+        inventory.table(flags);
         read_sets(socket, family, &mut inventory)?;
         read_chains(socket, family, &mut inventory, &mut observed)?;
         read_elements(socket, family, &mut inventory, &mut observed)?;
@@ -213,7 +213,8 @@ fn read_elements(
     inventory: &mut Inventory,
     observed: &mut ObservedFilter,
 ) -> Result<(), Error> {
-    for set in [SERVICES, SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS] {
+    let others = [SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS];
+    for set in set::NAMES.iter().map(|(_, name)| *name).chain(others) {
         let attributes = vec![SetElementList::Table(TABLE.into()), SetElementList::Set(set.into())];
         let message = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
         let mut is_ours = true;
@@ -240,11 +241,6 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
     let key = attribute(attribute(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
     let data = attribute(element, NFTA_SET_ELEM_DATA);
     match set {
-        SERVICES => {
-            let value = attribute(data?, NFTA_DATA_VALUE)?;
-            let class = u32::from_be_bytes(value.try_into().ok()?);
-            observed.front_ends.entry(front_end(family, key)?).or_default().class = Some(class);
-        }
         SOURCE_RANGES => {
             let chain = attribute(attribute(data?, NFTA_DATA_VERDICT)?, NFTA_VERDICT_CHAIN);
             let service = chain.and_then(|chain| parse_string(chain).ok()).and_then(|chain| sources_of(&chain));
@@ -255,15 +251,19 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
         }
         HAIRPIN => {
             let (source, rest) = address(family, key)?;
-            let (destination, _) = address(family, rest)?;
-            if source != destination {
+            let FrontEnd { address, port, protocol } = front_end(family, rest)?;
+            if source != address {
                 return None;
             }
-            observed.entries.insert(Entry::Hairpin(source));
+            observed.entries.insert(Entry::Hairpin(SocketAddr::new(address, port), protocol));
         }
-        _ => {
+        HEALTH_CHECK_PORTS => {
             let [high, low, ..] = *key else { return None };
             observed.entries.insert(Entry::HealthCheckPort(family, u16::from_be_bytes([high, low])));
+        }
+        _ => {
+            let (bit, _) = set::NAMES.iter().find(|(_, name)| *name == set)?;
+            observed.front_ends.entry(front_end(family, key)?).or_default().sets |= bit;
         }
     }
     Some(())

@@ -1,15 +1,17 @@
 //! The constant part of a family's table: sets, chains, and the rules in them. It follows from flags and the Node alone.
 //!
 //! ```text
-//! prerouting, output (nat)  a connection begins ─▶ what is its front end's class? ─▶ mark it, keep others' hands off it
+//! prerouting, output (nat)  a connection begins ─▶ in which sets is its front end? ─▶ mark it, keep others' hands off it
 //! postrouting (nat)         marked, or from a pod to itself ─▶ masquerade
 //! input (filter)            before IPVS takes it: source ranges, front ends, health-check ports; the rest on a VIP is refused
 //! forward (filter)          to a VIP that is not bound yet: nothing
-//! output (filter)           after IPVS took it: what is closed to the node
 //! ```
 //!
 //! IPVS takes packets in `LOCAL_IN` at 98 and in `LOCAL_OUT` at −99 (`ip_vs_core.c`), so the filter at input sees the VIP
-//! and nat at −110 comes before it. What IPVS has sent to a real server passes `LOCAL_OUT` a second time.
+//! and nat at −110 comes before it. What the node itself sends IPVS takes at output, where to drop a packet is to fail the
+//! sender with `EPERM`: what it must not reach is sent to where it is dropped, or refused, at input.
+//!
+//! The rules keep to what nft's language can say, so that `nft list ruleset` can be loaded again.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -25,25 +27,23 @@ use super::expression::{
     immediate, is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, port_unreachable, register,
     reset, set_mark, translate_destination, verdict,
 };
-use super::{Fingerprint, class};
+use super::{Fingerprint, set};
 use crate::node::NodeView;
 use crate::policy::{DetectLocal, Policy};
 
-/// A map: front end to class.
-pub(crate) const SERVICES: &str = "services";
 /// A map: front end to the chain with its source ranges.
 pub(crate) const SOURCE_RANGES: &str = "source-ranges";
 /// A set: VIPs on `kube-ipvs0`.
 pub(crate) const VIPS: &str = "vips";
-/// A set: local endpoints, each as source and as destination.
+/// A set: local endpoints, each as source and as destination, with protocol and port.
 pub(crate) const HAIRPIN: &str = "hairpin";
 /// A set: ports on which the node tells load balancers of its health.
 pub(crate) const HEALTH_CHECK_PORTS: &str = "health-check-ports";
 /// What the chains with source ranges begin with; the Service's namespace and name follow.
 pub(crate) const SOURCES_PREFIX: &str = "sources-";
 
-/// Where the node's own UDP goes that must be refused: a port of the VIP that no front end is asked for in earnest.
-const DISCARD_PORT: u16 = 9;
+/// The port that the node's own packets go to that nobody may get: no Service and no socket can have it.
+const NO_PORT: [u8; 2] = [0; 2];
 
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
@@ -90,14 +90,8 @@ pub(crate) struct Set {
     /// What its elements are, for those who list them; see `nft describe`.
     pub(crate) key_type: u32,
     pub(crate) key_bytes: u32,
-    pub(crate) data: Option<SetData>,
-}
-
-/// What a map leads to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SetData {
-    Class,
-    Verdict,
+    /// Whether it is a map to verdicts.
+    pub(crate) is_map: bool,
 }
 
 /// A chain.
@@ -185,9 +179,9 @@ impl Ruleset {
 
     fn inventory(&self) -> Inventory {
         let mut whole = Inventory::default();
+        whole.table(0);
         for set in self.sets() {
-            let data = set.data.map_or(0, SetData::kind);
-            whole.set(set.name, set.key_bytes, data);
+            whole.set(set.name, set.key_bytes, if set.is_map { VERDICT } else { 0 });
         }
         for chain in self.chains() {
             let rules: Vec<u64> = chain.rules.iter().map(Rule::fingerprint).collect();
@@ -203,7 +197,7 @@ impl Ruleset {
         }
     }
 
-    pub(crate) fn sets(&self) -> [Set; 5] {
+    pub(crate) fn sets(&self) -> Vec<Set> {
         // The numbers of nft's own types (`datatype.h`), six bits each in a concatenation.
         const INET_PROTO: u32 = 12;
         const INET_SERVICE: u32 = 13;
@@ -212,15 +206,15 @@ impl Ruleset {
             Family::Ipv6 => 8,
         };
         let words = self.address_words();
-        let front_end = (address << 12 | INET_PROTO << 6 | INET_SERVICE, (words + 2) * 4);
-        let set = |name, (key_type, key_bytes), data| Set { name, key_type, key_bytes, data };
-        [
-            set(SERVICES, front_end, Some(SetData::Class)),
-            set(SOURCE_RANGES, front_end, Some(SetData::Verdict)),
-            set(VIPS, (address, words * 4), None),
-            set(HAIRPIN, (address << 6 | address, words * 8), None),
-            set(HEALTH_CHECK_PORTS, (INET_SERVICE, 2), None),
-        ]
+        let port = INET_PROTO << 6 | INET_SERVICE;
+        let set = |name, key_type, key_bytes| Set { name, key_type, key_bytes, is_map: false };
+        let front_ends = |name| set(name, address << 12 | port, (words + 2) * 4);
+        let mut sets: Vec<Set> = set::NAMES.iter().map(|(_, name)| front_ends(*name)).collect();
+        sets.push(Set { is_map: true, ..front_ends(SOURCE_RANGES) });
+        sets.push(set(VIPS, address, words * 4));
+        sets.push(set(HAIRPIN, address << 18 | address << 12 | port, (words * 2 + 2) * 4));
+        sets.push(set(HEALTH_CHECK_PORTS, INET_SERVICE, 2));
+        sets
     }
 
     pub(crate) fn chains(&self) -> Vec<Chain> {
@@ -233,16 +227,16 @@ impl Ruleset {
         vec![
             chain("nat-masquerade", vec![self.mark(), self.keep()]),
             chain("nat-cluster-ip", self.cluster_ip()),
+            chain("nat-keep", vec![self.keep()]),
+            chain("nat-closed", vec![self.closed()]),
             chain("nat-services", self.nat_services()),
             chain("refuse", self.refuse()),
             chain("insiders", self.insiders_only()),
-            chain("filter-services", self.filter_services()),
             base("nat-prerouting", "nat", PREROUTING, BEFORE_DNAT, self.nat_begin()),
             base("nat-output", "nat", OUTPUT, BEFORE_DNAT, self.nat_begin()),
             base("nat-postrouting", "nat", POSTROUTING, BEFORE_SNAT, self.nat_postrouting()),
             base("filter-input", "filter", INPUT, FILTER, self.filter_input()),
             base("filter-forward", "filter", FORWARD, FILTER, self.filter_forward()),
-            base("filter-output", "filter", OUTPUT, FILTER, self.filter_output()),
         ]
     }
 
@@ -256,34 +250,14 @@ impl Ruleset {
         ]
     }
 
-    /// The same of the connection, which has another destination since IPVS took it.
-    fn load_original_front_end(&self) -> Vec<Expression> {
-        let words = self.address_words();
-        vec![
-            load_tracked(Tracked::OriginalDestination, self.family, register(0)),
-            load_meta(MetaKey::L4Proto, register(words)),
-            load_tracked(Tracked::OriginalDestinationPort, self.family, register(words + 1)),
-        ]
-    }
-
     /// A register that no key uses.
     fn scratch() -> Register {
         register(12)
     }
 
-    /// Goes on only where the front end's class has this value under this mask. The key is loaded.
-    fn has_class(mask: u32, value: u32) -> Vec<Expression> {
-        let scratch = Self::scratch();
-        vec![
-            map(SERVICES, register(0), scratch),
-            bitwise(scratch, &mask.to_be_bytes(), &[0; 4]),
-            compare(scratch, true, &value.to_be_bytes()),
-        ]
-    }
-
-    /// Goes on only for what is a front end at all. The key is loaded.
-    fn is_front_end() -> Vec<Expression> {
-        vec![map(SERVICES, register(0), Self::scratch()), compare(Self::scratch(), false, &[0; 4])]
+    /// Goes on only for front ends in a set.
+    fn is_front_end(&self, set: u32) -> Vec<Expression> {
+        [self.load_front_end(), vec![is_in(set::name(set), register(0))]].concat()
     }
 
     fn is_from_the_node() -> Vec<Expression> {
@@ -291,10 +265,10 @@ impl Ruleset {
         vec![load_source_type(scratch), compare(scratch, true, &ROUTE_LOCAL.to_ne_bytes())]
     }
 
-    fn is_new(&self) -> Vec<Expression> {
+    fn is_new() -> Vec<Expression> {
         let scratch = Self::scratch();
         vec![
-            load_tracked(Tracked::State, self.family, scratch),
+            load_tracked(Tracked::State, scratch),
             bitwise(scratch, &STATE_NEW.to_ne_bytes(), &[0; 4]),
             compare(scratch, false, &[0; 4]),
         ]
@@ -352,15 +326,33 @@ impl Ruleset {
     /// Translates the destination to what it is: the connection has its destination then, and no hostPort of a CNI, whose
     /// rules match every address of the node and so every VIP, can give it another.
     fn keep(&self) -> Rule {
-        let port = register(self.address_words());
         Rule::new(
             "a Service's, not a hostPort's",
             [vec![
                 load(Field::destination(self.family), register(0)),
-                load(Field::destination_port(), port),
-                translate_destination(self.family, register(0), port),
+                translate_destination(self.family, register(0), None),
             ]],
         )
+    }
+
+    /// Sends what the node must not reach to where `filter-input` drops it without a word.
+    fn closed(&self) -> Rule {
+        let port = register(self.address_words());
+        Rule::new(
+            "nowhere",
+            [vec![
+                immediate(&self.loopback(), register(0)),
+                immediate(&NO_PORT, port),
+                translate_destination(self.family, register(0), Some(port)),
+            ]],
+        )
+    }
+
+    fn loopback(&self) -> Vec<u8> {
+        match self.family {
+            Family::Ipv4 => Ipv4Addr::LOCALHOST.octets().to_vec(),
+            Family::Ipv6 => Ipv6Addr::LOCALHOST.octets().to_vec(),
+        }
     }
 
     fn cluster_ip(&self) -> Vec<Rule> {
@@ -383,30 +375,37 @@ impl Ruleset {
         };
         vec![
             Rule::new("from loopback", [self.is_source_in(&loopback), vec![verdict(&Fate::Return)]]),
-            Rule::new("to a front end", [self.load_front_end(), Self::is_front_end(), Self::goto("nat-services")]),
+            Rule::new("to a front end", [vec![verdict(&Fate::Jump("nat-services".to_owned()))]]),
         ]
     }
 
     fn nat_services(&self) -> Vec<Rule> {
-        let front_end_of =
-            |masquerade| [self.load_front_end(), Self::has_class(class::MASQUERADE, masquerade)].concat();
         let words = self.address_words();
         let away = vec![
-            immediate(&DISCARD_PORT.to_be_bytes(), register(words)),
-            translate_destination(self.family, register(0), register(words)),
+            immediate(&NO_PORT, register(words)),
+            translate_destination(self.family, register(0), Some(register(words))),
         ];
+        let to = |comment, set, chain| Rule::new(comment, [self.is_front_end(set), Self::goto(chain)]);
+        let from_the_node = |comment, set, chain| {
+            Rule::new(comment, [self.is_front_end(set), Self::is_from_the_node(), Self::goto(chain)])
+        };
         vec![
-            Rule::new("ClusterIP", [front_end_of(class::OUTSIDERS), Self::goto("nat-cluster-ip")]),
-            Rule::new("from outside", [front_end_of(class::EVERYBODY), Self::goto("nat-masquerade")]),
-            Rule::new(
-                "no local endpoint",
-                [front_end_of(class::NODE), Self::is_from_the_node(), Self::goto("nat-masquerade")],
-            ),
+            from_the_node("closed to the node", set::CLOSED_TO_NODE, "nat-closed"),
+            to("ClusterIP", set::MASQUERADE_OUTSIDERS, "nat-cluster-ip"),
+            to("policy Cluster", set::MASQUERADE_EVERYBODY, "nat-masquerade"),
+            to("policy Local", set::MASQUERADE_NOBODY, "nat-keep"),
+            from_the_node("no local endpoint", set::MASQUERADE_NODE, "nat-masquerade"),
+            to("no local endpoint", set::MASQUERADE_NODE, "nat-keep"),
             Rule::new(
                 "no endpoint",
-                [Self::is_protocol(IPPROTO_UDP), front_end_of(class::NODE_IS_REFUSED), Self::is_from_the_node(), away],
+                [
+                    Self::is_protocol(IPPROTO_UDP),
+                    self.is_front_end(set::UDP_REFUSED_TO_NODE),
+                    Self::is_from_the_node(),
+                    away,
+                ],
             ),
-            self.keep(),
+            to("no endpoint", set::UDP_REFUSED_TO_NODE, "nat-keep"),
         ]
     }
 
@@ -419,6 +418,8 @@ impl Ruleset {
                 [vec![
                     load(Field::source(self.family), register(0)),
                     load(Field::destination(self.family), register(words)),
+                    load_meta(MetaKey::L4Proto, register(words * 2)),
+                    load(Field::destination_port(), register(words * 2 + 1)),
                     is_in(HAIRPIN, register(0)),
                     masquerade(false),
                 ]],
@@ -439,24 +440,29 @@ impl Ruleset {
     }
 
     fn filter_input(&self) -> Vec<Rule> {
-        let front_end = self.load_front_end();
         let words = self.address_words();
-        let discard = vec![
-            load_meta(MetaKey::Iif, Self::scratch()),
-            compare(Self::scratch(), true, &LOOPBACK.to_ne_bytes()),
-            load(Field::destination_port(), Self::scratch()),
-            compare(Self::scratch(), true, &DISCARD_PORT.to_be_bytes()),
-            load_tracked(Tracked::Status, self.family, Self::scratch()),
-            bitwise(Self::scratch(), &STATUS_DESTINATION_TRANSLATED.to_ne_bytes(), &[0; 4]),
-            compare(Self::scratch(), false, &[0; 4]),
-        ];
+        let scratch = Self::scratch;
+        let is_from_loopback =
+            || vec![load_meta(MetaKey::Iif, scratch()), compare(scratch(), true, &LOOPBACK.to_ne_bytes())];
+        let is_to_nowhere = || {
+            vec![
+                load(Field::destination_port(), scratch()),
+                compare(scratch(), true, &NO_PORT),
+                load_tracked(Tracked::Status, scratch()),
+                bitwise(scratch(), &STATUS_DESTINATION_TRANSLATED.to_ne_bytes(), &[0; 4]),
+                compare(scratch(), false, &[0; 4]),
+            ]
+        };
+        let is_to_loopback =
+            vec![load(Field::destination(self.family), register(0)), compare(register(0), true, &self.loopback())];
         vec![
-            Rule::new("source ranges", [front_end.clone(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]]),
             Rule::new(
-                "to an open front end",
-                [front_end.clone(), Self::has_class(class::GUARD, class::OPEN), vec![verdict(&Fate::Accept)]],
+                "source ranges",
+                [self.load_front_end(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]],
             ),
-            Rule::new("to another front end", [front_end, Self::is_front_end(), Self::goto("filter-services")]),
+            Rule::new("to an open front end", [self.is_front_end(set::OPEN), vec![verdict(&Fate::Accept)]]),
+            Rule::new("no local endpoint", [self.is_front_end(set::OPEN_TO_INSIDERS), Self::goto("insiders")]),
+            Rule::new("no endpoint", [self.is_front_end(set::REFUSED), Self::goto("refuse")]),
             Rule::new(
                 "health checks",
                 [
@@ -468,7 +474,14 @@ impl Ruleset {
                     ],
                 ],
             ),
-            Rule::new("from the node, no endpoint", [Self::is_protocol(IPPROTO_UDP), discard, Self::goto("refuse")]),
+            Rule::new(
+                "from the node, closed to it",
+                [is_from_loopback(), is_to_loopback, is_to_nowhere(), vec![verdict(&Fate::Drop)]],
+            ),
+            Rule::new(
+                "from the node, no endpoint",
+                [is_from_loopback(), Self::is_protocol(IPPROTO_UDP), is_to_nowhere(), Self::goto("refuse")],
+            ),
             Rule::new(
                 "to a VIP, but to no front end",
                 [
@@ -476,16 +489,6 @@ impl Ruleset {
                     Self::goto("refuse"),
                 ],
             ),
-        ]
-    }
-
-    fn filter_services(&self) -> Vec<Rule> {
-        vec![
-            Rule::new(
-                "no local endpoint",
-                [self.load_front_end(), Self::has_class(class::GUARD, class::INSIDERS), Self::goto("insiders")],
-            ),
-            Rule::new("no endpoint", [Self::goto("refuse")]),
         ]
     }
 
@@ -506,8 +509,8 @@ impl Ruleset {
     /// few unreachables to one peer (`icmp_ratelimit`), and a client that hears nothing waits.
     fn refuse(&self) -> Vec<Rule> {
         vec![
-            Rule::new("TCP", [self.is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
-            Rule::new("others", [self.is_new(), vec![port_unreachable(self.family)]]),
+            Rule::new("TCP", [Self::is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
+            Rule::new("others", [Self::is_new(), vec![port_unreachable(self.family)]]),
         ]
     }
 
@@ -517,35 +520,21 @@ impl Ruleset {
         let is_to_vip = vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))];
         vec![Rule::new("to a VIP that is not bound yet", [is_to_vip, vec![verdict(&Fate::Drop)]])]
     }
-
-    fn filter_output(&self) -> Vec<Rule> {
-        vec![Rule::new(
-            "closed to the node",
-            [
-                self.load_original_front_end(),
-                Self::has_class(class::CLOSED_TO_NODE, class::CLOSED_TO_NODE),
-                Self::is_from_the_node(),
-                vec![verdict(&Fate::Drop)],
-            ],
-        )]
-    }
 }
 
-impl SetData {
-    /// The data's type: nft's `mark`, so that a class is shown in hexadecimal; or `NFT_DATA_VERDICT`.
-    pub(crate) fn kind(self) -> u32 {
-        match self {
-            Self::Class => 19,
-            Self::Verdict => 0xffff_ff00,
-        }
-    }
-}
+/// `NFT_DATA_VERDICT`.
+pub(crate) const VERDICT: u32 = 0xffff_ff00;
 
 /// The sets, chains and rules of a table, wanted or found, in whatever order they come.
 #[derive(Debug, Default)]
 pub(crate) struct Inventory(BTreeSet<String>);
 
 impl Inventory {
+    /// What is switched on for the table as a whole; 0 if nothing is.
+    pub(crate) fn table(&mut self, flags: u32) {
+        self.0.insert(format!("table {flags:x}"));
+    }
+
     pub(crate) fn set(&mut self, name: &str, key_bytes: u32, data: u32) {
         self.0.insert(format!("set {name} {key_bytes} {data:x}"));
     }
