@@ -169,6 +169,28 @@ fn are_good_neighbours(iptables: &str, rules: &str, turn: Turn) {
     assert_eq!(list(), installed, "the rules of others have changed");
 }
 
+/// An accept in one table does not keep another from dropping, so this is for whoever has made such a chain to mend.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_policy_that_drops_what_is_forwarded_is_mended_by_the_one_rule_of_the_warning() {
+    for iptables in ["iptables-nft", "iptables-legacy"] {
+        let network = Network::new(1, 2);
+        let _web = Server::start(&network.pods[0].namespace, "web", 8080);
+        let manifests =
+            manifests(&[service("web", json!({"clusterIPs": ["10.96.0.10"]})), ready("web", ["10.244.1.1"])]);
+        run(&format!("{iptables} -w -P FORWARD DROP"));
+        let agent = serving(&manifests, &[CLUSTER_CIDR]);
+        let (client, pod) = (&network.clients[0], &network.pods[1]);
+        // Those of iptables-legacy show nowhere in nf_tables.
+        let warns = agent.log().contains("drops forwarded packets");
+        assert_eq!(warns, iptables == "iptables-nft", "{}", agent.log());
+        run(&format!("{iptables} -w -I FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"));
+        for answer in [client.tcp(CLUSTER_IP), client.udp(CLUSTER_IP), pod.tcp(CLUSTER_IP), pod.udp(CLUSTER_IP)] {
+            assert!(answer.is_ok(), "{iptables}: {answer:?}");
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn services_work_next_to_docker_with_iptables_nft() {

@@ -55,8 +55,24 @@ fn the_agent_runs_no_other_program() {
     let pid: i32 = read().split_whitespace().next().unwrap().parse().unwrap();
     kill_process(Pid::from_raw(pid).unwrap(), Signal::TERM).unwrap();
     assert!(agent.ends().success(), "{}", agent.log());
-    let trace = read();
+    ran_nothing(&read());
+    // Served once more, to be cleaned up.
+    manifests.write("objects.json", &file(&[service("web", spec(&["10.0.0.0/8"]))]));
+    assert!(manifests.agent(&[&FLAGS[..], &["--once"]].concat()).ends().success());
+    let mut cleanup = Agent::start_command(
+        Command::new("strace")
+            .args(["-f", "-e", "trace=execve,execveat", "-o"])
+            .arg(&trace)
+            .args([env!("CARGO_BIN_EXE_kube-ipvs"), "cleanup"]),
+    );
+    assert!(cleanup.ends().success(), "{}", cleanup.log());
+    assert!(ipvs().is_empty());
+    ran_nothing(&read());
+}
+
+/// The one program in the trace is the agent.
+fn ran_nothing(trace: &str) {
     let programs: Vec<&str> = trace.lines().filter(|line| line.contains("exec")).collect();
     assert_eq!(programs.len(), 1, "{trace}");
-    assert!(programs[0].contains("kube-ipvs"), "{trace}");
+    assert!(programs[0].contains("/kube-ipvs"), "{trace}");
 }

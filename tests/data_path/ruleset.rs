@@ -333,8 +333,8 @@ fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
         assert!(!log[log_before..].contains("will try again"), "{tamper}: {}", &log[log_before..]);
     }
     println!("repaired within {took:?}");
-    // The period, and time for a few listings and an audit on a slow machine.
-    assert!(took.iter().all(|took| *took < PERIOD + Duration::from_secs(1)), "{took:?}");
+    // The period, and time for an audit and for listings of it all on a machine that does more besides.
+    assert!(took.iter().all(|took| *took < PERIOD + Duration::from_secs(3)), "{took:?}");
     assert_eq!(others(), before);
     no_kube_proxy();
 }

@@ -67,9 +67,10 @@ impl Drop for Server {
     /// Connections that are open stay so.
     fn drop(&mut self) {
         self.is_over.store(true, Ordering::Relaxed);
-        // Both wake up who waits, also where they say that nothing is connected.
+        // Both wake up who waits.
         let _ = shutdown(&self.tcp, Shutdown::Both);
-        let _ = shutdown(&self.udp, Shutdown::Both);
+        let own = self.udp.local_addr().map(|own| SocketAddr::new(Ipv6Addr::LOCALHOST.into(), own.port()));
+        let _ = own.and_then(|own| self.udp.send_to(b"", own));
         for thread in self.threads.drain(..) {
             let _ = thread.join();
         }
