@@ -287,7 +287,7 @@ impl Socket {
                 let index = header.sequence_number.wrapping_sub(begin_sequence) as usize;
                 match answer(&header, payload, &self.outgoing)? {
                     Some(Answer::Refused(refusal)) if index <= count => {
-                        refused.push((index.saturating_sub(1), refusal))
+                        refused.push((index.saturating_sub(1), refusal));
                     }
                     Some(Answer::Acknowledged) => is_acknowledged |= index == count,
                     _ => {}

@@ -341,7 +341,7 @@ impl<K: Kernel> Reconciler<K> {
             let mut findings = Findings::default();
             for mut keys in [tables, others] {
                 // After a socket that failed it is open what the kernel holds: the rest waits for the next reading.
-                let Some(found) = self.carry_out(&mut keys, origin, now, &findings.failed, outcome) else { break };
+                let Some(found) = self.carry_out(&mut keys, origin, now, &findings, outcome) else { break };
                 for key in keys.iter().filter(|key| !found.concern(key)) {
                     self.pending.remove(key);
                 }
@@ -376,13 +376,15 @@ impl<K: Kernel> Reconciler<K> {
         keys: &mut BTreeSet<Key>,
         origin: Origin,
         now: Instant,
-        failed: &Errors,
+        before: &Findings,
         outcome: &mut Outcome,
     ) -> Option<Findings> {
         let mut guards = self.plan(keys, origin, now)?;
         let mut hopeless = BTreeSet::new();
         guards.retain(|operation| {
-            let is_hopeless = operation.filter_family().is_some_and(|it| failed.contains_key(&Key::Filter(it)));
+            let table = operation.filter_family().map(Key::Filter).filter(|table| *table != operation.key());
+            let is_hopeless =
+                table.is_some_and(|table| before.failed.contains_key(&table) || self.pending.contains_key(&table));
             if is_hopeless {
                 hopeless.insert(operation.key());
             }

@@ -63,7 +63,7 @@ fn contents(family: Family) -> impl Strategy<Value = Contents> {
     ];
     let guard = prop_oneof![Just(Guard::Open), Just(Guard::Insiders), Just(Guard::Refuse)];
     let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
-    let front_end = (0_u16..2000, any::<u16>(), protocol).prop_map(move |(number, port, protocol)| FrontEnd {
+    let front_end = (0_u16..2000, any::<u16>(), protocol.clone()).prop_map(move |(number, port, protocol)| FrontEnd {
         address: address(family, number),
         port,
         protocol,
@@ -77,7 +77,8 @@ fn contents(family: Family) -> impl Strategy<Value = Contents> {
     let sources = proptest::collection::btree_map((0_u8..4).prop_map(name), ranges, 0..4);
     let entry = prop_oneof![
         (0_u16..2000).prop_map(move |number| Entry::Vip(address(family, number))),
-        (0_u16..2000).prop_map(move |number| Entry::Hairpin(address(family, number))),
+        (0_u16..2000, any::<u16>(), protocol.clone())
+            .prop_map(move |(number, port, protocol)| Entry::Hairpin((address(family, number), port).into(), protocol)),
         any::<u16>().prop_map(move |port| Entry::HealthCheckPort(family, port)),
     ];
     let rule = (masquerade, guard, any::<bool>(), proptest::option::of(any::<prop::sample::Index>()));
@@ -204,6 +205,86 @@ fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_transaction_with_more_refusals_than_a_socket_holds_is_refused_and_nothing_hangs() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    let ranges = Ranges::of_family(&["10.0.0.0/8".parse().unwrap()], Family::Ipv4).unwrap();
+    let mut transaction = Transaction::default();
+    for number in 0..200 {
+        transaction.set_sources(&name(number), Family::Ipv4, &ranges);
+    }
+    assert!(commit(&mut socket, transaction).is_err(), "there is no table");
+    let mut transaction = Transaction::default();
+    transaction.build(&ruleset(Family::Ipv4, DetectLocal::NodeCidr), false, &Contents::default());
+    assert_eq!(commit(&mut socket, transaction), Ok(()), "the socket is as good as before");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn names_as_long_as_they_may_be_fit() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    let v6 = ruleset(Family::Ipv6, DetectLocal::NodeCidr);
+    let service = ObjectName::new("n".repeat(63), "s".repeat(63));
+    let rule = FrontEndRule {
+        masquerade: Masquerade::Nobody,
+        guard: Guard::Open,
+        is_closed_to_node: true,
+        sources: Some(service.clone()),
+    };
+    let front_ends =
+        (1..=3000).map(|port| FrontEnd { address: address(Family::Ipv6, 1), port, protocol: Protocol::Udp });
+    let ranges = Ranges::of_family(&["fd00::/8".parse().unwrap()], Family::Ipv6).unwrap();
+    let contents = Contents {
+        front_ends: front_ends.map(|front_end| (front_end, rule.clone())).collect(),
+        sources: [(service, ranges)].into(),
+        ..Contents::default()
+    };
+    let mut transaction = Transaction::default();
+    transaction.build(&v6, false, &contents);
+    assert_eq!(commit(&mut socket, transaction), Ok(()));
+    assert_eq!(observe(&mut socket), expected(&[&v6], &[&contents]));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_nft_lists_it_can_load_again() {
+    isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+    for (family, detect) in [
+        (Family::Ipv4, DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap()])),
+        (Family::Ipv6, DetectLocal::InterfaceNamePrefix("veth".into())),
+    ] {
+        let ranges = ["10.0.0.0/8", "192.0.2.1/32", "fd00::/8", "2001:db8::/32"].map(|text| text.parse().unwrap());
+        let rule = FrontEndRule {
+            masquerade: Masquerade::Outsiders,
+            guard: Guard::Insiders,
+            is_closed_to_node: true,
+            sources: Some(name(1)),
+        };
+        let front_end = FrontEnd { address: address(family, 1), port: 80, protocol: Protocol::Tcp };
+        let contents = Contents {
+            front_ends: [(front_end, rule)].into(),
+            entries: [
+                Entry::Vip(address(family, 1)),
+                Entry::Hairpin((address(family, 2), 8080).into(), Protocol::Tcp),
+                Entry::HealthCheckPort(family, 30000),
+            ]
+            .into(),
+            sources: [(name(1), Ranges::of_family(&ranges, family).unwrap())].into(),
+        };
+        let mut transaction = Transaction::default();
+        transaction.build(&ruleset(family, detect), false, &contents);
+        assert_eq!(commit(&mut socket, transaction), Ok(()));
+    }
+    shell(
+        "nft list ruleset > first && nft flush ruleset && nft -f first && nft list ruleset > second && diff first second \
+         && rm first second",
+    );
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn every_foreign_change_to_the_constant_part_shows() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
@@ -216,8 +297,9 @@ fn every_foreign_change_to_the_constant_part_shows() {
         "nft add chain ip kube-ipvs another",
         "nft add set ip kube-ipvs another '{ type ipv4_addr; }'",
         "nft add chain ip kube-ipvs filter-input '{ policy drop; }'",
-        "nft add element ip kube-ipvs services '{ 10.96.0.1 . icmp . 1 : 0x1 }'",
-        "nft add element ip kube-ipvs hairpin '{ 10.0.0.1 . 10.0.0.2 }'",
+        "nft add element ip kube-ipvs open '{ 10.96.0.1 . icmp . 1 }'",
+        "nft add element ip kube-ipvs hairpin '{ 10.0.0.1 . 10.0.0.2 . tcp . 80 }'",
+        "nft add table ip kube-ipvs '{ flags dormant; }'",
         "nft replace rule ip kube-ipvs nat-cluster-ip handle $(nft -a list chain ip kube-ipvs nat-cluster-ip \
          | sed -n 's/.*handle //p' | tail -n 1) accept",
     ] {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
 use ipvs_netlink::Family;
 use reconciler::Policy;
-use reconciler::fake::FakeKernel;
+use reconciler::fake::{FakeKernel, Fault};
 use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter};
 use reconciler::kernel::Cause;
 use reconciler::plan::{FrontEnd, Operation};
@@ -18,6 +18,8 @@ const CLUSTER_IP: &str = "10.96.0.10";
 const EXTERNAL: &str = "198.51.100.10";
 const BALANCED: &str = "203.0.113.10";
 const OWN: &str = "192.168.1.1";
+/// The bit of the set `closed-to-node`.
+const CLOSED_TO_NODE: u32 = 1 << 8;
 
 /// A load balancer of every kind of front end.
 fn balancer() -> Service {
@@ -97,7 +99,7 @@ fn source_ranges_restrict_load_balancer_ips_alone() {
         for (front_end, elements) in front_ends(&mut world) {
             let is_restricted = front_end.contains(BALANCED);
             assert_eq!(elements.sources, is_restricted.then(|| Some(name("web"))), "{front_end}");
-            assert_eq!(elements.class.unwrap() & 0x100 != 0, is_restricted && is_closed_to_node, "{front_end}");
+            assert_eq!(elements.sets & CLOSED_TO_NODE != 0, is_restricted && is_closed_to_node, "{front_end}");
         }
         assert_eq!(world.kernel().filter.sources.keys().collect::<Vec<_>>(), [&(name("web"), Family::Ipv4)]);
     }
@@ -128,9 +130,9 @@ fn hairpins_are_the_local_endpoints_whatever_their_condition() {
     let unready = Endpoint { ready: false, serving: false, ..local("10.0.0.3") };
     let mut world = world(balancer(), vec![local("10.0.0.1"), endpoint("10.0.0.2"), unready]);
     let entries: Vec<Entry> = world.kernel().filter.entries.iter().copied().collect();
-    let hairpins = [Entry::Hairpin(ip("10.0.0.1")), Entry::Hairpin(ip("10.0.0.3"))];
+    let hairpins = ["10.0.0.1:8080", "10.0.0.3:8080"].map(|it| Entry::Hairpin(it.parse().unwrap(), Protocol::Tcp));
     assert_eq!(
-        entries.iter().filter(|entry| matches!(entry, Entry::Hairpin(_))).collect::<Vec<_>>(),
+        entries.iter().filter(|entry| matches!(entry, Entry::Hairpin(..))).collect::<Vec<_>>(),
         [&hairpins[0], &hairpins[1]]
     );
 }
@@ -185,6 +187,101 @@ fn what_cannot_be_guarded_is_not_opened() {
     world.wait(Duration::from_secs(2)).settle();
     assert!(world.kernel().servers.contains_key(&tcp(BALANCED, 80)));
     assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)));
+}
+
+#[test]
+fn a_guard_stays_for_as_long_as_what_it_guards() {
+    let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
+    let mut world = world(restricted, vec![endpoint("10.0.0.2")]);
+    world.kernel().fault = Some(Box::new(|operation| match operation {
+        Operation::UnbindAddress(vip) if *vip == ip(BALANCED) => Some(Cause::Refused),
+        Operation::DeleteVirtualServer(front_end) if front_end.address == ip(BALANCED) => Some(Cause::Refused),
+        _ => None,
+    }));
+    world.apply(Change::ServiceGone(name("web"))).sync();
+    let filter = &world.kernel().filter;
+    assert_eq!(filter.front_ends.keys().collect::<Vec<_>>(), [&tcp(BALANCED, 80)]);
+    assert!(filter.entries.contains(&Entry::Vip(ip(BALANCED))));
+    assert!(filter.sources.contains_key(&(name("web"), Family::Ipv4)));
+    world.kernel().fault = None;
+    world.wait(Duration::from_secs(2)).settle();
+    world.audit();
+    let filter = &world.kernel().filter;
+    assert!(filter.front_ends.is_empty() && filter.entries.is_empty() && filter.sources.is_empty());
+}
+
+#[test]
+fn a_front_end_opens_to_outsiders_only_when_the_remote_endpoints_are_gone() {
+    let policy_local = Service { external_policy: TrafficPolicy::Local, ..balancer() };
+    let mut world = world(policy_local, vec![endpoint("10.0.0.2")]);
+    world.kernel().log.clear();
+    world.apply(Change::Slice(slice("web-1", "web", vec![local("10.0.0.1"), endpoint("10.0.0.2")]))).sync();
+    let of = |operation: &Operation| match operation {
+        Operation::SetFrontEnd(front_end, ..) if front_end.address == ip(EXTERNAL) => Some("open"),
+        Operation::AddRealServer(front_end, _) if front_end.address == ip(EXTERNAL) => Some("local in"),
+        Operation::DrainRealServer(front_end, _) if front_end.address == ip(EXTERNAL) => Some("remote out"),
+        _ => None,
+    };
+    assert_eq!(world.kernel().log.iter().filter_map(of).collect::<Vec<_>>(), ["local in", "remote out", "open"]);
+    // The other way round it is closed first.
+    world.kernel().log.clear();
+    world.apply(Change::Slice(slice("web-1", "web", vec![endpoint("10.0.0.2")]))).sync();
+    assert_eq!(world.kernel().log.iter().find_map(of), Some("open"));
+}
+
+#[test]
+fn a_failing_socket_while_a_table_is_made_is_reported_and_made_up_for() {
+    let mut is_first = true;
+    let fault: Fault = Box::new(move |operation| {
+        let fails = matches!(operation, Operation::BuildFilter { .. }) && std::mem::take(&mut is_first);
+        fails.then_some(Cause::Unknown)
+    });
+    let kernel = FakeKernel { fault: Some(fault), ..FakeKernel::default() };
+    let mut world = World::unsynced(kernel, Policy::new(NODE));
+    world.apply(Change::Service(balancer())).apply(Change::Synced);
+    assert_eq!(world.sync().failures.len(), 1);
+    assert!(world.kernel().servers.is_empty());
+    world.sync();
+    assert_eq!(world.kernel().servers.len(), 3);
+}
+
+#[test]
+fn where_a_familys_table_cannot_be_made_nothing_of_it_is_opened_or_tried() {
+    let fault: Fault = Box::new(|operation| match operation {
+        Operation::BuildFilter { ruleset, .. } if ruleset.family() == Family::Ipv6 => Some(Cause::Refused),
+        _ => None,
+    });
+    let kernel = FakeKernel { fault: Some(fault), ..FakeKernel::default() };
+    let mut dual = balancer();
+    dual.cluster_ips.push(ip("fd96::10"));
+    let mut world = World::unsynced(kernel, Policy::new(NODE));
+    world.apply(Change::Service(dual)).apply(Change::Synced);
+    assert_eq!(world.sync().failures.len(), 1, "the table alone");
+    assert!(world.kernel().servers.keys().all(|front_end| front_end.address.is_ipv4()));
+    assert!(world.kernel().addresses.as_ref().unwrap().keys().all(std::net::IpAddr::is_ipv4));
+    world.kernel().fault = None;
+    world.audit();
+    assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip("fd96::10")));
+}
+
+#[test]
+fn a_table_is_not_replaced_while_its_elements_must_be_kept() {
+    let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
+    let kernel = world(restricted, vec![endpoint("10.0.0.2")]).kill();
+    let before = kernel.filter.clone();
+    // The next agent would write other rules, and cannot read the file with the Service.
+    let policy = Policy { masquerade_all: true, ..Policy::new(NODE) };
+    let mut next = World::unsynced(kernel, policy);
+    next.interfaces(ips(&["127.0.0.1", OWN, "fd01::1"]));
+    next.apply(Change::Incomplete(true)).apply(Change::Synced).settle();
+    assert_eq!(next.kernel().filter, before);
+}
+
+#[test]
+fn no_kubelet_switches_off_a_cluster_ip() {
+    let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
+    world.apply(Change::Neighbour("node-b".into(), vec![ip(CLUSTER_IP)])).settle();
+    assert!(world.kernel().servers.contains_key(&tcp(CLUSTER_IP, 80)));
 }
 
 #[test]

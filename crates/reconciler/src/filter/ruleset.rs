@@ -47,6 +47,7 @@ const NO_PORT: [u8; 2] = [0; 2];
 
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
+const IPPROTO_SCTP: u8 = 132;
 const LOOPBACK_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 const LOOPBACK_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128);
 /// The loopback device has this index in every network namespace.
@@ -228,7 +229,7 @@ impl Ruleset {
             chain("nat-masquerade", vec![self.mark(), self.keep()]),
             chain("nat-cluster-ip", self.cluster_ip()),
             chain("nat-keep", vec![self.keep()]),
-            chain("nat-closed", vec![self.closed()]),
+            chain("nat-closed", self.closed()),
             chain("nat-services", self.nat_services()),
             chain("refuse", self.refuse()),
             chain("insiders", self.insiders_only()),
@@ -335,17 +336,19 @@ impl Ruleset {
         )
     }
 
-    /// Sends what the node must not reach to where `filter-input` drops it without a word.
-    fn closed(&self) -> Rule {
+    /// Sends what the node must not reach to where `filter-input` drops it without a word. (For nft a port is one of some
+    /// protocol.)
+    fn closed(&self) -> Vec<Rule> {
         let port = register(self.address_words());
-        Rule::new(
-            "nowhere",
-            [vec![
+        let to_nowhere = || {
+            vec![
                 immediate(&self.loopback(), register(0)),
                 immediate(&NO_PORT, port),
                 translate_destination(self.family, register(0), Some(port)),
-            ]],
-        )
+            ]
+        };
+        let protocols = [IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP].into_iter();
+        protocols.map(|protocol| Rule::new("to nowhere", [Self::is_protocol(protocol), to_nowhere()])).collect()
     }
 
     fn loopback(&self) -> Vec<u8> {
