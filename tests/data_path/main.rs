@@ -11,6 +11,7 @@ mod traffic;
 
 mod cold_start;
 mod default_route;
+mod host_network;
 mod hostile;
 mod neighbours;
 mod no_exec;
