@@ -301,13 +301,16 @@ fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
     let mut took = Vec::new();
     for (tamper, named) in [
         ("nft delete element ip kube-ipvs vips '{ 10.96.0.10 }'", "address 10.96.0.10"),
-        ("nft delete element ip kube-ipvs services '{ 10.96.0.10 . tcp . 80 }'", "virtual server TCP 10.96.0.10:80"),
-        ("nft add element ip kube-ipvs services '{ 10.9.9.9 . tcp . 80 : 0x11 }'", "virtual server TCP 10.9.9.9:80"),
+        ("nft delete element ip kube-ipvs open '{ 10.96.0.10 . tcp . 80 }'", "virtual server TCP 10.96.0.10:80"),
+        ("nft add element ip kube-ipvs refused '{ 10.9.9.9 . tcp . 80 }'", "virtual server TCP 10.9.9.9:80"),
         (
             "nft delete element ip kube-ipvs source-ranges '{ 203.0.113.10 . tcp . 80 }'",
             "virtual server TCP 203.0.113.10:80",
         ),
-        ("nft delete element ip kube-ipvs hairpin '{ 10.244.1.1 . 10.244.1.1 }'", "local endpoint 10.244.1.1"),
+        (
+            "nft delete element ip kube-ipvs hairpin '{ 10.244.1.1 . 10.244.1.1 . tcp . 8080 }'",
+            "local endpoint 10.244.1.1:8080",
+        ),
         ("nft delete element ip kube-ipvs health-check-ports '{ 31000 }'", "health-check port 31000"),
         ("nft add rule ip kube-ipvs filter-input accept", "IPv4 table"),
         ("nft insert rule ip kube-ipvs sources-default/web accept", "source ranges of Service default/web"),
@@ -315,6 +318,7 @@ fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
         ("nft flush chain ip kube-ipvs sources-default/web", "source ranges of Service default/web"),
         ("nft add chain ip6 kube-ipvs mine", "IPv6 table"),
         ("nft flush ruleset ip6", "IPv6 table"),
+        ("nft add table ip kube-ipvs '{ flags dormant; }'", "IPv4 table"),
         ("nft delete table ip kube-ipvs", "IPv4 table"),
     ] {
         // While it looks away, so that what was done is seen before it is repaired.

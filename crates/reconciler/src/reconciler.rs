@@ -380,6 +380,7 @@ impl<K: Kernel> Reconciler<K> {
         outcome: &mut Outcome,
     ) -> Option<Findings> {
         let mut guards = self.plan(keys, origin, now)?;
+        // Keys whose guard is not even tried.
         let mut hopeless = BTreeSet::new();
         guards.retain(|operation| {
             let table = operation.filter_family().map(Key::Filter).filter(|table| *table != operation.key());
