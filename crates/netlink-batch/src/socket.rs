@@ -114,36 +114,8 @@ impl Socket {
         R: NetlinkDeserializable,
     {
         for _ in 0..DUMP_ATTEMPTS {
-            self.outgoing.clear();
-            let sequence = self.push(message, NLM_F_DUMP);
-            self.send()?;
-            let mut interrupted = false;
             let mut read = Vec::new();
-            let mut failure = None;
-            self.answers(|header, answer| {
-                if header.sequence_number != sequence {
-                    return Ok(false);
-                }
-                // A change after the last entry shows in the end's flags alone.
-                interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
-                match answer {
-                    Answer::Acknowledged => Ok(false),
-                    Answer::Done => Ok(true),
-                    Answer::Refused(refusal) => Err(refusal.into()),
-                    Answer::Data(payload) => {
-                        // The kernel refuses the next dump (EBUSY) until this one is read to its end.
-                        match decode(header, payload) {
-                            Ok(message) => read.push(message),
-                            Err(error) => failure = failure.take().or(Some(error)),
-                        }
-                        Ok(false)
-                    }
-                }
-            })?;
-            if let Some(error) = failure {
-                return Err(error);
-            }
-            if !interrupted {
+            if !self.dump_once(message, |answer| read.push(answer))? {
                 read.into_iter().for_each(&mut each);
                 return Ok(());
             }
@@ -153,7 +125,16 @@ impl Socket {
 
     /// Asks for a dump and hands on each message as it comes, for lists that are too long to be held. Where the dump is
     /// interrupted some entries may be missing, or come twice.
-    pub fn stream<M, R>(&mut self, message: &M, mut each: impl FnMut(R)) -> Result<(), Error>
+    pub fn stream<M, R>(&mut self, message: &M, each: impl FnMut(R)) -> Result<(), Error>
+    where
+        M: NetlinkSerializable,
+        R: NetlinkDeserializable,
+    {
+        self.dump_once(message, each).map(drop)
+    }
+
+    /// Returns whether the dump was interrupted.
+    fn dump_once<M, R>(&mut self, message: &M, mut each: impl FnMut(R)) -> Result<bool, Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
@@ -161,16 +142,20 @@ impl Socket {
         self.outgoing.clear();
         let sequence = self.push(message, NLM_F_DUMP);
         self.send()?;
+        let mut interrupted = false;
         let mut failure = None;
         self.answers(|header, answer| {
             if header.sequence_number != sequence {
                 return Ok(false);
             }
+            // A change after the last entry shows in the end's flags alone.
+            interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
             match answer {
                 Answer::Acknowledged => Ok(false),
                 Answer::Done => Ok(true),
                 Answer::Refused(refusal) => Err(refusal.into()),
                 Answer::Data(payload) => {
+                    // The kernel refuses the next dump (EBUSY) until this one is read to its end.
                     match decode(header, payload) {
                         Ok(message) => each(message),
                         Err(error) => failure = failure.take().or(Some(error)),
@@ -179,7 +164,7 @@ impl Socket {
                 }
             }
         })?;
-        failure.map_or(Ok(()), Err)
+        failure.map_or(Ok(interrupted), Err)
     }
 
     /// Sends many requests in few `send`s and returns one result each, in order.

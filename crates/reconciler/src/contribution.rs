@@ -9,8 +9,8 @@ use ipvs_netlink::{Family, Netmask};
 use service_watch::{Endpoint, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
+use crate::front_end::{FrontEnd, ServerConfig};
 use crate::node::NodeView;
-use crate::plan::{FrontEnd, ServerConfig};
 use crate::policy::Policy;
 use crate::table::Entry as TableEntry;
 

@@ -9,7 +9,8 @@ use service_watch::{ObjectName, Service};
 
 use crate::contribution::{Contribution, WantedServer};
 use crate::filter::{Contents, Entry, Ranges};
-use crate::plan::{FrontEnd, Key};
+use crate::front_end::FrontEnd;
+use crate::plan::Key;
 
 /// The order in which Services that claim one front end come: the oldest first, then by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -11,8 +11,9 @@ use crate::contribution::WantedServer;
 use crate::desired::Desired;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry};
+use crate::front_end::FrontEnd;
 use crate::mirror::{Mirror, MirrorRealServer, MirrorServer};
-use crate::plan::{FrontEnd, Key, Operation};
+use crate::plan::{Key, Operation};
 
 /// What is kept although nobody wants it.
 #[derive(Clone, Copy, Debug)]

@@ -7,9 +7,10 @@ use std::net::{IpAddr, SocketAddr};
 use ipvs_netlink::{Family, RealServer, Scheduler};
 
 use crate::filter::{Elements, ObservedFilter};
+use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedServer, Scope};
 use crate::mirror::Mirror;
-use crate::plan::{FrontEnd, Operation, Plan, ServerConfig};
+use crate::plan::{Operation, Plan};
 
 /// A real server in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,7 +20,8 @@ use service_watch::Protocol;
 use tracing::debug;
 
 use crate::filter::message::{header, protocol_number};
-use crate::plan::{FrontEnd, Operation};
+use crate::front_end::FrontEnd;
+use crate::plan::Operation;
 
 // linux/netfilter/nfnetlink_conntrack.h
 const CTA_ZONE: u16 = 18;

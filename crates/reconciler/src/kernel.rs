@@ -6,7 +6,8 @@ use std::net::IpAddr;
 use ipvs_netlink::RealServer;
 
 use crate::filter::ObservedFilter;
-use crate::plan::{FrontEnd, Plan, ServerConfig};
+use crate::front_end::{FrontEnd, ServerConfig};
+use crate::plan::Plan;
 
 /// The name of the device that carries the VIPs.
 pub const DEVICE: &str = "kube-ipvs0";

@@ -11,6 +11,7 @@
 //! * [`desired`]: the sum of all contributions, with one owner for each front end.
 //! * [`mirror`]: what the kernel holds, as far as known.
 //! * [`diff`]: the operations that lead from the mirror to what is desired, for the keys that are dirty.
+//! * [`front_end`]: what clients connect to; [`filter`]: who may, and who is masqueraded.
 //! * [`plan`]: operations, in phases whose order keeps traffic right at every instant.
 //! * [`kernel`]: the trait through which plans reach a kernel; [`linux`] is the real one, [`fake`] a model in memory.
 //! * [`reconciler`]: the composition of all of these; [`run`] gives it a thread and a clock.
@@ -20,12 +21,14 @@
 
 #![forbid(unsafe_code)]
 
+mod again;
 pub mod contribution;
 pub mod desired;
 pub mod diff;
 pub mod fake;
 pub mod filter;
 mod flows;
+pub mod front_end;
 pub mod interface_watch;
 pub mod kernel;
 pub mod linux;

@@ -14,8 +14,9 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::filter::{self, ObservedFilter};
 use crate::flows;
+use crate::front_end::FrontEnd;
 use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer, Scope};
-use crate::plan::{FrontEnd, Operation, Plan};
+use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
 
 // errno.h

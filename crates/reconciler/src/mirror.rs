@@ -8,9 +8,10 @@ use service_watch::ObjectName;
 
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry, ObservedFilter};
+use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Observed, ObservedServer};
 use crate::node::is_link_local_v6;
-use crate::plan::{FrontEnd, Key, Operation, ServerConfig};
+use crate::plan::{Key, Operation};
 
 /// A virtual server in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]

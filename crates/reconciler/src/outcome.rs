@@ -1,10 +1,12 @@
 //! What a sync did: operations carried out and refused, drift found, and what people should know.
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use service_watch::ObjectName;
 
 use crate::desired::Clash;
+use crate::kernel::KernelError;
 use crate::plan::{Key, Operation};
 
 /// An operation that failed.
@@ -108,5 +110,34 @@ impl Done {
             Operation::BindAddress(_) => &mut self.addresses_bound,
             Operation::UnbindAddress(_) => &mut self.addresses_unbound,
         } += 1;
+    }
+}
+
+/// Keys with the first error of each.
+pub(crate) type Errors = BTreeMap<Key, KernelError>;
+
+/// What did not go as planned.
+#[derive(Debug, Default)]
+pub(crate) struct Findings {
+    /// Keys with operations that were refused.
+    pub(crate) failed: Errors,
+    /// Keys the mirror is wrong about.
+    pub(crate) stale: Errors,
+    /// Whether it is wrong about the packet filter.
+    pub(crate) is_filter_stale: bool,
+    /// Whether `kube-ipvs0` went away, and with it every address.
+    pub(crate) is_device_lost: bool,
+}
+
+impl Findings {
+    pub(crate) fn concern(&self, key: &Key) -> bool {
+        self.failed.contains_key(key) || self.stale.contains_key(key)
+    }
+
+    pub(crate) fn extend(&mut self, more: Self) {
+        self.failed.extend(more.failed);
+        self.stale.extend(more.stale);
+        self.is_filter_stale |= more.is_filter_stale;
+        self.is_device_lost |= more.is_device_lost;
     }
 }

@@ -5,94 +5,12 @@ use std::net::{IpAddr, SocketAddr};
 
 use std::sync::Arc;
 
-use ipvs_netlink::{Family, Netmask, RealServer, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
-use service_watch::{ObjectName, Protocol};
+use ipvs_netlink::{Family, RealServer};
+use service_watch::ObjectName;
 
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry, Ranges};
-
-/// What clients connect to: the identity of a virtual server of ours.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct FrontEnd {
-    /// The address.
-    pub address: IpAddr,
-    /// The port.
-    pub port: u16,
-    /// The protocol.
-    pub protocol: Protocol,
-}
-
-impl FrontEnd {
-    /// The virtual server's id.
-    pub fn id(&self) -> VirtualServerId {
-        let protocol = match self.protocol {
-            Protocol::Tcp => ipvs_netlink::Protocol::Tcp,
-            Protocol::Udp => ipvs_netlink::Protocol::Udp,
-            Protocol::Sctp => ipvs_netlink::Protocol::Sctp,
-        };
-        VirtualServerId::Address { protocol, address: self.address, port: self.port }
-    }
-
-    /// The front end of a virtual server; `None` for one that a Service cannot have, by firewall mark or of another
-    /// protocol. Such a virtual server is never ours.
-    pub fn of(id: &VirtualServerId) -> Option<Self> {
-        let VirtualServerId::Address { protocol, address, port } = *id else { return None };
-        let protocol = match protocol {
-            ipvs_netlink::Protocol::Tcp => Protocol::Tcp,
-            ipvs_netlink::Protocol::Udp => Protocol::Udp,
-            ipvs_netlink::Protocol::Sctp => Protocol::Sctp,
-            _ => return None,
-        };
-        Some(Self { address, port, protocol })
-    }
-}
-
-impl fmt::Display for FrontEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.id().fmt(f)
-    }
-}
-
-/// What a virtual server is beside its front end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ServerConfig {
-    /// How it chooses a real server.
-    pub scheduler: Scheduler,
-    /// Flags of the scheduler.
-    pub scheduler_flags: SchedulerFlags,
-    /// Seconds of `ClientIP` affinity.
-    pub persistence_timeout: Option<u32>,
-    /// Which clients persistence treats as one.
-    pub netmask: Netmask,
-    /// Whether each UDP packet is scheduled by itself.
-    pub one_packet: bool,
-}
-
-impl ServerConfig {
-    /// The virtual server of this configuration at a front end.
-    pub fn at(self, front_end: &FrontEnd) -> VirtualServer {
-        VirtualServer {
-            id: front_end.id(),
-            scheduler: self.scheduler,
-            scheduler_flags: self.scheduler_flags,
-            persistence_timeout: self.persistence_timeout,
-            netmask: self.netmask,
-            one_packet: self.one_packet,
-        }
-    }
-}
-
-impl From<VirtualServer> for ServerConfig {
-    fn from(server: VirtualServer) -> Self {
-        Self {
-            scheduler: server.scheduler,
-            scheduler_flags: server.scheduler_flags,
-            persistence_timeout: server.persistence_timeout,
-            netmask: server.netmask,
-            one_packet: server.one_packet,
-        }
-    }
-}
+use crate::front_end::{FrontEnd, ServerConfig};
 
 /// One step of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]

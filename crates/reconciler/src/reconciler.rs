@@ -8,16 +8,18 @@ use std::time::{Duration, Instant};
 
 use service_watch::{Change, ObjectName, Protocol};
 
+use crate::again::Again;
 use crate::contribution::Contribution;
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
 use crate::filter::Elements;
 use crate::filter::ruleset::Ruleset;
+use crate::front_end::FrontEnd;
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
-use crate::outcome::{Failure, Outcome};
-use crate::plan::{FrontEnd, Key, Operation, Phase, Plan};
+use crate::outcome::{Failure, Findings, Outcome};
+use crate::plan::{Key, Operation, Phase, Plan};
 use crate::policy::Policy;
 use crate::table::{Dirty, ServiceTable};
 use crate::urgent::is_urgent;
@@ -26,60 +28,12 @@ use crate::urgent::is_urgent;
 const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// kube-proxy looks after draining real servers once a minute; the first looks come sooner, as most are idle by then.
 const DRAIN_FIRST: Duration = Duration::from_millis(100);
-/// The longest wait between two tries, and between two looks.
-const WAIT_MAX: Duration = Duration::from_secs(60);
-
-/// Something to be done again, each time after twice the wait.
-#[derive(Clone, Debug)]
-struct Again {
-    due: Instant,
-    wait: Duration,
-}
-
-impl Again {
-    fn after(wait: Duration, now: Instant) -> Self {
-        Self { due: now + wait, wait }
-    }
-
-    fn longer(&self, now: Instant) -> Self {
-        Self::after((self.wait * 2).min(WAIT_MAX), now)
-    }
-}
 
 /// A key whose last operation failed.
 #[derive(Clone, Debug)]
 struct Pending {
     again: Again,
     error: String,
-}
-
-/// Keys with the first error of each.
-type Errors = BTreeMap<Key, KernelError>;
-
-/// What did not go as planned.
-#[derive(Debug, Default)]
-struct Findings {
-    /// Keys with operations that were refused.
-    failed: Errors,
-    /// Keys the mirror is wrong about.
-    stale: Errors,
-    /// Whether it is wrong about the packet filter.
-    is_filter_stale: bool,
-    /// Whether `kube-ipvs0` went away, and with it every address.
-    is_device_lost: bool,
-}
-
-impl Findings {
-    fn concern(&self, key: &Key) -> bool {
-        self.failed.contains_key(key) || self.stale.contains_key(key)
-    }
-
-    fn extend(&mut self, more: Self) {
-        self.failed.extend(more.failed);
-        self.stale.extend(more.stale);
-        self.is_filter_stale |= more.is_filter_stale;
-        self.is_device_lost |= more.is_device_lost;
-    }
 }
 
 /// Brings a kernel to what Services ask for.

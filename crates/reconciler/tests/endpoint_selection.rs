@@ -11,8 +11,8 @@ mod common;
 use common::{NODE, endpoint, ip, port, service, slice, tcp};
 use reconciler::Policy;
 use reconciler::contribution::Contribution;
+use reconciler::front_end::FrontEnd;
 use reconciler::node::NodeView;
-use reconciler::plan::FrontEnd;
 use reconciler::table::Entry;
 use service_watch::{Endpoint, Service, ServiceKind, TrafficPolicy};
 

@@ -17,8 +17,8 @@ use proptest::sample::{select, subsequence};
 use reconciler::Policy;
 use reconciler::fake::{FakeKernel, FakeRealServer, FakeServer};
 use reconciler::filter::ObservedFilter;
+use reconciler::front_end::{FrontEnd, ServerConfig};
 use reconciler::kernel::Cause;
-use reconciler::plan::{FrontEnd, ServerConfig};
 use reconciler::policy::{DetectLocal, NodePortAddresses};
 use service_watch::{
     Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,

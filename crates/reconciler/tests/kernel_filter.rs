@@ -18,8 +18,8 @@ use reconciler::Policy;
 use reconciler::filter::message::Transaction;
 use reconciler::filter::ruleset::Ruleset;
 use reconciler::filter::{Contents, Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter, Ranges, read};
+use reconciler::front_end::FrontEnd;
 use reconciler::node::NodeView;
-use reconciler::plan::FrontEnd;
 use reconciler::policy::{DetectLocal, Families};
 use service_watch::{ObjectName, Protocol};
 

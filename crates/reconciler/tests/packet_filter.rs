@@ -10,8 +10,9 @@ use ipvs_netlink::Family;
 use reconciler::Policy;
 use reconciler::fake::{FakeKernel, Fault};
 use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter};
+use reconciler::front_end::FrontEnd;
 use reconciler::kernel::Cause;
-use reconciler::plan::{FrontEnd, Operation};
+use reconciler::plan::Operation;
 use service_watch::{Change, Endpoint, Node, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 const CLUSTER_IP: &str = "10.96.0.10";

@@ -20,7 +20,7 @@ use service_watch::{ObjectName, Protocol};
 use super::expression::{Fate, Field, is_not_in_anonymous, load, protocol_family, register, verdict};
 use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS};
 use super::{Contents, Elements, Entry, Ranges, TABLE, set};
-use crate::plan::FrontEnd;
+use crate::front_end::FrontEnd;
 
 /// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
 const LIST_BYTES: usize = 48 * 1024;

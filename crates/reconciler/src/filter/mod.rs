@@ -4,7 +4,7 @@
 //! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets
 //! follows from the sets it is in, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
 //!
-//! Everything in this module but [`expression`], [`message`] and [`read`] is free of netlink.
+//! Everything in this module but those two is free of netlink.
 
 pub(crate) mod client;
 pub(crate) mod expression;
@@ -20,7 +20,7 @@ use ipnet::IpNet;
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Protocol};
 
-use crate::plan::FrontEnd;
+use crate::front_end::FrontEnd;
 
 /// The name of the tables. kube-proxy deletes the tables `kube-proxy` of either family when it starts in ipvs mode, so
 /// that name is not to be had.

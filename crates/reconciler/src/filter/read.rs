@@ -19,7 +19,7 @@ use service_watch::{ObjectName, Protocol};
 use super::message::{UDATA_FINGERPRINT, header, protocol_number};
 use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
 use super::{Entry, ObservedFilter, TABLE, set};
-use crate::plan::FrontEnd;
+use crate::front_end::FrontEnd;
 
 /// Attributes of a message of nfnetlink, after the four bytes of its own header.
 #[derive(Debug)]

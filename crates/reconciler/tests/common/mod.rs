@@ -15,8 +15,8 @@ use std::num::NonZeroU16;
 use std::time::{Duration, Instant};
 
 use reconciler::fake::{FakeKernel, FakeServer};
+use reconciler::front_end::FrontEnd;
 use reconciler::outcome::Outcome;
-use reconciler::plan::FrontEnd;
 use reconciler::{Policy, Reconciler};
 use service_watch::{
     Change, Endpoint, EndpointSlice, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
