@@ -359,3 +359,16 @@ fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
     manifests.write("service.yaml", "# nothing to serve here");
     agent.has(&["-A -t 10.96.0.11:80 -s rr"]);
 }
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn chains_of_others_that_drop_what_is_forwarded_are_named_at_the_start() {
+    isolate().unwrap();
+    run(
+        "nft add table inet wall && nft 'add chain inet wall gate { type filter hook forward priority 0; policy drop; }'",
+    );
+    let manifests = web();
+    let mut agent = manifests.agent(&["--once"]);
+    assert!(agent.ends().success());
+    assert!(agent.log().contains("inet wall gate"), "{}", agent.log());
+}

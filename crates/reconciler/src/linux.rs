@@ -78,12 +78,8 @@ impl LinuxKernel {
 
     /// Chains of others at the forward hook that drop what they do not accept.
     pub fn forward_drops(&mut self) -> Result<Vec<String>, KernelError> {
-        let mut found = Vec::new();
-        for family in self.families.iter() {
-            let chains = filter::read::forward_drops(&mut self.netfilter, family);
-            found.extend(chains.map_err(|error| refused(format!("cannot read the packet filter of others: {error}")))?);
-        }
-        Ok(found)
+        let chains = filter::read::forward_drops(&mut self.netfilter);
+        chains.map_err(|error| refused(format!("cannot read the packet filter of others: {error}")))
     }
 
     /// Deletes `kube-ipvs0`. Returns whether it was there; an interface of that name that is no dummy is refused.

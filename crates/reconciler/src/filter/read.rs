@@ -9,11 +9,11 @@ use netlink_batch::{Error, Socket};
 use netlink_packet_core::{
     DecodeError, NetlinkDeserializable, NetlinkHeader, NlasIterator, parse_string, parse_u32_be,
 };
-use netlink_packet_netfilter::NetfilterMessage;
 use netlink_packet_netfilter::nftables::{
     ChainMessage, NfTablesMessage, RuleAttribute, RuleMessage, SetAttribute, SetElementList, SetElementMessage,
     SetMessage, TableMessage,
 };
+use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
 use super::message::{UDATA_FINGERPRINT, header, protocol_number};
@@ -119,19 +119,23 @@ pub fn read(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Resu
 /// Chains of other tables at the forward hook that drop what nobody accepts, with their tables.
 ///
 /// To accept a packet in one table does not keep another from dropping it.
-pub fn forward_drops(socket: &mut Socket, family: Family) -> Result<Vec<String>, Error> {
+pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
     const FORWARD: u32 = 2;
     const NF_DROP: u32 = 0;
     let mut found = Vec::new();
-    dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
-        let hook = chain.attribute(NFTA_CHAIN_HOOK).and_then(|hook| attribute(hook, NFTA_HOOK_HOOKNUM));
-        let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
-        if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
-            let text = |kind| chain.text(kind).unwrap_or_default();
-            let word = if family == Family::Ipv4 { "ip" } else { "ip6" };
-            found.push(format!("{word} {} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
-        }
-    })?;
+    let families = [NetfilterProtoFamily::IPv4, NetfilterProtoFamily::IPv6, NetfilterProtoFamily::Inet];
+    for (family, word) in families.into_iter().zip(["ip", "ip6", "inet"]) {
+        let message = NfTablesMessage::GetChain(ChainMessage { attributes: vec![] });
+        let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message);
+        socket.dump(&message, |chain: Raw| {
+            let hook = chain.attribute(NFTA_CHAIN_HOOK).and_then(|hook| attribute(hook, NFTA_HOOK_HOOKNUM));
+            let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
+            if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
+                let text = |kind| chain.text(kind).unwrap_or_default();
+                found.push(format!("{word} {} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
+            }
+        })?;
+    }
     Ok(found)
 }
 
