@@ -218,9 +218,8 @@ impl Socket {
     /// Sends requests as one transaction, in one datagram between two messages that say where it begins and ends: the
     /// way of nfnetlink, where either all of it takes effect at one instant or nothing does.
     ///
-    /// The inner result names the requests that were refused, by their place; nothing of the transaction took effect
-    /// then. A refusal of the transaction as a whole stands for its first request. The kernel checks every request even
-    /// after one was refused, so that all refusals are named at once, as far as the receive buffer holds them.
+    /// The inner result is the first request that was refused, by its place, and why; nothing of the transaction took
+    /// effect then. A refusal of the transaction as a whole stands for its first request.
     ///
     /// The send buffer grows to what the datagram needs, which takes `CAP_NET_ADMIN` beyond the system's limit.
     pub fn transaction<M>(
@@ -228,7 +227,7 @@ impl Socket {
         begin: &M,
         requests: impl IntoIterator<Item = Request<M>>,
         end: &M,
-    ) -> Result<Result<(), Vec<(usize, Refusal)>>, Error>
+    ) -> Result<Result<(), (usize, Refusal)>, Error>
     where
         M: NetlinkSerializable,
     {
@@ -249,11 +248,11 @@ impl Socket {
         self.make_room()?;
         match self.send() {
             Err(Error::Send(error)) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Ok(Err(vec![(0, Refusal::new(libc::EMSGSIZE))]));
+                return Ok(Err((0, Refusal::new(libc::EMSGSIZE))));
             }
             sent => sent?,
         }
-        let mut refused = Vec::new();
+        let mut refused = None;
         let mut is_acknowledged = false;
         // All answers are queued by now, and which of them is the last one cannot be told: of a transaction that is refused
         // as a whole the kernel says nothing more.
@@ -272,17 +271,18 @@ impl Socket {
                 let index = header.sequence_number.wrapping_sub(begin_sequence) as usize;
                 match answer(&header, payload, &self.outgoing)? {
                     Some(Answer::Refused(refusal)) if index <= count => {
-                        refused.push((index.saturating_sub(1), refusal));
+                        refused.get_or_insert((index.saturating_sub(1), refusal));
                     }
                     Some(Answer::Acknowledged) => is_acknowledged |= index == count,
                     _ => {}
                 }
             }
         }
-        if refused.is_empty() && !is_acknowledged {
-            refused.push((0, Refusal::new(libc::ENOBUFS)));
-        }
-        Ok(if refused.is_empty() { Ok(()) } else { Err(refused) })
+        Ok(match refused {
+            Some(refused) => Err(refused),
+            None if is_acknowledged => Ok(()),
+            None => Err((0, Refusal::new(libc::ENOBUFS))),
+        })
     }
 
     /// Lets the send buffer take the datagram at hand: the kernel refuses one that is larger than the buffer.

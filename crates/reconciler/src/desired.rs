@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
@@ -101,6 +102,11 @@ impl Desired {
     /// The virtual server wanted at a front end.
     pub fn server(&self, front_end: &FrontEnd) -> Option<&WantedServer> {
         self.contributors.get(self.owner(front_end)?)?.contribution.servers.get(front_end)
+    }
+
+    /// The real servers wanted at a front end, sorted; none where nobody wants it.
+    pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[SocketAddr]> {
+        self.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default()
     }
 
     /// The Service that has a front end.

@@ -99,10 +99,7 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
             }
         }
         Key::Server(front_end) => return diff_server(*front_end, mirror, desired, context, out),
-        Key::Flows(front_end) => {
-            let alive = desired.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default();
-            out.push(Operation::FlushFlows(*front_end, alive));
-        }
+        Key::Flows(front_end) => out.push(Operation::FlushFlows(*front_end, desired.real_servers(front_end))),
     }
     false
 }

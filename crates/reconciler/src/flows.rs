@@ -19,7 +19,8 @@ use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use service_watch::Protocol;
 use tracing::debug;
 
-use crate::filter::message::{header, protocol_number};
+use crate::filter::expression::protocol_number;
+use crate::filter::message::header;
 use crate::front_end::FrontEnd;
 use crate::plan::Operation;
 

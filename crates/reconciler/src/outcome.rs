@@ -62,7 +62,7 @@ pub struct Done {
     pub addresses_bound: usize,
     /// VIPs taken from the device.
     pub addresses_unbound: usize,
-    /// Whether the device was made.
+    /// Devices made.
     pub device_added: usize,
     /// Tables of the packet filter made.
     pub filters_built: usize,

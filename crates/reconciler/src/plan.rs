@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
-
 use std::sync::Arc;
 
 use ipvs_netlink::{Family, RealServer};

@@ -401,7 +401,7 @@ impl<K: Kernel> Reconciler<K> {
             if let Key::Server(front_end) = key {
                 let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
                 drains.push((*front_end, is_draining, began));
-                let alive = || self.desired.server(front_end).map(|it| it.real_servers.clone()).unwrap_or_default();
+                let alive = || self.desired.real_servers(front_end);
                 if operations[start..].iter().any(|o| matches!(o, Operation::AddVirtualServer(..))) {
                     operations.push(Operation::ClearFlows(*front_end, alive()));
                 } else if moves_flows(front_end, &operations[start..], mirror) {
@@ -436,7 +436,7 @@ impl<K: Kernel> Reconciler<K> {
     /// Notes since when the real servers of a front end drain, and says when the first of them has done so for too long.
     fn drain_end(&mut self, front_end: FrontEnd, timeout: Duration, now: Instant) -> Option<Instant> {
         let held = self.mirror.as_ref()?.server(&front_end)?;
-        let wanted = self.desired.server(&front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default();
+        let wanted = self.desired.real_servers(&front_end);
         let before = self.drain_since.remove(&front_end).unwrap_or_default();
         let draining = held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err());
         let since: BTreeMap<SocketAddr, Instant> =

@@ -23,10 +23,10 @@ use reconciler::node::NodeView;
 use reconciler::policy::{DetectLocal, Families};
 use service_watch::{ObjectName, Protocol};
 
-fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), Vec<usize>> {
+fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), usize> {
     let (begin, end) = Transaction::brackets();
     let result = socket.transaction(&begin, transaction.into_requests(), &end).unwrap();
-    result.map_err(|refused| refused.into_iter().map(|(index, _)| index).collect())
+    result.map_err(|(index, _)| index)
 }
 
 fn observe(socket: &mut Socket) -> ObservedFilter {
@@ -191,10 +191,10 @@ fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
     transaction.build(&v4, false, &Contents::default());
     assert_eq!(commit(&mut socket, transaction), Ok(()));
     let mut transaction = Transaction::default();
-    transaction.remove_entry(Entry::Vip(address(Family::Ipv4, 1)));
     transaction.add_entry(Entry::Vip(address(Family::Ipv4, 2)));
     transaction.remove_sources(&name(1), Family::Ipv4);
-    assert_eq!(commit(&mut socket, transaction), Err(vec![0, 2]), "neither exists");
+    transaction.remove_sources(&name(2), Family::Ipv4);
+    assert_eq!(commit(&mut socket, transaction), Err(1), "there is no such chain");
     assert!(observe(&mut socket).entries.is_empty(), "nothing took effect");
     // The socket is as good as before.
     let mut transaction = Transaction::default();

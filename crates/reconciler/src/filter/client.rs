@@ -48,11 +48,8 @@ pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelEr
         transaction.build(&Ruleset::new(family, policy, &NodeView::default()), false, &Contents::default());
         transaction.delete_table(family);
     }
-    let (begin, end) = Transaction::brackets();
-    match socket.transaction(&begin, transaction.into_requests(), &end).map_err(|error| failed(&error))? {
-        Ok(()) => Ok(()),
-        Err(refusals) => Err(refusals.first().map_or_else(|| failed(&"no reason given"), |(_, why)| failed(why))),
-    }
+    let result = send(socket, transaction).map_err(|error| failed(&error))?;
+    result.map_err(|refusal| failed(&refusal))
 }
 
 /// Deletes the tables of these families. Returns whether there was one.
@@ -66,11 +63,8 @@ pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, Ke
     for (family, _) in &tables {
         transaction.delete_table(*family);
     }
-    let (begin, end) = Transaction::brackets();
-    match socket.transaction(&begin, transaction.into_requests(), &end).map_err(|error| failed(&error))? {
-        Ok(()) => Ok(!tables.is_empty()),
-        Err(refusals) => Err(refusals.first().map_or_else(|| failed(&"no reason given"), |(_, why)| failed(why))),
-    }
+    let result = send(socket, transaction).map_err(|error| failed(&error))?;
+    result.map(|()| !tables.is_empty()).map_err(|refusal| failed(&refusal))
 }
 
 /// Carries out operations on the packet filter and returns one result each. An `Err` of the whole is a socket that failed.
@@ -89,21 +83,23 @@ fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Outco
     for operation in operations {
         put(operation, &mut transaction);
     }
-    let (begin, end) = Transaction::brackets();
-    match socket.transaction(&begin, transaction.into_requests(), &end)? {
-        Ok(()) => results.extend(operations.iter().map(|_| Ok(()))),
-        Err(refusals) => {
-            if let [operation] = operations {
-                let refusal = refusals.first().map(|(_, refusal)| refusal);
-                results.push(Err(refused(operation, refusal)));
-            } else {
-                let (first, second) = operations.split_at(operations.len() / 2);
-                commit(socket, first, results)?;
-                commit(socket, second, results)?;
-            }
+    match (send(socket, transaction)?, operations) {
+        (Ok(()), _) => results.extend(operations.iter().map(|_| Ok(()))),
+        (Err(refusal), [operation]) => results.push(Err(refused(operation, &refusal))),
+        (Err(_), _) => {
+            let (first, second) = operations.split_at(operations.len() / 2);
+            commit(socket, first, results)?;
+            commit(socket, second, results)?;
         }
     }
     Ok(())
+}
+
+/// The inner result is the kernel's first refusal.
+fn send(socket: &mut Socket, transaction: Transaction) -> Result<Result<(), Refusal>, Error> {
+    let (begin, end) = Transaction::brackets();
+    let result = socket.transaction(&begin, transaction.into_requests(), &end)?;
+    Ok(result.map_err(|(_, refusal)| refusal))
 }
 
 fn put(operation: &Operation, transaction: &mut Transaction) {
@@ -122,10 +118,7 @@ fn put(operation: &Operation, transaction: &mut Transaction) {
     }
 }
 
-fn refused(operation: &Operation, refusal: Option<&Refusal>) -> KernelError {
-    let Some(refusal) = refusal else {
-        return KernelError { cause: Cause::Refused, text: format!("cannot {operation}: the kernel does not say why") };
-    };
+fn refused(operation: &Operation, refusal: &Refusal) -> KernelError {
     let cause = match refusal.errno {
         // EBUSY is a key that has something else already, or a chain in use: somebody has changed the table.
         EEXIST | EBUSY => Cause::Exists,

@@ -3,12 +3,15 @@
 //! `netlink-packet-netfilter` has types for some; `ct`, `fib`, `masq`, `nat` and `reject` are put together here from their
 //! attributes in `linux/netfilter/nf_tables.h`, and so are the values those take.
 
+use std::net::IpAddr;
+
 use ipvs_netlink::Family;
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
     Operator, Payload, Register, Verdict, VerdictAttribute,
 };
+use service_watch::Protocol;
 
 /// An expression in a rule.
 pub(crate) type Expression = ListAttribute<ExpressionAttribute>;
@@ -31,12 +34,28 @@ fn be32(value: u32) -> Vec<u8> {
     value.to_be_bytes().to_vec()
 }
 
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
+    match address {
+        IpAddr::V4(address) => address.octets().to_vec(),
+        IpAddr::V6(address) => address.octets().to_vec(),
+    }
+}
+
+/// Protocol numbers of IP.
+pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
+    match protocol {
+        Protocol::Tcp => 6,
+        Protocol::Udp => 17,
+        Protocol::Sctp => 132,
+    }
+}
+
 /// Where in a packet a field is.
 #[derive(Clone, Copy)]
 pub(crate) struct Field {
     base: u32,
     offset: u32,
-    length: u32,
+    pub(crate) length: u32,
 }
 
 const NETWORK_HEADER: u32 = 1;

@@ -17,8 +17,12 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
-use super::expression::{Fate, Field, is_not_in_anonymous, load, protocol_family, register, verdict};
-use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS};
+use super::expression::{
+    Fate, Field, is_not_in_anonymous, load, octets, protocol_family, protocol_number, register, verdict,
+};
+use super::ruleset::{
+    HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS, address_type,
+};
 use super::{Contents, Elements, Entry, Ranges, TABLE, set};
 use crate::front_end::FrontEnd;
 
@@ -221,17 +225,13 @@ fn new_set(set: &Set, id: u32) -> NfTablesMessage {
 }
 
 fn intervals(family: Family, id: u32) -> NfTablesMessage {
-    let (kind, bytes) = match family {
-        Family::Ipv4 => (7, 4),
-        Family::Ipv6 => (8, 16),
-    };
     NfTablesMessage::NewSet(SetMessage {
         attributes: vec![
             SetAttribute::Table(TABLE.into()),
             SetAttribute::Name(ANONYMOUS.into()),
             SetAttribute::Flags(SetFlags::Anonymous | SetFlags::Constant | SetFlags::Interval),
-            SetAttribute::KeyType(kind),
-            SetAttribute::KeyLen(bytes),
+            SetAttribute::KeyType(address_type(family)),
+            SetAttribute::KeyLen(Field::source(family).length),
             SetAttribute::Id(id),
         ],
     })
@@ -294,22 +294,6 @@ fn new_rule(family: Family, chain: &str, rule: &Rule, fingerprint: u64) -> Reque
 /// The chain with a Service's source ranges.
 pub(crate) fn sources_chain(service: &ObjectName) -> String {
     format!("{SOURCES_PREFIX}{service}")
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
-    match address {
-        IpAddr::V4(address) => address.octets().to_vec(),
-        IpAddr::V6(address) => address.octets().to_vec(),
-    }
-}
-
-/// Protocol numbers of IP.
-pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
-    match protocol {
-        Protocol::Tcp => 6,
-        Protocol::Udp => 17,
-        Protocol::Sctp => 132,
-    }
 }
 
 /// Each part of a concatenation fills whole words.

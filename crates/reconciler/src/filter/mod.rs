@@ -4,7 +4,7 @@
 //! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets
 //! follows from the sets it is in, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
 //!
-//! Everything in this module but those two is free of netlink.
+//! What this file has, and so what the Services want, is free of netlink.
 
 pub(crate) mod client;
 pub(crate) mod expression;

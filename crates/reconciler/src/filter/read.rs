@@ -16,7 +16,8 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
-use super::message::{UDATA_FINGERPRINT, header, protocol_number};
+use super::expression::protocol_number;
+use super::message::{UDATA_FINGERPRINT, header};
 use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
 use super::{Entry, ObservedFilter, TABLE, set};
 use crate::front_end::FrontEnd;

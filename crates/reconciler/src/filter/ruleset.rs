@@ -14,18 +14,19 @@
 //! The rules keep to what nft's language can say, so that `nft list ruleset` can be loaded again.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::OnceLock;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use ipvs_netlink::Family;
 use netlink_packet_core::Emitable;
 use netlink_packet_netfilter::nftables::{MetaKey, Register, RuleAttribute};
+use service_watch::Protocol;
 
 use super::expression::{
     Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare,
-    immediate, is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, port_unreachable, register,
-    reset, set_mark, translate_destination, verdict,
+    immediate, is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, octets, port_unreachable,
+    protocol_number, register, reset, set_mark, translate_destination, verdict,
 };
 use super::{Fingerprint, set};
 use crate::node::NodeView;
@@ -45,15 +46,20 @@ pub(crate) const SOURCES_PREFIX: &str = "sources-";
 /// The port that the node's own packets go to that nobody may get: no Service and no socket can have it.
 const NO_PORT: [u8; 2] = [0; 2];
 
-const IPPROTO_TCP: u8 = 6;
-const IPPROTO_UDP: u8 = 17;
-const IPPROTO_SCTP: u8 = 132;
 const LOOPBACK_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 const LOOPBACK_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128);
 /// The loopback device has this index in every network namespace.
-const LOOPBACK: u32 = 1;
+const LOOPBACK_DEVICE: u32 = 1;
 /// `IFNAMSIZ`: names of interfaces are compared in full, with the zeros after them.
 const INTERFACE_NAME_BYTES: usize = 16;
+
+/// The number of nft's type of addresses (`datatype.h`).
+pub(crate) fn address_type(family: Family) -> u32 {
+    match family {
+        Family::Ipv4 => 7,
+        Family::Ipv6 => 8,
+    }
+}
 
 /// How to tell that a packet comes from a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -202,10 +208,7 @@ impl Ruleset {
         // The numbers of nft's own types (`datatype.h`), six bits each in a concatenation.
         const INET_PROTO: u32 = 12;
         const INET_SERVICE: u32 = 13;
-        let address = match self.family {
-            Family::Ipv4 => 7,
-            Family::Ipv6 => 8,
-        };
+        let address = address_type(self.family);
         let words = self.address_words();
         let port = INET_PROTO << 6 | INET_SERVICE;
         let set = |name, key_type, key_bytes| Set { name, key_type, key_bytes, is_map: false };
@@ -275,15 +278,11 @@ impl Ruleset {
         ]
     }
 
-    fn is_protocol(protocol: u8) -> Vec<Expression> {
-        vec![load_meta(MetaKey::L4Proto, Self::scratch()), compare(Self::scratch(), true, &[protocol])]
+    fn is_protocol(protocol: Protocol) -> Vec<Expression> {
+        vec![load_meta(MetaKey::L4Proto, Self::scratch()), compare(Self::scratch(), true, &[protocol_number(protocol)])]
     }
 
     fn is_source_in(&self, range: &IpNet) -> Vec<Expression> {
-        let octets = |address| match address {
-            IpAddr::V4(address) => address.octets().to_vec(),
-            IpAddr::V6(address) => address.octets().to_vec(),
-        };
         let (mask, network) = (octets(range.netmask()), octets(range.network()));
         let zeros = vec![0; mask.len()];
         vec![
@@ -347,15 +346,15 @@ impl Ruleset {
                 translate_destination(self.family, register(0), Some(port)),
             ]
         };
-        let protocols = [IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP].into_iter();
+        let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter();
         protocols.map(|protocol| Rule::new("to nowhere", [Self::is_protocol(protocol), to_nowhere()])).collect()
     }
 
     fn loopback(&self) -> Vec<u8> {
-        match self.family {
-            Family::Ipv4 => Ipv4Addr::LOCALHOST.octets().to_vec(),
-            Family::Ipv6 => Ipv6Addr::LOCALHOST.octets().to_vec(),
-        }
+        octets(match self.family {
+            Family::Ipv4 => Ipv4Addr::LOCALHOST.into(),
+            Family::Ipv6 => Ipv6Addr::LOCALHOST.into(),
+        })
     }
 
     fn cluster_ip(&self) -> Vec<Rule> {
@@ -402,7 +401,7 @@ impl Ruleset {
             Rule::new(
                 "no endpoint",
                 [
-                    Self::is_protocol(IPPROTO_UDP),
+                    Self::is_protocol(Protocol::Udp),
                     self.is_front_end(set::UDP_REFUSED_TO_NODE),
                     Self::is_from_the_node(),
                     away,
@@ -446,7 +445,7 @@ impl Ruleset {
         let words = self.address_words();
         let scratch = Self::scratch;
         let is_from_loopback =
-            || vec![load_meta(MetaKey::Iif, scratch()), compare(scratch(), true, &LOOPBACK.to_ne_bytes())];
+            || vec![load_meta(MetaKey::Iif, scratch()), compare(scratch(), true, &LOOPBACK_DEVICE.to_ne_bytes())];
         let is_to_nowhere = || {
             vec![
                 load(Field::destination_port(), scratch()),
@@ -469,7 +468,7 @@ impl Ruleset {
             Rule::new(
                 "health checks",
                 [
-                    Self::is_protocol(IPPROTO_TCP),
+                    Self::is_protocol(Protocol::Tcp),
                     vec![
                         load(Field::destination_port(), register(words)),
                         is_in(HEALTH_CHECK_PORTS, register(words)),
@@ -483,7 +482,7 @@ impl Ruleset {
             ),
             Rule::new(
                 "from the node, no endpoint",
-                [is_from_loopback(), Self::is_protocol(IPPROTO_UDP), is_to_nowhere(), Self::goto("refuse")],
+                [is_from_loopback(), Self::is_protocol(Protocol::Udp), is_to_nowhere(), Self::goto("refuse")],
             ),
             Rule::new(
                 "to a VIP, but to no front end",
@@ -512,7 +511,7 @@ impl Ruleset {
     /// few unreachables to one peer (`icmp_ratelimit`), and a client that hears nothing waits.
     fn refuse(&self) -> Vec<Rule> {
         vec![
-            Rule::new("TCP", [Self::is_new(), Self::is_protocol(IPPROTO_TCP), vec![reset()]]),
+            Rule::new("TCP", [Self::is_new(), Self::is_protocol(Protocol::Tcp), vec![reset()]]),
             Rule::new("others", [Self::is_new(), vec![port_unreachable(self.family)]]),
         ]
     }
