@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::cold_start::{objects, targets};
 use serde_json::json;
 
+use crate::cold_start::{objects, targets};
 use crate::common::{addresses, run};
 use crate::network::{Network, masqueraded};
 use crate::objects::{manifests, ready, service};

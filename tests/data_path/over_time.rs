@@ -19,7 +19,6 @@ fn time_to_drain(flags: &[&str]) -> Option<Duration> {
     let _servers = [0, 1].map(|pod| Server::start(&network.pods[pod].namespace, "web", 8080));
     let web = service("web", json!({"clusterIPs": ["10.96.0.10"]}));
     let manifests = manifests(&[web, ready("web", [network.pods[0].v4])]);
-    manifests.write("slice.json", "");
     let mut agent = serving(&manifests, flags);
     let mut connection = network.clients[0].run(|| Connection::open(VIP, PATIENCE)).unwrap();
     assert!(connection.ask().is_ok());

@@ -42,7 +42,7 @@ pub struct Event {
     pub subject: EventSubject,
     /// Whether somebody should do something about it.
     pub kind: EventKind,
-    /// Why, in one word of at most 128 characters: `AddressInUse`.
+    /// Why, in one word of at most 128 characters: `AddressIsANodes`.
     pub reason: String,
     /// What was done, in one word of at most 128 characters: `RefuseAddress`.
     pub action: String,
