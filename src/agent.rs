@@ -1,111 +1,187 @@
-//! The parts wired together: a source of Services, the node's addresses, and the reconciler on its own thread.
+//! The parts wired together: a source of Services, the node's addresses, the reconciler on its own thread, and the ports
+//! on which the agent answers.
 
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
-use std::process::ExitCode;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, anyhow};
-use ipvs_netlink::Timeouts;
+use metrics_exporter_prometheus::PrometheusHandle;
+use reconciler::Reconciler;
 use reconciler::interface_watch::{Changed, InterfaceWatch};
+use reconciler::kernel::KernelError;
 use reconciler::outcome::Outcome;
-use reconciler::run::{Input, Periods};
-use reconciler::{Policy, Reconciler};
-use service_watch::{ApiServer, Connection, Event, EventKind, EventSubject, Events, Manifests, Message, Source};
+use reconciler::policy::Families;
+use reconciler::run::{Input, Observer};
+use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Source};
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::oneshot;
-use tracing::{debug, info, warn};
+use tokio::sync::{mpsc as channel, oneshot};
+use tracing::{debug, error, info, warn};
 
-use crate::flags::{Flags, Origin};
-use crate::{preflight, sysctl};
+use crate::config::follow::File;
+use crate::config::{Configuration, Settings};
+use crate::flags::Flags;
+use crate::health::Health;
+use crate::http::{self, Handler, Reach, node_ports};
+use crate::logging::Verbosity;
+use crate::{events, metrics, preflight, sysctl};
 
-/// Runs until a signal, or with `--once` until the first sync has ended.
-pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
-    // Checked when they were parsed.
-    let policy = Policy {
-        scheduler: flags.ipvs_scheduler,
-        exclude: flags.excluded().map_err(anyhow::Error::msg)?,
-        node_port_addresses: flags.node_port_addresses().map_err(anyhow::Error::msg)?,
-        bind_address: flags.bind_address(),
-        external_ips: flags.allows_external_ips(),
-        families: preflight::families(),
-        masquerade_all: flags.masquerade_all,
-        masquerade_bit: flags.iptables_masquerade_bit,
-        detect_local: flags.detect_local().map_err(anyhow::Error::msg)?,
-        drain_timeout: flags.drain_timeout(),
-        ..Policy::new(flags.node_name())
-    };
-    info!(version = env!("CARGO_PKG_VERSION"), node = policy.node_name, scheduler = %policy.scheduler, "starting");
-    tell_without_effect(flags);
+/// How soon a port of the agent that could not be listened on is tried again, as often as it takes.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+/// How often what was measured is put in order; the exporter keeps every single value until then.
+const UPKEEP: Duration = Duration::from_secs(5);
 
-    let mut kernel = preflight::kernel(&policy)?;
+/// Why the agent ended, where that is no error.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// It did what it was to do, or was told to stop.
+    Done,
+    /// The configuration has changed: it is to start anew.
+    Restart,
+}
+
+/// Where Services come from.
+enum Origin {
+    Manifests(PathBuf),
+    ApiServer { kubeconfig: Option<PathBuf>, master: Option<String> },
+}
+
+/// What to run with.
+pub(crate) struct Start {
+    pub(crate) flags: Flags,
+    pub(crate) configuration: Configuration,
+    pub(crate) settings: Settings,
+    pub(crate) verbosity: Verbosity,
+    /// Sync once and end.
+    pub(crate) once: bool,
+}
+
+/// Prepares the kernel, for the families the node has.
+fn prepare(settings: &mut Settings) -> Result<reconciler::linux::LinuxKernel> {
+    settings.policy.families = preflight::families();
+    preflight::pods_have_a_family(&settings.policy)?;
+    sysctl::set_oom_score(settings.oom_score_adj);
+    let mut kernel = preflight::kernel(&settings.policy)?;
     // Only now: settings of IPVS exist once the kernel has loaded it.
-    sysctl::set(flags.ipvs_strict_arp, &flags.conntrack)?;
-    preflight::set_timeouts(
-        kernel.ipvs(),
-        Timeouts {
-            tcp: whole_seconds(flags.ipvs_tcp_timeout),
-            tcp_fin: whole_seconds(flags.ipvs_tcpfin_timeout),
-            udp: whole_seconds(flags.ipvs_udp_timeout),
-        },
+    sysctl::set(settings.strict_arp, &settings.conntrack)?;
+    preflight::set_timeouts(kernel.ipvs(), settings.timeouts);
+    Ok(kernel)
+}
+
+/// Does what takes more than `CAP_NET_ADMIN`, so that the agent needs no more.
+pub(crate) fn init(mut settings: Settings) -> Result<End> {
+    prepare(&mut settings)?;
+    info!("the kernel is ready: an agent started from now on needs CAP_NET_ADMIN only");
+    Ok(End::Done)
+}
+
+/// Runs until a signal, until the configuration changes, or where it is to sync once until the first sync has ended.
+pub(crate) fn run(start: Start) -> Result<End> {
+    let started = SystemTime::now();
+    let Start { flags, configuration, mut settings, verbosity, once } = start;
+    info!(
+        version = env!("CARGO_PKG_VERSION"), node = settings.policy.node_name, scheduler = %settings.policy.scheduler,
+        "starting"
     );
-
-    let (inputs, inbox) = mpsc::channel();
-    watch_interfaces(inputs.clone())?;
-    let node_name = policy.node_name.clone();
-    let once = flags.once;
-    let periods = Periods { min: flags.ipvs_min_sync_period, audit: flags.ipvs_sync_period };
-    // For whoever has something to tell an API server. Filled, if there is one, before the source says anything.
-    let events: Arc<OnceLock<Events>> = Arc::default();
-    let for_reports = events.clone();
-    let report = move |outcome: &Outcome| publish(outcome, &for_reports);
-    let (ended, end) = oneshot::channel();
-    thread::Builder::new()
-        .name("reconciler".to_owned())
-        .spawn(move || {
-            let mut reconciler = Reconciler::new(kernel, policy);
-            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once, report);
-            // Nobody is left to hear it where the process is already stopping.
-            let _ = ended.send((failed, reconciler.is_incomplete()));
-        })
-        .context("cannot start a thread")?;
-
-    // One thread for the source, and this one for signals: a kubeconfig may name a program for credentials, which blocks.
+    let handle = metrics::install().context("cannot measure")?;
+    let kernel = prepare(&mut settings)?;
+    let (policy, periods) = (settings.policy.clone(), settings.periods);
+    let families = policy.families;
+    let health = Arc::new(Health::new(families, periods.audit));
+    // One thread for the source and the ports, and this one for signals: a kubeconfig may name a program for credentials,
+    // which blocks.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
         .build()
         .context("cannot start tokio")?;
+
+    let (inputs, inbox) = mpsc::channel();
+    watch_interfaces(inputs.clone())?;
+    let posts = Posts::default();
+    let (port_news, node_port_news) = channel::unbounded_channel();
+    let mut witness =
+        Witness { health: health.clone(), families, started, posts: posts.clone(), node_ports: port_news };
+    let (ended, end) = oneshot::channel();
+    let node_name = policy.node_name.clone();
+    thread::Builder::new()
+        .name("reconciler".to_owned())
+        .spawn(move || {
+            let mut reconciler = Reconciler::new(kernel, policy);
+            let failed = reconciler::run::run(&mut reconciler, &inbox, periods, once, &mut witness);
+            // Nobody is left to hear it where the process is already stopping.
+            let _ = ended.send((failed, reconciler.is_incomplete()));
+        })
+        .context("cannot start a thread")?;
+
+    let counted = Counted::default();
+    let hard_failure = if once {
+        None
+    } else {
+        let complaints = posts.clone();
+        runtime.spawn(node_ports::run(node_port_news, health.clone(), move |service, problem| {
+            warn!(%service, "{problem}");
+            complaints.post(events::health_check_port(service, problem));
+        }));
+        let debug = settings.profiling.then_some(verbosity);
+        let shown = shown(&runtime, handle, &health, &configuration, debug, &counted, &posts)?;
+        let wanted = [
+            (settings.healthz, http::health::handler(health.clone()), "FailedToStartProxierHealthcheck"),
+            (settings.metrics, http::metrics::handler(shown), "FailedToStartMetricServer"),
+        ];
+        Some(listen_on(&runtime, wanted, settings.bind_hard_fail, &posts))
+    };
+
     let sink = move |message| match message {
-        Message::Change(change) => match inputs.send(Input::Change(change)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
-        },
+        Message::Change(change) => {
+            let now = Instant::now();
+            take_note(&change, now, &health, families);
+            match inputs.send(Input::Change(change, now)) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        }
         // Said in the log by the source.
         Message::Report(_) => ControlFlow::Continue(()),
     };
-    let (origin, all_nodes) = (flags.origin(), flags.watch_all_nodes);
+    let origin = match &flags.manifests {
+        Some(directory) => Origin::Manifests(directory.clone()),
+        None => Origin::ApiServer { kubeconfig: settings.kubeconfig.clone(), master: flags.master.clone() },
+    };
+    let all_nodes = settings.watch_all_nodes;
     let follow = async move {
-        let source = source(origin, &node_name, all_nodes, &events).await?;
+        let source = source(origin, &node_name, all_nodes, &posts, &counted).await?;
         source.run(sink).await.map_err(anyhow::Error::from)
     };
     let result = runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
         let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
         let follow = tokio::spawn(follow);
+        let hard_failure = async {
+            match hard_failure {
+                Some(failure) => failure.await.unwrap_or_else(|_| anyhow!("a port stopped unexpectedly")),
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             // Once the reconciler has ended, the source ends too: that is the effect, not the cause.
             biased;
             result = end => match result {
-                Ok((0, false)) => Ok(ExitCode::SUCCESS),
+                Ok((0, false)) => Ok(End::Done),
                 Ok((0, true)) => Err(anyhow!("not everything could be understood: see above; the rest is in the kernel")),
                 Ok((failed, _)) => Err(anyhow!("the kernel refused {failed} operations")),
                 Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
             },
             _ = terminate.recv() => Ok(stopped("SIGTERM")),
             _ = interrupt.recv() => Ok(stopped("SIGINT")),
+            () = changed(&flags, &configuration) => Ok(End::Restart),
+            error = hard_failure => Err(error),
             result = follow => {
                 result.context("the source of Services stopped unexpectedly; the kernel stays as it is")??;
                 Err(anyhow!("the source of Services ended; the kernel stays as it is"))
@@ -117,47 +193,189 @@ pub(crate) fn run(flags: &Flags) -> Result<ExitCode> {
     result
 }
 
-fn stopped(signal: &str) -> ExitCode {
+fn stopped(signal: &str) -> End {
     info!("{signal}: stopping; virtual servers and addresses stay as they are, and so does their traffic");
-    ExitCode::SUCCESS
+    End::Done
 }
 
-/// Tells the API server, where there is one, what the owners of Services should know.
-fn publish(outcome: &Outcome, events: &OnceLock<Events>) {
-    let Some(events) = events.get() else { return };
-    for (service, vip) in &outcome.refused {
-        events.publish(Event {
-            subject: EventSubject::Service(service.clone()),
-            kind: EventKind::Warning,
-            reason: "AddressIsANodes".to_owned(),
-            action: "RefuseAddress".to_owned(),
-            note: format!("{vip} is the address of a Node and is not served: it would cut nodes off from that Node"),
-        });
+/// Waits until the file says something else that makes sense. What makes none is told, and the agent goes on as it is: to
+/// stop would leave the node without one.
+async fn changed(flags: &Flags, configuration: &Configuration) {
+    let Some(path) = &flags.config else { return std::future::pending().await };
+    let mut file = File::new(path.clone());
+    loop {
+        file.changed().await;
+        match flags.effective() {
+            Ok(read) if read.configuration == *configuration => {
+                debug!("the configuration file changed, and says the same");
+            }
+            Ok(_) => {
+                info!(file = %path.display(), "the configuration has changed: starting anew with it");
+                return;
+            }
+            Err(problems) => {
+                error!("the configuration file has changed and cannot be used, so that of the start stays: {problems}");
+            }
+        }
     }
 }
 
-async fn source(origin: Origin, node_name: &str, all_nodes: bool, events: &OnceLock<Events>) -> Result<Source> {
-    Ok(match origin {
+/// Posts Events, once there is an API server to post them to.
+#[derive(Clone, Default)]
+struct Posts(Arc<OnceLock<Events>>);
+
+impl Posts {
+    fn post(&self, event: service_watch::Event) {
+        if let Some(events) = self.0.get() {
+            events.publish(event);
+        }
+    }
+
+    fn dropped(&self) -> u64 {
+        self.0.get().map_or(0, Events::dropped)
+    }
+}
+
+/// What the source counts, once there is one, and how many kinds of objects it lists at its start.
+#[derive(Clone, Default)]
+struct Counted(Arc<OnceLock<Arc<Counters>>>, Arc<AtomicUsize>);
+
+/// Tells everybody who wants to know what the reconciler did.
+struct Witness {
+    health: Arc<Health>,
+    families: Families,
+    started: SystemTime,
+    posts: Posts,
+    node_ports: channel::UnboundedSender<node_ports::News>,
+}
+
+impl Observer for Witness {
+    fn done(&mut self, outcome: &Outcome, since: Instant, heard: &[Instant]) {
+        self.health.synced(since, &outcome.unrepaired, SystemTime::now());
+        metrics::synced(outcome, heard, self.families, self.started);
+        for event in events::of(outcome) {
+            self.posts.post(event);
+        }
+        for news in &outcome.health_checks {
+            // Nobody listens where the agent syncs once.
+            let _ = self.node_ports.send(news.clone());
+        }
+    }
+
+    fn failed(&mut self, _: &KernelError) {
+        self.health.unreadable(Instant::now());
+        metrics::unreadable();
+    }
+}
+
+/// What is to be known of a change before it is dealt with.
+fn take_note(change: &Change, now: Instant, health: &Health, families: Families) {
+    match change {
+        Change::Node(node) => health.node(!node.is_leaving),
+        Change::NodeGone => health.node(false),
+        _ => {}
+    }
+    health.change_heard(now);
+    metrics::change_heard(change, families);
+}
+
+/// What the metrics port shows.
+fn shown(
+    runtime: &Runtime,
+    handle: PrometheusHandle,
+    health: &Arc<Health>,
+    configuration: &Configuration,
+    debug: Option<Verbosity>,
+    counted: &Counted,
+    posts: &Posts,
+) -> Result<http::metrics::Shown> {
+    let upkeep = handle.clone();
+    runtime.spawn(async move {
+        loop {
+            tokio::time::sleep(UPKEEP).await;
+            upkeep.run_upkeep();
+        }
+    });
+    let (counted, posts) = (counted.clone(), posts.clone());
+    Ok(http::metrics::Shown {
+        health: health.clone(),
+        metrics: Box::new(move || {
+            let kinds = counted.1.load(Ordering::Relaxed) as u64;
+            metrics::collect(counted.0.get().map(Arc::as_ref), kinds, posts.dropped());
+            handle.run_upkeep();
+            handle.render()
+        }),
+        configuration: serde_json::to_value(configuration).context("cannot show the configuration")?,
+        debug,
+    })
+}
+
+/// Opens the agent's own ports. Yields an error where one cannot be had and that is fatal; otherwise it is tried again.
+fn listen_on(
+    runtime: &Runtime,
+    wanted: [(Option<SocketAddr>, Handler, &'static str); 2],
+    is_hard_fail: bool,
+    posts: &Posts,
+) -> oneshot::Receiver<anyhow::Error> {
+    let (failed, failure) = oneshot::channel();
+    let failed = Arc::new(std::sync::Mutex::new(Some(failed)));
+    for (address, handler, reason) in wanted {
+        let Some(address) = address else { continue };
+        let (failed, posts) = (failed.clone(), posts.clone());
+        runtime.spawn(async move {
+            let mut is_told = false;
+            let listener = loop {
+                let problem = match http::listen(address, Reach::Both) {
+                    Ok(listener) => break listener,
+                    Err(error) => format!(
+                        "cannot listen on {address}: {error}; another program has it, kube-proxy perhaps: end that, or choose \
+                         another address (--healthz-bind-address, --metrics-bind-address)"
+                    ),
+                };
+                posts.post(events::own_port(reason, problem.clone()));
+                if is_hard_fail {
+                    // With time for the Event to go out.
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    let failed = failed.lock().ok().and_then(|mut failed| failed.take());
+                    let _ = failed.map(|failed| failed.send(anyhow!(problem)));
+                    return;
+                }
+                if !std::mem::replace(&mut is_told, true) {
+                    warn!("{problem}; trying again");
+                }
+                tokio::time::sleep(LISTEN_AGAIN).await;
+            };
+            debug!(%address, "listening");
+            let problem = http::serve(listener, handler).await;
+            error!(%address, "cannot answer: {problem}");
+        });
+    }
+    // The sender lives in the statement below for as long as the agent does: no port is no failure.
+    runtime.spawn(async move {
+        let _keep = failed;
+        std::future::pending::<()>().await;
+    });
+    failure
+}
+
+async fn source(origin: Origin, node_name: &str, all_nodes: bool, posts: &Posts, counted: &Counted) -> Result<Source> {
+    let (source, kinds) = match origin {
         Origin::Manifests(directory) => {
             info!(directory = %directory.display(), "taking Services from manifests");
-            Source::Manifests(Manifests::new(directory, node_name))
+            (Source::Manifests(Manifests::new(directory, node_name)), 1)
         }
         Origin::ApiServer { kubeconfig, master } => {
             let user_agent = Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned());
             let connection = Connection { kubeconfig, master, user_agent };
             let server = ApiServer::connect(&connection, node_name).await?.watch_all_nodes(all_nodes);
             info!(server = server.server(), "taking Services from an API server");
-            let events = events.get_or_init(|| server.events());
-            events.publish(Event {
-                subject: EventSubject::Node,
-                kind: EventKind::Normal,
-                reason: "Starting".to_owned(),
-                action: "StartKubeIpvs".to_owned(),
-                note: concat!("kube-ipvs ", env!("CARGO_PKG_VERSION")).to_owned(),
-            });
-            Source::ApiServer(server)
+            posts.0.get_or_init(|| server.events()).publish(events::starting());
+            (Source::ApiServer(server), 3)
         }
-    })
+    };
+    counted.1.store(kinds, Ordering::Relaxed);
+    counted.0.get_or_init(|| source.counters());
+    Ok(source)
 }
 
 /// Tells the reconciler when the addresses of the node's interfaces change.
@@ -181,20 +399,4 @@ fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
     };
     thread::Builder::new().name("interfaces".to_owned()).spawn(follow).context("cannot start a thread")?;
     Ok(())
-}
-
-fn tell_without_effect(flags: &Flags) {
-    let names = &flags.without_effect;
-    if !names.is_empty() {
-        info!("flags of kube-proxy without effect here: {}", names.join(" "));
-    }
-    let gates = flags.ignored_gates();
-    if !gates.is_empty() {
-        debug!("feature gates without a meaning here: {}", gates.join(" "));
-    }
-}
-
-/// IPVS counts whole seconds; fractions are cut off, as kube-proxy does.
-fn whole_seconds(duration: Duration) -> u32 {
-    u32::try_from(duration.as_secs()).unwrap_or(u32::MAX)
 }

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -17,8 +16,11 @@ use reconciler::policy::Families;
 use service_watch::Protocol;
 use tracing::{error, info};
 
+use crate::agent::End;
+use crate::takeover;
+
 /// Removes everything of ours. What fails does not keep the rest from going; then the exit status is 1.
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run() -> Result<End> {
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
     let (plan, left) = plan(observed);
@@ -67,7 +69,14 @@ pub(crate) fn run() -> Result<ExitCode> {
         bail!("{failed} things could not be removed: see above, and run it again");
     }
     info!(done, "{}", if done == 0 { "there was nothing of ours" } else { "all that was ours is gone" });
-    Ok(ExitCode::SUCCESS)
+    Ok(End::Done)
+}
+
+/// `--cleanup`: what is ours, and what kube-proxy left. What fails of the one does not keep the other.
+pub(crate) fn run_with_leftovers() -> Result<End> {
+    let own = run();
+    takeover::remove_leftovers()?;
+    own
 }
 
 /// What is not ours.

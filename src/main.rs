@@ -1,10 +1,11 @@
 //! kube-ipvs: makes Kubernetes Services work with the kernel's own load balancer, IPVS.
 //!
-//! * `flags`: the command line, spelled as kube-proxy spells it.
+//! * `flags` and `config`: the command line and the configuration file, spelled as kube-proxy spells them.
 //! * `preflight`: what the kernel has, and what to do where it lacks something.
 //! * `sysctl`: the kernel's settings that Services depend on.
 //! * `agent`: the parts wired together, from start to signal.
-//! * `cleanup`: takes away what was made.
+//! * `health`, `metrics`, `events`: what is to be known of it, and `http`: where one asks.
+//! * `cleanup`: takes away what was made. `takeover`: takes a node over from kube-proxy.
 //!
 //! What the agent does with Services is in the crate `reconciler`, where they come from in `service-watch`.
 
@@ -12,17 +13,27 @@
 
 mod agent;
 mod cleanup;
+mod config;
+mod events;
 mod flags;
 mod go;
+mod health;
+mod http;
 mod logging;
+mod metrics;
 mod preflight;
 mod sysctl;
+mod takeover;
 
+use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
-use tracing::error;
+use anyhow::{Context as _, Result};
+use tracing::{debug, error, info, warn};
 
-use crate::flags::Command;
+use crate::agent::{End, Start};
+use crate::config::object::Logging;
+use crate::flags::{Command, Effective, Flags};
 
 fn main() -> ExitCode {
     let flags = match flags::parse(std::env::args_os()) {
@@ -34,18 +45,64 @@ fn main() -> ExitCode {
             return if is_error { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
-    logging::start(flags.verbosity);
-    let result = match flags.command {
-        Some(Command::Cleanup) => cleanup::run(),
-        None => agent::run(&flags),
-    };
-    match result {
-        Ok(code) => code,
+    match run(flags) {
+        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Restart) => {
+            error!("cannot start anew: {}", restart());
+            ExitCode::FAILURE
+        }
         Err(error) => {
             error!("{}", in_one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+fn run(flags: Flags) -> Result<End> {
+    // Needs no configuration, and is not to fail for the want of one.
+    if flags.command == Some(Command::Cleanup) {
+        logging::start(&Logging::default());
+        return cleanup::run();
+    }
+    let effective = flags.effective();
+    let logging = effective.as_ref().map(|effective| effective.configuration.logging.clone());
+    let verbosity = logging::start(&logging.unwrap_or_default());
+    let Effective { configuration, settings, warnings } = effective?;
+    for warning in &warnings {
+        warn!("{warning}");
+    }
+    let without_effect = flags.without_effect();
+    if !without_effect.is_empty() {
+        info!("flags of kube-proxy without effect here: --{}", without_effect.join(" --"));
+    }
+    if !settings.ignored_gates.is_empty() {
+        debug!("feature gates without a meaning here: {}", settings.ignored_gates.join(" "));
+    }
+    if let Some(path) = &flags.write_config_to {
+        let text = configuration.to_yaml()?;
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        info!(file = %path.display(), "wrote the configuration");
+        return Ok(End::Done);
+    }
+    if flags.cleanup {
+        return cleanup::run_with_leftovers();
+    }
+    if flags.init_only {
+        return agent::init(settings);
+    }
+    let is_takeover = flags.command == Some(Command::Takeover);
+    let once = flags.once || is_takeover;
+    let end = agent::run(Start { flags, configuration, settings, verbosity, once })?;
+    if is_takeover { takeover::remove_leftovers() } else { Ok(end) }
+}
+
+/// Starts the same program with the same arguments in the place of this process. Returns only where that fails.
+///
+/// A process that ended would be started again too, but by a kubelet that waits longer each time.
+fn restart() -> std::io::Error {
+    let mut arguments = std::env::args_os();
+    let name = arguments.next().unwrap_or_default();
+    std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
 }
 
 /// An error with its causes; many errors say their cause themselves, and once is enough.

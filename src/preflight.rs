@@ -4,9 +4,9 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use ipvs_netlink::{Client, ErrorKind, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
+use ipvs_netlink::{Client, ErrorKind, Family, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
 use reconciler::linux::LinuxKernel;
-use reconciler::policy::{Families, Policy};
+use reconciler::policy::{DetectLocal, Families, Policy};
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
@@ -62,6 +62,20 @@ pub(crate) fn families() -> Families {
         info!("this node has no IPv6: only IPv4 is served");
     }
     Families { ipv4: true, ipv6 }
+}
+
+/// Whether pods can be told by their addresses at all.
+pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
+    if let DetectLocal::ClusterCidr(ranges) = &policy.detect_local
+        && !ranges.is_empty()
+        && !ranges.iter().any(|range| policy.families.contain(Family::of(range.addr())))
+    {
+        bail!(
+            "--cluster-cidr (clusterCIDR) names no range of a family that this node has: give one, or give the node the \
+             family"
+        );
+    }
+    Ok(())
 }
 
 /// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.

@@ -12,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use tracing::{error, info, warn};
 
-use crate::flags::Conntrack;
+use crate::config::settings::Conntrack;
 
 /// A setting and its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,19 @@ impl KernelVersion {
     fn parse(release: &str) -> Option<Self> {
         let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
         Some(Self(numbers.next()?.ok()?, numbers.next()?.ok()?))
+    }
+}
+
+/// How unlikely the kernel is to kill this process for want of memory. It takes `CAP_SYS_RESOURCE` to make it less likely,
+/// and Services work without.
+pub(crate) fn set_oom_score(score: i32) {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let is_set = fs::read_to_string(PATH).is_ok_and(|value| value.trim() == score.to_string());
+    if !is_set && let Err(error) = fs::write(PATH, score.to_string()) {
+        info!(
+            "cannot set {PATH} to {score} (--oom-score-adj): {error}; kubelet sets it for pods of priority class \
+             system-node-critical"
+        );
     }
 }
 

@@ -1,141 +1,80 @@
 //! The command line, spelled as kube-proxy spells it.
-//!
-//! Flags that have a meaning here are fields of [`Flags`]. kube-proxy's other flags stand in [`accepted`]: they are taken,
-//! so that a command line can be kept as it is, and named once in the log.
 
-mod accepted;
-mod conntrack;
-mod detect_local;
+#![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
+
+mod fields;
 #[cfg(test)]
 mod tests;
 
 use std::ffi::OsString;
-use std::net::IpAddr;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind;
-use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
-use ipnet::IpNet;
-use ipvs_netlink::Scheduler;
-use reconciler::policy::{DetectLocal, NodePortAddresses};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use self::accepted::{NOT_YET, sort_out};
-pub(crate) use self::conntrack::Conntrack;
-use self::detect_local::DetectLocalFlags;
+use self::fields::FieldFlags;
+use crate::config::{self, Configuration, Problem, Problems, Read, Settings};
 use crate::go;
 
 /// Makes Kubernetes Services work with IPVS, the kernel's own load balancer.
 ///
-/// Takes the flags of `kube-proxy --proxy-mode=ipvs`. Services and EndpointSlices come from an API server (--kubeconfig,
-/// --master, or the service account of a pod) or from a directory of manifests (--manifests).
-#[derive(Debug, Parser)]
-#[command(name = "kube-ipvs", version, args_override_self = true)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
+/// Takes the flags of `kube-proxy --proxy-mode=ipvs`, and its configuration file (--config). Services and EndpointSlices
+/// come from an API server (--kubeconfig, --master, or the service account of a pod) or from a directory of manifests
+/// (--manifests).
+#[derive(Clone, Debug, Parser)]
+#[command(name = "kube-ipvs", version, args_override_self = true, after_long_help = AFTER_HELP)]
 pub(crate) struct Flags {
-    /// What kind of proxy to be: only ipvs can be had here
-    #[arg(long, value_name = "MODE", default_value = "ipvs", value_parser = proxy_mode)]
-    proxy_mode: ProxyMode,
+    /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, YAML or JSON. With a file, of the flags that have a field
+    /// in it only --hostname-override, those of logging, and what kube-proxy does not have still count; a changed file is
+    /// taken up by starting anew
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Write the configuration that would be in effect to a file, and exit
+    #[arg(long, value_name = "FILE")]
+    pub(crate) write_config_to: Option<PathBuf>,
+
+    /// Do what takes more than CAP_NET_ADMIN (kernel settings, modules), and exit: for an init container
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
+    pub(crate) init_only: bool,
+
+    /// Remove what kube-ipvs made and what kube-proxy left, and exit
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
+        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
+    pub(crate) cleanup: bool,
+
+    /// The URL of the API server, in place of the kubeconfig's
+    #[arg(long, value_name = "URL", help_heading = "The API server")]
+    pub(crate) master: Option<String>,
 
     /// A directory of YAML and JSON manifests to take Services, EndpointSlices and the Node from, instead of an API server
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"],
+        help_heading = "What kube-proxy does not have")]
     pub(crate) manifests: Option<PathBuf>,
 
     /// Sync once, then exit: with status 0 if the kernel took everything. Waits for a source that does not answer
-    #[arg(long)]
+    #[arg(long, help_heading = "What kube-proxy does not have")]
     pub(crate) once: bool,
 
-    /// The kubeconfig to reach the API server with
-    #[arg(long, value_name = "FILE")]
-    kubeconfig: Option<PathBuf>,
-
-    /// The URL of the API server, in place of the kubeconfig's
-    #[arg(long, value_name = "URL")]
-    master: Option<String>,
-
-    /// The name of the own Node [default: the host's name]
-    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
-    hostname_override: String,
-
-    /// How virtual servers choose real servers: rr, wrr, lc, wlc, lblc, lblcr, dh, sh, sed, nq, fo, ovf, mh or twos
-    #[arg(long, value_name = "NAME", default_value = "rr", value_parser = scheduler)]
-    pub(crate) ipvs_scheduler: Scheduler,
-
-    /// How often everything in the kernel is compared and repaired, at least
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = go::duration)]
-    pub(crate) ipvs_sync_period: Duration,
-
-    /// How long to gather changes after a sync before the next
-    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = go::duration)]
-    pub(crate) ipvs_min_sync_period: Duration,
-
-    /// Ranges whose virtual servers are never deleted
-    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
-    ipvs_exclude_cidrs: Vec<String>,
-
-    /// Answer ARP only for addresses of the interface asked, as load balancers need that announce VIPs by ARP
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
-    pub(crate) ipvs_strict_arp: bool,
-
-    /// How long an idle TCP connection is kept, in whole seconds; 0s leaves the kernel's value
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = go::duration)]
-    pub(crate) ipvs_tcp_timeout: Duration,
-
-    /// How long a TCP connection is kept after a FIN; 0s leaves the kernel's value
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = go::duration)]
-    pub(crate) ipvs_tcpfin_timeout: Duration,
-
-    /// How long an idle UDP flow is kept; 0s leaves the kernel's value
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = go::duration)]
-    pub(crate) ipvs_udp_timeout: Duration,
-
-    /// The node's addresses on which NodePorts listen: ranges, or `primary` [default: all]
-    #[arg(long, value_name = "CIDR,...", value_delimiter = ',')]
-    nodeport_addresses: Vec<String>,
-
-    /// An address to take for the node's own of its family; nothing listens on it
-    #[arg(long, value_name = "IP", default_value = "0.0.0.0", value_parser = bind_address)]
-    bind_address: IpAddr,
-
-    /// How long a TCP endpoint that is to go may keep its connections; then they are cut. 0s: as long as they last
-    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = go::duration)]
-    ipvs_drain_timeout: Duration,
-
-    /// Masquerade all traffic to ClusterIPs, that of pods too
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
-    pub(crate) masquerade_all: bool,
-
-    /// Which bit of a packet's mark, 0 to 31, says that it is to be masqueraded
-    #[arg(long, value_name = "BIT", default_value = "14", value_parser = clap::value_parser!(u8).range(0..=31))]
-    pub(crate) iptables_masquerade_bit: u8,
-
     #[command(flatten)]
-    detect_local: DetectLocalFlags,
+    fields: FieldFlags,
 
-    /// Know the addresses of all Nodes, to refuse VIPs that are one of them: costs the API server each Node status update
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true",
-        default_value = "false", hide_default_value = true, value_parser = go::boolean)]
-    pub(crate) watch_all_nodes: bool,
-
-    #[command(flatten)]
-    pub(crate) conntrack: Conntrack,
-
-    /// Switches as NAME=true|false: `AllowServiceExternalIPs` has a meaning here, others are ignored
-    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = feature_gate)]
-    feature_gates: Vec<(String, bool)>,
-
-    /// How much to log: 0 to 3 what happens, 4 what is done about it, 6 everything
-    #[arg(short = 'v', long = "v", value_name = "LEVEL", default_value_t = 0)]
-    pub(crate) verbosity: u8,
-
+    /// Flags that were given, by name.
     #[arg(skip)]
-    pub(crate) without_effect: Vec<String>,
+    given: Vec<String>,
 
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
 }
+
+const AFTER_HELP: &str = "\
+Signals: SIGTERM and SIGINT end the agent and leave everything in the kernel as it is, so that traffic goes on.
+
+Exit status: 0 after a signal, and where a command or --once did all it was asked; 1 after any error.
+
+Files: docs/flags.md of the project lists every flag with its field in the file, docs/operations.md what to look at when a \
+                          Service does not work.";
 
 /// What to do instead of serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
@@ -143,156 +82,153 @@ pub(crate) enum Command {
     /// Remove what kube-ipvs made: virtual servers of VIPs, kube-ipvs0, the tables of the packet filter. Tells what it
     /// leaves. Needs no API server, and may be repeated
     Cleanup,
+    /// Take a node over from kube-proxy: sync once, with the flags of the agent, and once everything is in place remove
+    /// what kube-proxy left (KUBE-* chains of iptables, its ipsets, its tables of nf_tables). May be repeated
+    Takeover,
 }
 
-/// What kind of proxy to be.
-#[derive(Clone, Debug)]
-enum ProxyMode {
-    Ipvs,
-}
+/// Flags that are taken and change nothing.
+const WITHOUT_EFFECT: [&str; 16] = [
+    "boot-id-file",
+    "config-sync-period",
+    "iptables-localhost-nodeports",
+    "iptables-min-sync-period",
+    "iptables-sync-period",
+    "kube-api-burst",
+    "kube-api-content-type",
+    "kube-api-qps",
+    "log-flush-frequency",
+    "log-json-info-buffer-size",
+    "log-json-split-stream",
+    "log-text-info-buffer-size",
+    "log-text-split-stream",
+    "machine-id-file",
+    "show-hidden-metrics-for-version",
+    "vmodule",
+];
 
-/// Where Services come from.
-#[derive(Debug)]
-pub(crate) enum Origin {
-    Manifests(PathBuf),
-    ApiServer { kubeconfig: Option<PathBuf>, master: Option<String> },
-}
+/// Flags that have no field, and those of fields that count beside a file.
+const BESIDE_FILE: [&str; 20] = [
+    "boot-id-file",
+    "cleanup",
+    "config",
+    "hostname-override",
+    "init-only",
+    "ipvs-drain-timeout",
+    "log-flush-frequency",
+    "log-json-info-buffer-size",
+    "log-json-split-stream",
+    "log-text-info-buffer-size",
+    "log-text-split-stream",
+    "logging-format",
+    "machine-id-file",
+    "manifests",
+    "master",
+    "once",
+    "v",
+    "vmodule",
+    "watch-all-nodes",
+    "write-config-to",
+];
 
 /// Reads a command line, with `_` for `-` in names allowed. The last of several values counts; lists add up.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Flags, clap::Error> {
-    let (arguments, without_effect) = sort_out(arguments);
-    let mut command = Flags::command();
-    let name = |argument: &OsString| Some(argument.to_str()?.strip_prefix("--")?.split('=').next()?.to_owned());
-    if let Some(flag) = arguments.iter().filter_map(name).find(|name| NOT_YET.contains(&name.as_str())) {
-        let problem =
-            format!("--{flag} of kube-proxy is not part of this version; give flags instead of a config file");
-        return Err(command.error(ErrorKind::UnknownArgument, problem));
-    }
-    let matches = command.try_get_matches_from_mut(arguments)?;
+    let matches = Flags::command().try_get_matches_from(arguments.into_iter().map(with_dashes))?;
     let mut flags = Flags::from_arg_matches(&matches)?;
-    flags.without_effect = without_effect;
-    flags.check().map_err(|problem| command.error(ErrorKind::ValueValidation, problem))?;
+    flags.given = given(&matches);
     Ok(flags)
 }
 
+/// `--ipvs_scheduler` is `--ipvs-scheduler`.
+fn with_dashes(argument: OsString) -> OsString {
+    match argument.to_str().filter(|text| text.starts_with("--")).map(|text| text.split_once('=').unwrap_or((text, "")))
+    {
+        Some((name, _)) if name.contains('_') => {
+            let mut spelled = OsString::from(name.replace('_', "-"));
+            // What follows the name stays as it is.
+            spelled.push(argument.to_str().and_then(|text| text.get(name.len()..)).unwrap_or_default());
+            spelled
+        }
+        _ => argument,
+    }
+}
+
+fn given(matches: &ArgMatches) -> Vec<String> {
+    let ids = matches.ids().map(clap::Id::as_str);
+    let flags = ids.filter(|id| matches.try_contains_id(id).is_ok());
+    flags
+        .filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
+        .map(|id| if id == "verbosity" { "v".to_owned() } else { id.replace('_', "-") })
+        // The groups that flags are defined in are listed with them.
+        .filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
+        .collect()
+}
+
+/// What is in effect, and what is to be said about it.
+#[derive(Clone, Debug)]
+pub(crate) struct Effective {
+    pub(crate) configuration: Configuration,
+    pub(crate) settings: Settings,
+    pub(crate) warnings: Vec<String>,
+}
+
 impl Flags {
-    fn check(&self) -> Result<(), String> {
-        if self.ipvs_sync_period.is_zero() {
-            return Err("--ipvs-sync-period must be more than 0".to_owned());
-        }
-        if self.ipvs_min_sync_period > self.ipvs_sync_period {
-            return Err("--ipvs-min-sync-period must not be more than --ipvs-sync-period".to_owned());
-        }
-        if !self.hostname_override.is_empty() && self.hostname_override.trim().is_empty() {
-            return Err("--hostname-override must not be blank".to_owned());
-        }
-        self.excluded()?;
-        self.node_port_addresses()?;
-        self.detect_local()?;
-        Ok(())
-    }
-
-    /// Where Services come from.
-    pub(crate) fn origin(&self) -> Origin {
-        match &self.manifests {
-            Some(directory) => Origin::Manifests(directory.clone()),
-            None => Origin::ApiServer { kubeconfig: self.kubeconfig.clone(), master: self.master.clone() },
-        }
-    }
-
-    /// The name of the own Node.
-    pub(crate) fn node_name(&self) -> String {
-        let uname = rustix::system::uname();
-        let host = uname.nodename().to_string_lossy();
-        let name = if self.hostname_override.is_empty() { &*host } else { &self.hostname_override };
-        name.trim().to_lowercase()
-    }
-
-    /// The ranges of `--ipvs-exclude-cidrs`.
-    pub(crate) fn excluded(&self) -> Result<Vec<IpNet>, String> {
-        entries(&self.ipvs_exclude_cidrs).map(|range| cidr("--ipvs-exclude-cidrs", range)).collect()
-    }
-
-    /// What `--nodeport-addresses` says.
-    pub(crate) fn node_port_addresses(&self) -> Result<NodePortAddresses, String> {
-        match entries(&self.nodeport_addresses).collect::<Vec<_>>().as_slice() {
-            [] => Ok(NodePortAddresses::All),
-            ["primary"] => Ok(NodePortAddresses::Primary),
-            ranges if ranges.contains(&"primary") => {
-                Err("--nodeport-addresses is either `primary` alone or a list of ranges".to_owned())
-            }
-            ranges => {
-                let ranges = ranges.iter().map(|range| cidr("--nodeport-addresses", range));
-                Ok(NodePortAddresses::Within(ranges.collect::<Result<_, _>>()?))
+    /// What the file says, or the flags where there is none, with all defaults.
+    pub(crate) fn effective(&self) -> Result<Effective, Problems> {
+        let (configuration, warnings, mut problems) = match &self.config {
+            Some(path) => self.beside_file(path)?,
+            None => self.alone(),
+        };
+        let host = rustix::system::uname();
+        match Settings::new(&configuration, &host.nodename().to_string_lossy()) {
+            Ok(settings) if problems.is_empty() => Ok(Effective { configuration, settings, warnings }),
+            result => {
+                problems.extend(result.err().into_iter().flatten());
+                Err(match &self.config {
+                    Some(path) => Problems::of_file(path, problems),
+                    None => Problems::of_flags(problems),
+                })
             }
         }
     }
 
-    /// How to tell that a packet comes from a pod.
-    pub(crate) fn detect_local(&self) -> Result<DetectLocal, String> {
-        self.detect_local.get()
+    /// Flags that were given and change nothing.
+    pub(crate) fn without_effect(&self) -> Vec<&str> {
+        let given = self.given.iter().map(String::as_str);
+        given.filter(|name| WITHOUT_EFFECT.contains(name) && self.is_heeded(name)).collect()
     }
 
-    /// `--ipvs-drain-timeout`, unless there is none.
-    pub(crate) fn drain_timeout(&self) -> Option<Duration> {
-        Some(self.ipvs_drain_timeout).filter(|timeout| !timeout.is_zero())
+    fn is_heeded(&self, name: &str) -> bool {
+        self.config.is_none() || BESIDE_FILE.contains(&name)
     }
 
-    /// `--bind-address`, unless it is the unspecified address.
-    pub(crate) fn bind_address(&self) -> Option<IpAddr> {
-        Some(self.bind_address).filter(|address| !address.is_unspecified())
-    }
-
-    /// Whether external IPs of Services count.
-    pub(crate) fn allows_external_ips(&self) -> bool {
-        let gates = self.feature_gates.iter().rev();
-        gates.filter(|(name, _)| name == "AllowServiceExternalIPs").map(|(_, value)| *value).next().unwrap_or(true)
-    }
-
-    /// The feature gates that have no meaning here.
-    pub(crate) fn ignored_gates(&self) -> Vec<&str> {
-        let names = self.feature_gates.iter().map(|(name, _)| name.as_str());
-        names.filter(|name| *name != "AllowServiceExternalIPs").collect()
-    }
-}
-
-fn proxy_mode(mode: &str) -> Result<ProxyMode, String> {
-    match mode {
-        "ipvs" => Ok(ProxyMode::Ipvs),
-        "iptables" | "nftables" | "" => {
-            Err("kube-ipvs is a proxy of mode ipvs only; for iptables or nftables run kube-proxy".to_owned())
+    fn beside_file(&self, path: &Path) -> Result<(Configuration, Vec<String>, Vec<Problem>), Problems> {
+        let Read { mut configuration, warnings } = config::load(path)?;
+        let mut warnings: Vec<String> =
+            warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect();
+        let unheeded: Vec<&str> = self.given.iter().map(String::as_str).filter(|name| !self.is_heeded(name)).collect();
+        if !unheeded.is_empty() {
+            let names = unheeded.join(" --");
+            warnings.push(format!("--{names}: not heeded beside --config, as in kube-proxy; write it in the file"));
         }
-        _ => Err("the only mode is ipvs".to_owned()),
+        self.fields.clone().beside_file().apply(&mut configuration);
+        Ok((configuration, warnings, Vec::new()))
     }
-}
 
-/// As kube-proxy, empty means rr. Whether the kernel has it is found out at the start.
-fn scheduler(name: &str) -> Result<Scheduler, String> {
-    if name.is_empty() {
-        return Ok(Scheduler::RoundRobin);
+    fn alone(&self) -> (Configuration, Vec<String>, Vec<Problem>) {
+        let mut configuration = Configuration::default();
+        configuration.complete();
+        // On the command line it has the default of another mode.
+        configuration.ipvs.min_sync_period = go::Duration::from_secs(1);
+        self.fields.clone().apply(&mut configuration);
+        self.fields.apply_ports(&mut configuration);
+        configuration.name_modes();
+        let mut problems = Vec::new();
+        // A variable that was empty, most likely.
+        if self.fields.has_empty_cluster_cidr() && configuration.detect_local_mode == "ClusterCIDR" {
+            let what = "\"\" is no range of addresses; leave the flag out where pods have no range of their own";
+            problems.push(Problem::new("clusterCIDR", what));
+        }
+        (configuration, Vec::new(), problems)
     }
-    name.parse().map_err(|error: ipvs_netlink::InvalidScheduler| error.to_string())
-}
-
-fn bind_address(text: &str) -> Result<IpAddr, String> {
-    if text.is_empty() {
-        return Ok(IpAddr::from([0, 0, 0, 0]));
-    }
-    text.parse().map_err(|_| format!("{text:?} is no IP address"))
-}
-
-fn cidr(flag: &str, text: &str) -> Result<IpNet, String> {
-    text.trim()
-        .parse()
-        .map_err(|_| format!("{flag}: {text:?} is no range of addresses such as 10.0.0.0/8 or fd00::/64"))
-}
-
-/// The entries of a list; `--flag=` is an empty one.
-fn entries(list: &[String]) -> impl Iterator<Item = &str> {
-    list.iter().map(String::as_str).filter(|entry| !entry.is_empty())
-}
-
-fn feature_gate(text: &str) -> Result<(String, bool), String> {
-    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} lacks =true or =false"))?;
-    Ok((name.trim().to_owned(), go::boolean(value.trim())?))
 }

@@ -1,9 +1,28 @@
-//! Command lines and what they mean.
+//! Command lines and what they mean. (Each flag with a field in the file: see the tests of `config`.)
+
+use std::fs;
+
+use clap::CommandFactory as _;
+use ipvs_netlink::Scheduler;
+use reconciler::policy::{DetectLocal, NodePortAddresses};
+use std::time::Duration;
 
 use super::*;
 
 fn parse_words(words: &[&str]) -> Result<Flags, clap::Error> {
     parse(["kube-ipvs"].iter().chain(words).map(OsString::from))
+}
+
+fn settings(words: &[&str]) -> Settings {
+    parse_words(words).unwrap().effective().unwrap().settings
+}
+
+/// Why a command line is refused, by its form or by its values.
+fn refusal(words: &[&str]) -> String {
+    match parse_words(words) {
+        Ok(flags) => flags.effective().unwrap_err().to_string(),
+        Err(error) => error.to_string(),
+    }
 }
 
 #[test]
@@ -13,19 +32,19 @@ fn the_command_is_well_formed() {
 
 #[test]
 fn defaults_are_those_of_kube_proxy() {
-    let flags = parse_words(&[]).unwrap();
-    assert_eq!(flags.ipvs_scheduler, Scheduler::RoundRobin);
-    assert_eq!(flags.ipvs_sync_period, Duration::from_secs(30));
-    assert_eq!(flags.ipvs_min_sync_period, Duration::from_secs(1));
-    assert_eq!(flags.node_port_addresses(), Ok(NodePortAddresses::All));
-    assert_eq!(flags.bind_address(), None);
-    assert!(flags.allows_external_ips());
-    assert!(!flags.ipvs_strict_arp);
-    assert!(!flags.masquerade_all && !flags.watch_all_nodes);
-    assert_eq!(flags.iptables_masquerade_bit, 14);
-    assert_eq!(flags.detect_local(), Ok(DetectLocal::ClusterCidr(vec![])));
-    assert_eq!(flags.drain_timeout(), None);
-    let conntrack = &flags.conntrack;
+    let settings = settings(&["--hostname-override=Node-A"]);
+    let policy = &settings.policy;
+    assert_eq!(policy.node_name, "node-a");
+    assert_eq!(policy.scheduler, Scheduler::RoundRobin);
+    assert_eq!((settings.periods.audit, settings.periods.min), (Duration::from_secs(30), Duration::from_secs(1)));
+    assert_eq!(policy.node_port_addresses, NodePortAddresses::All);
+    assert_eq!(policy.bind_address, None);
+    assert!(policy.external_ips);
+    assert!(!settings.strict_arp && !policy.masquerade_all && !settings.watch_all_nodes);
+    assert_eq!(policy.masquerade_bit, 14);
+    assert_eq!(policy.detect_local, DetectLocal::ClusterCidr(vec![]));
+    assert_eq!(policy.drain_timeout, None);
+    let conntrack = &settings.conntrack;
     assert_eq!((conntrack.max_per_core, conntrack.min, conntrack.tcp_be_liberal), (32_768, 131_072, false));
     let timeouts = [
         conntrack.tcp_timeout_established,
@@ -34,6 +53,8 @@ fn defaults_are_those_of_kube_proxy() {
         conntrack.udp_timeout_stream,
     ];
     assert_eq!(timeouts.map(|timeout| timeout.as_secs()), [86_400, 3600, 0, 0]);
+    let ports = [settings.healthz, settings.metrics].map(|address| address.unwrap().to_string());
+    assert_eq!(ports, ["0.0.0.0:10256", "127.0.0.1:10249"]);
 }
 
 #[test]
@@ -53,112 +74,159 @@ fn every_mode_of_telling_pods_takes_its_own_flag_and_ignores_the_others() {
         (&["--detect-local-mode=InterfaceNamePrefix", "--pod-interface-name-prefix=abcdefghijklmno"], prefix),
         (&["--pod-bridge-interface=a-name-that-is-too-long"], ranges(&[])),
     ] {
-        assert_eq!(parse_words(words).unwrap().detect_local(), Ok(detect), "{words:?}");
+        assert_eq!(settings(words).policy.detect_local, detect, "{words:?}");
     }
 }
 
 #[test]
 fn a_drain_timeout_of_0_is_none() {
-    let timeout = |word: &str| parse_words(&[word]).unwrap().drain_timeout();
+    let timeout = |word: &str| settings(&[word]).policy.drain_timeout;
     assert_eq!(timeout("--ipvs-drain-timeout=0"), None);
     assert_eq!(timeout("--ipvs-drain-timeout=5m"), Some(Duration::from_secs(300)));
 }
 
 #[test]
-fn names_may_be_spelled_with_underscores() {
-    let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m"]).unwrap();
-    assert_eq!(flags.ipvs_scheduler, Scheduler::WeightedLeastConnection);
-    assert_eq!(flags.ipvs_sync_period, Duration::from_secs(60));
+fn names_may_be_spelled_with_underscores_and_values_keep_theirs() {
+    let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m", "--hostname_override=a_b"]).unwrap();
+    let settings = flags.effective().unwrap().settings;
+    assert_eq!(settings.policy.scheduler, Scheduler::WeightedLeastConnection);
+    assert_eq!(settings.periods.audit, Duration::from_secs(60));
+    assert_eq!(settings.policy.node_name, "a_b");
 }
 
 #[test]
 fn the_last_value_counts_and_lists_add_up() {
-    let flags = parse_words(&[
+    let settings = settings(&[
         "--ipvs-scheduler=wlc",
         "--ipvs-scheduler=sh",
         "--ipvs-exclude-cidrs=10.0.0.0/8,fd00::/64",
         "--ipvs-exclude-cidrs=172.16.0.0/12",
-    ])
-    .unwrap();
-    assert_eq!(flags.ipvs_scheduler, Scheduler::SourceHashing);
-    assert_eq!(flags.excluded().unwrap().len(), 3);
+    ]);
+    assert_eq!(settings.policy.scheduler, Scheduler::SourceHashing);
+    assert_eq!(settings.policy.exclude.len(), 3);
 }
 
 #[test]
 fn a_list_may_be_empty() {
-    let flags = parse_words(&["--nodeport-addresses=", "--ipvs-exclude-cidrs="]).unwrap();
-    assert_eq!(flags.node_port_addresses(), Ok(NodePortAddresses::All));
-    assert_eq!(flags.excluded(), Ok(vec![]));
+    let settings = settings(&["--nodeport-addresses=", "--ipvs-exclude-cidrs="]);
+    assert_eq!(settings.policy.node_port_addresses, NodePortAddresses::All);
+    assert_eq!(settings.policy.exclude, vec![]);
 }
 
 #[test]
 fn truth_values_need_no_value() {
-    assert!(parse_words(&["--ipvs-strict-arp"]).unwrap().ipvs_strict_arp);
-    assert!(!parse_words(&["--ipvs-strict-arp=false"]).unwrap().ipvs_strict_arp);
-    let flags = parse_words(&["--masquerade-all", "--watch-all-nodes", "--conntrack-tcp-be-liberal"]).unwrap();
-    assert!(flags.masquerade_all && flags.watch_all_nodes && flags.conntrack.tcp_be_liberal);
+    assert!(settings(&["--ipvs-strict-arp"]).strict_arp);
+    assert!(!settings(&["--ipvs-strict-arp=false"]).strict_arp);
+    let settings = settings(&["--masquerade-all", "--watch-all-nodes", "--conntrack-tcp-be-liberal", "--profiling"]);
+    assert!(settings.policy.masquerade_all && settings.watch_all_nodes && settings.conntrack.tcp_be_liberal);
+    assert!(settings.profiling);
 }
 
 #[test]
-fn flags_without_effect_are_taken_with_their_values() {
+fn flags_without_effect_are_taken_with_their_values_and_named() {
     let flags = parse_words(&[
         "--iptables-localhost-nodeports",
         "--kube-api-qps",
         "5",
         "--healthz_bind_address=0.0.0.0:1",
-        "--profiling=false",
+        "--boot-id-file=x",
         "-v=4",
     ])
     .unwrap();
-    assert_eq!(
-        flags.without_effect,
-        ["--iptables-localhost-nodeports", "--kube-api-qps", "--healthz-bind-address", "--profiling"]
-    );
-    assert_eq!(flags.verbosity, 4);
+    assert_eq!(flags.effective().unwrap().configuration.logging.verbosity, 4);
+    let mut names = flags.without_effect();
+    names.sort_unstable();
+    assert_eq!(names, ["boot-id-file", "iptables-localhost-nodeports", "kube-api-qps"]);
 }
 
 #[test]
-fn wrong_values_are_refused_with_the_reason() {
+fn ports_by_themselves_do_nothing_but_0_switches_off() {
+    let ports = |words: &[&str]| {
+        let settings = settings(words);
+        (settings.healthz.map(|address| address.to_string()), settings.metrics.map(|address| address.to_string()))
+    };
+    let usual = (Some("0.0.0.0:10256".to_owned()), Some("127.0.0.1:10249".to_owned()));
+    assert_eq!(ports(&["--healthz-port=1", "--metrics-port=2"]), usual, "the default addresses have ports");
+    assert_eq!(ports(&["--healthz-bind-address=", "--metrics-bind-address="]), usual);
+    assert_eq!(ports(&["--healthz-port=0", "--metrics-port=0"]), (None, None));
+    let given = ports(&["--healthz-bind-address=10.0.0.1", "--healthz-port=1", "--metrics-bind-address=::1"]);
+    assert_eq!(given, (Some("10.0.0.1:1".to_owned()), Some("[::1]:10249".to_owned())));
+    assert_eq!(ports(&["--bind-address=::"]), usual, "kube-proxy's flag moves them no more");
+}
+
+#[test]
+fn beside_a_file_few_flags_count_and_the_others_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.conf");
+    fs::write(
+        &path,
+        "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nipvs: {scheduler: sh}\n\
+         hostnameOverride: file\nlogging: {verbosity: 1, vmodule: [{filePattern: b, verbosity: 2}]}\n\
+         kubeIPVS: {drainTimeout: 1m}\n",
+    )
+    .unwrap();
+    let config = format!("--config={}", path.display());
+    let words = [
+        &config,
+        "--ipvs-scheduler=lc",
+        "--healthz-port=0",
+        "--proxy-mode=iptables",
+        "--hostname-override=flag",
+        "-v=4",
+        "--vmodule=a=1",
+        "--ipvs-drain-timeout=2m",
+        "--kube-api-qps=7",
+    ];
+    let flags = parse_words(&words).unwrap();
+    let Effective { configuration, settings, warnings } = flags.effective().unwrap();
+    assert_eq!(settings.policy.scheduler, Scheduler::SourceHashing);
+    assert_eq!(settings.policy.node_name, "flag");
+    assert_eq!(settings.policy.drain_timeout, Some(Duration::from_secs(120)));
+    assert_eq!(settings.periods.min, Duration::ZERO, "in a file there is no such default");
+    assert!(settings.healthz.is_some());
+    assert_eq!(configuration.logging.verbosity, 4);
+    let patterns: Vec<&str> = configuration.logging.vmodule.iter().map(|it| it.file_pattern.as_str()).collect();
+    assert_eq!(patterns, ["a", "b"], "the flag's come first");
+    let warnings = warnings.join("\n");
+    for flag in ["--ipvs-scheduler", "--healthz-port", "--proxy-mode", "--kube-api-qps"] {
+        assert!(warnings.contains(flag), "{flag}: {warnings}");
+    }
+    for flag in ["--hostname-override", "--vmodule", "--ipvs-drain-timeout", "--v "] {
+        assert!(!warnings.contains(flag), "{flag}: {warnings}");
+    }
+}
+
+#[test]
+fn wrong_command_lines_are_refused_with_the_reason() {
     for (words, reason) in [
-        (&["--proxy-mode=iptables"][..], "run kube-proxy"),
-        (&["--ipvs-sync-period=5"], "is no duration"),
-        (&["--ipvs-sync-period=0s"], "must be more than 0"),
-        (&["--ipvs-min-sync-period=1m"], "must not be more than"),
-        (&["--ipvs-exclude-cidrs=10.0.0.0/40"], "--ipvs-exclude-cidrs"),
-        (&["--nodeport-addresses=primary,10.0.0.0/8"], "alone"),
-        (&["--cluster-cidr=10.0.0.0/8,10.1.0.0/16"], "one of each family"),
-        (&["--cluster-cidr="], "is no range"),
-        (&["--cluster-cidr=10.0.0.0/8,fd00::/64,fd01::/64"], "one of each family"),
-        (&["--detect-local-mode=clustercidr"], "NodeCIDR"),
-        (&["--detect-local-mode=BridgeInterface"], "needs --pod-bridge-interface"),
-        (&["--detect-local-mode=InterfaceNamePrefix", "--pod-bridge-interface=x"], "needs --pod-interface-name-prefix"),
-        (
-            &["--detect-local-mode=BridgeInterface", "--pod-bridge-interface=abcdefghijklmnop"],
-            "longer than the 15 bytes",
-        ),
-        (&["--iptables-masquerade-bit=32"], "0..=31"),
-        (&["--iptables-masquerade-bit=-1"], "invalid value"),
-        (&["--masquerade-all=perhaps"], "neither true nor false"),
-        (&["--conntrack-max-per-core=-1"], "invalid value"),
-        (&["--conntrack-min=many"], "invalid"),
-        (&["--conntrack-udp-timeout=-1s"], "is no duration"),
-        (&["--ipvs-drain-timeout=-1s"], "is no duration"),
-        (&["--bind-address=here"], "is no IP address"),
-        (&["--hostname-override= "], "blank"),
-        (&["--ipvs-scheduler=a-name-too-long-for-it"], "cannot be the name of a scheduler"),
+        (&["--cluster-cidr="][..], "is no range"),
         (&["--no-such-flag"], "--no-such-flag"),
-        (&["--config=/etc/c"], "--config of kube-proxy is not part of this version"),
         (&["word"], "word"),
         (&["--manifests=d", "--kubeconfig=k"], "cannot be used with"),
+        (
+            &["--pod-bridge-interface=abcdefghijklmnop", "--detect-local-mode=BridgeInterface"],
+            "longer than the 15 bytes",
+        ),
+        (&["--detect-local-mode=InterfaceNamePrefix", "--pod-bridge-interface=x"], "--pod-interface-name-prefix"),
     ] {
-        let error = parse_words(words).expect_err(reason).to_string();
+        let error = refusal(words);
         assert!(error.contains(reason), "{words:?}: {error}");
     }
 }
 
 #[test]
 fn the_external_ips_gate_closes() {
-    let flags = parse_words(&["--feature-gates=Other=true,AllowServiceExternalIPs=false"]).unwrap();
-    assert!(!flags.allows_external_ips());
-    assert_eq!(flags.ignored_gates(), ["Other"]);
+    let settings = settings(&["--feature-gates=Other=true,AllowServiceExternalIPs=false"]);
+    assert!(!settings.policy.external_ips);
+    assert_eq!(settings.ignored_gates, ["Other"]);
+}
+
+#[test]
+fn every_flag_is_either_of_the_file_or_counts_beside_it() {
+    let of_fields: Vec<&str> = config::FLAGS_OF_FIELDS.iter().map(|(flag, _)| *flag).collect();
+    for argument in Flags::command().get_arguments() {
+        let Some(name) = argument.get_long() else { continue };
+        let is_port = name == "healthz-port" || name == "metrics-port";
+        assert!(of_fields.contains(&name) || BESIDE_FILE.contains(&name) || is_port, "--{name}");
+    }
 }

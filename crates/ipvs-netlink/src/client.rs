@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 
 use netlink_batch::protocols::NETLINK_GENERIC;
-use netlink_batch::{Request, Socket};
+use netlink_batch::{Request, Sent, Socket};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
@@ -52,6 +52,11 @@ impl Client {
             Error::connecting(netlink_batch::Error::Decode("the answer names no family number".into()))
         })?;
         Ok(Self { socket, family })
+    }
+
+    /// What was sent to the kernel so far.
+    pub fn sent(&self) -> Sent {
+        self.socket.sent()
     }
 
     /// The version of IPVS and the size of its connection table.

@@ -25,5 +25,5 @@ mod subscription;
 
 pub use error::{Error, Refusal};
 pub use netlink_sys::protocols;
-pub use socket::{BATCH_MESSAGES, Request, Socket};
+pub use socket::{BATCH_MESSAGES, Request, Sent, Socket};
 pub use subscription::{Received, Subscription};

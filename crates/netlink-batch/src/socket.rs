@@ -52,6 +52,42 @@ pub struct Socket {
     sequence: u32,
     outgoing: Vec<u8>,
     incoming: Vec<u8>,
+    sent: Sent,
+}
+
+/// What a socket has sent since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Datagrams: a request, a dump, a batch or a transaction each.
+    pub datagrams: u64,
+    /// Messages in them.
+    pub messages: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+}
+
+impl std::ops::Add for Sent {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            datagrams: self.datagrams + other.datagrams,
+            messages: self.messages + other.messages,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+impl std::ops::Sub for Sent {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            datagrams: self.datagrams - other.datagrams,
+            messages: self.messages - other.messages,
+            bytes: self.bytes - other.bytes,
+        }
+    }
 }
 
 /// What a received message says about the request it answers.
@@ -77,7 +113,13 @@ impl Socket {
             Ok(socket)
         };
         let raw = open().map_err(|error| Error::Open { protocol, error })?;
-        Ok(Self { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES] })
+        let (outgoing, incoming) = (Vec::new(), vec![0; RECEIVE_BYTES]);
+        Ok(Self { raw, sequence: 0, outgoing, incoming, sent: Sent::default() })
+    }
+
+    /// What was sent so far.
+    pub fn sent(&self) -> Sent {
+        self.sent
     }
 
     /// Sends one request and hands each message of the answer to `each`, until the kernel acknowledges.
@@ -301,6 +343,7 @@ impl Socket {
     /// Appends a message to the datagram and returns its sequence number.
     fn push<M: NetlinkSerializable>(&mut self, message: &M, flags: u16) -> u32 {
         self.sequence = self.sequence.wrapping_add(1);
+        self.sent.messages += 1;
         let start = self.outgoing.len();
         let length = HEADER_BYTES + message.buffer_len();
         self.outgoing.resize(start + length.next_multiple_of(4), 0);
@@ -324,7 +367,9 @@ impl Socket {
     }
 
     fn send(&mut self) -> Result<(), Error> {
-        retry(|| self.raw.send(&self.outgoing, 0)).map_err(Error::Send)?;
+        let bytes = retry(|| self.raw.send(&self.outgoing, 0)).map_err(Error::Send)?;
+        self.sent.datagrams += 1;
+        self.sent.bytes += bytes as u64;
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! What one Service wants of the node: a pure function of the Service, its slices, the node and the policy.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
@@ -38,6 +38,32 @@ pub struct Contribution {
     pub sources: BTreeMap<Family, Ranges>,
     /// VIPs that are addresses of Nodes and so are not served.
     pub refused: Vec<IpAddr>,
+    /// What load balancers are told that ask whether the node has endpoints; at most one a family.
+    pub health_checks: Vec<HealthCheck>,
+    /// Which of its Local policies find no local endpoint although there are others, in which families.
+    pub without_local: BTreeSet<(Direction, Family)>,
+}
+
+/// Where the node answers load balancers, and what (`spec.healthCheckNodePort`).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// The family it answers in.
+    pub family: Family,
+    /// The port it answers on.
+    pub port: NonZeroU16,
+    /// The addresses it answers on; `None` for all of the family.
+    pub addresses: Option<BTreeSet<IpAddr>>,
+    /// How many endpoints of the Service on this node are ready.
+    pub local_endpoints: usize,
+}
+
+/// Which of the two traffic policies of a Service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Direction {
+    /// `internalTrafficPolicy`.
+    Internal,
+    /// `externalTrafficPolicy`.
+    External,
 }
 
 impl Contribution {
@@ -62,9 +88,17 @@ impl Contribution {
                 {
                     contribution.sources.insert(family, ranges);
                 }
-                if service.kind == ServiceKind::LoadBalancer && external_policy_is_local(service) {
-                    let port = service.health_check_node_port.map(NonZeroU16::get);
-                    contribution.entries.extend(port.map(|port| Entry::HealthCheckPort(family, port)));
+                if service.kind == ServiceKind::LoadBalancer
+                    && external_policy_is_local(service)
+                    && let Some(port) = service.health_check_node_port
+                {
+                    contribution.entries.push(Entry::HealthCheckPort(family, port.get()));
+                    contribution.health_checks.push(HealthCheck {
+                        family,
+                        port,
+                        addresses: node.health_check_addresses.get(&family).cloned(),
+                        local_endpoints: ready_here(entry, family, policy),
+                    });
                 }
             }
         }
@@ -97,6 +131,19 @@ impl Contribution {
         // Without a local endpoint the Local policy falls back to what the cluster set holds.
         let local = uses_local.then(|| for_local(endpoints)).filter(|local| !local.is_empty());
         let has_local = local.is_some();
+        // As kube-proxy counts: a Service is looked at where it has a virtual server with a Local policy.
+        let has_external = || {
+            let has_node_ports = || node.node_ports.iter().any(|address| Family::of(*address) == vips.family);
+            !vips.external.is_empty()
+                || !vips.load_balancer.is_empty()
+                || (port.node_port.is_some() && has_node_ports())
+        };
+        let is_looked_at = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
+        if !has_local && is_looked_at && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it)) {
+            let local = [(internal_local, Direction::Internal), (external_local, Direction::External)];
+            let local = local.into_iter().filter(|(is_local, _)| *is_local);
+            self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
+        }
         let local: Arc<[SocketAddr]> = local.map_or_else(|| cluster.clone(), Into::into);
 
         let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
@@ -275,6 +322,18 @@ fn for_local(endpoints: &[Candidate<'_>]) -> Vec<SocketAddr> {
     let local = || endpoints.iter().filter(|candidate| candidate.is_local);
     let ready = addresses(local().filter(|candidate| candidate.endpoint.ready));
     if ready.is_empty() { addresses(local().filter(|candidate| is_draining(candidate))) } else { ready }
+}
+
+/// How many addresses of a family have a ready endpoint on this node, whichever ports it has.
+fn ready_here(entry: &TableEntry, family: Family, policy: &Policy) -> usize {
+    let slices = entry.slices.values().filter(|slice| !slice.ports.is_empty());
+    let endpoints = slices.flat_map(|slice| &slice.endpoints);
+    let here = endpoints.filter(|endpoint| {
+        endpoint.ready
+            && Family::of(endpoint.address) == family
+            && endpoint.node.as_deref() == Some(policy.node_name.as_str())
+    });
+    here.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
 }
 
 fn is_draining(candidate: &Candidate<'_>) -> bool {

@@ -1,6 +1,6 @@
 //! What is desired: the sum of all contributions, with one owner for each front end.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
 
-use crate::contribution::{Contribution, WantedServer};
+use crate::contribution::{Contribution, Direction, WantedServer};
 use crate::filter::{Contents, Entry, Ranges};
 use crate::front_end::FrontEnd;
 use crate::plan::Key;
@@ -48,6 +48,8 @@ pub struct Desired {
     addresses: HashMap<IpAddr, Vec<ObjectName>>,
     /// Who wants something in a set of the packet filter; never empty.
     entries: HashMap<Entry, Vec<ObjectName>>,
+    /// How many Services have a Local policy that finds no local endpoint although there are others.
+    without_local: BTreeMap<(Direction, Family), usize>,
 }
 
 impl Desired {
@@ -89,6 +91,12 @@ impl Desired {
         dirty.extend(changed.into_iter().map(Key::Address));
         let changed = replace_claims(&mut self.entries, name, &before.entries, &contribution.entries);
         dirty.extend(changed.into_iter().map(Key::Entry));
+        for it in before.without_local.difference(&contribution.without_local) {
+            self.without_local.entry(*it).and_modify(|count| *count -= 1);
+        }
+        for it in contribution.without_local.difference(&before.without_local) {
+            *self.without_local.entry(*it).or_default() += 1;
+        }
         for family in [Family::Ipv4, Family::Ipv6] {
             if before.sources.get(&family) != contribution.sources.get(&family) {
                 dirty.insert(Key::Sources(name.clone(), family));
@@ -166,6 +174,21 @@ impl Desired {
     /// How many virtual servers are desired.
     pub fn server_count(&self) -> usize {
         self.claims.len()
+    }
+
+    /// How many Services want anything.
+    pub fn service_count(&self) -> usize {
+        self.contributors.len()
+    }
+
+    /// How many VIPs are to be bound.
+    pub fn address_count(&self) -> usize {
+        self.addresses.len()
+    }
+
+    /// How many Services have this Local policy and no local endpoint, although they have others.
+    pub fn without_local(&self, direction: Direction, family: Family) -> usize {
+        self.without_local.get(&(direction, family)).copied().unwrap_or(0)
     }
 
     fn claim(&mut self, front_end: FrontEnd, claim: Claim, clashes: &mut Vec<Clash>) {

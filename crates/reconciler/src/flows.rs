@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Instant;
 
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Request, Socket};
@@ -22,6 +23,7 @@ use tracing::debug;
 use crate::filter::expression::protocol_number;
 use crate::filter::message::header;
 use crate::front_end::FrontEnd;
+use crate::kernel::Flush;
 use crate::plan::Operation;
 
 // linux/netfilter/nfnetlink_conntrack.h
@@ -38,8 +40,9 @@ const ENOENT: i32 = 2;
 /// Who answers for each front end, sorted.
 type Alive<'a> = HashMap<FrontEnd, &'a Arc<[SocketAddr]>>;
 
-/// Deletes the stale flows of all front ends that operations name, with one reading for each family among them.
-pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(), Error> {
+/// Deletes the stale flows of all front ends that operations name, with one reading for each family among them, of which
+/// `flushes` gets an account.
+pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut Vec<Flush>) -> Result<(), Error> {
     let mut wanted = Alive::new();
     for operation in operations {
         if let Operation::ClearFlows(front_end, alive) | Operation::FlushFlows(front_end, alive) = operation {
@@ -56,14 +59,14 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
         }
         let protocol = has_one_protocol.then_some(first.protocol);
         let port = (has_one_protocol && has_one_port).then_some(first.port);
-        let mut stale = Vec::new();
+        let (start, mut stale) = (Instant::now(), Vec::new());
         socket.stream(&list(family, protocol, port), |Entry(attributes)| {
             if is_stale(&attributes, &wanted) {
                 stale.push(delete(family, attributes));
             }
         })?;
-        if !stale.is_empty() {
-            let found = stale.len();
+        let found = stale.len();
+        if found > 0 {
             let refused =
                 socket.batch(stale)?.into_iter().filter_map(Result::err).find(|refusal| refusal.errno != ENOENT);
             if let Some(refusal) = refused {
@@ -71,6 +74,7 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation]) -> Result<(),
             }
             debug!(flows = found, "deleted stale flows from connection tracking");
         }
+        flushes.push(Flush { family, took: start.elapsed(), deleted: found });
     }
     Ok(())
 }

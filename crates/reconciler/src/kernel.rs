@@ -2,8 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Duration;
 
-use ipvs_netlink::RealServer;
+use ipvs_netlink::{Family, RealServer};
+use netlink_batch::Sent;
 
 use crate::filter::ObservedFilter;
 use crate::front_end::{FrontEnd, ServerConfig};
@@ -74,8 +76,33 @@ pub struct KernelError {
     pub text: String,
 }
 
+/// What a kernel was asked since the last account.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// What was sent to it, of all that is written and read.
+    pub sent: Sent,
+    /// Readings of connection tracking for flows that lead nowhere.
+    pub flushes: Vec<Flush>,
+}
+
+/// One reading of a family's flows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flush {
+    /// The family.
+    pub family: Family,
+    /// How long it took.
+    pub took: Duration,
+    /// How many flows were stale and are deleted.
+    pub deleted: usize,
+}
+
 /// A kernel, or what stands in for one.
 pub trait Kernel {
+    /// What it was asked since it was last asked for this.
+    fn account(&mut self) -> Account {
+        Account::default()
+    }
+
     /// Reads what the kernel holds. A virtual server that is asked for and does not exist is left out.
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError>;
 

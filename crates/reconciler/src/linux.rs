@@ -6,7 +6,7 @@ use std::net::IpAddr;
 
 use ipvs_netlink::{Client, ErrorKind, Message};
 use netlink_batch::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
-use netlink_batch::{Refusal, Request, Socket};
+use netlink_batch::{Refusal, Request, Sent, Socket};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
@@ -15,7 +15,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use crate::filter::{self, ObservedFilter};
 use crate::flows;
 use crate::front_end::FrontEnd;
-use crate::kernel::{Cause, DEVICE, Kernel, KernelError, Observed, ObservedServer, Scope};
+use crate::kernel::{Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedServer, Scope};
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
 
@@ -38,6 +38,12 @@ pub struct LinuxKernel {
     families: Families,
     /// The index of `kube-ipvs0`, once it was seen.
     device: Option<u32>,
+    /// What was sent before the last account was given.
+    accounted: Sent,
+    /// What was sent on sockets that failed.
+    sent_before: Sent,
+    /// Since the last account.
+    flushes: Vec<Flush>,
     /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
     is_broken: bool,
 }
@@ -48,7 +54,22 @@ impl LinuxKernel {
         let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
         let netfilter = Socket::open(NETLINK_NETFILTER).map_err(|error| refused(error.to_string()))?;
-        Ok(Self { ipvs, route, netfilter, families, device: None, is_broken: false })
+        Ok(Self {
+            ipvs,
+            route,
+            netfilter,
+            families,
+            device: None,
+            accounted: Sent::default(),
+            sent_before: Sent::default(),
+            flushes: Vec::new(),
+            is_broken: false,
+        })
+    }
+
+    /// What was sent since the first connection.
+    fn sent(&self) -> Sent {
+        self.sent_before + self.ipvs.sent() + self.route.sent() + self.netfilter.sent()
     }
 
     /// Reads the packet filter, for who wants nothing else.
@@ -224,7 +245,7 @@ impl LinuxKernel {
     }
 
     fn apply_flows(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
-        let flushed = flows::flush(&mut self.netfilter, operations);
+        let flushed = flows::flush(&mut self.netfilter, operations, &mut self.flushes);
         if flushed.as_ref().is_err_and(|error| error.refusal().is_none()) {
             // Nothing the mirror knows of is at stake, so it stays; a new socket is made with the next reading.
             self.is_broken = true;
@@ -263,9 +284,17 @@ impl LinuxKernel {
 }
 
 impl Kernel for LinuxKernel {
+    fn account(&mut self) -> Account {
+        let sent = self.sent();
+        let before = std::mem::replace(&mut self.accounted, sent);
+        Account { sent: sent - before, flushes: std::mem::take(&mut self.flushes) }
+    }
+
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
         if self.is_broken {
-            *self = Self::connect(self.families)?;
+            let (sent_before, accounted) = (self.sent(), self.accounted);
+            let flushes = std::mem::take(&mut self.flushes);
+            *self = Self { accounted, sent_before, flushes, ..Self::connect(self.families)? };
         }
         let observed = self.read(scope);
         self.is_broken = observed.is_err();

@@ -37,6 +37,8 @@ pub struct MirrorRealServer {
 pub struct Mirror {
     has_device: bool,
     servers: HashMap<FrontEnd, MirrorServer>,
+    /// How many real servers they have together.
+    real_server_count: usize,
     /// Addresses on `kube-ipvs0`, and whether each is one we would have bound: a /32 or /128.
     addresses: HashMap<IpAddr, bool>,
     filter: ObservedFilter,
@@ -63,7 +65,7 @@ impl Mirror {
     /// What a dump of some virtual servers saw: those asked for and not seen are gone.
     pub fn refresh(&mut self, asked: &[FrontEnd], observed: Observed) {
         for front_end in asked {
-            self.servers.remove(front_end);
+            self.remove(front_end);
         }
         for server in observed.servers {
             self.see(server);
@@ -88,6 +90,11 @@ impl Mirror {
     /// Whether there is any virtual server.
     pub fn has_servers(&self) -> bool {
         !self.servers.is_empty()
+    }
+
+    /// How many real servers there are.
+    pub fn real_server_count(&self) -> usize {
+        self.real_server_count
     }
 
     /// The virtual server at a front end.
@@ -168,7 +175,7 @@ impl Mirror {
                 self.addresses.remove(&address);
             }
             Operation::AddVirtualServer(front_end, config) => {
-                self.servers.insert(front_end, MirrorServer { config, real_servers: BTreeMap::new() });
+                self.insert(front_end, MirrorServer { config, real_servers: BTreeMap::new() });
             }
             Operation::SetVirtualServer(front_end, config) => {
                 if let Some(server) = self.servers.get_mut(&front_end) {
@@ -176,19 +183,21 @@ impl Mirror {
                 }
             }
             Operation::DeleteVirtualServer(front_end) => {
-                self.servers.remove(&front_end);
+                self.remove(&front_end);
             }
             Operation::AddRealServer(front_end, server)
             | Operation::SetRealServer(front_end, server)
             | Operation::DrainRealServer(front_end, server) => {
                 if let Some(held) = self.servers.get_mut(&front_end) {
                     let real_server = MirrorRealServer { server, is_drained: false };
-                    held.real_servers.insert(server.socket_address(), real_server);
+                    let before = held.real_servers.insert(server.socket_address(), real_server);
+                    self.real_server_count += usize::from(before.is_none());
                 }
             }
             Operation::DeleteRealServer(front_end, address) => {
                 if let Some(held) = self.servers.get_mut(&front_end) {
-                    held.real_servers.remove(&address);
+                    let before = held.real_servers.remove(&address);
+                    self.real_server_count -= usize::from(before.is_some());
                 }
             }
         }
@@ -221,6 +230,18 @@ impl Mirror {
                 (server.socket_address(), MirrorRealServer { server, is_drained })
             })
             .collect();
-        self.servers.insert(observed.front_end, MirrorServer { config: observed.config, real_servers });
+        self.insert(observed.front_end, MirrorServer { config: observed.config, real_servers });
+    }
+
+    fn insert(&mut self, front_end: FrontEnd, server: MirrorServer) {
+        self.remove(&front_end);
+        self.real_server_count += server.real_servers.len();
+        self.servers.insert(front_end, server);
+    }
+
+    fn remove(&mut self, front_end: &FrontEnd) {
+        if let Some(server) = self.servers.remove(front_end) {
+            self.real_server_count -= server.real_servers.len();
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The node as Services see it: its zone, its own addresses, and where NodePorts listen.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -20,6 +20,8 @@ pub struct NodeView {
     pub local: BTreeSet<IpAddr>,
     /// The addresses NodePorts listen on.
     pub node_ports: BTreeSet<IpAddr>,
+    /// The addresses on which the node answers load balancers, by family; it does on all of a family that is not here.
+    pub health_check_addresses: BTreeMap<Family, BTreeSet<IpAddr>>,
     /// The node's own IP, at most one a family: who the node is for source ranges.
     pub node_ips: Vec<IpAddr>,
     /// Addresses of this Node. None of them can be a VIP.
@@ -49,6 +51,11 @@ impl NodeView {
                 .iter()
                 .flat_map(|family| node_port_addresses(family, &node_ips, interfaces, policy))
                 .collect(),
+            health_check_addresses: policy
+                .families
+                .iter()
+                .filter_map(|family| Some((family, chosen(family, &node_ips, interfaces, policy)?)))
+                .collect(),
             node_ips,
             own: node.into_iter().flat_map(|node| node.addresses.iter().copied()).collect(),
             neighbours: neighbours.into_iter().collect(),
@@ -76,26 +83,37 @@ fn node_port_addresses(
     node_ips: &[IpAddr],
     interfaces: &BTreeSet<IpAddr>,
     policy: &Policy,
-) -> Vec<IpAddr> {
-    let candidates =
-        interfaces.iter().copied().filter(|address| Family::of(*address) == family && !address.is_loopback());
-    let within: Option<Vec<IpAddr>> = match &policy.node_port_addresses {
+) -> BTreeSet<IpAddr> {
+    let mut addresses = chosen(family, node_ips, interfaces, policy).unwrap_or_else(|| {
+        let of_family = interfaces.iter().copied().filter(|address| Family::of(*address) == family);
+        of_family.filter(|address| !is_link_local_v6(*address)).collect()
+    });
+    addresses.retain(|address| !address.is_loopback());
+    addresses
+}
+
+/// The addresses of a family that `--nodeport-addresses` chooses, loopback ones among them; `None` where it leaves the
+/// family alone.
+fn chosen(
+    family: Family,
+    node_ips: &[IpAddr],
+    interfaces: &BTreeSet<IpAddr>,
+    policy: &Policy,
+) -> Option<BTreeSet<IpAddr>> {
+    let of_family = interfaces.iter().copied().filter(|address| Family::of(*address) == family);
+    match &policy.node_port_addresses {
         NodePortAddresses::All => None,
         NodePortAddresses::Within(ranges) => {
-            let mut ranges = ranges.iter().filter(|range| Family::of(range.addr()) == family).peekable();
-            if ranges.peek().is_none() || ranges.clone().any(|range| range.prefix_len() == 0) {
-                None
-            } else {
-                let ranges: Vec<_> = ranges.collect();
-                Some(candidates.clone().filter(|address| ranges.iter().any(|range| range.contains(address))).collect())
-            }
+            let ranges: Vec<_> = ranges.iter().filter(|range| Family::of(range.addr()) == family).collect();
+            let is_restricted = !ranges.is_empty() && ranges.iter().all(|range| range.prefix_len() > 0);
+            is_restricted
+                .then(|| of_family.filter(|address| ranges.iter().any(|range| range.contains(address))).collect())
         }
         NodePortAddresses::Primary => node_ips
             .iter()
             .find(|ip| Family::of(**ip) == family && !ip.is_loopback())
-            .map(|ip| candidates.clone().filter(|address| address == ip).collect()),
-    };
-    within.unwrap_or_else(|| candidates.filter(|address| !is_link_local_v6(*address)).collect())
+            .map(|ip| of_family.filter(|address| address == ip).collect()),
+    }
 }
 
 /// Whether an address is of `fe80::/10`.

@@ -1,12 +1,15 @@
 //! What a sync did: operations carried out and refused, drift found, and what people should know.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
+use std::time::{Duration, SystemTime};
 
+use ipvs_netlink::Family;
 use service_watch::ObjectName;
 
+use crate::contribution::HealthCheck;
 use crate::desired::Clash;
-use crate::kernel::KernelError;
+use crate::kernel::{Account, KernelError};
 use crate::plan::{Key, Operation};
 
 /// An operation that failed.
@@ -35,10 +38,44 @@ pub struct Outcome {
     pub clashes: Vec<Clash>,
     /// VIPs that began to be refused, each with its Service: they are addresses of Nodes.
     pub refused: Vec<(ObjectName, IpAddr)>,
+    /// What load balancers are to be told of a Service from now on; nothing is asked for it where the list is empty.
+    pub health_checks: Vec<(ObjectName, Vec<HealthCheck>)>,
+    /// When the EndpointSlices that changed began to say what they say.
+    pub triggers: Vec<(Family, SystemTime)>,
+    /// Families of which something is otherwise than desired, was so before, and cannot be repaired: the packet filter,
+    /// the device, or what somebody else changed.
+    pub unrepaired: BTreeSet<Family>,
+    /// What there is after it.
+    pub totals: Totals,
+    /// How long it took.
+    pub took: Duration,
+    /// What the kernel was asked for it.
+    pub account: Account,
     /// Whether everything was read from the kernel.
     pub audited: bool,
     /// Whether it was read without anything known of it before.
     pub is_first: bool,
+}
+
+/// What there is after a sync.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Totals {
+    /// Services that are served.
+    pub services: usize,
+    /// Virtual servers that are desired.
+    pub virtual_servers: usize,
+    /// Real servers in the kernel.
+    pub real_servers: usize,
+    /// VIPs that are desired.
+    pub vips: usize,
+    /// Real servers that drain.
+    pub draining: usize,
+    /// Keys whose last operation failed.
+    pub failing: usize,
+    /// Services with an internal policy Local and no local endpoint although they have others: IPv4, IPv6.
+    pub internal_without_local: [usize; 2],
+    /// The same of the external policy.
+    pub external_without_local: [usize; 2],
 }
 
 /// How many operations of each kind were carried out.
@@ -75,19 +112,26 @@ pub struct Done {
 impl Done {
     /// How many operations in all.
     pub fn total(&self) -> usize {
-        self.servers_added
-            + self.servers_changed
-            + self.servers_deleted
-            + self.real_servers_added
-            + self.real_servers_changed
-            + self.real_servers_drained
-            + self.real_servers_deleted
-            + self.addresses_bound
-            + self.addresses_unbound
-            + self.device_added
-            + self.filters_built
-            + self.filter_added
-            + self.filter_removed
+        self.by_kind().into_iter().map(|(_, count)| count).sum()
+    }
+
+    /// The numbers with the names of their kinds.
+    pub fn by_kind(&self) -> [(&'static str, usize); 13] {
+        [
+            ("add_virtual_server", self.servers_added),
+            ("set_virtual_server", self.servers_changed),
+            ("delete_virtual_server", self.servers_deleted),
+            ("add_real_server", self.real_servers_added),
+            ("set_real_server", self.real_servers_changed),
+            ("drain_real_server", self.real_servers_drained),
+            ("delete_real_server", self.real_servers_deleted),
+            ("bind_address", self.addresses_bound),
+            ("unbind_address", self.addresses_unbound),
+            ("add_device", self.device_added),
+            ("build_filter", self.filters_built),
+            ("add_to_filter", self.filter_added),
+            ("remove_from_filter", self.filter_removed),
+        ]
     }
 
     pub(crate) fn count(&mut self, operation: &Operation) {

@@ -210,6 +210,32 @@ pub enum Key {
     Flows(FrontEnd),
 }
 
+impl Key {
+    /// What kind of thing it is, in a word.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Filter(_) => "filter_table",
+            Self::Sources(..) => "source_ranges",
+            Self::Entry(_) => "filter_entry",
+            Self::Device => "device",
+            Self::Server(_) => "virtual_server",
+            Self::Address(_) => "address",
+            Self::Flows(_) => "flows",
+        }
+    }
+
+    /// Whether it is of a family; the device is of both.
+    pub fn is_of(&self, family: Family) -> bool {
+        match self {
+            Self::Filter(of) | Self::Sources(_, of) => *of == family,
+            Self::Entry(entry) => entry.family() == family,
+            Self::Device => true,
+            Self::Server(front_end) | Self::Flows(front_end) => Family::of(front_end.address) == family,
+            Self::Address(address) => Family::of(*address) == family,
+        }
+    }
+}
+
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

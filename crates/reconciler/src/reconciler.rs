@@ -4,12 +4,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use ipvs_netlink::Family;
 use service_watch::{Change, ObjectName, Protocol};
 
 use crate::again::Again;
-use crate::contribution::Contribution;
+use crate::contribution::{Contribution, Direction, HealthCheck};
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
 use crate::filter::Elements;
@@ -18,9 +19,9 @@ use crate::front_end::FrontEnd;
 use crate::kernel::{Cause, Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
-use crate::outcome::{Failure, Findings, Outcome};
+use crate::outcome::{Failure, Findings, Outcome, Totals};
 use crate::plan::{Key, Operation, Phase, Plan};
-use crate::policy::Policy;
+use crate::policy::{DetectLocal, NodePortAddresses, Policy};
 use crate::table::{Dirty, ServiceTable};
 use crate::urgent::is_urgent;
 
@@ -34,6 +35,8 @@ const DRAIN_FIRST: Duration = Duration::from_millis(100);
 struct Pending {
     again: Again,
     error: String,
+    /// Whether it was as desired before, and somebody else changed it.
+    is_drift: bool,
 }
 
 /// Brings a kernel to what Services ask for.
@@ -61,6 +64,10 @@ pub struct Reconciler<K> {
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
     /// VIPs that were reported as refused.
     refused: BTreeMap<ObjectName, Vec<IpAddr>>,
+    /// What load balancers are told; Services without such a port are not here.
+    health_checks: BTreeMap<ObjectName, Vec<HealthCheck>>,
+    /// When the slices that changed since the last sync began to say what they say.
+    triggers: Vec<(Family, SystemTime)>,
 }
 
 impl<K: Kernel> Reconciler<K> {
@@ -84,13 +91,25 @@ impl<K: Kernel> Reconciler<K> {
             draining: BTreeMap::new(),
             drain_since: BTreeMap::new(),
             refused: BTreeMap::new(),
+            health_checks: BTreeMap::new(),
+            triggers: Vec::new(),
         }
     }
 
     /// Takes in a change. Nothing reaches the kernel before the next sync.
     pub fn apply(&mut self, change: Change) {
+        let trigger = match &change {
+            Change::Slice(slice) => {
+                let family = slice.endpoints.first().map(|endpoint| Family::of(endpoint.address));
+                family.zip(slice.triggered)
+            }
+            _ => None,
+        };
         match self.table.apply(change) {
-            Dirty::Services(names) => self.dirty_services.extend(names),
+            Dirty::Services(names) => {
+                self.triggers.extend(trigger.filter(|_| !names.is_empty()));
+                self.dirty_services.extend(names);
+            }
             Dirty::Node => self.is_node_dirty = true,
             Dirty::All => {
                 let held = self.mirror.iter().flat_map(Mirror::keys);
@@ -125,9 +144,14 @@ impl<K: Kernel> Reconciler<K> {
         pending.chain(self.draining.values().map(|again| again.due)).min()
     }
 
-    /// How many virtual servers are desired.
-    pub fn server_count(&self) -> usize {
-        self.desired.server_count()
+    /// Whether what is configured takes something of the own Node that is not known yet: its addresses for NodePorts, or
+    /// the ranges of its pods.
+    pub fn lacks_node(&self) -> bool {
+        let node = self.table.node();
+        let needs_addresses =
+            self.policy.node_port_addresses == NodePortAddresses::Primary && self.policy.bind_address.is_none();
+        (needs_addresses && node.is_none_or(|node| node.addresses.is_empty()))
+            || (self.policy.detect_local == DetectLocal::NodeCidr && node.is_none_or(|node| node.pod_cidrs.is_empty()))
     }
 
     /// The kernel, to be tampered with.
@@ -161,6 +185,7 @@ impl<K: Kernel> Reconciler<K> {
             return Err(error);
         }
         self.execute(keys, Origin::Change, now, &mut outcome);
+        self.conclude(&mut outcome);
         Ok(outcome)
     }
 
@@ -194,7 +219,44 @@ impl<K: Kernel> Reconciler<K> {
         if self.mirror.is_some() {
             self.execute(keys, Origin::Reading, now, &mut outcome);
         }
+        for key in &outcome.drifted {
+            if let Some(pending) = self.pending.get_mut(key) {
+                pending.is_drift = true;
+            }
+        }
+        self.conclude(&mut outcome);
         Ok(outcome)
+    }
+
+    /// What is to be told when all is done.
+    fn conclude(&mut self, outcome: &mut Outcome) {
+        outcome.triggers = std::mem::take(&mut self.triggers);
+        outcome.account = self.kernel.account();
+        for (key, pending) in &self.pending {
+            let is_whole = matches!(key, Key::Device | Key::Filter(_));
+            if is_whole || pending.is_drift {
+                outcome.unrepaired.extend(self.policy.families.iter().filter(|family| key.is_of(*family)));
+            }
+        }
+        let without_local =
+            |direction| [Family::Ipv4, Family::Ipv6].map(|family| self.desired.without_local(direction, family));
+        outcome.totals = Totals {
+            services: self.desired.service_count(),
+            virtual_servers: self.desired.server_count(),
+            real_servers: self.mirror.as_ref().map_or(0, Mirror::real_server_count),
+            vips: self.desired.address_count(),
+            draining: self.draining.keys().map(|front_end| self.unwanted_count(front_end)).sum(),
+            failing: self.pending.len(),
+            internal_without_local: without_local(Direction::Internal),
+            external_without_local: without_local(Direction::External),
+        };
+    }
+
+    /// How many real servers a virtual server has that are not wanted.
+    fn unwanted_count(&self, front_end: &FrontEnd) -> usize {
+        let Some(held) = self.mirror.as_ref().and_then(|mirror| mirror.server(front_end)) else { return 0 };
+        let wanted = self.desired.real_servers(front_end);
+        held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err()).count()
     }
 
     fn set_interfaces(&mut self, interfaces: BTreeSet<IpAddr>) {
@@ -230,6 +292,15 @@ impl<K: Kernel> Reconciler<K> {
             outcome.refused.extend(new.map(|vip| (name.clone(), *vip)));
             if !contribution.refused.is_empty() {
                 self.refused.insert(name.clone(), contribution.refused.clone());
+            }
+            let told = self.health_checks.get(name).map(Vec::as_slice).unwrap_or_default();
+            if told != contribution.health_checks.as_slice() {
+                outcome.health_checks.push((name.clone(), contribution.health_checks.clone()));
+                if contribution.health_checks.is_empty() {
+                    self.health_checks.remove(name);
+                } else {
+                    self.health_checks.insert(name.clone(), contribution.health_checks.clone());
+                }
             }
             self.desired.update(name, service, contribution, &mut self.dirty, &mut outcome.clashes);
         }
@@ -532,7 +603,8 @@ impl<K: Kernel> Reconciler<K> {
             Key::Address(address) => self.desired.claimants(*address).next().cloned(),
         };
         outcome.failures.push(Failure { key: key.clone(), service, error: error.clone(), is_repeated });
-        self.pending.insert(key, Pending { again, error });
+        let is_drift = before.is_some_and(|pending| pending.is_drift);
+        self.pending.insert(key, Pending { again, error, is_drift });
     }
 }
 

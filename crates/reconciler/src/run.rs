@@ -6,22 +6,35 @@ use std::time::{Duration, Instant};
 use service_watch::Change;
 use tracing::{debug, error, info, warn};
 
-use crate::kernel::Kernel;
+use crate::kernel::{Kernel, KernelError};
 use crate::outcome::Outcome;
 use crate::reconciler::Reconciler;
 
 /// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
 const READ_AGAIN: Duration = Duration::from_secs(1);
 
+/// How long the first sync waits for what it takes of the Node. kube-proxy waits as long for its addresses.
+const NODE_PATIENCE: Duration = Duration::from_secs(30);
+
 /// What the thread is told.
 #[derive(Clone, Debug)]
 pub enum Input {
-    /// A source says so.
-    Change(Change),
+    /// A source says so, since then.
+    Change(Change, Instant),
     /// Addresses of the node's interfaces changed.
     InterfacesChanged,
     /// Somebody deleted `kube-ipvs0`.
     DeviceLost,
+}
+
+/// Who is told what the thread does. Nothing here may wait: the kernel does meanwhile.
+pub trait Observer {
+    /// A sync or an audit has ended. What had been said before `since` is in it; `heard` is when each change in it was
+    /// first heard of.
+    fn done(&mut self, outcome: &Outcome, since: Instant, heard: &[Instant]);
+
+    /// The state of the kernel could not be read, so nothing was done.
+    fn failed(&mut self, error: &KernelError);
 }
 
 /// How often to sync.
@@ -48,11 +61,40 @@ struct Schedule {
     /// Before this nothing is done.
     not_before: Option<Instant>,
     next_audit: Option<Instant>,
+    /// How long to wait for what is not known of the Node; set once.
+    node_deadline: Option<Instant>,
 }
 
 impl Schedule {
     fn new(periods: Periods) -> Self {
-        Self { periods, not_before: None, next_audit: None }
+        Self { periods, not_before: None, next_audit: None, node_deadline: None }
+    }
+
+    /// Before the first sync waits for what it takes of the Node, but not for ever: Services come before perfection.
+    fn wait_for_node(&mut self, is_lacking: bool, now: Instant) {
+        if self.next_audit.is_some() {
+            return;
+        }
+        match (is_lacking, self.node_deadline) {
+            (true, None) => {
+                info!(
+                    "waiting up to {} s for what the configuration needs of the own Node: its addresses or podCIDRs; is \
+                     --hostname-override the name of the Node?",
+                    NODE_PATIENCE.as_secs()
+                );
+                self.node_deadline = Some(now + NODE_PATIENCE);
+                self.not_before = self.node_deadline;
+            }
+            (true, Some(deadline)) if now >= deadline && self.not_before == Some(deadline) => {
+                warn!(
+                    "the own Node is still not known, or lacks addresses or podCIDRs: going on without; NodePorts listen on \
+                     all addresses and pods are not told from others until it is"
+                );
+                self.not_before = None;
+            }
+            (false, Some(deadline)) if self.not_before == Some(deadline) => self.not_before = None,
+            _ => {}
+        }
     }
 
     /// The next task and its time, which may have passed. `look` is when the reconciler wants to look at something.
@@ -78,19 +120,23 @@ impl Schedule {
     }
 }
 
-/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. `report` is told what each
-/// sync did. Returns how many operations of the last sync failed.
+/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns how many
+/// operations of the last sync failed.
 pub fn run<K: Kernel>(
     reconciler: &mut Reconciler<K>,
     inputs: &Receiver<Input>,
     periods: Periods,
     once: bool,
-    mut report: impl FnMut(&Outcome),
+    observer: &mut impl Observer,
 ) -> usize {
     let mut schedule = Schedule::new(periods);
     let mut failed = 0;
     let mut unreadable = None;
+    let mut heard = Vec::new();
     loop {
+        if reconciler.is_ready() {
+            schedule.wait_for_node(reconciler.lacks_node(), Instant::now());
+        }
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
             let (_, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), now);
@@ -105,7 +151,13 @@ pub fn run<K: Kernel>(
                 // All that has come by now is one change of state, not many.
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {
-                        Input::Change(change) => reconciler.apply(change),
+                        Input::Change(change, since) => {
+                            reconciler.apply(change);
+                            // What changes nothing waits for no sync.
+                            if reconciler.is_dirty() {
+                                heard.push(since);
+                            }
+                        }
                         Input::InterfacesChanged => reconciler.interfaces_changed(),
                         Input::DeviceLost => schedule.next_audit = None,
                     }
@@ -118,27 +170,31 @@ pub fn run<K: Kernel>(
             continue;
         }
         let start = Instant::now();
+        schedule.wait_for_node(reconciler.lacks_node(), start);
         let (task, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), start);
         if at > start {
             continue;
         }
-        let result = match task {
+        let mut result = match task {
             Task::Sync => reconciler.sync(start),
             Task::Audit => reconciler.audit(start),
         };
         let end = Instant::now();
-        match &result {
+        match &mut result {
             Ok(outcome) => {
+                outcome.took = end - start;
                 failed = outcome.failures.len();
                 unreadable = None;
-                tell(outcome, end - start, reconciler.server_count());
-                report(outcome);
+                tell(outcome);
+                observer.done(outcome, start, &heard);
+                heard.clear();
             }
             Err(error) => {
                 if unreadable.as_ref() != Some(error) {
                     error!("cannot read the state of the kernel, will try again: {error}");
                 }
                 unreadable = Some(error.clone());
+                observer.failed(error);
             }
         }
         schedule.ended(task, result.is_ok(), end);
@@ -149,7 +205,7 @@ pub fn run<K: Kernel>(
 }
 
 /// One line for a sync that did something, and one for each problem that is new.
-fn tell(outcome: &Outcome, took: Duration, servers: usize) {
+fn tell(outcome: &Outcome) {
     for clash in &outcome.clashes {
         warn!(
             service = %clash.loser, front_end = %clash.front_end,
@@ -185,8 +241,8 @@ fn tell(outcome: &Outcome, took: Duration, servers: usize) {
             addresses = changes(done.addresses_bound, 0, done.addresses_unbound),
             filter = changes(done.filter_added, 0, done.filter_removed),
             failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
-            total = servers,
-            took = ?took,
+            total = outcome.totals.virtual_servers,
+            took = ?outcome.took,
             "{}{}",
             if outcome.audited { "audited" } else { "synced" },
             if done.total() == 0 { ", nothing to change" } else { "" }

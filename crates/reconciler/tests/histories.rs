@@ -211,6 +211,7 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
             service: name(owner),
             ports,
             endpoints,
+            triggered: None,
         },
     )
 }
@@ -222,6 +223,7 @@ fn node() -> impl Strategy<Value = Node> {
         addresses,
         zone: zone.map(Into::into),
         pod_cidrs: pod_cidrs.into_iter().map(|text| text.parse().unwrap()).collect(),
+        is_leaving: false,
     })
 }
 

@@ -6,7 +6,7 @@ use ipnet::IpNet;
 
 /// Reads an address as kube-proxy does (Go's old parser): leading zeros are decimal (`010.0.0.1` is `10.0.0.1`), and an
 /// IPv4-mapped IPv6 address is the IPv4 address.
-pub(crate) fn parse_ip(text: &str) -> Option<IpAddr> {
+pub fn parse_ip(text: &str) -> Option<IpAddr> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Some(address.to_canonical());
     }
@@ -27,7 +27,7 @@ pub(crate) fn parse_ip(text: &str) -> Option<IpAddr> {
 /// Reads a range such as `10.0.0.0/8`, its address as [`parse_ip`] does. Bits beyond the prefix are cut off.
 ///
 /// A range of IPv4-mapped addresses is the IPv4 range; one that reaches beyond them is none.
-pub(crate) fn parse_range(text: &str) -> Option<IpNet> {
+pub fn parse_range(text: &str) -> Option<IpNet> {
     let (address_text, length) = text.split_once('/')?;
     if length.is_empty() || !length.bytes().all(|c| c.is_ascii_digit()) {
         return None;

@@ -44,6 +44,7 @@ pub use model::{
 
 #[cfg(feature = "sources")]
 pub use self::{
+    address::{parse_ip, parse_range},
     api_server::{ApiServer, Connection, Event, EventKind, EventSubject, Events},
     error::Error,
     manifests::Manifests,

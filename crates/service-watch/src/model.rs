@@ -8,6 +8,7 @@ use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 
@@ -121,6 +122,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// The endpoints.
     pub endpoints: Vec<Endpoint>,
+    /// When what the slice now says began to be so, as the controller that writes slices has it (annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`).
+    pub triggered: Option<SystemTime>,
 }
 
 /// A port of an EndpointSlice; it serves the Service port of the same name and protocol.
@@ -162,6 +166,9 @@ pub struct Node {
     pub zone: Option<Arc<str>>,
     /// `spec.podCIDRs`, or `spec.podCIDR` alone: the ranges of the pods on this node, at most one a family.
     pub pod_cidrs: Vec<IpNet>,
+    /// Whether it is to go: it is being deleted, or the cluster autoscaler has marked it (taint
+    /// `ToBeDeletedByClusterAutoscaler`).
+    pub is_leaving: bool,
 }
 
 /// What a source says.

@@ -150,6 +150,13 @@ pub(crate) struct NodeSpec {
     pub(crate) pod_cidr: Text,
     #[serde(rename = "podCIDRs")]
     pub(crate) pod_cidrs: List<Box<str>>,
+    pub(crate) taints: List<Taint>,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+pub(crate) struct Taint {
+    pub(crate) key: Text,
 }
 
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -173,8 +180,21 @@ struct Metadata {
     namespace: Text,
     resource_version: Text,
     creation_timestamp: Text,
+    deletion_timestamp: Text,
     labels: Lenient<BTreeMap<String, Label>>,
+    annotations: Lenient<Annotations>,
 }
+
+/// Of annotations, the one that is used.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default)]
+struct Annotations {
+    #[serde(rename = "endpoints.kubernetes.io/last-change-trigger-time")]
+    trigger_time: Text,
+}
+
+/// When what an EndpointSlice says began to be so.
+pub(crate) const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
 /// A label's value. The API only has text; a hand-written manifest may have forgotten the quotes, and for most labels
 /// only their presence counts.
@@ -213,9 +233,11 @@ records!(
     Hints,
     Named,
     NodeSpec,
+    Taint,
     NodeStatus,
     NodeAddress,
     Metadata,
+    Annotations,
 );
 
 fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
@@ -227,7 +249,15 @@ fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D:
         Lenient::Absent | Lenient::Wrong(_) => None,
     };
     // Only decides between two Services that claim one front end, so one that cannot be read is as good as none.
-    let creation_timestamp = text(slim.creation_timestamp).and_then(|time| serde_json::from_value(time.into()).ok());
+    let time = |text: Option<String>| text.and_then(|time| serde_json::from_value(time.into()).ok());
+    let creation_timestamp = time(text(slim.creation_timestamp));
+    let deletion_timestamp = time(text(slim.deletion_timestamp));
+    let annotations = match slim.annotations {
+        Lenient::Given(annotations) => {
+            text(annotations.trigger_time).map(|time| [(TRIGGER_TIME.to_owned(), time)].into())
+        }
+        Lenient::Absent | Lenient::Wrong(_) => None,
+    };
     let labels = match slim.labels {
         Lenient::Given(labels) => Some(
             labels
@@ -245,7 +275,9 @@ fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D:
         namespace: text(slim.namespace),
         resource_version: text(slim.resource_version),
         creation_timestamp,
+        deletion_timestamp,
         labels,
+        annotations,
         ..ObjectMeta::default()
     })
 }

@@ -96,7 +96,7 @@ fn played<const N: usize>(script: [Play; N]) -> Socket {
             }
         }
     });
-    Socket { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES] }
+    Socket { raw, sequence: 0, outgoing: Vec::new(), incoming: vec![0; RECEIVE_BYTES], sent: Sent::default() }
 }
 
 /// A test that would wait for ever is to fail instead.

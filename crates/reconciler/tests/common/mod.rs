@@ -79,6 +79,7 @@ pub fn slice(slice_name: &str, service: &str, endpoints: Vec<Endpoint>) -> Endpo
         service: name(service),
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
         endpoints,
+        triggered: None,
     }
 }
 

@@ -8,6 +8,7 @@ mod tests;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use ipnet::IpNet;
 use kube::api::ObjectMeta;
@@ -29,6 +30,8 @@ const HEADLESS: &str = "service.kubernetes.io/headless";
 /// The Service a slice belongs to.
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
 const ZONE: &str = "topology.kubernetes.io/zone";
+/// The taint of a Node that the cluster autoscaler is about to remove.
+const TO_BE_DELETED: &str = "ToBeDeletedByClusterAutoscaler";
 
 const UNUSABLE: &str = "the object cannot be used";
 const PORT_OUT: &str = "this port is not served";
@@ -310,6 +313,7 @@ impl Converter {
                 .items(&object.endpoints, "endpoints", "no endpoint gets traffic")
                 .filter_map(|(at, endpoint)| self.endpoint(endpoint, at, family, problems))
                 .collect(),
+            triggered: triggered(&object.metadata),
         })
     }
 
@@ -382,8 +386,25 @@ impl Converter {
             addresses: node_addresses(object, problems),
             zone: zone.map(|zone| self.names.get(zone)),
             pod_cidrs: pod_cidrs(object, problems),
+            is_leaving: object.metadata.deletion_timestamp.is_some() || has_taint(object, TO_BE_DELETED),
         }
     }
+}
+
+/// When what a slice says began to be so. Of no consequence, so one that cannot be read is as good as none.
+fn triggered(metadata: &ObjectMeta) -> Option<SystemTime> {
+    // By way of a field of that type: the library of times is not ours to name.
+    let text = metadata.annotations.as_ref()?.get(wire::TRIGGER_TIME)?;
+    let time: Option<_> = serde_json::from_value::<ObjectMeta>(serde_json::json!({"creationTimestamp": text})).ok();
+    time?.creation_timestamp.map(|time| time.0.into())
+}
+
+fn has_taint(object: &wire::Node, key: &str) -> bool {
+    let Lenient::Given(spec) = &object.spec else { return false };
+    let Lenient::Given(taints) = &spec.taints else { return false };
+    taints
+        .iter()
+        .any(|taint| matches!(taint, Lenient::Given(wire::Taint { key: Lenient::Given(text) }) if **text == *key))
 }
 
 /// Of another Node only the addresses matter.

@@ -1,0 +1,387 @@
+//! Every flag and every field: what it is by default, what it takes, and what it refuses and how.
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::object::{API_VERSION, KIND};
+use super::{Configuration, FLAGS_OF_FIELDS};
+use crate::flags::{self, Effective};
+
+/// A field, the flag that sets it if there is one, and values.
+struct Row {
+    field: &'static str,
+    flag: Option<&'static str>,
+    /// In a file that does not mention it.
+    default: Value,
+    /// As text of the flag, and in the file. Beside it, what else it takes to make sense.
+    takes: (&'static str, Value, Value),
+    /// As text of the flag, in the file, and what is said of it.
+    refuses: Vec<(&'static str, Value, &'static str)>,
+}
+
+fn row(field: &'static str, default: Value, takes: (&'static str, Value)) -> Row {
+    let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| *path == field).map(|(flag, _)| *flag);
+    Row { field, flag, default, takes: (takes.0, takes.1, Value::Null), refuses: Vec::new() }
+}
+
+impl Row {
+    fn refuses(mut self, flag: &'static str, file: impl Into<Value>, what: &'static str) -> Self {
+        self.refuses.push((flag, file.into(), what));
+        self
+    }
+
+    /// The value makes sense beside this field only.
+    fn beside(mut self, field: &str, value: &str) -> Self {
+        self.takes.2 = json!({ field: value });
+        self
+    }
+
+    fn duration_of_0_and_more(self) -> Self {
+        self.refuses("-1s", "-1s", "-1s: must not be less than 0").refuses("5", "5", "is no duration")
+    }
+
+    fn truth_value(self) -> Self {
+        self.refuses("perhaps", "perhaps", "")
+    }
+}
+
+#[expect(clippy::too_many_lines, reason = "a table")]
+fn rows() -> Vec<Row> {
+    let yes = || ("true", json!(true));
+    let no_range = "is no range of addresses";
+    vec![
+        row("featureGates", Value::Null, ("AllowServiceExternalIPs=false", json!({"AllowServiceExternalIPs": false})))
+            .refuses("AllowServiceExternalIPs", json!({"AllowServiceExternalIPs": "often"}), ""),
+        row("clientConnection.kubeconfig", json!(""), ("/k", json!("/k"))),
+        row("clientConnection.acceptContentTypes", json!(""), ("", json!("application/json"))),
+        row(
+            "clientConnection.contentType",
+            json!("application/vnd.kubernetes.protobuf"),
+            ("application/json", json!("application/json")),
+        ),
+        row("clientConnection.qps", json!(5.0), ("20.5", json!(20.5))).refuses("many", "many", ""),
+        row("clientConnection.burst", json!(10), ("20", json!(20))).refuses("-1", -1, "-1: must not be less than 0"),
+        row("logging.format", json!("text"), ("json", json!("json"))).refuses("xml", "xml", "give text or json"),
+        row("logging.flushFrequency", json!(5_000_000_000_u64), ("1s", json!(1_000_000_000)))
+            .refuses("soon", "soon", ""),
+        row("logging.verbosity", json!(0), ("4", json!(4))).refuses("-1", -1, ""),
+        row("logging.vmodule", Value::Null, ("agent*=5", json!([{"filePattern": "agent*", "verbosity": 5}]))).refuses(
+            "agent",
+            json!([{"verbosity": "x"}]),
+            "",
+        ),
+        row("logging.options.text.splitStream", Value::Null, yes()),
+        row("logging.options.text.infoBufferSize", Value::Null, ("1Ki", json!("1Ki"))),
+        row("logging.options.json.splitStream", Value::Null, yes()),
+        row("logging.options.json.infoBufferSize", Value::Null, ("1Ki", json!("1Ki"))),
+        row("hostnameOverride", json!(""), (" Node-A ", json!(" Node-A "))).refuses("  ", "  ", "must not be blank"),
+        row("bindAddress", json!("0.0.0.0"), ("010.0.0.1", json!("010.0.0.1"))).refuses(
+            "here",
+            "here",
+            "is no IP address",
+        ),
+        row("healthzBindAddress", json!("0.0.0.0:10256"), ("[::1]:80", json!("[::1]:80")))
+            .refuses("0.0.0.0:0", "0.0.0.0:0", "is no address with a port")
+            .refuses("0.0.0.0:65536", "0.0.0.0:65536", "is no address with a port")
+            .refuses("localhost:80", "localhost:80", "is no address with a port"),
+        row("metricsBindAddress", json!("127.0.0.1:10249"), ("0.0.0.0:1", json!("0.0.0.0:1"))).refuses(
+            "everywhere",
+            "everywhere",
+            "is no address with a port",
+        ),
+        row("bindAddressHardFail", json!(false), yes()).truth_value(),
+        row("enableProfiling", json!(false), yes()).truth_value(),
+        row("showHiddenMetricsForVersion", json!(""), ("1.35", json!("1.35"))).refuses(
+            "1.34",
+            "1.34",
+            "leave it empty, or give \"1.35\"",
+        ),
+        row("mode", json!("ipvs"), ("ipvs", json!("ipvs")))
+            .refuses("iptables", "iptables", "for this mode run kube-proxy")
+            .refuses("nftables", "nftables", "for this mode run kube-proxy")
+            .refuses("userspace", "userspace", "the only mode is ipvs"),
+        row("iptables.masqueradeBit", json!(14), ("31", json!(31)))
+            .refuses("32", 32, "32: must be within 0 and 31")
+            .refuses("-1", -1, "-1: must be within 0 and 31"),
+        row("iptables.masqueradeAll", json!(false), yes()).truth_value(),
+        row("iptables.localhostNodePorts", json!(true), ("false", json!(false))).truth_value(),
+        row("iptables.syncPeriod", json!("30s"), ("1m0s", json!("1m0s"))).refuses("x", "x", "is no duration"),
+        row("iptables.minSyncPeriod", json!("1s"), ("2s", json!("2s"))).refuses("x", "x", "is no duration"),
+        row("ipvs.syncPeriod", json!("30s"), ("1m0s", json!("1m0s")))
+            .refuses("-1s", "-1s", "-1s: must be more than 0")
+            .refuses("x", "x", "is no duration"),
+        row("ipvs.minSyncPeriod", json!("0s"), ("5s", json!("5s"))).duration_of_0_and_more().refuses(
+            "31s",
+            "31s",
+            "must not be less than ipvs.minSyncPeriod",
+        ),
+        row("ipvs.scheduler", json!(""), ("sh", json!("sh"))).refuses(
+            "a-name-too-long-for-it",
+            "a-name-too-long-for-it",
+            "cannot be the name of a scheduler",
+        ),
+        row("ipvs.excludeCIDRs", json!([]), ("10.0.0.0/8,fd00::/64", json!(["10.0.0.0/8", "fd00::/64"]))).refuses(
+            "10.0.0.0/8,10.0.0.0/40",
+            json!(["10.0.0.0/8", "10.0.0.0/40"]),
+            no_range,
+        ),
+        row("ipvs.strictARP", json!(false), yes()).truth_value(),
+        row("ipvs.tcpTimeout", json!("0s"), ("15m0s", json!("15m0s"))).duration_of_0_and_more(),
+        row("ipvs.tcpFinTimeout", json!("0s"), ("2m0s", json!("2m0s"))).duration_of_0_and_more(),
+        row("ipvs.udpTimeout", json!("0s"), ("5m0s", json!("5m0s"))).duration_of_0_and_more(),
+        row("winkernel.networkName", json!(""), ("", json!("n"))),
+        row("winkernel.sourceVip", json!(""), ("", json!("1.2.3.4"))),
+        row("winkernel.enableDSR", json!(false), ("", json!(true))),
+        row("winkernel.rootHnsEndpointName", json!(""), ("", json!("n"))),
+        row("winkernel.forwardHealthCheckVip", json!(false), ("", json!(true))),
+        row("nftables.masqueradeBit", json!(14), ("", json!(99))),
+        row("nftables.masqueradeAll", json!(false), ("", json!(true))),
+        row("nftables.syncPeriod", json!("30s"), ("", json!("1m0s"))),
+        row("nftables.minSyncPeriod", json!("1s"), ("", json!("2s"))),
+        row("detectLocalMode", json!("ClusterCIDR"), ("NodeCIDR", json!("NodeCIDR")))
+            .refuses("clustercidr", "clustercidr", "give ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix")
+            .refuses("BridgeInterface", "BridgeInterface", "must be given with detectLocalMode BridgeInterface")
+            .refuses("InterfaceNamePrefix", "InterfaceNamePrefix", "must be given with detectLocalMode"),
+        row("detectLocal.bridgeInterface", json!(""), ("cni0", json!("cni0")))
+            .beside("detectLocalMode", "BridgeInterface"),
+        row("detectLocal.interfaceNamePrefix", json!(""), ("veth", json!("veth")))
+            .beside("detectLocalMode", "InterfaceNamePrefix"),
+        row("clusterCIDR", json!(""), ("10.244.0.0/16,fd00::/56", json!("10.244.0.0/16,fd00::/56")))
+            .refuses("10.0.0.0/8,10.1.0.0/16", "10.0.0.0/8,10.1.0.0/16", "one of each family")
+            .refuses("10.0.0.0/8,fd00::/64,fd01::/64", "10.0.0.0/8,fd00::/64,fd01::/64", "one of each family")
+            .refuses("10.0.0.0/8, fd00::/64", "10.0.0.0/8, fd00::/64", no_range),
+        row("nodePortAddresses", json!([]), ("primary", json!(["primary"])))
+            .refuses("primary,10.0.0.0/8", json!(["primary", "10.0.0.0/8"]), "either `primary` alone or a list")
+            .refuses("10.0.0.0", json!(["10.0.0.0"]), no_range),
+        row("oomScoreAdj", json!(-999), ("-1000", json!(-1000))).refuses(
+            "1001",
+            1001,
+            "1001: must be within -1000 and 1000",
+        ),
+        row("conntrack.maxPerCore", json!(32768), ("0", json!(0))).refuses("-1", -1, "-1: must not be less than 0"),
+        row("conntrack.min", json!(131_072), ("1", json!(1)))
+            .refuses("-1", -1, "-1: must not be less than 0")
+            .refuses("many", "many", ""),
+        row("conntrack.tcpEstablishedTimeout", json!("24h0m0s"), ("0s", json!("0s"))).duration_of_0_and_more(),
+        row("conntrack.tcpCloseWaitTimeout", json!("1h0m0s"), ("0s", json!("0s"))).duration_of_0_and_more(),
+        row("conntrack.tcpBeLiberal", json!(false), yes()).truth_value(),
+        row("conntrack.udpTimeout", json!("0s"), ("10s", json!("10s"))).duration_of_0_and_more(),
+        row("conntrack.udpStreamTimeout", json!("0s"), ("10s", json!("10s"))).duration_of_0_and_more(),
+        row("configSyncPeriod", json!("15m0s"), ("1h0m0s", json!("1h0m0s"))).refuses(
+            "-1s",
+            "-1s",
+            "-1s: must be more than 0",
+        ),
+        row("portRange", json!(""), ("", json!("1-2"))),
+        row("windowsRunAsService", json!(false), ("", json!(true))),
+        row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).duration_of_0_and_more(),
+        row("kubeIPVS.watchAllNodes", Value::Null, yes()).truth_value(),
+    ]
+}
+
+fn with_flags(words: &[String]) -> Result<Effective, String> {
+    let words = ["kube-ipvs".to_owned()].into_iter().chain(words.iter().cloned()).map(OsString::from);
+    let flags = flags::parse(words).map_err(|error| error.to_string())?;
+    flags.effective().map_err(|problems| problems.to_string())
+}
+
+fn with_file(content: &str) -> Result<Effective, String> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.conf");
+    fs::write(&path, content).unwrap();
+    with_flags(&[format!("--config={}", path.display())])
+}
+
+/// A file with a field in it, and perhaps one more.
+fn file(field: &str, value: &Value, beside: &Value) -> String {
+    let nested = field.rsplit('.').fold(value.clone(), |inner, key| json!({ key: inner }));
+    let mut object = json!({"apiVersion": API_VERSION, "kind": KIND});
+    for more in [&nested, beside] {
+        for (key, value) in more.as_object().into_iter().flatten() {
+            object[key] = value.clone();
+        }
+    }
+    object.to_string()
+}
+
+fn field<'a>(configuration: &'a Value, path: &str) -> &'a Value {
+    configuration.pointer(&format!("/{}", path.replace('.', "/"))).unwrap_or(&Value::Null)
+}
+
+fn shown(configuration: &Configuration) -> Value {
+    serde_json::to_value(configuration).unwrap()
+}
+
+#[test]
+fn every_field_has_its_default() {
+    let effective = with_file(&file("mode", &json!("ipvs"), &Value::Null)).unwrap();
+    let configuration = shown(&effective.configuration);
+    for row in rows() {
+        assert_eq!(field(&configuration, row.field), &row.default, "{}", row.field);
+    }
+}
+
+#[test]
+fn every_field_and_its_flag_take_a_value() {
+    for row in rows() {
+        let (text, value, beside) = &row.takes;
+        let effective = with_file(&file(row.field, value, beside)).unwrap();
+        assert_eq!(field(&shown(&effective.configuration), row.field), value, "{} in a file", row.field);
+        assert_eq!(effective.warnings, [""; 0], "{} in a file", row.field);
+        let Some(flag) = row.flag else { continue };
+        let mut words = vec![format!("--{flag}={text}")];
+        for (field, value) in beside.as_object().into_iter().flatten() {
+            let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| path == field).unwrap().0;
+            words.push(format!("--{flag}={}", value.as_str().unwrap()));
+        }
+        let effective = with_flags(&words).unwrap();
+        assert_eq!(field(&shown(&effective.configuration), row.field), value, "--{flag}");
+        // As kube-proxy has it, names may have underscores.
+        words[0] = format!("--{}={text}", flag.replace('-', "_"));
+        assert_eq!(with_flags(&words).unwrap().configuration, effective.configuration, "--{flag}");
+    }
+}
+
+#[test]
+fn every_field_and_its_flag_refuse_what_makes_no_sense_and_name_themselves() {
+    for row in rows() {
+        for (text, value, what) in &row.refuses {
+            let error = with_file(&file(row.field, value, &Value::Null)).expect_err(row.field);
+            // Said of another field where two do not go together.
+            let is_named =
+                error.contains(&format!("KubeProxyConfiguration.{}", row.field)) || error.contains(row.field);
+            assert!(is_named || what.contains("detectLocalMode"), "{} = {value} in a file: {error}", row.field);
+            assert!(error.contains(what), "{} = {value} in a file: {error}", row.field);
+            if let Some(flag) = row.flag {
+                let error = with_flags(&[format!("--{flag}={text}")]).expect_err(flag);
+                assert!(error.contains(what), "--{flag}={text}: {error}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_table_has_every_flag_and_every_field() {
+    fn leaves(path: &str, value: &Value, found: &mut BTreeSet<String>) {
+        match value {
+            Value::Object(object) if !object.is_empty() => {
+                for (key, value) in object {
+                    leaves(&format!("{path}{}{key}", if path.is_empty() { "" } else { "." }), value, found);
+                }
+            }
+            _ => _ = found.insert(path.to_owned()),
+        }
+    }
+    let table: BTreeSet<String> = rows().iter().map(|row| row.field.to_owned()).collect();
+    let mut fields = BTreeSet::new();
+    leaves("", &shown(&Configuration::default()), &mut fields);
+    fields.retain(|field| !["apiVersion", "kind", "logging.options"].contains(&field.as_str()));
+    assert_eq!(fields.difference(&table).collect::<Vec<_>>(), [""; 0], "fields that are not in the table");
+    let flags: BTreeSet<String> = FLAGS_OF_FIELDS.iter().map(|(_, field)| (*field).to_owned()).collect();
+    assert_eq!(flags.difference(&table).collect::<Vec<_>>(), [""; 0], "flags that are not in the table");
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once() {
+    let error = with_file(
+        "
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: ipvs
+bindAddress: here
+ipvs: {syncPeriod: 1s, minSyncPeriod: 2s, excludeCIDRs: [10.0.0.0/8, x]}
+oomScoreAdj: 5000
+",
+    )
+    .unwrap_err();
+    for line in [
+        "4 settings are wrong:",
+        "\n  KubeProxyConfiguration.bindAddress (--bind-address): \"here\" is no IP address",
+        "\n  KubeProxyConfiguration.ipvs.syncPeriod (--ipvs-sync-period): 1s: must not be less than ipvs.minSyncPeriod",
+        "\n  KubeProxyConfiguration.ipvs.excludeCIDRs[1] (--ipvs-exclude-cidrs): \"x\" is no range",
+        "\n  KubeProxyConfiguration.oomScoreAdj (--oom-score-adj): 5000: must be within",
+    ] {
+        assert!(error.contains(line), "{line}: {error}");
+    }
+    let error = with_file(&format!(
+        "{{\"apiVersion\": \"{API_VERSION}\", \"kind\": \"{KIND}\", \"mode\": 1, \"ipvs\": {{\"strictARP\": \"x\", \"syncPeriod\": 5}}}}"
+    ))
+    .unwrap_err();
+    for path in [
+        "KubeProxyConfiguration.mode",
+        "KubeProxyConfiguration.ipvs.strictARP",
+        "KubeProxyConfiguration.ipvs.syncPeriod",
+    ] {
+        assert!(error.contains(path), "{path}: {error}");
+    }
+}
+
+#[test]
+fn unknown_and_duplicate_fields_are_named_and_no_obstacle() {
+    let effective = with_file(
+        "
+apiVersion: kubeproxy.config.k8s.io/v1alpha1
+kind: KubeProxyConfiguration
+mode: ipvs
+mode: ipvs
+ipvs:
+  scheduler: sh
+  scheduler: lc
+  colour: red
+udpIdleTimeout: 250ms
+clusterCIDR: null
+",
+    )
+    .unwrap();
+    let warnings = effective.warnings.join("\n");
+    for text in ["\"mode\"", "\"ipvs.scheduler\"", "unknown field \"ipvs.colour\"", "unknown field \"udpIdleTimeout\""]
+    {
+        assert!(warnings.contains(text), "{text}: {warnings}");
+    }
+    assert_eq!(effective.configuration.ipvs.scheduler, "lc", "the last counts");
+}
+
+#[test]
+fn what_is_no_such_file_is_refused() {
+    for (content, what) in [
+        ("", "this is no object"),
+        ("- a", "this is no object"),
+        ("a: [", "neither YAML nor JSON"),
+        ("kind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1", "not of apiVersion kubeproxy"),
+        ("mode: ipvs", "not of apiVersion kubeproxy"),
+        ("kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1", "not of apiVersion kubeproxy"),
+    ] {
+        let error = with_file(content).unwrap_err();
+        assert!(error.contains(what) && error.contains("config.conf"), "{content:?}: {error}");
+    }
+    let error = with_flags(&["--config=/nowhere/config.conf".to_owned()]).unwrap_err();
+    assert!(error.contains("/nowhere/config.conf: cannot be read"), "{error}");
+}
+
+#[test]
+fn addresses_to_listen_on_follow_the_family_of_a_files_bind_address_and_get_their_ports() {
+    for (content, healthz, metrics) in [
+        (json!({"bindAddress": "::"}), "[::]:10256", "[::1]:10249"),
+        (json!({"bindAddress": "10.0.0.1"}), "0.0.0.0:10256", "127.0.0.1:10249"),
+        (json!({"healthzBindAddress": "10.0.0.1", "metricsBindAddress": "::1"}), "10.0.0.1:10256", "[::1]:10249"),
+    ] {
+        let effective = with_file(&file("mode", &json!("ipvs"), &content)).unwrap();
+        let addresses = (effective.settings.healthz.unwrap(), effective.settings.metrics.unwrap());
+        assert_eq!((addresses.0.to_string(), addresses.1.to_string()), (healthz.to_owned(), metrics.to_owned()));
+    }
+}
+
+#[test]
+fn what_is_written_reads_as_the_same() {
+    let effective = with_flags(&["--ipvs-scheduler=sh".to_owned(), "--ipvs-drain-timeout=5m".to_owned()]).unwrap();
+    let written = effective.configuration.to_yaml().unwrap();
+    let read = with_file(&written).unwrap();
+    assert_eq!(read.configuration, effective.configuration, "{written}");
+    assert_eq!(read.warnings, [""; 0], "{written}");
+    let keys: Vec<&str> =
+        written.lines().filter(|line| !line.starts_with(' ')).filter_map(|line| line.split(':').next()).collect();
+    assert!(keys.is_sorted(), "{written}");
+}

@@ -1,0 +1,111 @@
+//! What people should know of a sync, as Kubernetes Events: on the Service it concerns, else on the Node. How often the same
+//! is said, and how many at once, is the business of whoever posts them.
+
+use reconciler::outcome::Outcome;
+use service_watch::{Event, EventKind, EventSubject, ObjectName};
+
+/// More Services than this that fail in one sync have a reason in common: the Node is told, and they are not.
+const FEW: usize = 5;
+
+/// What a sync or an audit gives to tell.
+pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
+    let mut events = Vec::new();
+    for (service, vip) in &outcome.refused {
+        events.push(warning(
+            Some(service),
+            "AddressIsANodes",
+            "RefuseAddress",
+            format!("{vip} is the address of a Node and is not served: it would cut nodes off from that Node"),
+        ));
+    }
+    for clash in &outcome.clashes {
+        events.push(warning(
+            Some(&clash.loser),
+            "FrontEndTaken",
+            "LeaveFrontEnd",
+            format!(
+                "{} belongs to Service {}, which is older or first by name: give one of the two another address or port",
+                clash.front_end, clash.winner
+            ),
+        ));
+    }
+    // The first failure may be over by the next attempt.
+    let lasting: Vec<_> = outcome.failures.iter().filter(|failure| failure.is_repeated).collect();
+    if let [first, ..] = lasting.as_slice()
+        && lasting.len() > FEW
+    {
+        let note = format!("{} operations keep failing and are tried again, such as: {}", lasting.len(), first.error);
+        events.push(warning(None, "ProgrammingFailed", "ProgramKernel", note));
+    } else {
+        events.extend(lasting.into_iter().map(|failure| {
+            let note = format!("{}; it is tried again", failure.error);
+            warning(failure.service.as_ref(), "ProgrammingFailed", "ProgramKernel", note)
+        }));
+    }
+    events
+}
+
+/// A port on which nobody can be told of a Service's endpoints; kube-proxy's reason and action.
+pub(crate) fn health_check_port(service: &ObjectName, problem: String) -> Event {
+    warning(Some(service), "FailedToStartServiceHealthcheck", "Listen", problem)
+}
+
+/// A port of the agent itself that cannot be listened on; kube-proxy's reasons.
+pub(crate) fn own_port(reason: &str, problem: String) -> Event {
+    warning(None, reason, "StartKubeIpvs", problem)
+}
+
+pub(crate) fn starting() -> Event {
+    Event {
+        subject: EventSubject::Node,
+        kind: EventKind::Normal,
+        reason: "Starting".to_owned(),
+        action: "StartKubeIpvs".to_owned(),
+        note: concat!("kube-ipvs ", env!("CARGO_PKG_VERSION")).to_owned(),
+    }
+}
+
+/// On a Service, or on the own Node.
+fn warning(service: Option<&ObjectName>, reason: &str, action: &str, note: String) -> Event {
+    Event {
+        subject: service.map_or(EventSubject::Node, |service| EventSubject::Service(service.clone())),
+        kind: EventKind::Warning,
+        reason: reason.to_owned(),
+        action: action.to_owned(),
+        note,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use reconciler::outcome::Failure;
+    use reconciler::plan::Key;
+
+    use super::*;
+
+    fn failure(service: &str, is_repeated: bool) -> Failure {
+        Failure {
+            key: Key::Device,
+            service: Some(ObjectName::new("default", service)),
+            error: "cannot add it: EINVAL".to_owned(),
+            is_repeated,
+        }
+    }
+
+    fn subjects(failures: Vec<Failure>) -> Vec<EventSubject> {
+        of(&Outcome { failures, ..Outcome::default() }).into_iter().map(|event| event.subject).collect()
+    }
+
+    #[test]
+    fn what_fails_once_is_not_told_and_what_keeps_failing_is_told_to_its_service() {
+        assert_eq!(subjects(vec![failure("a", false)]), []);
+        let told = subjects(vec![failure("a", true), failure("b", false)]);
+        assert_eq!(told, [EventSubject::Service(ObjectName::new("default", "a"))]);
+    }
+
+    #[test]
+    fn many_failures_at_once_are_one_event_of_the_node() {
+        let told = subjects(["a", "b", "c", "d", "e", "f"].map(|name| failure(name, true)).into());
+        assert_eq!(told, [EventSubject::Node]);
+    }
+}

@@ -1,0 +1,391 @@
+//! Flags that say what fields of the configuration file say: kube-proxy's, and at the end ours.
+
+#![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
+
+use std::str::FromStr as _;
+
+use clap::Args;
+use serde_json::Value;
+
+use crate::config::object::{Configuration, Vmodule, with_port};
+use crate::go;
+
+/// Each is there only if it was given. Defaults are those of the fields.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct FieldFlags {
+    /// How virtual servers choose real servers: rr, wrr, lc, wlc, lblc, lblcr, dh, sh, sed, nq, fo, ovf, mh or twos [default:
+    /// rr]
+    #[arg(long, value_name = "NAME", help_heading = "Services and their virtual servers")]
+    ipvs_scheduler: Option<String>,
+
+    /// How often everything in the kernel is compared and repaired, at least [default: 30s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        allow_hyphen_values = true,
+        help_heading = "Services and their virtual servers"
+    )]
+    ipvs_sync_period: Option<go::Duration>,
+
+    /// How long to gather changes after a sync before the next [default: 1s; in a file 0s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        allow_hyphen_values = true,
+        help_heading = "Services and their virtual servers"
+    )]
+    ipvs_min_sync_period: Option<go::Duration>,
+
+    /// Ranges whose virtual servers are never deleted
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
+    ipvs_exclude_cidrs: Option<Vec<String>>,
+
+    /// Answer ARP only for addresses of the interface asked, as load balancers need that announce VIPs by ARP
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Services and their virtual servers")]
+    ipvs_strict_arp: Option<bool>,
+
+    /// How long an idle TCP connection is kept, in whole seconds; 0s leaves the kernel's value [default: 0s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        allow_hyphen_values = true,
+        help_heading = "Services and their virtual servers"
+    )]
+    ipvs_tcp_timeout: Option<go::Duration>,
+
+    /// How long a TCP connection is kept after a FIN; 0s leaves the kernel's value [default: 0s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        allow_hyphen_values = true,
+        help_heading = "Services and their virtual servers"
+    )]
+    ipvs_tcpfin_timeout: Option<go::Duration>,
+
+    /// How long an idle UDP flow is kept; 0s leaves the kernel's value [default: 0s]
+    #[arg(
+        long,
+        value_name = "DURATION",
+        allow_hyphen_values = true,
+        help_heading = "Services and their virtual servers"
+    )]
+    ipvs_udp_timeout: Option<go::Duration>,
+
+    /// The node's addresses on which NodePorts listen: ranges, or `primary` [default: all]
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
+    nodeport_addresses: Option<Vec<String>>,
+
+    /// Switches as NAME=true|false: `AllowServiceExternalIPs` has a meaning here, others are ignored
+    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = gate, help_heading = "Services and their virtual servers")]
+    feature_gates: Option<Vec<(String, bool)>>,
+
+    /// What kind of proxy to be: only ipvs can be had here [default: ipvs]
+    #[arg(long, value_name = "MODE", help_heading = "Services and their virtual servers")]
+    proxy_mode: Option<String>,
+
+    /// Masquerade all traffic to ClusterIPs, that of pods too
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Whose traffic is masqueraded")]
+    masquerade_all: Option<bool>,
+
+    /// Which bit of a packet's mark, 0 to 31, says that it is to be masqueraded [default: 14]
+    #[arg(long, value_name = "BIT", allow_negative_numbers = true, help_heading = "Whose traffic is masqueraded")]
+    iptables_masquerade_bit: Option<i32>,
+
+    /// How to tell pods, whose traffic to ClusterIPs is not masqueraded: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface` or
+    /// `InterfaceNamePrefix` [default: ClusterCIDR]
+    #[arg(long, value_name = "MODE", help_heading = "Whose traffic is masqueraded")]
+    detect_local_mode: Option<String>,
+
+    /// For `ClusterCIDR`, the range of pod addresses, one a family; without one pods cannot be told from others
+    #[arg(long, value_name = "CIDR,...", help_heading = "Whose traffic is masqueraded")]
+    cluster_cidr: Option<String>,
+
+    /// For `BridgeInterface`, the bridge that pods of this node are connected to
+    #[arg(long, value_name = "NAME", help_heading = "Whose traffic is masqueraded")]
+    pod_bridge_interface: Option<String>,
+
+    /// For `InterfaceNamePrefix`, how the names of all interfaces that lead to pods of this node begin
+    #[arg(long, value_name = "PREFIX", help_heading = "Whose traffic is masqueraded")]
+    pod_interface_name_prefix: Option<String>,
+
+    /// The name of the own Node [default: the host's name]
+    #[arg(long, value_name = "NAME", help_heading = "The node")]
+    hostname_override: Option<String>,
+
+    /// An address to take for the node's own of its family; nothing listens on it [default: 0.0.0.0]
+    #[arg(long, value_name = "IP", help_heading = "The node")]
+    bind_address: Option<String>,
+
+    /// How unlikely the kernel is to kill this process for want of memory, -1000 to 1000 [default: -999]
+    #[arg(long, value_name = "SCORE", allow_negative_numbers = true, help_heading = "The node")]
+    oom_score_adj: Option<i32>,
+
+    /// How many connections to track for each processor; 0 leaves the kernel's limit [default: 32768]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The node")]
+    conntrack_max_per_core: Option<i32>,
+
+    /// How many connections to track at least, unless --conntrack-max-per-core is 0 [default: 131072]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The node")]
+    conntrack_min: Option<i32>,
+
+    /// How long an idle TCP connection is tracked, in whole seconds; 0s leaves the kernel's value [default: 24h]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
+    conntrack_tcp_timeout_established: Option<go::Duration>,
+
+    /// How long a TCP connection is tracked that the other side has closed; 0s leaves the kernel's value [default: 1h]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
+    conntrack_tcp_timeout_close_wait: Option<go::Duration>,
+
+    /// Let TCP packets outside the window pass; false leaves the kernel's value
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "The node")]
+    conntrack_tcp_be_liberal: Option<bool>,
+
+    /// How long a UDP flow is tracked that was not answered; 0s leaves the kernel's value [default: 0s]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
+    conntrack_udp_timeout: Option<go::Duration>,
+
+    /// How long an answered UDP flow is tracked; 0s leaves the kernel's value [default: 0s]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
+    conntrack_udp_timeout_stream: Option<go::Duration>,
+
+    /// Where to answer /healthz and /livez [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "IP:PORT", help_heading = "Health and metrics")]
+    healthz_bind_address: Option<String>,
+
+    /// Of an address without a port; 0: answer nowhere (deprecated: say it with --healthz-bind-address)
+    #[arg(long, value_name = "PORT", help_heading = "Health and metrics")]
+    healthz_port: Option<u16>,
+
+    /// Where to serve metrics [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "IP:PORT", help_heading = "Health and metrics")]
+    metrics_bind_address: Option<String>,
+
+    /// Of an address without a port; 0: serve nowhere (deprecated: say it with --metrics-bind-address)
+    #[arg(long, value_name = "PORT", help_heading = "Health and metrics")]
+    metrics_port: Option<u16>,
+
+    /// Exit if one of these addresses cannot be listened on, in place of trying again
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Health and metrics")]
+    bind_address_hard_fail: Option<bool>,
+
+    /// Serve what is under /debug beside the metrics
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Health and metrics")]
+    profiling: Option<bool>,
+
+    /// No effect: no metric is hidden
+    #[arg(long, value_name = "VERSION", help_heading = "Health and metrics")]
+    show_hidden_metrics_for_version: Option<String>,
+
+    /// How much to log: 0 to 3 what happens, 4 what is done about it, 6 everything [default: 0]
+    #[arg(short = 'v', long = "v", value_name = "LEVEL", help_heading = "Logging")]
+    verbosity: Option<u32>,
+
+    /// text or json [default: text]
+    #[arg(long, value_name = "FORMAT", help_heading = "Logging")]
+    logging_format: Option<String>,
+
+    /// No effect: --v is for all
+    #[arg(long, value_name = "PATTERN=LEVEL,...", value_delimiter = ',', value_parser = vmodule, help_heading = "Logging")]
+    vmodule: Option<Vec<Vmodule>>,
+
+    /// No effect: every line is written at once
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Logging")]
+    log_flush_frequency: Option<go::Duration>,
+
+    /// No effect: all goes to standard error
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Logging")]
+    log_text_split_stream: Option<bool>,
+
+    /// No effect: every line is written at once
+    #[arg(long, value_name = "QUANTITY", help_heading = "Logging")]
+    log_text_info_buffer_size: Option<String>,
+
+    /// No effect: all goes to standard error
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Logging")]
+    log_json_split_stream: Option<bool>,
+
+    /// No effect: every line is written at once
+    #[arg(long, value_name = "QUANTITY", help_heading = "Logging")]
+    log_json_info_buffer_size: Option<String>,
+
+    /// The kubeconfig to reach the API server with
+    #[arg(long, value_name = "FILE", help_heading = "The API server")]
+    kubeconfig: Option<String>,
+
+    /// No effect: objects come as JSON
+    #[arg(long, value_name = "TYPE", help_heading = "The API server")]
+    kube_api_content_type: Option<String>,
+
+    /// No effect: three watches ask for little
+    #[arg(long, value_name = "NUMBER", help_heading = "The API server")]
+    kube_api_qps: Option<f32>,
+
+    /// No effect: three watches ask for little
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The API server")]
+    kube_api_burst: Option<i32>,
+
+    /// No effect: what is known is never said again
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The API server")]
+    config_sync_period: Option<go::Duration>,
+
+    /// No effect in this mode
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Without effect")]
+    iptables_localhost_nodeports: Option<bool>,
+
+    /// No effect in this mode
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Without effect")]
+    iptables_sync_period: Option<go::Duration>,
+
+    /// No effect in this mode
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Without effect")]
+    iptables_min_sync_period: Option<go::Duration>,
+
+    /// No effect
+    #[arg(long, value_name = "FILE", help_heading = "Without effect")]
+    boot_id_file: Option<String>,
+
+    /// No effect
+    #[arg(long, value_name = "FILE", help_heading = "Without effect")]
+    machine_id_file: Option<String>,
+
+    /// How long a TCP endpoint that is to go may keep its connections; then they are cut. 0s: as long as they last
+    /// [default: 0s]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "What kube-proxy does not have")]
+    ipvs_drain_timeout: Option<go::Duration>,
+
+    /// Know the addresses of all Nodes, to refuse VIPs that are one of them: costs the API server each Node status update
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    watch_all_nodes: Option<bool>,
+}
+
+impl FieldFlags {
+    /// Those that count beside a file: kube-proxy's, and the ones it does not have.
+    pub(super) fn beside_file(self) -> Self {
+        Self {
+            hostname_override: self.hostname_override,
+            verbosity: self.verbosity,
+            logging_format: self.logging_format,
+            vmodule: self.vmodule,
+            log_flush_frequency: self.log_flush_frequency,
+            log_text_split_stream: self.log_text_split_stream,
+            log_text_info_buffer_size: self.log_text_info_buffer_size,
+            log_json_split_stream: self.log_json_split_stream,
+            log_json_info_buffer_size: self.log_json_info_buffer_size,
+            ipvs_drain_timeout: self.ipvs_drain_timeout,
+            watch_all_nodes: self.watch_all_nodes,
+            ..Self::default()
+        }
+    }
+
+    /// Whether `--cluster-cidr=` was given.
+    pub(super) fn has_empty_cluster_cidr(&self) -> bool {
+        self.cluster_cidr.as_deref() == Some("")
+    }
+
+    /// What the deprecated flags of ports make of the addresses, which is next to nothing: a port counts only where the
+    /// address has none, and the default has one. But 0 switches the server off.
+    pub(super) fn apply_ports(&self, c: &mut Configuration) {
+        for (address, port, default) in [
+            (&mut c.healthz_bind_address, self.healthz_port, 10256),
+            (&mut c.metrics_bind_address, self.metrics_port, 10249),
+        ] {
+            match port {
+                Some(0) => address.clear(),
+                _ => *address = with_port(address, port.unwrap_or(default)),
+            }
+        }
+    }
+
+    /// Puts what was given in the place of what the configuration has.
+    pub(super) fn apply(self, c: &mut Configuration) {
+        set(&mut c.ipvs.scheduler, self.ipvs_scheduler);
+        set(&mut c.ipvs.sync_period, self.ipvs_sync_period);
+        set(&mut c.ipvs.min_sync_period, self.ipvs_min_sync_period);
+        set(&mut c.ipvs.exclude_cidrs, self.ipvs_exclude_cidrs.map(without_empty));
+        set(&mut c.ipvs.strict_arp, self.ipvs_strict_arp);
+        set(&mut c.ipvs.tcp_timeout, self.ipvs_tcp_timeout);
+        set(&mut c.ipvs.tcp_fin_timeout, self.ipvs_tcpfin_timeout);
+        set(&mut c.ipvs.udp_timeout, self.ipvs_udp_timeout);
+        set(&mut c.node_port_addresses, self.nodeport_addresses.map(without_empty));
+        c.feature_gates.extend(self.feature_gates.into_iter().flatten());
+        set(&mut c.mode, self.proxy_mode);
+        set(&mut c.iptables.masquerade_all, self.masquerade_all);
+        set_some(&mut c.iptables.masquerade_bit, self.iptables_masquerade_bit);
+        set(&mut c.detect_local_mode, self.detect_local_mode);
+        set(&mut c.cluster_cidr, self.cluster_cidr);
+        set(&mut c.detect_local.bridge_interface, self.pod_bridge_interface);
+        set(&mut c.detect_local.interface_name_prefix, self.pod_interface_name_prefix);
+        set(&mut c.hostname_override, self.hostname_override);
+        set(&mut c.bind_address, self.bind_address);
+        set_some(&mut c.oom_score_adj, self.oom_score_adj);
+        set_some(&mut c.conntrack.max_per_core, self.conntrack_max_per_core);
+        set_some(&mut c.conntrack.min, self.conntrack_min);
+        set_some(&mut c.conntrack.tcp_established_timeout, self.conntrack_tcp_timeout_established);
+        set_some(&mut c.conntrack.tcp_close_wait_timeout, self.conntrack_tcp_timeout_close_wait);
+        set(&mut c.conntrack.tcp_be_liberal, self.conntrack_tcp_be_liberal);
+        set(&mut c.conntrack.udp_timeout, self.conntrack_udp_timeout);
+        set(&mut c.conntrack.udp_stream_timeout, self.conntrack_udp_timeout_stream);
+        set_unless_empty(&mut c.healthz_bind_address, self.healthz_bind_address);
+        set_unless_empty(&mut c.metrics_bind_address, self.metrics_bind_address);
+        set(&mut c.bind_address_hard_fail, self.bind_address_hard_fail);
+        set(&mut c.enable_profiling, self.profiling);
+        set(&mut c.show_hidden_metrics_for_version, self.show_hidden_metrics_for_version);
+        set(&mut c.logging.verbosity, self.verbosity);
+        set(&mut c.logging.format, self.logging_format);
+        c.logging.vmodule.splice(0..0, self.vmodule.into_iter().flatten());
+        set(&mut c.logging.flush_frequency.0, self.log_flush_frequency);
+        set_option(c, "text", "splitStream", self.log_text_split_stream);
+        set_option(c, "text", "infoBufferSize", self.log_text_info_buffer_size);
+        set_option(c, "json", "splitStream", self.log_json_split_stream);
+        set_option(c, "json", "infoBufferSize", self.log_json_info_buffer_size);
+        set(&mut c.client_connection.kubeconfig, self.kubeconfig);
+        set(&mut c.client_connection.content_type, self.kube_api_content_type);
+        set(&mut c.client_connection.qps, self.kube_api_qps);
+        set(&mut c.client_connection.burst, self.kube_api_burst);
+        set(&mut c.config_sync_period, self.config_sync_period);
+        set_some(&mut c.iptables.localhost_node_ports, self.iptables_localhost_nodeports);
+        set(&mut c.iptables.sync_period, self.iptables_sync_period);
+        set(&mut c.iptables.min_sync_period, self.iptables_min_sync_period);
+        set(&mut c.own.drain_timeout, self.ipvs_drain_timeout);
+        set(&mut c.own.watch_all_nodes, self.watch_all_nodes);
+    }
+}
+
+fn set<T>(field: &mut T, flag: Option<T>) {
+    if let Some(value) = flag {
+        *field = value;
+    }
+}
+
+fn set_some<T>(field: &mut Option<T>, flag: Option<T>) {
+    if flag.is_some() {
+        *field = flag;
+    }
+}
+
+fn set_unless_empty(field: &mut String, flag: Option<String>) {
+    set(field, flag.filter(|value| !value.is_empty()));
+}
+
+fn set_option(c: &mut Configuration, format: &str, name: &str, flag: Option<impl Into<Value>>) {
+    if let Some(value) = flag {
+        c.logging.options.entry(format.to_owned()).or_default().insert(name.to_owned(), value.into());
+    }
+}
+
+/// `--flag=` is an empty list.
+fn without_empty(mut list: Vec<String>) -> Vec<String> {
+    list.retain(|entry| !entry.is_empty());
+    list
+}
+
+fn gate(text: &str) -> Result<(String, bool), String> {
+    let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} lacks =true or =false"))?;
+    Ok((name.trim().to_owned(), go::boolean(value.trim())?))
+}
+
+fn vmodule(text: &str) -> Result<Vmodule, String> {
+    let (pattern, level) = text.split_once('=').unwrap_or((text, ""));
+    let verbosity = u32::from_str(level).map_err(|_| format!("{text:?} lacks a number, as in agent*=5"))?;
+    Ok(Vmodule { file_pattern: pattern.to_owned(), verbosity })
+}

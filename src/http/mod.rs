@@ -1,0 +1,150 @@
+//! What the agent answers over HTTP: whether it is healthy, what it measures, and what load balancers ask.
+//!
+//! * `health`: the port of `/healthz` and `/livez`.
+//! * `metrics`: the port of `/metrics`, and of what people look at when something is wrong.
+//! * `node_ports`: a port for each Service that load balancers ask about.
+//!
+//! Plain HTTP/1 without bodies in requests, as kube-proxy has it. A handler is a function and never waits.
+
+pub(crate) mod health;
+pub(crate) mod metrics;
+pub(crate) mod node_ports;
+
+use std::convert::Infallible;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use tokio::sync::Semaphore;
+use tracing::debug;
+
+/// How many connections a port serves at a time; others wait.
+const CONNECTIONS: usize = 64;
+/// How long a connection may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(10);
+const BODY: usize = 1024;
+const NOSNIFF: (HeaderName, HeaderValue) =
+    (HeaderName::from_static("x-content-type-options"), HeaderValue::from_static("nosniff"));
+
+/// A request, as far as anybody looks at it.
+pub(crate) struct Asked {
+    pub(crate) method: Method,
+    pub(crate) path: String,
+    pub(crate) body: Bytes,
+}
+
+pub(crate) type Response = hyper::Response<Full<Bytes>>;
+
+/// What answers.
+pub(crate) type Handler = Arc<dyn Fn(&Asked) -> Response + Send + Sync>;
+
+pub(crate) fn text(status: StatusCode, text: impl Into<Bytes>) -> Response {
+    let mut response = Response::new(Full::new(text.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response.headers_mut().insert(NOSNIFF.0, NOSNIFF.1);
+    response
+}
+
+pub(crate) fn json(status: StatusCode, value: &serde_json::Value) -> Response {
+    let mut response = text(status, value.to_string());
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+pub(crate) fn not_found() -> Response {
+    text(StatusCode::NOT_FOUND, "404 page not found\n")
+}
+
+/// Which families a listener on an unspecified address is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reach {
+    /// Both, whichever of the two is named: that is how kube-proxy has it on its own ports.
+    Both,
+    /// The address's own.
+    OneFamily,
+}
+
+/// Listens on an address.
+pub(crate) fn listen(address: SocketAddr, reach: Reach) -> io::Result<TcpListener> {
+    if reach == Reach::Both && address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) {
+        // On a node without IPv6 there is no such socket, or no such address.
+        match open(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port()), reach) {
+            Err(error) if error.kind() != io::ErrorKind::AddrInUse => {}
+            result => return result,
+        }
+    }
+    open(address, reach)
+}
+
+fn open(address: SocketAddr, reach: Reach) -> io::Result<TcpListener> {
+    const BACKLOG: i32 = 1024;
+    let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    // What is left of old connections is no reason not to listen.
+    set_socket_reuseaddr(&socket, true)?;
+    if address.is_ipv6() {
+        set_ipv6_v6only(&socket, reach == Reach::OneFamily)?;
+    }
+    rustix::net::bind(&socket, &address)?;
+    rustix::net::listen(&socket, BACKLOG)?;
+    Ok(TcpListener::from(socket))
+}
+
+/// Serves until the task is dropped, or returns why it cannot.
+pub(crate) async fn serve(listener: TcpListener, handler: Handler) -> io::Error {
+    let listener = match tokio::net::TcpListener::from_std(listener) {
+        Ok(listener) => listener,
+        Err(error) => return error,
+    };
+    let places = Arc::new(Semaphore::new(CONNECTIONS));
+    // Connections end with the task: a port that is closed is closed.
+    let mut connections = tokio::task::JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let place = places.clone().acquire_owned().await;
+        let stream = match listener.accept().await {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Too many open files, or a client that gave up: neither is a reason to stop.
+                debug!("cannot accept a connection: {error}");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                continue;
+            }
+        };
+        let handler = handler.clone();
+        connections.spawn(async move {
+            let _place = place;
+            let service = service_fn(|request| answer(request, &handler));
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(PATIENCE)
+                .serve_connection(TokioIo::new(stream), service);
+            if let Err(error) = connection.await {
+                debug!("a connection ended: {error}");
+            }
+        });
+    }
+}
+
+async fn answer(request: Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
+    let (parts, body) = request.into_parts();
+    let body = tokio::time::timeout(PATIENCE, Limited::new(body, BODY).collect()).await;
+    let Ok(Ok(body)) = body else {
+        return Ok(text(StatusCode::BAD_REQUEST, "a body that is too long, or does not come\n"));
+    };
+    let asked = Asked { method: parts.method, path: parts.uri.path().to_owned(), body: body.to_bytes() };
+    Ok(handler(&asked))
+}
