@@ -10,6 +10,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 
+use super::answers::{HealthCheck, NoLocalEndpoints};
+
 /// `case.json`.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Case {
@@ -83,6 +85,8 @@ pub(crate) struct Expectation {
     /// Values by their path below /proc/sys.
     #[serde(default)]
     pub(crate) sysctls: BTreeMap<String, String>,
+    pub(crate) no_local_endpoints: Option<Vec<NoLocalEndpoints>>,
+    pub(crate) health_check_node_ports: Option<Vec<HealthCheck>>,
     #[serde(flatten)]
     pub(crate) others: BTreeMap<String, Value>,
 }

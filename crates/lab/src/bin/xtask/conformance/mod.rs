@@ -4,6 +4,7 @@
 //! A case is a node, flags, and steps of what the API held; `tests/conformance/README.md` describes the format. Where the
 //! agent differs on purpose, a rule in [`deviations`] says how, and `docs/deviations.md` says why.
 
+mod answers;
 mod case;
 mod deviations;
 mod play;

@@ -254,7 +254,7 @@ impl Node<'_> {
 
 /// The kernel's state without the marker, as far as something is expected of it.
 fn state(expected: &Expectation) -> Result<State> {
-    let mut state = State::read(expected.sysctls.keys())?;
+    let mut state = State::read(expected)?;
     state.virtual_servers.retain(|server| server.address != Some(MARKER));
     if let Some(addresses) = &mut state.kube_ipvs0 {
         addresses.remove(&format!("{MARKER}/32"));

@@ -10,6 +10,7 @@ use anyhow::{Context, Result};
 use ipvs_netlink::{Client, Forwarding, Netmask, SchedulerFlags, VirtualServerId};
 use serde::Deserialize;
 
+use super::answers;
 use super::case::{Expectation, Link, RealServer, Timeouts, VirtualServer};
 
 /// What the kernel holds.
@@ -20,6 +21,9 @@ pub(crate) struct State {
     timeouts: Timeouts,
     link: Option<Link>,
     sysctls: BTreeMap<String, String>,
+    /// What the agent answers, in lines; nothing where nothing is expected.
+    no_local_endpoints: BTreeSet<String>,
+    health_checks: BTreeSet<String>,
 }
 
 /// A device as `ip -json address` shows it.
@@ -40,8 +44,8 @@ struct Address {
 }
 
 impl State {
-    /// Reads the state of the calling thread's network namespace, with these sysctls.
-    pub(crate) fn read<'a>(sysctls: impl IntoIterator<Item = &'a String>) -> Result<Self> {
+    /// Reads the state of the calling thread's network namespace, as far as something is expected of it.
+    pub(crate) fn read(expected: &Expectation) -> Result<Self> {
         let mut ipvs = Client::connect()?;
         let mut virtual_servers = Vec::new();
         for entry in ipvs.virtual_servers()? {
@@ -61,7 +65,12 @@ impl State {
                 arp: !device.flags.iter().any(|flag| flag == "NOARP"),
                 mtu: device.mtu,
             }),
-            sysctls: sysctls.into_iter().map(|key| Ok((key.clone(), sysctl(key)?))).collect::<Result<_>>()?,
+            sysctls: expected.sysctls.keys().map(|key| Ok((key.clone(), sysctl(key)?))).collect::<Result<_>>()?,
+            no_local_endpoints: match expected.no_local_endpoints {
+                Some(_) => answers::no_local_endpoints()?,
+                None => BTreeSet::new(),
+            },
+            health_checks: answers::health_checks(expected.health_check_node_ports.as_deref().unwrap_or_default()),
         })
     }
 
@@ -83,6 +92,11 @@ impl State {
             sysctls.iter().map(|(key, value)| format!("{key} = {value}")).collect()
         };
         lines += &difference(&sysctls(&expected.sysctls), &sysctls(&self.sysctls));
+        let no_local = answers::no_local_lines(expected.no_local_endpoints.as_deref().unwrap_or_default());
+        lines += &difference(&no_local, &self.no_local_endpoints);
+        let health_checks =
+            answers::health_check_lines(expected.health_check_node_ports.as_deref().unwrap_or_default());
+        lines += &difference(&health_checks, &self.health_checks);
         lines
     }
 }
