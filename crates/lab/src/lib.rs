@@ -24,6 +24,7 @@ mod host;
 pub mod init;
 mod job;
 mod kernel;
+pub mod kube_proxy;
 pub mod netns;
 mod packages;
 mod process;

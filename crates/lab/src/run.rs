@@ -17,13 +17,14 @@ pub enum Place {
 }
 
 /// What tests look with, and what plays the part of others on a node: each program with the package that has it.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("ip", "iproute2"),
     ("ipvsadm", "ipvsadm"),
     ("strace", "strace"),
     ("nft", "nftables"),
     ("iptables-nft", "iptables"),
     ("iptables-legacy", "iptables"),
+    ("ipset", "ipset"),
 ];
 
 /// Makes everything ready that [`run`] needs, and says where jobs will run. The first time this builds a kernel.
