@@ -4,6 +4,8 @@
 
 mod node;
 
+use std::process::Command;
+
 use lab::kube_proxy::{Iptables, leave, recording};
 use lab::netns::isolate;
 use node::{Neighbours, run};
@@ -243,6 +245,20 @@ fn a_set_that_a_rule_of_somebody_else_uses_is_reported_and_stays_and_the_rest_go
     run("iptables-nft -F INPUT");
     assert_eq!(objects(&remove()), ["ipset KUBE-CLUSTER-IP"]);
     assert!(remove().is_empty());
+}
+
+/// As those of deleted rules are, which `nf_tables` destroys a moment later.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_set_that_is_let_go_of_a_moment_later_goes() {
+    isolate().unwrap();
+    leave(&recording("clusterip-tcp").unwrap(), Iptables::Nft).unwrap();
+    run("iptables-nft -A INPUT -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT");
+    let mut letting_go = Command::new("sh").args(["-c", "sleep 1; iptables-nft -F INPUT"]).spawn().unwrap();
+    let report = remove();
+    assert!(letting_go.wait().unwrap().success());
+    assert!(report.problems.is_empty(), "{:#?}", report.problems);
+    assert_eq!(run("ipset list -n"), "");
 }
 
 #[test]
