@@ -40,8 +40,10 @@ const UPKEEP: Duration = Duration::from_secs(5);
 /// Why the agent ended, where that is no error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// It did what it was to do, or was told to stop.
+    /// It did what it was to do.
     Done,
+    /// It was told to stop.
+    Stopped,
     /// The configuration has changed: it is to start anew.
     Restart,
 }
@@ -195,7 +197,7 @@ pub(crate) fn run(start: Start) -> Result<End> {
 
 fn stopped(signal: &str) -> End {
     info!("{signal}: stopping; virtual servers and addresses stay as they are, and so does their traffic");
-    End::Done
+    End::Stopped
 }
 
 /// Waits until the file says something else that makes sense. What makes none is told, and the agent goes on as it is: to

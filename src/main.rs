@@ -46,7 +46,7 @@ fn main() -> ExitCode {
         }
     };
     match run(flags) {
-        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Done | End::Stopped) => ExitCode::SUCCESS,
         Ok(End::Restart) => {
             error!("cannot start anew: {}", restart());
             ExitCode::FAILURE
@@ -93,7 +93,8 @@ fn run(flags: Flags) -> Result<End> {
     let is_takeover = flags.command == Some(Command::Takeover);
     let once = flags.once || is_takeover;
     let end = agent::run(Start { flags, configuration, settings, verbosity, once })?;
-    if is_takeover { takeover::remove_leftovers() } else { Ok(end) }
+    // Only what is in place can take the place of something: where the sync failed or was stopped, everything stays.
+    if is_takeover && end == End::Done { takeover::remove_leftovers() } else { Ok(end) }
 }
 
 /// Starts the same program with the same arguments in the place of this process. Returns only where that fails.
