@@ -329,3 +329,35 @@ fn seconds(time: SystemTime) -> f64 {
 fn count(number: usize) -> f64 {
     number as f64
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_metrics_has_every_metric_with_its_type_and_labels() {
+        let page = include_str!("../docs/metrics.md");
+        let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
+        for metric in ALL {
+            let kind = match metric.kind {
+                Kind::Counter => "counter",
+                Kind::Gauge => "gauge",
+                Kind::Histogram(_) => "histogram",
+            };
+            let labels = metric.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
+            let labels = if labels.is_empty() { "–" } else { &labels };
+            let row = format!("| `{}` | {kind} | {labels} | {} |", metric.name, metric.help);
+            assert!(rows.contains(&row.as_str()), "docs/metrics.md lacks: {row}");
+        }
+        assert_eq!(rows.len(), ALL.len(), "docs/metrics.md has what is not there");
+    }
+
+    #[test]
+    fn buckets_are_kube_proxys() {
+        assert_eq!(durations().first().zip(durations().last()), Some((&0.001, &16.384)));
+        let programming = programming();
+        assert_eq!(programming[..4], [0.25, 0.5, 1.0, 2.0]);
+        assert_eq!(programming[programming.len() - 8..], [115.0, 120.0, 150.0, 180.0, 210.0, 240.0, 270.0, 300.0]);
+        assert!(programming.is_sorted());
+    }
+}

@@ -66,8 +66,8 @@ pub(crate) fn health_checks(expected: &[HealthCheck]) -> BTreeSet<String> {
             Ok((head, text)) => {
                 status = head.split(' ').nth(1).and_then(|word| word.parse().ok());
                 let weight = "x-load-balancing-endpoint-weight: ";
-                let lines = head.lines().map(str::to_ascii_lowercase);
-                weight_header = lines.filter_map(|line| Some(line.strip_prefix(weight)?.to_owned())).next();
+                let mut lines = head.lines().map(str::to_ascii_lowercase);
+                weight_header = lines.find_map(|line| Some(line.strip_prefix(weight)?.to_owned()));
                 body = serde_json::from_str(&text).ok();
             }
             Err(problem) if problem.kind() == ErrorKind::ConnectionRefused => {
