@@ -1,7 +1,7 @@
 //! `kube-ipvs takeover`: takes away what kube-proxy left, once what takes its place is there.
 //!
 //! Virtual servers and addresses need no taking over: kube-proxy's are like ours, and the first sync finds them in place.
-//! What is left are its chains of iptables, its ipsets and its tables of nf_tables, which go on doing what they did, beside
+//! What is left are its chains of iptables, its ipsets and its tables of `nf_tables`, which go on doing what they did, beside
 //! ours, and for Services that are long gone.
 
 use anyhow::{Result, bail};
