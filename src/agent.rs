@@ -1,7 +1,6 @@
 //! The parts wired together: a source of Services, the node's addresses, the reconciler on its own thread, and the ports
 //! on which the agent answers.
 
-use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -24,16 +23,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
 use tracing::{debug, error, info, warn};
 
-use crate::config::follow::File;
+use crate::config::follow::Files;
 use crate::config::{Configuration, Settings};
 use crate::flags::Flags;
 use crate::health::Health;
-use crate::http::{self, Handler, Reach, node_ports};
+use crate::http::{self, node_ports};
 use crate::logging::Verbosity;
 use crate::{events, metrics, preflight, sysctl};
 
-/// How soon a port of the agent that could not be listened on is tried again, as often as it takes.
-const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 /// How often what was measured is put in order; the exporter keeps every single value until then.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -49,9 +46,10 @@ pub(crate) enum End {
 }
 
 /// Where Services come from.
+#[derive(Clone)]
 enum Origin {
     Manifests(PathBuf),
-    ApiServer { kubeconfig: Option<PathBuf>, master: Option<String> },
+    ApiServer(Connection),
 }
 
 /// What to run with.
@@ -137,7 +135,8 @@ pub(crate) fn run(start: Start) -> Result<End> {
             (settings.healthz, http::health::handler(health.clone()), "FailedToStartProxierHealthcheck"),
             (settings.metrics, http::metrics::handler(shown), "FailedToStartMetricServer"),
         ];
-        Some(listen_on(&runtime, wanted, settings.bind_hard_fail, &posts))
+        let (posts, is_hard_fail) = (posts.clone(), settings.bind_hard_fail);
+        Some(http::own::listen_on(&runtime, wanted, is_hard_fail, move |event| posts.post(event)))
     };
 
     let sink = move |message| match message {
@@ -154,45 +153,64 @@ pub(crate) fn run(start: Start) -> Result<End> {
     };
     let origin = match &flags.manifests {
         Some(directory) => Origin::Manifests(directory.clone()),
-        None => Origin::ApiServer { kubeconfig: settings.kubeconfig.clone(), master: flags.master.clone() },
+        None => Origin::ApiServer(Connection {
+            kubeconfig: settings.kubeconfig.clone(),
+            master: flags.master.clone(),
+            user_agent: Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned()),
+        }),
     };
     let all_nodes = settings.watch_all_nodes;
+    let credentials = origin.clone();
     let follow = async move {
         let source = source(origin, &node_name, all_nodes, &posts, &counted).await?;
         source.run(sink).await.map_err(anyhow::Error::from)
     };
-    let result = runtime.block_on(async {
-        let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-        let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-        let follow = tokio::spawn(follow);
-        let hard_failure = async {
-            match hard_failure {
-                Some(failure) => failure.await.unwrap_or_else(|_| anyhow!("a port stopped unexpectedly")),
-                None => std::future::pending().await,
-            }
-        };
+    let restart = async {
         tokio::select! {
-            // Once the reconciler has ended, the source ends too: that is the effect, not the cause.
-            biased;
-            result = end => match result {
-                Ok((0, false)) => Ok(End::Done),
-                Ok((0, true)) => Err(anyhow!("not everything could be understood: see above; the rest is in the kernel")),
-                Ok((failed, _)) => Err(anyhow!("the kernel refused {failed} operations")),
-                Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
-            },
-            _ = terminate.recv() => Ok(stopped("SIGTERM")),
-            _ = interrupt.recv() => Ok(stopped("SIGINT")),
-            () = changed(&flags, &configuration) => Ok(End::Restart),
-            error = hard_failure => Err(error),
-            result = follow => {
-                result.context("the source of Services stopped unexpectedly; the kernel stays as it is")??;
-                Err(anyhow!("the source of Services ended; the kernel stays as it is"))
-            }
+            () = configuration_changed(&flags, &configuration) => {}
+            () = credentials_changed(credentials) => {}
         }
-    });
+    };
+    let result = runtime.block_on(ended_by(end, follow, restart, hard_failure));
     // Not to wait for a source that is in the middle of something.
     runtime.shutdown_background();
     result
+}
+
+/// What ends the agent, whichever comes first.
+async fn ended_by(
+    reconciler: oneshot::Receiver<(usize, bool)>,
+    source: impl Future<Output = Result<()>> + Send + 'static,
+    restart: impl Future<Output = ()>,
+    hard_failure: Option<oneshot::Receiver<anyhow::Error>>,
+) -> Result<End> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let source = tokio::spawn(source);
+    let hard_failure = async {
+        match hard_failure {
+            Some(failure) => failure.await.unwrap_or_else(|_| anyhow!("a port stopped unexpectedly")),
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        // Once the reconciler has ended, the source ends too: that is the effect, not the cause.
+        biased;
+        result = reconciler => match result {
+            Ok((0, false)) => Ok(End::Done),
+            Ok((0, true)) => Err(anyhow!("not everything could be understood: see above; the rest is in the kernel")),
+            Ok((failed, _)) => Err(anyhow!("the kernel refused {failed} operations")),
+            Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
+        },
+        _ = terminate.recv() => Ok(stopped("SIGTERM")),
+        _ = interrupt.recv() => Ok(stopped("SIGINT")),
+        () = restart => Ok(End::Restart),
+        error = hard_failure => Err(error),
+        result = source => {
+            result.context("the source of Services stopped unexpectedly; the kernel stays as it is")??;
+            Err(anyhow!("the source of Services ended; the kernel stays as it is"))
+        }
+    }
 }
 
 fn stopped(signal: &str) -> End {
@@ -202,9 +220,9 @@ fn stopped(signal: &str) -> End {
 
 /// Waits until the file says something else that makes sense. What makes none is told, and the agent goes on as it is: to
 /// stop would leave the node without one.
-async fn changed(flags: &Flags, configuration: &Configuration) {
+async fn configuration_changed(flags: &Flags, configuration: &Configuration) {
     let Some(path) = &flags.config else { return std::future::pending().await };
-    let mut file = File::new(path.clone());
+    let mut file = Files::new(vec![path.clone()]);
     loop {
         file.changed().await;
         match flags.effective() {
@@ -217,6 +235,25 @@ async fn changed(flags: &Flags, configuration: &Configuration) {
             }
             Err(problems) => {
                 error!("the configuration file has changed and cannot be used, so that of the start stays: {problems}");
+            }
+        }
+    }
+}
+
+/// Waits until what leads to the API server has changed and still does, as far as can be told without asking. (kube-proxy
+/// goes on with what it read at its start, until somebody restarts it.)
+async fn credentials_changed(origin: Origin) {
+    let Origin::ApiServer(connection) = origin else { return std::future::pending().await };
+    let mut files = Files::new(connection.files());
+    loop {
+        files.changed().await;
+        match ApiServer::connect(&connection, "").await {
+            Ok(_) => {
+                info!("the kubeconfig or a certificate of the API server has changed: starting anew with it");
+                return;
+            }
+            Err(error) => {
+                error!("what leads to the API server has changed and cannot be used, so the old stays: {error}");
             }
         }
     }
@@ -312,63 +349,13 @@ fn shown(
     })
 }
 
-/// Opens the agent's own ports. Yields an error where one cannot be had and that is fatal; otherwise it is tried again.
-fn listen_on(
-    runtime: &Runtime,
-    wanted: [(Option<SocketAddr>, Handler, &'static str); 2],
-    is_hard_fail: bool,
-    posts: &Posts,
-) -> oneshot::Receiver<anyhow::Error> {
-    let (failed, failure) = oneshot::channel();
-    let failed = Arc::new(std::sync::Mutex::new(Some(failed)));
-    for (address, handler, reason) in wanted {
-        let Some(address) = address else { continue };
-        let (failed, posts) = (failed.clone(), posts.clone());
-        runtime.spawn(async move {
-            let mut is_told = false;
-            let listener = loop {
-                let problem = match http::listen(address, Reach::Both) {
-                    Ok(listener) => break listener,
-                    Err(error) => format!(
-                        "cannot listen on {address}: {error}; another program has it, kube-proxy perhaps: end that, or choose \
-                         another address (--healthz-bind-address, --metrics-bind-address)"
-                    ),
-                };
-                posts.post(events::own_port(reason, problem.clone()));
-                if is_hard_fail {
-                    // With time for the Event to go out.
-                    tokio::time::sleep(Duration::from_secs(1)).await;
-                    let failed = failed.lock().ok().and_then(|mut failed| failed.take());
-                    let _ = failed.map(|failed| failed.send(anyhow!(problem)));
-                    return;
-                }
-                if !std::mem::replace(&mut is_told, true) {
-                    warn!("{problem}; trying again");
-                }
-                tokio::time::sleep(LISTEN_AGAIN).await;
-            };
-            debug!(%address, "listening");
-            let problem = http::serve(listener, handler).await;
-            error!(%address, "cannot answer: {problem}");
-        });
-    }
-    // The sender lives in the statement below for as long as the agent does: no port is no failure.
-    runtime.spawn(async move {
-        let _keep = failed;
-        std::future::pending::<()>().await;
-    });
-    failure
-}
-
 async fn source(origin: Origin, node_name: &str, all_nodes: bool, posts: &Posts, counted: &Counted) -> Result<Source> {
     let (source, kinds) = match origin {
         Origin::Manifests(directory) => {
             info!(directory = %directory.display(), "taking Services from manifests");
             (Source::Manifests(Manifests::new(directory, node_name)), 1)
         }
-        Origin::ApiServer { kubeconfig, master } => {
-            let user_agent = Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned());
-            let connection = Connection { kubeconfig, master, user_agent };
+        Origin::ApiServer(connection) => {
             let server = ApiServer::connect(&connection, node_name).await?.watch_all_nodes(all_nodes);
             info!(server = server.server(), "taking Services from an API server");
             posts.0.get_or_init(|| server.events()).publish(events::starting());

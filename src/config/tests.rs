@@ -385,3 +385,27 @@ fn what_is_written_reads_as_the_same() {
         written.lines().filter(|line| !line.starts_with(' ')).filter_map(|line| line.split(':').next()).collect();
     assert!(keys.is_sorted(), "{written}");
 }
+
+#[test]
+fn what_others_write_loads_as_it_is() {
+    let kubeadm = with_file(include_str!("../../tests/configurations/kubeadm.conf")).unwrap();
+    assert_eq!(kubeadm.warnings, [""; 0]);
+    let mut plain = Configuration::default();
+    plain.complete();
+    plain.cluster_cidr = "10.244.0.0/16".to_owned();
+    plain.client_connection.kubeconfig = "/var/lib/kube-proxy/kubeconfig.conf".to_owned();
+    plain.logging.options.clone_from(&kubeadm.configuration.logging.options);
+    assert_eq!(kubeadm.configuration, plain, "it writes down that nothing is said");
+
+    let kubespray = with_file(include_str!("../../tests/configurations/kubespray.conf")).unwrap();
+    assert_eq!(kubespray.warnings, [""; 0]);
+    assert_eq!(kubespray.settings.policy.node_name, "node1");
+    assert!(kubespray.settings.strict_arp);
+
+    let words = include_str!("../../tests/configurations/k3s.flags").lines().map(str::to_owned).collect::<Vec<_>>();
+    let k3s = with_flags(&words).unwrap();
+    assert_eq!(k3s.warnings, [""; 0]);
+    let ports = [k3s.settings.healthz, k3s.settings.metrics].map(|address| address.unwrap().to_string());
+    assert_eq!(ports, ["127.0.0.1:10256", "0.0.0.0:10249"]);
+    assert_eq!(k3s.settings.conntrack.max(4), None);
+}

@@ -3,12 +3,14 @@
 //! * `health`: the port of `/healthz` and `/livez`.
 //! * `metrics`: the port of `/metrics`, and of what people look at when something is wrong.
 //! * `node_ports`: a port for each Service that load balancers ask about.
+//! * `own`: opening the first two.
 //!
 //! Plain HTTP/1 without bodies in requests, as kube-proxy has it. A handler is a function and never waits.
 
 pub(crate) mod health;
 pub(crate) mod metrics;
 pub(crate) mod node_ports;
+pub(crate) mod own;
 
 use std::convert::Infallible;
 use std::io;

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use ipvs_netlink::Family;
 use service_watch::{Change, ObjectName, Protocol};
+use tracing::debug;
 
 use crate::again::Again;
 use crate::contribution::{Contribution, Direction, HealthCheck};
@@ -524,6 +525,7 @@ impl<K: Kernel> Reconciler<K> {
         for (operation, result) in plan.operations().iter().zip(results) {
             let error = match result {
                 Ok(()) => {
+                    debug!("done: {operation}");
                     mirror.acknowledge(operation);
                     outcome.done.count(operation);
                     continue;

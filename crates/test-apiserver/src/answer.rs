@@ -109,9 +109,14 @@ impl Server {
             _ => Verb::List,
         };
         let asked = Asked { resource: resource.clone(), verb, query: query.text() };
+        let given =
+            request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let fault = {
             let mut state = self.state();
             state.asked.push(asked);
+            if state.token.as_deref().is_some_and(|token| given != Some(token)) {
+                return json_answer(401, &status(401, "Unauthorized", "Unauthorized"));
+            }
             state.fault.clone()
         };
         match fault {

@@ -5,7 +5,8 @@
 //! is what comes out, so that wrong objects can be served too.
 //!
 //! [`Server::service`] is a tower service for `kube::Client::new`: no socket, and tests can run on paused time.
-//! [`Server::listen`] and [`Server::listen_in_thread`] serve HTTP on 127.0.0.1, for a program under test.
+//! [`Server::listen`] and [`Server::listen_in_thread`] serve HTTP on 127.0.0.1, for a program under test, and
+//! [`Server::listen_over_tls_in_thread`] does so over TLS.
 //!
 //! Events of `events.k8s.io` can be posted and patched, and are kept for [`Server::events`].
 //!
@@ -14,6 +15,7 @@
 mod answer;
 mod listen;
 mod store;
+mod tls;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -23,6 +25,7 @@ use serde_json::{Value, json};
 pub use self::answer::Body;
 use self::answer::Watch;
 use self::store::Store;
+pub use self::tls::TlsListener;
 
 /// A test API server.
 #[derive(Clone, Debug, Default)]
@@ -94,6 +97,7 @@ struct State {
     fault: Option<Fault>,
     asked: Vec<Asked>,
     events: Vec<Value>,
+    token: Option<String>,
 }
 
 impl Server {
@@ -214,6 +218,17 @@ impl Server {
     /// Ends all faults; open watches that are silent stay so.
     pub fn recover(&self) {
         self.state().fault = None;
+    }
+
+    /// From now on requests need this bearer token.
+    pub fn ask_for_token(&self, token: &str) {
+        self.state().token = Some(token.to_owned());
+    }
+
+    /// Forgets every object, and begins to count anew: as a server that comes back from an old backup, or from none.
+    pub fn begin_anew(&self) {
+        self.break_off();
+        self.state().store = Store::default();
     }
 
     /// All requests so far.

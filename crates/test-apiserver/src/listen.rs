@@ -6,6 +6,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 
 use crate::Server;
@@ -30,14 +31,15 @@ impl Server {
 
     async fn accept(self, listener: TcpListener) {
         while let Ok((connection, _)) = listener.accept().await {
-            let server = self.clone();
-            tokio::spawn(async move {
-                let service = service_fn(move |request| server.clone().answer(request));
-                let mut builder = http1::Builder::new();
-                builder.timer(TokioTimer::new());
-                // A connection that ends is the client's or a fault's business.
-                let _ = builder.serve_connection(TokioIo::new(connection), service).await;
-            });
+            tokio::spawn(self.clone().serve(connection));
         }
+    }
+
+    pub(crate) async fn serve(self, connection: impl AsyncRead + AsyncWrite + Unpin) {
+        let service = service_fn(move |request| self.clone().answer(request));
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new());
+        // A connection that ends is the client's or a fault's business.
+        let _ = builder.serve_connection(TokioIo::new(connection), service).await;
     }
 }

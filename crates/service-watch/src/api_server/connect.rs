@@ -19,6 +19,28 @@ pub struct Connection {
     pub user_agent: Option<String>,
 }
 
+/// Where a pod has the certificate of its API server's authority.
+const IN_CLUSTER_AUTHORITY: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
+
+impl Connection {
+    /// The files that are read once, when a connection is made: where one of them changes, it is to be made anew. Tokens
+    /// are not among them, they are read again and again.
+    pub fn files(&self) -> Vec<PathBuf> {
+        let Some(path) = &self.kubeconfig else {
+            return if self.master.is_none() { vec![IN_CLUSTER_AUTHORITY.into()] } else { Vec::new() };
+        };
+        let mut files = vec![path.clone()];
+        if let Ok(kubeconfig) = Kubeconfig::read_from(path) {
+            let clusters = kubeconfig.clusters.iter().filter_map(|named| named.cluster.as_ref());
+            files.extend(clusters.filter_map(|cluster| cluster.certificate_authority.as_ref()).map(PathBuf::from));
+            for user in kubeconfig.auth_infos.iter().filter_map(|named| named.auth_info.as_ref()) {
+                files.extend([&user.client_certificate, &user.client_key].into_iter().flatten().map(PathBuf::from));
+            }
+        }
+        files
+    }
+}
+
 /// A client, and the server's address.
 pub(super) async fn client(connection: &Connection) -> Result<(Client, String), Error> {
     let mut config = match (&connection.kubeconfig, &connection.master) {

@@ -1,0 +1,65 @@
+//! The agent's own two ports, which may be taken by another: by kube-proxy, while it is being replaced.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use service_watch::Event;
+use tokio::runtime::Runtime;
+use tokio::sync::oneshot;
+use tracing::{debug, error, warn};
+
+use super::{Handler, Reach, listen, serve};
+use crate::events;
+
+/// How soon a port that could not be listened on is tried again, as often as it takes.
+const LISTEN_AGAIN: Duration = Duration::from_secs(5);
+
+/// Opens the agent's own ports. Yields an error where one cannot be had and that is fatal; otherwise it is tried again.
+pub(crate) fn listen_on(
+    runtime: &Runtime,
+    wanted: [(Option<SocketAddr>, Handler, &'static str); 2],
+    is_hard_fail: bool,
+    post: impl Fn(Event) + Clone + Send + 'static,
+) -> oneshot::Receiver<anyhow::Error> {
+    let (failed, failure) = oneshot::channel();
+    let failed = Arc::new(Mutex::new(Some(failed)));
+    for (address, handler, reason) in wanted {
+        let Some(address) = address else { continue };
+        let (failed, post) = (failed.clone(), post.clone());
+        runtime.spawn(async move {
+            let mut is_told = false;
+            let listener = loop {
+                let problem = match listen(address, Reach::Both) {
+                    Ok(listener) => break listener,
+                    Err(error) => format!(
+                        "cannot listen on {address}: {error}; another program has it, kube-proxy perhaps: end that, or choose \
+                         another address (--healthz-bind-address, --metrics-bind-address)"
+                    ),
+                };
+                post(events::own_port(reason, problem.clone()));
+                if is_hard_fail {
+                    // With time for the Event to go out.
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    let failed = failed.lock().ok().and_then(|mut failed| failed.take());
+                    let _ = failed.map(|failed| failed.send(anyhow!(problem)));
+                    return;
+                }
+                if !std::mem::replace(&mut is_told, true) {
+                    warn!("{problem}; trying again");
+                }
+                tokio::time::sleep(LISTEN_AGAIN).await;
+            };
+            debug!(%address, "listening");
+            let problem = serve(listener, handler).await;
+            error!(%address, "cannot answer: {problem}");
+        });
+    }
+    // Without a port nobody has the sender, and that is no failure.
+    runtime.spawn(async move {
+        let _keep = failed;
+        std::future::pending::<()>().await;
+    });
+    failure
+}

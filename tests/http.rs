@@ -1,0 +1,391 @@
+//! What the agent answers over HTTP, on a real kernel: health, health-check node ports, metrics, and what else is on that
+//! port.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::net::TcpListener;
+use std::thread;
+use std::time::Duration;
+
+use common::{Agent, HEALTH, HttpAnswer, METRICS, Manifests, addresses, get, http, metric, run, service};
+use lab::netns::isolate;
+use serde_json::{Value, json};
+
+const NODE_V6: &str = r"
+apiVersion: v1
+kind: Node
+metadata: {name: node-a}
+status: {addresses: [{type: InternalIP, address: 192.168.1.1}, {type: InternalIP, address: 'fd00::1'}]}
+";
+
+/// A Service of type LoadBalancer that load balancers ask about, with a ClusterIP of each family.
+fn load_balanced(port: u16) -> String {
+    json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
+        "spec": {
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port,
+            "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+            "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
+        },
+    })
+    .to_string()
+}
+
+/// Endpoints of `web`, each on a node.
+fn placed(name: &str, endpoints: &[(&str, &str, bool)]) -> String {
+    let family = if endpoints.first().is_some_and(|(address, ..)| address.contains(':')) { "IPv6" } else { "IPv4" };
+    let endpoints: Vec<Value> = endpoints
+        .iter()
+        .map(|(address, node, ready)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": ready}}))
+        .collect();
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
+        "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": family, "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
+    })
+    .to_string()
+}
+
+fn serving(manifests: &Manifests, flags: &[&str]) -> Agent {
+    let mut agent = manifests.agent(flags);
+    agent.says("audited");
+    agent.until("listen", |_| get(HEALTH, "/livez").is_some() && get(METRICS, "/metrics").is_some());
+    agent
+}
+
+fn healthz() -> HttpAnswer {
+    get(HEALTH, "/healthz").unwrap()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn health_is_about_the_node_and_liveness_is_not() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let mut agent = serving(&manifests, &[]);
+    let answer = healthz();
+    assert_eq!(answer.status, 200, "{}", answer.body);
+    assert_eq!(answer.header("content-type"), Some("application/json"));
+    assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
+    let body = answer.json();
+    assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(true), &json!(true)), "{body}");
+    assert_eq!(body["lastUpdated"], body["currentTime"], "{body}");
+    for family in ["IPv4", "IPv6"] {
+        assert_eq!(body["status"][family]["healthy"], json!(true), "{body}");
+    }
+    // In whole seconds, as the API has it.
+    let time = body["currentTime"].as_str().unwrap();
+    assert!(time.len() == 20 && time.ends_with('Z'), "{time}");
+
+    let leaving = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\nspec: {taints: [{key: X, effect: NoSchedule}, {key: \
+                   ToBeDeletedByClusterAutoscaler, effect: PreferNoSchedule}]}\n";
+    let deleted = "apiVersion: v1\nkind: Node\nmetadata: {name: node-a, deletionTimestamp: '2026-01-01T00:00:00Z'}\n";
+    for node in [leaving, deleted] {
+        manifests.write("node.yaml", node);
+        agent.until("take the node out", |_| healthz().status == 503);
+        let body = healthz().json();
+        assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(false), &json!(false)), "{body}");
+        let live = get(HEALTH, "/livez").unwrap();
+        assert_eq!((live.status, live.json().get("nodeEligible")), (200, None), "{}", live.body);
+        manifests.write("node.yaml", common::NODE);
+        agent.until("take the node back", |_| healthz().status == 200);
+    }
+    // Unknown is not eligible either.
+    manifests.remove("node.yaml");
+    agent.until("miss the node", |_| healthz().status == 503);
+    assert_eq!(get(HEALTH, "/elsewhere").unwrap().status, 404);
+    let asked = metric("kubeproxy_proxy_healthz_total{code=\"503\"}").unwrap();
+    assert!(asked >= 3.0 && metric("kubeproxy_proxy_livez_total{code=\"200\"}").unwrap() >= 2.0);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn drift_that_cannot_be_repaired_is_unhealthy_in_its_family_until_it_can() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
+    manifests.write("slice.json", &placed("web-1", &[("10.0.0.1", "node-a", true)]));
+    let mut agent = serving(&manifests, &["--ipvs-sync-period=500ms"]);
+    assert_eq!(addresses(), ["10.96.0.10/32", "fd00:96::10/128"]);
+    // Takes every IPv6 address from the device, and refuses new ones.
+    run("echo 1 > /proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6");
+    agent.until("become unhealthy", |_| healthz().status == 503);
+    let body = healthz().json();
+    assert_eq!(body["status"]["IPv4"]["healthy"], json!(true), "{body}");
+    assert_eq!(body["status"]["IPv6"]["healthy"], json!(false), "{body}");
+    assert_eq!(get(HEALTH, "/livez").unwrap().status, 503);
+    let check = get("127.0.0.1:31777", "/").unwrap();
+    assert_eq!((check.status, &check.json()["serviceProxyHealthy"]), (503, &json!(false)), "{}", check.body);
+    assert_eq!(metric("kube_ipvs_drift_unrepaired{ip_family=\"IPv6\"}"), Some(1.0));
+    assert_eq!(metric("kube_ipvs_drift_unrepaired{ip_family=\"IPv4\"}"), Some(0.0));
+    run("echo 0 > /proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6");
+    agent.until("repair it", |_| healthz().status == 200);
+    assert_eq!(addresses(), ["10.96.0.10/32", "fd00:96::10/128"]);
+    assert!(metric("kube_ipvs_drift_found_total").unwrap() >= 1.0);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_change_that_waits_for_too_long_is_unhealthy() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    manifests.write("web.yaml", &service("web", "10.96.0.10"));
+    // The first sync waits for the address of a Node that nobody knows.
+    manifests.remove("node.yaml");
+    let mut agent = manifests.agent(&["--nodeport-addresses=primary", "--ipvs-sync-period=1s"]);
+    agent.says("waiting up to 30 s");
+    agent.until("be unhealthy", |_| get(HEALTH, "/livez").is_some_and(|answer| answer.status == 503));
+    assert_eq!(get(METRICS, "/readyz").unwrap().status, 503);
+    manifests.write("node.yaml", common::NODE);
+    agent.until("be healthy", |_| get(HEALTH, "/healthz").is_some_and(|answer| answer.status == 200));
+    assert_eq!(get(METRICS, "/readyz").unwrap().status, 200);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn health_check_node_ports_tell_of_local_endpoints_and_follow_changes() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
+    manifests.write(
+        "v4.json",
+        &placed(
+            "web-4",
+            &[
+                ("10.0.0.1", "node-a", true),
+                ("10.0.0.2", "node-a", true),
+                ("10.0.0.3", "node-b", true),
+                ("10.0.0.4", "node-a", false),
+            ],
+        ),
+    );
+    manifests.write("v6.json", &placed("web-6", &[("fd00:244::1", "node-b", true)]));
+    let mut agent = serving(&manifests, &[]);
+    agent.until("answer", |_| get("127.0.0.1:31777", "/").is_some() && get("[::1]:31777", "/").is_some());
+    let v4 = http("POST", "127.0.0.1:31777", "/whatever", "x").unwrap();
+    assert_eq!(v4.status, 200, "{}", v4.body);
+    assert_eq!(v4.header("x-load-balancing-endpoint-weight"), Some("2"));
+    assert_eq!(v4.header("content-type"), Some("application/json"));
+    assert_eq!(v4.header("x-content-type-options"), Some("nosniff"));
+    let expected = json!({
+        "service": {"namespace": "default", "name": "web"}, "localEndpoints": 2, "serviceProxyHealthy": true,
+    });
+    assert_eq!(v4.json(), expected);
+    let v6 = get("[::1]:31777", "/").unwrap();
+    assert_eq!((v6.status, v6.header("x-load-balancing-endpoint-weight")), (503, Some("0")), "{}", v6.body);
+
+    manifests.write("web.json", &load_balanced(31999));
+    agent.until("move", |_| get("127.0.0.1:31999", "/").is_some() && get("127.0.0.1:31777", "/").is_none());
+    manifests.write("v4.json", &placed("web-4", &[("10.0.0.3", "node-b", true)]));
+    agent.until("have none", |_| get("127.0.0.1:31999", "/").is_some_and(|answer| answer.status == 503));
+    manifests.remove("web.json");
+    agent.until("stop", |_| get("127.0.0.1:31999", "/").is_none() && get("[::1]:31999", "/").is_none());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn health_check_node_ports_are_where_node_ports_are_and_wait_for_one_that_is_taken() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    let taken = TcpListener::bind("192.168.1.1:31777").unwrap();
+    let manifests = Manifests::new();
+    manifests.write("web.json", &load_balanced(31777));
+    manifests.write("v4.json", &placed("web-4", &[("10.0.0.1", "node-a", true)]));
+    let mut agent = serving(&manifests, &["--nodeport-addresses=192.168.1.0/24"]);
+    agent.says("node port 31777 cannot be listened on").says("give spec.healthCheckNodePort another value");
+    assert!(get("127.0.0.1:31777", "/").is_none(), "it is not among the addresses");
+    drop(taken);
+    agent.until("have it", |_| get("192.168.1.1:31777", "/").is_some_and(|answer| answer.status == 200));
+    // An address that the node gets is one that is listened on.
+    run("ip address add 192.168.1.2/24 dev eth0");
+    agent.until("follow", |_| get("192.168.1.2:31777", "/").is_some());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_metrics_port_shows_what_kube_proxys_shows() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let mut agent = serving(&manifests, &["--ipvs-scheduler=sh"]);
+    let mode = get(METRICS, "/proxyMode").unwrap();
+    assert_eq!((mode.status, mode.body.as_str()), (200, "ipvs"));
+    assert_eq!(get(METRICS, "/healthz").unwrap().body, "ok");
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(get(METRICS, path).unwrap().status, 200, "{path}");
+    }
+    let configuration = get(METRICS, "/configz").unwrap().json();
+    let configuration = &configuration["kubeproxy.config.k8s.io"];
+    assert_eq!(configuration["kind"], json!("KubeProxyConfiguration"));
+    assert_eq!(configuration["ipvs"]["scheduler"], json!("sh"));
+    for path in ["/debug/flags/v", "/debug/threads", "/nowhere"] {
+        assert_eq!(get(METRICS, path).unwrap().status, 404, "{path}");
+    }
+    assert!(get("192.0.2.1:10249", "/").is_none());
+    agent.terminate();
+    agent.ends();
+
+    let mut agent = serving(&manifests, &["--profiling", "--metrics-bind-address=0.0.0.0:10249"]);
+    assert!(get(METRICS, "/debug/threads").unwrap().body.contains("reconciler"));
+    assert_eq!(http("PUT", METRICS, "/debug/flags/v", "lots").unwrap().status, 400);
+    assert_eq!(
+        http("PUT", METRICS, "/debug/flags/v", "4").unwrap().body,
+        "successfully set klog.logging.verbosity to 4"
+    );
+    manifests.write("web.yaml", &service("web", "10.96.0.10"));
+    agent.says("DEBUG");
+    // kube-proxy's wildcard is one of both families.
+    assert!(get("[::1]:10249", "/metrics").is_some());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_port_that_is_taken_is_waited_for_or_fatal_as_one_likes() {
+    isolate().unwrap();
+    let taken = TcpListener::bind(HEALTH).unwrap();
+    let manifests = Manifests::new();
+    let mut agent = manifests.agent(&[]);
+    agent.says("audited").says("cannot listen on 0.0.0.0:10256");
+    drop(taken);
+    agent.until("listen", |_| get(HEALTH, "/livez").is_some());
+    agent.terminate();
+    agent.ends();
+    let _taken = TcpListener::bind(METRICS).unwrap();
+    let mut agent = manifests.agent(&["--bind-address-hard-fail"]);
+    assert!(!agent.ends().success());
+    assert!(agent.log().contains("cannot listen on 127.0.0.1:10249"), "{}", agent.log());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_client_that_says_nothing_keeps_nobody_else_waiting() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let _agent = serving(&manifests, &[]);
+    let silent: Vec<_> = (0..60).map(|_| std::net::TcpStream::connect(HEALTH).unwrap()).collect();
+    assert_eq!(get(HEALTH, "/livez").unwrap().status, 200);
+    drop(silent);
+}
+
+/// A line of Prometheus's text format: the name of the sample, its labels in order, and the value.
+fn sample(line: &str) -> (String, Vec<(String, String)>, f64) {
+    let (series, value) = line.rsplit_once(' ').unwrap();
+    let value = if value == "+Inf" { f64::INFINITY } else { value.parse().unwrap() };
+    let Some((name, labels)) = series.split_once('{') else { return (series.to_owned(), Vec::new(), value) };
+    let labels = labels.strip_suffix('}').unwrap().split("\",").map(|label| {
+        let (name, value) = label.split_once("=\"").unwrap();
+        (name.to_owned(), value.trim_end_matches('"').to_owned())
+    });
+    (name.to_owned(), labels.collect(), value)
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn metrics_scraped_under_load_are_well_formed_and_have_the_documented_names() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let mut agent = serving(&manifests, &["--ipvs-sync-period=200ms"]);
+    thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            for number in 0..60 {
+                manifests.write("web.json", &load_balanced(31777));
+                let annotated = placed(
+                    "web-1",
+                    &[("10.0.0.1", "node-a", true), ("10.0.0.2", "node-b", number % 2 == 0)],
+                )
+                .replacen(
+                    "\"labels\"",
+                    &format!(
+                        "\"annotations\":{{\"endpoints.kubernetes.io/last-change-trigger-time\":\"{}\"}},\"labels\"",
+                        now()
+                    ),
+                    1,
+                );
+                manifests.write("slice.json", &annotated);
+                thread::sleep(Duration::from_millis(20));
+                manifests.write("other.yaml", &service("other", &format!("10.96.1.{number}")));
+            }
+        });
+        while !load.is_finished() {
+            well_formed(&get(METRICS, "/metrics").unwrap().body);
+        }
+    });
+    agent.until("know it all", |_| metric("kube_ipvs_virtual_servers") == Some(3.0));
+    let answer = get(METRICS, "/metrics").unwrap();
+    assert_eq!(answer.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    let names = well_formed(&answer.body);
+    let page = fs_read("docs/metrics.md");
+    let documented = |name: &str| page.contains(&format!("| `{name}` |"));
+    for name in &names {
+        assert!(documented(name), "{name} is not documented");
+    }
+    // What kube-proxy has in this mode, as far as it means something here: see docs/metrics.md.
+    for name in [
+        "sync_proxy_rules_duration_seconds",
+        "sync_proxy_rules_last_timestamp_seconds",
+        "sync_proxy_rules_last_queued_timestamp_seconds",
+        "network_programming_duration_seconds",
+        "sync_proxy_rules_endpoint_changes_pending",
+        "sync_proxy_rules_endpoint_changes_total",
+        "sync_proxy_rules_service_changes_pending",
+        "sync_proxy_rules_service_changes_total",
+        "sync_proxy_rules_iptables_restore_failures_total",
+        "sync_proxy_rules_no_local_endpoints_total",
+        "proxy_healthz_total",
+        "proxy_livez_total",
+        "conntrack_reconciler_sync_duration_seconds",
+        "conntrack_reconciler_deleted_entries_total",
+    ] {
+        let name = format!("kubeproxy_{name}");
+        // Flows of UDP are looked for only where there is UDP.
+        assert!(names.contains(&name) || name.contains("conntrack_reconciler_sync"), "{name} is missing");
+    }
+    assert!(metric("kubeproxy_sync_proxy_rules_service_changes_total").unwrap() >= 2.0);
+    assert!(metric("kubeproxy_network_programming_duration_seconds_count{ip_family=\"IPv4\"}").unwrap() >= 1.0);
+    assert!(metric("kube_ipvs_operations_total{operation=\"add_virtual_server\"}").unwrap() >= 3.0);
+    assert!(metric("kube_ipvs_change_duration_seconds_count").unwrap() >= 3.0);
+    assert!(metric("kube_ipvs_netlink_messages_total") > metric("kube_ipvs_netlink_batches_total"));
+}
+
+fn now() -> String {
+    run("date -u +%Y-%m-%dT%H:%M:%SZ").trim().to_owned()
+}
+
+fn fs_read(path: &str) -> String {
+    std::fs::read_to_string(path).unwrap()
+}
+
+/// Checks the text as `promtool check metrics` would, and returns the names of the metrics.
+fn well_formed(text: &str) -> std::collections::BTreeSet<String> {
+    use std::collections::{BTreeMap, BTreeSet};
+    let (mut types, mut helps) = (BTreeMap::new(), BTreeSet::new());
+    let (mut seen, mut found, mut last) = (BTreeSet::new(), BTreeSet::new(), BTreeMap::new());
+    for line in text.lines().filter(|line| !line.is_empty()) {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            assert!(helps.insert(help.split(' ').next().unwrap().to_owned()), "two helps: {line}");
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (name, kind) = kind.split_once(' ').unwrap();
+            assert!(types.insert(name.to_owned(), kind.to_owned()).is_none(), "two types: {line}");
+        } else {
+            let (sample_name, labels, value) = sample(line);
+            assert!(seen.insert((sample_name.clone(), labels.clone())), "twice: {line}");
+            let family = ["_bucket", "_sum", "_count"].iter().find_map(|end| {
+                sample_name.strip_suffix(end).filter(|name| types.get(*name).is_some_and(|kind| kind == "histogram"))
+            });
+            let name = family.unwrap_or(&sample_name).to_owned();
+            let kind = types.get(&name).unwrap();
+            assert!(helps.contains(&name), "no help for {name}");
+            assert!(!value.is_nan() && (kind == "gauge" || value >= 0.0), "{line}");
+            assert_eq!(kind == "counter", name.ends_with("_total") && kind != "gauge", "{line}");
+            if sample_name.ends_with("_bucket") && family.is_some() {
+                // Cumulative, and in order.
+                let series: Vec<_> = labels.iter().filter(|(name, _)| name != "le").cloned().collect();
+                let before = last.insert((name.clone(), series), value).unwrap_or(0.0);
+                assert!(value >= before, "{line}");
+            }
+            found.insert(name);
+        }
+    }
+    found
+}
