@@ -72,6 +72,13 @@ pub(crate) fn run() -> Result<End> {
     Ok(End::Done)
 }
 
+/// Removes the tables of the packet filter alone. Whoever serves the VIPs by now guards them too.
+pub(crate) fn remove_filter() -> Result<End> {
+    let was_there = LinuxKernel::connect(Families::BOTH)?.delete_filter()?;
+    info!("{}", if was_there { "done: delete the tables kube-ipvs of nf_tables" } else { "there was nothing of ours" });
+    Ok(End::Done)
+}
+
 /// `--cleanup`: what is ours, and what kube-proxy left. What fails of the one does not keep the other.
 pub(crate) fn run_with_leftovers() -> Result<End> {
     let own = run();

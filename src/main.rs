@@ -60,9 +60,9 @@ fn main() -> ExitCode {
 
 fn run(flags: Flags) -> Result<End> {
     // Needs no configuration, and is not to fail for the want of one.
-    if flags.command == Some(Command::Cleanup) {
+    if let Some(Command::Cleanup { filter_only }) = flags.command {
         logging::start(&Logging::default());
-        return cleanup::run();
+        return if filter_only { cleanup::remove_filter() } else { cleanup::run() };
     }
     let effective = flags.effective();
     let logging = effective.as_ref().map(|effective| effective.configuration.logging.clone());

@@ -5,9 +5,14 @@
 
 mod common;
 
+use std::net::{TcpListener, TcpStream};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use common::{Agent, NODE, addresses, ipvs, service, slice};
+use common::{Agent, HEALTH, NODE, addresses, get, ipvs, metric, run, service, slice};
 use lab::netns::isolate;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -149,4 +154,189 @@ fn an_unreadable_kubeconfig_is_named_and_nothing_is_lost() {
     assert!(!agent.ends().success());
     assert!(agent.log().contains("cannot use the kubeconfig /nonexistent/kubeconfig"), "{}", agent.log());
     assert_eq!(ipvs().len(), 3);
+}
+
+/// An agent for a cluster whose Service `web` has an endpoint that answers, beside other virtual servers.
+fn answering(cluster: &Cluster, others: &[&str], flags: &[&str]) -> (Agent, TcpListener) {
+    run("ip address add 10.0.0.1/32 dev lo && ip address add 10.0.0.2/32 dev lo");
+    let listener = TcpListener::bind("0.0.0.0:8080").unwrap();
+    cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
+    let mut agent = cluster.agent(flags);
+    agent.has(&[&[WEB, WEB_1], others].concat()).says("audited");
+    agent.until("be healthy", |_| health() == Some((200, 200)));
+    (agent, listener)
+}
+
+/// The status of `/healthz` and of `/livez`.
+fn health() -> Option<(u16, u16)> {
+    Some((get(HEALTH, "/healthz")?.status, get(HEALTH, "/livez")?.status))
+}
+
+/// Does something while clients connect to the Service without end. None may fail.
+fn clients_go_on(listener: &TcpListener, action: impl FnOnce()) {
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            listener.set_nonblocking(true).unwrap();
+            while !is_over.load(Ordering::Relaxed) {
+                drop(listener.accept());
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let client = scope.spawn(|| {
+            let (mut begun, mut failed) = (0, Vec::new());
+            while !is_over.load(Ordering::Relaxed) {
+                let address = "10.96.0.10:80".parse().unwrap();
+                failed.extend(TcpStream::connect_timeout(&address, Duration::from_secs(5)).err());
+                begun += 1;
+                thread::sleep(Duration::from_millis(20));
+            }
+            (begun, failed)
+        });
+        let result = catch_unwind(AssertUnwindSafe(action));
+        is_over.store(true, Ordering::Relaxed);
+        let (begun, failed) = client.join().unwrap();
+        if let Err(panic) = result {
+            resume_unwind(panic);
+        }
+        assert!(begun > 10 && failed.is_empty(), "{} of {begun}: {failed:?}", failed.len());
+    });
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_resource_that_is_forbidden_from_the_start_on_is_unhealthy_after_a_while() {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    cluster.server.forbid(Some("endpointslices"));
+    let mut agent = cluster.agent(&["--ipvs-sync-period=2s"]);
+    agent.says("watch of endpointslices").says("system:node-proxier");
+    agent.until("be unhealthy, for a Service waits", |_| health() == Some((503, 503)));
+    assert_eq!(ipvs().len(), 0);
+    cluster.server.recover();
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.until("be healthy", |_| health() == Some((200, 200)));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_resource_that_becomes_forbidden_changes_nothing_and_is_counted() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=1s"]);
+    clients_go_on(&listener, || {
+        cluster.server.forbid(Some("services"));
+        cluster.server.cut();
+        agent.says("watch of services").says("system:node-proxier");
+        // Other kinds go on.
+        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        agent.has(&[WEB, WEB_1, WEB_2]);
+        thread::sleep(Duration::from_secs(3));
+        assert_eq!((health(), ipvs().len()), (Some((200, 200)), 3), "nothing that is known waits");
+        assert!(metric("kube_ipvs_watch_errors_total").unwrap() >= 1.0);
+    });
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_that_says_410_and_lists_less_takes_away_what_is_gone() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    cluster.apply(&service("other", "10.96.0.11"));
+    let (mut agent, listener) = answering(&cluster, &["-A -t 10.96.0.11:80 -s rr"], &[]);
+    clients_go_on(&listener, || {
+        cluster.server.break_off();
+        cluster.server.delete("Service", "default", "other");
+        cluster.server.compact();
+        cluster.server.expire_watches();
+        agent.has(&[WEB, WEB_1]);
+    });
+    assert!(metric("kube_ipvs_watch_restarts_total").unwrap() >= 1.0);
+    assert_eq!(health(), Some((200, 200)));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_that_falls_silent_is_noticed_and_nothing_is_lost() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    let (mut agent, listener) = answering(&cluster, &[], &[]);
+    clients_go_on(&listener, || {
+        cluster.server.silence();
+        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        thread::sleep(Duration::from_secs(30));
+        assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "nothing was heard of, so nothing waits");
+        // Open watches stay silent; whoever asks anew is answered.
+        cluster.server.recover();
+        let start = Instant::now();
+        while ipvs().len() < 3 {
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", agent.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    agent.has(&[WEB, WEB_1, WEB_2]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_that_was_away_and_comes_back_with_another_history_is_believed_and_until_then_nothing_changes() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=2s"]);
+    // Its versions were far ahead.
+    for _ in 0..100 {
+        cluster.apply(NODE);
+    }
+    clients_go_on(&listener, || {
+        cluster.server.refuse();
+        thread::sleep(Duration::from_secs(40));
+        assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "{}", agent.log());
+        cluster.server.begin_anew();
+        cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice(
+            "web-9",
+            "web",
+            &["10.0.0.2", "10.0.0.1"],
+        ));
+        cluster.server.recover();
+        let start = Instant::now();
+        while ipvs().len() < 3 {
+            assert!(start.elapsed() < Duration::from_secs(60), "{}", agent.log());
+            thread::sleep(Duration::from_millis(100));
+        }
+    });
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    assert_eq!(health(), Some((200, 200)));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
+    let tls = cluster.server.listen_over_tls_in_thread().unwrap();
+    cluster.server.ask_for_token("one");
+    tls.write_kubeconfig(cluster.dir.path(), "one");
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1]);
+
+    // The authority: known by its file, so that nobody has to fail first.
+    tls.change_authority();
+    tls.write_kubeconfig(cluster.dir.path(), "one");
+    cluster.server.break_off();
+    agent.says("the kubeconfig or a certificate of the API server has changed: starting anew with it");
+    cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+    agent.has(&[WEB, WEB_1, WEB_2]);
+
+    // The token: read again within a minute.
+    cluster.server.ask_for_token("two");
+    tls.write_kubeconfig(cluster.dir.path(), "two");
+    cluster.server.break_off();
+    cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
+    let start = Instant::now();
+    while ipvs().len() > 2 {
+        assert!(start.elapsed() < Duration::from_secs(120), "{}", agent.log());
+        thread::sleep(Duration::from_millis(200));
+    }
+    agent.has(&[WEB, WEB_1]);
 }

@@ -81,7 +81,12 @@ Files: docs/flags.md of the project lists every flag with its field in the file,
 pub(crate) enum Command {
     /// Remove what kube-ipvs made: virtual servers of VIPs, kube-ipvs0, the tables of the packet filter. Tells what it
     /// leaves. Needs no API server, and may be repeated
-    Cleanup,
+    Cleanup {
+        /// Remove the tables of the packet filter alone: for the way back to kube-proxy, once that runs and has taken
+        /// virtual servers and addresses over
+        #[arg(long)]
+        filter_only: bool,
+    },
     /// Take a node over from kube-proxy: sync once, with the flags of the agent, and once everything is in place remove
     /// what kube-proxy left (KUBE-* chains of iptables, its ipsets, its tables of nf_tables). May be repeated
     Takeover,
@@ -133,7 +138,13 @@ const BESIDE_FILE: [&str; 20] = [
 
 /// Reads a command line, with `_` for `-` in names allowed. The last of several values counts; lists add up.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Flags, clap::Error> {
-    let matches = Flags::command().try_get_matches_from(arguments.into_iter().map(with_dashes))?;
+    let mut arguments: Vec<OsString> = arguments.into_iter().map(with_dashes).collect();
+    // It takes the agent's flags, which for the parser stand before it.
+    if arguments.get(1).is_some_and(|argument| argument == "takeover") {
+        let takeover = arguments.remove(1);
+        arguments.push(takeover);
+    }
+    let matches = Flags::command().try_get_matches_from(arguments)?;
     let mut flags = Flags::from_arg_matches(&matches)?;
     flags.given = given(&matches);
     Ok(flags)

@@ -197,6 +197,15 @@ fn beside_a_file_few_flags_count_and_the_others_are_named() {
 }
 
 #[test]
+fn a_takeover_takes_the_flags_of_the_agent_before_and_after_it() {
+    for words in [&["takeover", "--ipvs-scheduler=sh"][..], &["--ipvs-scheduler=sh", "takeover"]] {
+        let flags = parse_words(words).unwrap();
+        assert_eq!(flags.command, Some(Command::Takeover), "{words:?}");
+        assert_eq!(flags.effective().unwrap().settings.policy.scheduler, Scheduler::SourceHashing, "{words:?}");
+    }
+}
+
+#[test]
 fn wrong_command_lines_are_refused_with_the_reason() {
     for (words, reason) in [
         (&["--cluster-cidr="][..], "is no range"),

@@ -20,6 +20,7 @@ mod refused;
 mod rolling;
 mod ruleset;
 mod source_ranges;
+mod takeover;
 mod udp;
 
 use std::sync::atomic::{AtomicBool, Ordering};
