@@ -239,3 +239,21 @@ fn every_flag_is_either_of_the_file_or_counts_beside_it() {
         assert!(of_fields.contains(&name) || BESIDE_FILE.contains(&name) || is_port, "--{name}");
     }
 }
+
+#[test]
+fn the_page_of_flags_has_every_flag_with_its_field_and_its_default() {
+    let page = include_str!("../../docs/flags.md");
+    for argument in Flags::command().get_arguments() {
+        let Some(name) = argument.get_long() else { continue };
+        let row = page.lines().find(|line| line.starts_with(&format!("| `--{name}`")));
+        let row = row.expect(name);
+        if let Some((_, field)) = config::FLAGS_OF_FIELDS.iter().find(|(flag, _)| *flag == name) {
+            assert!(row.contains(&format!("| `{field}` |")), "--{name} sets {field}: {row}");
+        }
+        let help = argument.get_help().map(ToString::to_string).unwrap_or_default();
+        if let Some((_, default)) = help.split_once("[default: ") {
+            let default = default.trim_end_matches(']');
+            assert!(row.contains(&format!("| {default} |")), "--{name} is {default} by default: {row}");
+        }
+    }
+}

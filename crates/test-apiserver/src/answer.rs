@@ -194,10 +194,15 @@ impl Server {
             let message = "sendInitialEvents is forbidden for watch unless the WatchList feature gate is enabled";
             return json_answer(code, &status(code, "Invalid", message));
         }
+        let from: u64 = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
+        let current = state.store.version();
+        if from > current {
+            let message = format!("Timeout: Too large resource version: {from}, current: {current}");
+            return json_answer(504, &status(504, "Timeout", &message));
+        }
         let (send, mut receive) = mpsc::unbounded_channel();
         let bookmarks = query.get("allowWatchBookmarks") == Some("true");
         let watch = Watch { resource, wanted: query.selector(), bookmarks, silent: false, send };
-        let from = query.get("resourceVersion").and_then(|version| version.parse().ok()).unwrap_or(0);
         if from == 0 {
             for object in state.store.page(resource, &watch.wanted, 0, None).into_iter().flat_map(|page| page.items) {
                 watch.event("ADDED", &object);
