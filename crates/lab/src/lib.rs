@@ -18,6 +18,7 @@
 //! What the environment says: `KUBE_IPVS_LAB=guest` or `host` decides where commands run, `KUBE_IPVS_LAB_CACHE` names
 //! the cache directory, and `KUBE_IPVS_LAB_KERNEL` a User-Mode Linux to use as it is instead of building one.
 
+pub mod container;
 mod error;
 mod guest;
 mod host;
@@ -31,6 +32,7 @@ mod process;
 mod progress;
 mod run;
 mod scratch;
+pub mod seccomp;
 
 pub use error::{Error, Result};
 pub use job::{Job, Output, Status};

@@ -143,8 +143,8 @@ pub(crate) fn on_own_thread<T: Send>(action: impl FnOnce() -> Result<T> + Send) 
 pub(crate) fn unshare(flags: UnshareFlags) -> Result<()> {
     debug_assert!(!flags.contains(UnshareFlags::FILES));
     // SAFETY: only CLONE_FILES, which would give the thread file descriptors of its own, can break Rust's guarantees;
-    // both callers pass namespace flags alone.
-    unsafe { rustix::thread::unshare_unsafe(flags) }.context("create", "a network namespace")
+    // all callers pass flags of network and mount namespaces alone.
+    unsafe { rustix::thread::unshare_unsafe(flags) }.context("create", "a namespace")
 }
 
 /// Brings up the loopback device of the calling thread's namespace.

@@ -69,6 +69,39 @@ pub(crate) fn agent() -> Result<Option<PathBuf>> {
     parse_binary(&stdout(cargo().args(arguments))?, "kube-ipvs").map(Some)
 }
 
+/// How to build.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Build {
+    /// Soon, for tests.
+    Debug,
+    /// To be run.
+    Release,
+}
+
+/// Builds the agent as an executable that needs no other file, and says where it is.
+pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf> {
+    let target = match target {
+        Some(target) => target.to_owned(),
+        None => host()?,
+    };
+    let mut command = cargo();
+    command.args(["build", "--locked", "--package=kube-ipvs", "--bin=kube-ipvs"]);
+    command.args(["--message-format=json-render-diagnostics", &format!("--target={target}")]);
+    if build == Build::Release {
+        command.arg("--release");
+    }
+    let given = std::env::var("RUSTFLAGS").unwrap_or_default();
+    command.env("RUSTFLAGS", format!("{given} -C target-feature=+crt-static").trim_start());
+    parse_binary(&stdout(&mut command)?, "kube-ipvs")
+}
+
+/// The target that cargo builds for when it is told none.
+fn host() -> Result<String> {
+    let version = stdout(cargo().args(["--version", "--verbose"]))?;
+    let host = version.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).context("cargo does not say what it runs on")
+}
+
 fn stdout(command: &mut Command) -> Result<String> {
     let output = command.stderr(Stdio::inherit()).output().context("cannot run cargo")?;
     if !output.status.success() {

@@ -4,9 +4,11 @@
 
 mod cargo;
 mod conformance;
+mod contained;
 mod dataplane;
 mod demo;
 mod guest_tests;
+mod image;
 mod in_lab;
 mod test;
 
@@ -29,8 +31,11 @@ enum Command {
     Conformance(conformance::Args),
     Dataplane(dataplane::Args),
     Lab(in_lab::Args),
+    Image(image::Args),
     #[command(hide = true)]
     GuestConformance(conformance::GuestArgs),
+    #[command(hide = true)]
+    GuestContained(contained::Args),
     #[command(hide = true)]
     GuestDataplane(dataplane::GuestArgs),
     #[command(hide = true)]
@@ -50,6 +55,8 @@ fn main() -> ExitCode {
         Command::GuestConformance(args) => conformance::run_guest(&args),
         Command::Dataplane(args) => dataplane::run(&args),
         Command::GuestDataplane(args) => dataplane::run_guest(&args),
+        Command::Image(args) => image::run(&args),
+        Command::GuestContained(args) => contained::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
         Command::GuestTests(args) => guest_tests::run(&args),

@@ -14,9 +14,12 @@ use crate::cargo::{self, TestExecutable};
 use crate::conformance;
 use crate::dataplane;
 use crate::guest_tests::{self, Counts, List, Suite};
+use crate::image;
 
 /// The target with the tests of the lab itself.
 const BOOT: &str = "boot";
+/// The target with the tests of what is in `deploy/`, which need the files of the image.
+const DEPLOY: &str = "deploy";
 
 /// Runs all tests: `cargo test` on this machine, then those that need a kernel with IPVS in the lab.
 #[derive(clap::Args)]
@@ -131,6 +134,15 @@ fn lab_tests(executables: &[TestExecutable], args: &Args) -> Result<Counts> {
     }
     let agent = cargo::agent()?;
     let dir = Scratch::new()?;
+    let deploy = executables.iter().find(|executable| executable.target == DEPLOY);
+    let image = match deploy.filter(|deploy| suites.iter().any(|suite| suite.executable == deploy.path)) {
+        Some(_) => {
+            let image = dir.path().join("image");
+            image::make(&image, &cargo::static_agent(None, cargo::Build::Debug)?)?;
+            Some(image)
+        }
+        None => None,
+    };
     List { suites, filter: args.filter.clone() }.write(dir.path())?;
     let mut job = Job::this_executable()
         .arg("guest-tests")
@@ -139,6 +151,9 @@ fn lab_tests(executables: &[TestExecutable], args: &Args) -> Result<Counts> {
         .time_limit(Duration::from_secs(args.time_limit));
     if let Some(agent) = agent {
         job = job.env("KUBE_IPVS_BIN", agent);
+    }
+    if let Some(image) = image {
+        job = job.env("KUBE_IPVS_IMAGE", image);
     }
     lab::run(&job)?;
     Counts::read(dir.path())

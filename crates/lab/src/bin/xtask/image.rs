@@ -1,0 +1,50 @@
+//! `cargo xtask image`: the files of the container image, without a container engine.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cargo;
+
+/// Where in the image the agent is: the image's own entrypoint, and what kubeadm's `DaemonSet` of kube-proxy executes.
+const AGENT: &str = "kube-ipvs";
+const AS_KUBE_PROXY: &str = "usr/local/bin/kube-proxy";
+
+/// Builds a static binary, and puts the files of the container image into a directory, which deploy/Containerfile copies.
+///
+/// What was in the directory before is removed.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The directory
+    #[arg(long, value_name = "DIR", default_value = "target/image")]
+    root: PathBuf,
+    /// The target to build for, as in aarch64-unknown-linux-gnu; that of this machine if not said
+    #[arg(long, value_name = "TRIPLE")]
+    target: Option<String>,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let agent = cargo::static_agent(args.target.as_deref(), cargo::Build::Release)?;
+    let size = make(&args.root, &agent)?;
+    eprintln!("image: {} has {size} bytes", args.root.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Makes the files from an executable; says how many bytes they have.
+pub(crate) fn make(root: &Path, agent: &Path) -> Result<u64> {
+    match fs::remove_dir_all(root) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot remove {}", root.display()));
+        }
+        _ => {}
+    }
+    let link = root.join(AS_KUBE_PROXY);
+    let Some(directory) = link.parent() else { bail!("{} has no directory", link.display()) };
+    fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+    let size = fs::copy(agent, root.join(AGENT)).with_context(|| format!("cannot copy {}", agent.display()))?;
+    symlink(Path::new("/").join(AGENT), &link).with_context(|| format!("cannot create {}", link.display()))?;
+    Ok(size)
+}
