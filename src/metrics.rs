@@ -294,6 +294,10 @@ pub(crate) fn health_asked(metric: &'static str, answer: StatusCode) {
     counter!(metric, "code" => answer.as_u16().to_string()).increment(1);
 }
 
+/// The kernel's unit of processor time towards programs (`USER_HZ` of `asm-generic/param.h`): fixed, whatever the kernel's
+/// own clock is.
+const TICKS_A_SECOND: u64 = 100;
+
 /// What is counted elsewhere, at the moment somebody asks. A source lists each of its kinds once; more is beginning anew.
 pub(crate) fn collect(source: Option<&Counters>, kinds: u64, events_dropped: u64) {
     if let Some(source) = source {
@@ -305,19 +309,20 @@ pub(crate) fn collect(source: Option<&Counters>, kinds: u64, events_dropped: u64
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
         gauge!(PROCESS_FILES).set(count(files.count()));
     }
-    if let Some(pages) = field("/proc/self/statm", 1) {
-        gauge!(PROCESS_MEMORY).set(count(pages * rustix::param::page_size()));
+    if let Some(kib) = resident_kib() {
+        gauge!(PROCESS_MEMORY).set(count(kib * 1024));
     }
     // utime and stime, after the name of the program, which may hold anything.
     if let Ok(stat) = std::fs::read_to_string("/proc/self/stat") {
         let after_name = stat.rsplit(')').next().unwrap_or_default();
         let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
-        counter!(PROCESS_CPU).absolute(ticks / rustix::param::clock_ticks_per_second());
+        counter!(PROCESS_CPU).absolute(ticks / TICKS_A_SECOND);
     }
 }
 
-fn field(path: &str, index: usize) -> Option<usize> {
-    std::fs::read_to_string(path).ok()?.split_whitespace().nth(index)?.parse().ok()
+fn resident_kib() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok())
 }
 
 fn seconds(time: SystemTime) -> f64 {

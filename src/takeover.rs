@@ -5,7 +5,7 @@
 //! ours, and for Services that are long gone.
 
 use anyhow::{Result, bail};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use crate::agent::End;
 
@@ -17,6 +17,10 @@ pub(crate) fn remove_leftovers() -> Result<End> {
     }
     for left in &report.left {
         info!("left: {left}");
+    }
+    // An image that has nothing but the agent has no tools either. That is no reason to keep a node without an agent.
+    for unseen in &report.unseen {
+        warn!("not looked at: {unseen}");
     }
     for problem in &report.problems {
         error!("{problem}");

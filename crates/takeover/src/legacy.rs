@@ -41,7 +41,8 @@ fn clear_family(
     let Some(tools) = Tools::find(family, version) else {
         let reason =
             format!("the kernel has tables of it ({}), and its tools are not installed here", in_use.join(" "));
-        return Err(unread(reason, by_hand(family)));
+        report.unseen.push(unread(reason, by_hand(family)));
+        return Ok(());
     };
     let read = || tools.save().map_err(|reason| unread(reason, by_hand(family)));
     for table in parse(iptables, &read()?) {

@@ -11,6 +11,9 @@ pub struct Report {
     pub left: Vec<Left>,
     /// What could not be looked at or removed.
     pub problems: Vec<Error>,
+    /// What cannot be looked at from here, for want of the tools that know it: there may be something of kube-proxy's in it,
+    /// and to try again would not help.
+    pub unseen: Vec<Error>,
 }
 
 impl Report {

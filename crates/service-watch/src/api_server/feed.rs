@@ -9,7 +9,7 @@ use futures_util::stream::{BoxStream, StreamExt as _};
 use kube::runtime::watcher::{self, Config, DefaultBackoff, Event, InitialListStrategy, watcher};
 use kube::{Api, Resource};
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::patience::NoAnswer;
@@ -22,6 +22,10 @@ const WATCH_SECONDS: u32 = 50;
 /// While a list is being read, something must come at least this often.
 const SILENCE: Duration = Duration::from_secs(55);
 
+/// A server that did not answer for so long may be another one, or one that was restored from a backup: its versions look
+/// like those known, and mean other things. So what there is is listed anew.
+const ABSENCE: Duration = Duration::from_secs(30);
+
 /// A watch that goes on.
 pub(super) struct Feed<K> {
     api: Api<K>,
@@ -32,6 +36,8 @@ pub(super) struct Feed<K> {
     pauses: DefaultBackoff,
     /// Failures in a row.
     failures: u32,
+    /// Since when.
+    failing_since: Option<Instant>,
     pause: Option<Duration>,
     heard: watch::Receiver<()>,
 }
@@ -64,6 +70,7 @@ impl<K: Object> Feed<K> {
             phase: Phase::Starting,
             pauses: DefaultBackoff::default(),
             failures: 0,
+            failing_since: None,
             pause: None,
             heard,
         }
@@ -73,6 +80,11 @@ impl<K: Object> Feed<K> {
         loop {
             if let Some(pause) = self.pause.take() {
                 sleep(pause).await;
+                if self.phase == Phase::Following && self.failing_since.is_some_and(|since| since.elapsed() >= ABSENCE)
+                {
+                    debug!(kind = %K::plural(&()), "no answer for {} s: listing anew", ABSENCE.as_secs());
+                    self.rebuild();
+                }
             }
             let stream = self.stream.get_or_insert_with(|| watcher(self.api.clone(), self.config.clone()).boxed());
             let event = async {
@@ -168,6 +180,7 @@ impl<K: Object> Feed<K> {
 
     fn well(&mut self) {
         self.failures = 0;
+        self.failing_since = None;
         self.pauses = DefaultBackoff::default();
     }
 
@@ -188,6 +201,7 @@ impl<K: Object> Feed<K> {
             self.pause = Some(pause);
         }
         self.failures = self.failures.saturating_add(1);
+        self.failing_since.get_or_insert_with(Instant::now);
     }
 }
 

@@ -458,12 +458,31 @@ async fn a_refused_connection_is_reported_and_its_end_too_without_a_change() {
     }
     kinds.sort();
     assert_eq!(kinds, [Kind::Service, Kind::EndpointSlice, Kind::Node].map(Subject::Watch));
-    listener.quiet(MINUTE).await;
+    listener.quiet(Duration::from_secs(5)).await;
     server.recover();
     let mut ended = vec![listener.report().await, listener.report().await, listener.report().await];
     ended.sort_by(|a, b| a.subject.cmp(&b.subject));
     assert_eq!(ended, [well(Kind::Service), well(Kind::EndpointSlice), well(Kind::Node)]);
     listener.quiet(5 * MINUTE).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_was_away_for_long_is_listed_anew_for_it_may_be_another() {
+    let server = Server::new();
+    let mut listener = running(&server).await;
+    server.refuse();
+    while server.count("endpointslices", Verb::Watch) == 0 {
+        sleep(Duration::from_secs(1)).await;
+    }
+    sleep(MINUTE).await;
+    // Its versions are not beyond those that are known, and nothing says that they mean other things.
+    let lists = server.count("endpointslices", Verb::StreamingList);
+    server.begin_anew();
+    server.apply(node("node-a", "z9"));
+    server.recover();
+    sleep(2 * MINUTE).await;
+    assert!(server.count("endpointslices", Verb::StreamingList) > lists);
+    while !listener.change().await.contains("z9") {}
 }
 
 #[tokio::test(start_paused = true)]
