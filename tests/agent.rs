@@ -372,3 +372,18 @@ fn chains_of_others_that_drop_what_is_forwarded_are_named_at_the_start() {
     assert!(agent.ends().success());
     assert!(agent.log().contains("inet wall gate"), "{}", agent.log());
 }
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn node_ports_on_the_primary_address_follow_the_node_when_it_changes() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip link set eth0 up");
+    run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.2/24 dev eth0");
+    let manifests = Manifests::new();
+    let node_port = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
+    manifests.write("service.yaml", &node_port);
+    let mut agent = manifests.agent(&["--nodeport-addresses=primary"]);
+    agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
+    manifests.write("node.yaml", &common::NODE.replace("192.168.1.1", "192.168.1.2"));
+    agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
+}

@@ -340,3 +340,54 @@ fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
     }
     agent.has(&[WEB, WEB_1]);
 }
+
+/// The reasons of the Events of an object, once there are these.
+fn told(agent: &mut Agent, cluster: &Cluster, kind: &str, name: &str, reason: &str) -> Value {
+    let find = || {
+        let events = cluster.server.events();
+        events.into_iter().find(|event| {
+            let regarding = &event["regarding"];
+            regarding["kind"] == kind && regarding["name"] == name && event["reason"] == reason
+        })
+    };
+    agent.until(&format!("say {reason} of {kind} {name}"), |_| find().is_some());
+    find().unwrap()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn clashes_ports_that_are_taken_and_operations_that_keep_failing_are_events_of_their_service() {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    let taken = TcpListener::bind("0.0.0.0:31777").unwrap();
+    cluster.apply(NODE);
+    // `web` is first by name, and so has the address.
+    cluster.apply(&service("web", "10.96.0.10")).apply(&service("zoo", "10.96.0.10"));
+    cluster.server.apply(serde_json::json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "checked", "namespace": "default"},
+        "spec": {
+            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31777,
+            "clusterIP": "10.96.0.12", "clusterIPs": ["10.96.0.12"], "ports": [{"name": "http", "port": 80}],
+        },
+    }));
+    let mut agent = cluster.agent(&["--ipvs-sync-period=500ms"]);
+    let clash = told(&mut agent, &cluster, "Service", "zoo", "FrontEndTaken");
+    assert!(clash["note"].as_str().unwrap().contains("belongs to Service default/web"), "{clash}");
+    let port = told(&mut agent, &cluster, "Service", "checked", "FailedToStartServiceHealthcheck");
+    assert_eq!((&port["action"], &port["type"]), (&"Listen".into(), &"Warning".into()), "{port}");
+    drop(taken);
+
+    run("echo 1 > /proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6");
+    cluster.apply(&service("six", "fd00:96::10"));
+    let failed = told(&mut agent, &cluster, "Service", "six", "ProgrammingFailed");
+    assert!(failed["note"].as_str().unwrap().contains("fd00:96::10"), "{failed}");
+    // That one Service fails does not make the node unhealthy.
+    assert_eq!(health(), Some((200, 200)));
+    assert!(metric("kube_ipvs_failing").unwrap() >= 1.0);
+    assert!(metric("kube_ipvs_operation_failures_total{object=\"address\"}").unwrap() >= 2.0);
+    // Not again and again.
+    thread::sleep(Duration::from_secs(5));
+    let events = cluster.server.events();
+    let same = events.iter().filter(|event| event["reason"] == "ProgrammingFailed").count();
+    assert_eq!(same, 1, "{events:#?}");
+}

@@ -215,3 +215,16 @@ fn a_takeover_that_cannot_sync_takes_nothing_away() {
     );
     assert_eq!(kube_objects(), before);
 }
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_flag_cleanup_removes_what_either_has_made() {
+    let network = Network::new(1, 2);
+    left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
+    serving(&web(&network), &[CLUSTER_CIDR]).kill();
+    let log = kube_ipvs(&["--cleanup"]);
+    assert_eq!((kube_objects(), ipvs()), (vec![], vec![]), "{log}");
+    assert!(!run("nft list tables").contains("kube-ipvs") && !run("ip link").contains("kube-ipvs0"), "{log}");
+    let rules = run("iptables-nft-save");
+    assert!(FOREIGN.iter().all(|rule| rules.contains(rule)), "{rules}");
+}
