@@ -69,12 +69,25 @@ pub(crate) struct Flags {
 }
 
 const AFTER_HELP: &str = "\
-Signals: SIGTERM and SIGINT end the agent and leave everything in the kernel as it is, so that traffic goes on.
+Examples:
+  kube-ipvs --config=/var/lib/kube-proxy/config.conf --hostname-override=worker-1
+          as kubeadm starts kube-proxy
+  kube-ipvs --manifests=/etc/services.d --once
+          bring the kernel to what the files say, without a cluster
+  kube-ipvs takeover --config=/var/lib/kube-proxy/config.conf
+          once kube-proxy has stopped: adopt what it programmed, and remove what else it left
+  kube-ipvs --config=config.conf --write-config-to=/dev/stdout
+          see what a file comes to
 
-Exit status: 0 after a signal, and where a command or --once did all it was asked; 1 after any error.
+Signals:
+  SIGTERM and SIGINT end the agent and leave everything in the kernel as it is, so that traffic goes on.
 
-Files: docs/flags.md of the project lists every flag with its field in the file, docs/operations.md what to look at when a \
-                          Service does not work.";
+Exit status:
+  0 after a signal, and where a command or --once did all it was asked; 1 after any error.
+
+See also:
+  docs/flags.md of the project (every flag with its field in the file), docs/operations.md (what to look at when a Service \
+                          does not work), ipvsadm(8), nft(8)";
 
 /// What to do instead of serving.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Subcommand)]
