@@ -107,6 +107,14 @@ impl Health {
     }
 }
 
+/// As in the API.
+pub(crate) fn family_name(family: Family) -> &'static str {
+    match family {
+        Family::Ipv4 => "IPv4",
+        Family::Ipv6 => "IPv6",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ use reconciler::plan::Key;
 use reconciler::policy::Families;
 use service_watch::{Change, Counters};
 
-use crate::http::health::family_name;
+use crate::health::family_name;
 
 /// A metric.
 pub(crate) struct Metric {

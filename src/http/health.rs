@@ -4,12 +4,11 @@ use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use hyper::StatusCode;
-use ipvs_netlink::Family;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 
 use super::{Asked, Handler, Response, not_found};
-use crate::health::Health;
+use crate::health::{Health, family_name};
 use crate::metrics;
 
 /// Answers on the health port.
@@ -53,14 +52,6 @@ pub(super) fn answer(health: &Health, is_about_node: bool) -> Response {
         body["nodeEligible"] = report.is_node_eligible.into();
     }
     super::json(if is_well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
-}
-
-/// As in the API.
-pub(crate) fn family_name(family: Family) -> &'static str {
-    match family {
-        Family::Ipv4 => "IPv4",
-        Family::Ipv6 => "IPv6",
-    }
 }
 
 /// RFC 3339, in whole seconds, as the API has times.

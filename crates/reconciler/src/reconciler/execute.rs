@@ -1,0 +1,288 @@
+//! From keys to the kernel: plans, in the parts that are decided one after the other, and what comes of them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use service_watch::Protocol;
+use tracing::debug;
+
+use super::{Origin, Pending, Reconciler, keeps};
+use crate::again::Again;
+use crate::diff::{Context, diff};
+use crate::filter::Elements;
+use crate::front_end::FrontEnd;
+use crate::kernel::{Cause, Kernel, KernelError, Scope};
+use crate::mirror::Mirror;
+use crate::outcome::{Failure, Findings, Outcome};
+use crate::plan::{Key, Operation, Phase, Plan};
+
+/// A failed operation is tried again after this time, then after twice that, and so on.
+const RETRY_FIRST: Duration = Duration::from_secs(1);
+/// kube-proxy looks after draining real servers once a minute; the first looks come sooner, as most are idle by then.
+const DRAIN_FIRST: Duration = Duration::from_millis(100);
+
+impl<K: Kernel> Reconciler<K> {
+    /// Plans and applies, at most twice: where the mirror turns out to be wrong about a key, that key is read and planned
+    /// again.
+    pub(super) fn execute(&mut self, mut keys: BTreeSet<Key>, origin: Origin, now: Instant, outcome: &mut Outcome) {
+        for is_last in [false, true] {
+            // A table that is made anew has all that belongs in it: what else is to be done shows afterwards.
+            let (tables, others) = keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
+            let mut findings = Findings::default();
+            for mut keys in [tables, others] {
+                // After a socket that failed it is open what the kernel holds: the rest waits for the next reading.
+                let Some(found) = self.carry_out(&mut keys, origin, now, &findings, outcome) else { break };
+                for key in keys.iter().filter(|key| !found.concern(key)) {
+                    self.pending.remove(key);
+                }
+                findings.extend(found);
+            }
+            if is_last {
+                findings.failed.append(&mut findings.stale);
+            }
+            for (key, error) in std::mem::take(&mut findings.failed) {
+                self.fail(key, error.text, now, outcome);
+            }
+            if findings.stale.is_empty() || self.mirror.is_none() {
+                return;
+            }
+            match self.reread(findings) {
+                Ok(again) => keys = again,
+                Err((stale, error)) => {
+                    for key in stale {
+                        self.fail(key, error.text.clone(), now, outcome);
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Plans and applies once: first what the packet filter must know, then what it guards, and last what it may forget.
+    /// Nothing is opened whose guard failed, and no guard is taken from what could not be closed; what was open is kept
+    /// right all the same. Where a family's table could not be built, nothing of the family is even tried.
+    fn carry_out(
+        &mut self,
+        keys: &mut BTreeSet<Key>,
+        origin: Origin,
+        now: Instant,
+        before: &Findings,
+        outcome: &mut Outcome,
+    ) -> Option<Findings> {
+        let mut guards = self.plan(keys, origin, now)?;
+        // Keys whose guard is not even tried.
+        let mut hopeless = BTreeSet::new();
+        guards.retain(|operation| {
+            let table = operation.filter_family().map(Key::Filter).filter(|table| *table != operation.key());
+            let is_hopeless =
+                table.is_some_and(|table| before.failed.contains_key(&table) || self.pending.contains_key(&table));
+            if is_hopeless {
+                hopeless.insert(operation.key());
+            }
+            !is_hopeless
+        });
+        let mut rest = guards.split_off(Phase::Device);
+        let mut last = rest.split_off(Phase::FilterOut);
+        let mut findings = Findings::default();
+        if !guards.is_empty() {
+            let results = self.kernel.apply(&guards);
+            findings = self.take_in(&guards, results, outcome);
+        }
+        let is_unguarded = |key: &Key| findings.concern(key) || hopeless.contains(key);
+        let mut closed = BTreeSet::new();
+        rest.retain(|operation| match operation {
+            Operation::BindAddress(_) => !is_unguarded(&operation.key()),
+            Operation::AddVirtualServer(front_end, _) if is_unguarded(&operation.key()) => {
+                closed.insert(*front_end);
+                false
+            }
+            Operation::AddRealServer(front_end, _) | Operation::ClearFlows(front_end, _) => !closed.contains(front_end),
+            _ => true,
+        });
+        if !rest.is_empty() && self.mirror.is_some() {
+            let results = self.kernel.apply(&rest);
+            findings.extend(self.take_in(&rest, results, outcome));
+        }
+        let mut kept = BTreeSet::new();
+        last.retain(|operation| {
+            let is_kept = findings.concern(&operation.key());
+            if let Operation::ForgetFrontEnd(_, Elements { sources: Some(Some(service)), .. }) = operation
+                && is_kept
+            {
+                kept.insert(service.clone());
+            }
+            !is_kept && !matches!(operation, Operation::RemoveSources(service, _) if kept.contains(service))
+        });
+        if !last.is_empty() && self.mirror.is_some() {
+            let results = self.kernel.apply(&last);
+            findings.extend(self.take_in(&last, results, outcome));
+        }
+        Some(findings)
+    }
+
+    /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
+    fn plan(&mut self, keys: &mut BTreeSet<Key>, origin: Origin, now: Instant) -> Option<Plan> {
+        let mirror = self.mirror.as_ref()?;
+        if !mirror.has_device() && keys.iter().any(|key| matches!(key, Key::Address(_))) {
+            keys.insert(Key::Device);
+        }
+        let mut operations = Vec::new();
+        let mut drains = Vec::new();
+        let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
+        let kept = keeps(origin, &self.table, &self.policy);
+        let context = Context { keeps: kept, rulesets: &self.rulesets, is_overdue: &is_overdue };
+        for key in &*keys {
+            let start = operations.len();
+            let is_draining = diff(key, mirror, &self.desired, context, &mut operations);
+            if let Key::Server(front_end) = key {
+                let began = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
+                drains.push((*front_end, is_draining, began));
+                let alive = || self.desired.real_servers(front_end);
+                if operations[start..].iter().any(|o| matches!(o, Operation::AddVirtualServer(..))) {
+                    operations.push(Operation::ClearFlows(*front_end, alive()));
+                } else if moves_flows(front_end, &operations[start..], mirror) {
+                    operations.push(Operation::FlushFlows(*front_end, alive()));
+                }
+            }
+        }
+        for (front_end, is_draining, began) in drains {
+            self.reschedule(front_end, is_draining, began, now);
+        }
+        Some(operations.into_iter().collect())
+    }
+
+    /// When to look again at a virtual server: soon after it began to drain, then ever more rarely, but not later than the
+    /// drain's end.
+    fn reschedule(&mut self, front_end: FrontEnd, is_draining: bool, has_begun: bool, now: Instant) {
+        if !is_draining {
+            self.draining.remove(&front_end);
+            self.drain_since.remove(&front_end);
+            return;
+        }
+        let again = match self.draining.get(&front_end) {
+            Some(again) if !has_begun && again.due > now => again.clone(),
+            Some(again) if !has_begun => again.longer(now),
+            _ => Again::after(DRAIN_FIRST, now),
+        };
+        let end = self.policy.drain_timeout.and_then(|timeout| self.drain_end(front_end, timeout, now));
+        let due = end.map_or(again.due, |end| end.clamp(now, again.due));
+        self.draining.insert(front_end, Again { due, ..again });
+    }
+
+    /// Notes since when the real servers of a front end drain, and says when the first of them has done so for too long.
+    fn drain_end(&mut self, front_end: FrontEnd, timeout: Duration, now: Instant) -> Option<Instant> {
+        let held = self.mirror.as_ref()?.server(&front_end)?;
+        let wanted = self.desired.real_servers(&front_end);
+        let before = self.drain_since.remove(&front_end).unwrap_or_default();
+        let draining = held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err());
+        let since: BTreeMap<SocketAddr, Instant> =
+            draining.map(|address| (*address, before.get(address).copied().unwrap_or(now))).collect();
+        let first = since.values().min().map(|since| *since + timeout);
+        self.drain_since.insert(front_end, since);
+        first
+    }
+
+    /// Takes the results of a plan into the mirror.
+    fn take_in(&mut self, plan: &Plan, results: Vec<Result<(), KernelError>>, outcome: &mut Outcome) -> Findings {
+        let mut findings = Findings::default();
+        let Some(mirror) = &mut self.mirror else { return findings };
+        for (operation, result) in plan.operations().iter().zip(results) {
+            let error = match result {
+                Ok(()) => {
+                    debug!("done: {operation}");
+                    mirror.acknowledge(operation);
+                    outcome.done.count(operation);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match (operation, error.cause) {
+                // Somebody was faster, to the same end.
+                (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
+                | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
+                | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
+                // Making a device or an address does not fail for want of it.
+                (Operation::AddDevice | Operation::BindAddress(_) | Operation::BuildFilter { .. }, Cause::NotFound)
+                | (_, Cause::Refused | Cause::Unknown) => {
+                    findings.failed.entry(operation.key()).or_insert(error);
+                }
+                (_, Cause::Exists | Cause::NotFound | Cause::NoDevice) => {
+                    let key = operation.key();
+                    let is_filter = operation.filter_family().is_some();
+                    findings.is_filter_stale |= is_filter;
+                    findings.is_device_lost |= !is_filter && matches!(key, Key::Device | Key::Address(_));
+                    findings.stale.entry(key).or_insert(error);
+                }
+            }
+        }
+        // The real servers of a virtual server that was refused are missing their virtual server: no news.
+        findings.stale.retain(|key, _| !findings.failed.contains_key(key));
+        if findings.failed.values().any(|error| error.cause == Cause::Unknown) {
+            self.mirror = None;
+        }
+        findings
+    }
+
+    /// Corrects the mirror about some keys and returns the keys to be planned again.
+    fn reread(&mut self, findings: Findings) -> Result<BTreeSet<Key>, (BTreeSet<Key>, KernelError)> {
+        let mut keys: BTreeSet<Key> = findings.stale.into_keys().collect();
+        let servers: Vec<FrontEnd> = keys
+            .iter()
+            .filter_map(|key| match key {
+                Key::Server(front_end) => Some(*front_end),
+                _ => None,
+            })
+            .collect();
+        if findings.is_filter_stale {
+            let observed = match self.kernel.dump(Scope::Filter) {
+                Ok(observed) => observed,
+                Err(error) => return Err((keys, error)),
+            };
+            if let Some(mirror) = &mut self.mirror {
+                mirror.refresh_filter(observed.filter);
+            }
+            keys.extend(self.policy.families.iter().map(Key::Filter));
+            keys.extend(self.desired.keys());
+        }
+        if let Err(error) = self.refresh(&servers) {
+            return Err((keys, error));
+        }
+        // Of the others only one thing can be stale: the device went away, and with it every address.
+        if findings.is_device_lost
+            && let Some(mirror) = &mut self.mirror
+        {
+            mirror.lose_device();
+            keys.insert(Key::Device);
+            keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));
+        }
+        Ok(keys)
+    }
+
+    fn fail(&mut self, key: Key, error: String, now: Instant, outcome: &mut Outcome) {
+        let before = self.pending.get(&key);
+        let is_repeated = before.is_some_and(|pending| pending.error == error);
+        let again = before.map_or_else(|| Again::after(RETRY_FIRST, now), |pending| pending.again.longer(now));
+        let service = match &key {
+            Key::Device | Key::Filter(_) | Key::Entry(_) => None,
+            Key::Sources(service, _) => Some(service.clone()),
+            Key::Server(front_end) | Key::Flows(front_end) => self.desired.owner(front_end).cloned(),
+            Key::Address(address) => self.desired.claimants(*address).next().cloned(),
+        };
+        outcome.failures.push(Failure { key: key.clone(), service, error: error.clone(), is_repeated });
+        let is_drift = before.is_some_and(|pending| pending.is_drift);
+        self.pending.insert(key, Pending { again, error, is_drift });
+    }
+}
+
+/// Whether operations on a virtual server leave UDP flows in connection tracking that lead to where nobody answers any
+/// more, or that began when nobody did.
+fn moves_flows(front_end: &FrontEnd, operations: &[Operation], mirror: &Mirror) -> bool {
+    let had_none = mirror.server(front_end).is_none_or(|held| held.real_servers.is_empty());
+    front_end.protocol == Protocol::Udp
+        && operations.iter().any(|operation| match operation {
+            Operation::DeleteVirtualServer(_) | Operation::DeleteRealServer(..) | Operation::ForgetFrontEnd(..) => true,
+            Operation::AddRealServer(..) => had_none,
+            _ => false,
+        })
+}
