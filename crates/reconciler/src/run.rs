@@ -296,6 +296,24 @@ mod tests {
     }
 
     #[test]
+    fn the_first_run_waits_for_what_it_needs_of_the_node_and_not_for_ever() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        let late = start + NODE_PATIENCE;
+        schedule.wait_for_node(true, start);
+        assert_eq!(schedule.next(true, None, start), (Task::Audit, late));
+        schedule.wait_for_node(false, start + MIN);
+        assert_eq!(schedule.next(true, None, start + MIN), (Task::Audit, start + MIN), "it has come");
+
+        let mut schedule = self::schedule();
+        schedule.wait_for_node(true, start);
+        schedule.wait_for_node(true, late);
+        assert_eq!(schedule.next(true, None, late), (Task::Audit, late), "it has not");
+        schedule.ended(Task::Audit, true, late);
+        schedule.wait_for_node(true, late + MIN);
+        assert_eq!(schedule.next(true, None, late + MIN * 2).0, Task::Sync, "nothing waits for it any more");
+    }
+
+    #[test]
     fn a_look_is_a_sync_at_its_time() {
         let (mut schedule, start) = (schedule(), Instant::now());
         schedule.ended(Task::Audit, true, start);
