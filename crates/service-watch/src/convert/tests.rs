@@ -548,6 +548,35 @@ fn a_node_has_one_pod_range_a_family() {
 }
 
 #[test]
+fn a_node_is_leaving_when_it_is_deleted_or_the_autoscaler_says_so() {
+    for (object, is_leaving) in [
+        (json!({ "metadata": { "name": "node-a" } }), false),
+        (json!({ "metadata": { "name": "node-a", "deletionTimestamp": "2026-01-01T00:00:00Z" } }), true),
+        (json!({ "metadata": { "name": "node-a" }, "spec": { "taints": [{ "key": "other" }, 5, {}] } }), false),
+        (
+            json!({ "metadata": { "name": "node-a" }, "spec": { "taints": [{ "key": "ToBeDeletedByClusterAutoscaler" }] } }),
+            true,
+        ),
+        (json!({ "metadata": { "name": "node-a" }, "spec": { "taints": "ToBeDeletedByClusterAutoscaler" } }), false),
+    ] {
+        assert_eq!(node(&object).0.is_leaving, is_leaving, "{object}");
+    }
+}
+
+#[test]
+fn a_slice_says_since_when_it_is_so_if_that_can_be_read() {
+    let at = |time: Value| {
+        let annotations = json!({ "endpoints.kubernetes.io/last-change-trigger-time": time, "other": "x" });
+        slice(&json!({ "metadata": { "annotations": annotations } })).0.unwrap().triggered
+    };
+    let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_767_225_600);
+    assert_eq!(at(json!("2026-01-01T00:00:00Z")), Some(time));
+    for time in [json!("yesterday"), json!(5), Value::Null] {
+        assert_eq!(at(time.clone()), None, "{time}");
+    }
+}
+
+#[test]
 fn another_node_is_a_neighbour_of_which_only_the_addresses_count() {
     let converted = convert::<wire::Node>(&json!({
         "metadata": { "name": "node-b", "labels": { "topology.kubernetes.io/zone": "z" } },
