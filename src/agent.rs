@@ -223,12 +223,10 @@ fn stopped(signal: &str) -> End {
 async fn configuration_changed(flags: &Flags, configuration: &Configuration) {
     let Some(path) = &flags.config else { return std::future::pending().await };
     let mut file = Files::new(vec![path.clone()]);
+    // It may have changed since it was read for the start, too.
     loop {
-        file.changed().await;
         match flags.effective() {
-            Ok(read) if read.configuration == *configuration => {
-                debug!("the configuration file changed, and says the same");
-            }
+            Ok(read) if read.configuration == *configuration => {}
             Ok(_) => {
                 info!(file = %path.display(), "the configuration has changed: starting anew with it");
                 return;
@@ -237,6 +235,7 @@ async fn configuration_changed(flags: &Flags, configuration: &Configuration) {
                 error!("the configuration file has changed and cannot be used, so that of the start stays: {problems}");
             }
         }
+        file.changed().await;
     }
 }
 
