@@ -21,7 +21,7 @@ use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, 
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 use crate::config::follow::Files;
 use crate::config::{Configuration, Settings};

@@ -87,6 +87,8 @@ impl Settings {
         check.that(c.client_connection.burst >= 0, "clientConnection.burst", || {
             format!("{}: must not be less than 0", c.client_connection.burst)
         });
+        let qps = c.client_connection.qps;
+        check.that(qps.is_finite(), "clientConnection.qps", || format!("{qps} is no number"));
         let hidden = &c.show_hidden_metrics_for_version;
         check.that(hidden.is_empty() || hidden == PREVIOUS_VERSION, "showHiddenMetricsForVersion", || {
             format!("{hidden:?}: leave it empty, or give {PREVIOUS_VERSION:?}")

@@ -62,7 +62,9 @@ fn rows() -> Vec<Row> {
             json!("application/vnd.kubernetes.protobuf"),
             ("application/json", json!("application/json")),
         ),
-        row("clientConnection.qps", json!(5.0), ("20.5", json!(20.5))).refuses("many", "many", ""),
+        row("clientConnection.qps", json!(5.0), ("20.5", json!(20.5)))
+            .refuses("many", "many", "")
+            .refuses("NaN", "NaN", ""),
         row("clientConnection.burst", json!(10), ("20", json!(20))).refuses("-1", -1, "-1: must not be less than 0"),
         row("logging.format", json!("text"), ("json", json!("json"))).refuses("xml", "xml", "give text or json"),
         row("logging.flushFrequency", json!(5_000_000_000_u64), ("1s", json!(1_000_000_000)))
