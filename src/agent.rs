@@ -14,9 +14,10 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use reconciler::Reconciler;
 use reconciler::interface_watch::{Changed, InterfaceWatch};
 use reconciler::kernel::KernelError;
-use reconciler::outcome::Outcome;
+use reconciler::outcome::{Failure, Outcome};
+use reconciler::plan::Key;
 use reconciler::policy::Families;
-use reconciler::run::{Input, Observer};
+use reconciler::run::{Input, Observer, Taken};
 use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Source};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,7 +30,7 @@ use crate::flags::Flags;
 use crate::health::Health;
 use crate::http::{self, node_ports};
 use crate::logging::Verbosity;
-use crate::{events, metrics, preflight, sysctl};
+use crate::{events, in_one_line, metrics, preflight, sysctl};
 
 /// How often what was measured is put in order; the exporter keeps every single value until then.
 const UPKEEP: Duration = Duration::from_secs(5);
@@ -58,8 +59,19 @@ pub(crate) struct Start {
     pub(crate) configuration: Configuration,
     pub(crate) settings: Settings,
     pub(crate) verbosity: Verbosity,
-    /// Sync once and end.
-    pub(crate) once: bool,
+    pub(crate) mode: Mode,
+}
+
+/// What to run for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Serve until told otherwise.
+    Serve,
+    /// Sync once; what the kernel refused is an error.
+    Once,
+    /// Sync once, before something else is taken away. What the kernel refused for one Service it would refuse whoever asks,
+    /// and whoever may make Services must not be able to keep a node from being taken over.
+    Takeover,
 }
 
 /// Prepares the kernel, for the families the node has.
@@ -84,11 +96,13 @@ pub(crate) fn init(mut settings: Settings) -> Result<End> {
 /// Runs until a signal, until the configuration changes, or where it is to sync once until the first sync has ended.
 pub(crate) fn run(start: Start) -> Result<End> {
     let started = SystemTime::now();
-    let Start { flags, configuration, mut settings, verbosity, once } = start;
+    let Start { flags, configuration, mut settings, verbosity, mode } = start;
+    let once = mode != Mode::Serve;
     info!(
         version = env!("CARGO_PKG_VERSION"), node = settings.policy.node_name, scheduler = %settings.policy.scheduler,
         "starting"
     );
+    preflight::raise_file_limit();
     let handle = metrics::install().context("cannot measure")?;
     let kernel = prepare(&mut settings)?;
     let (policy, periods) = (settings.policy.clone(), settings.periods);
@@ -171,7 +185,7 @@ pub(crate) fn run(start: Start) -> Result<End> {
             () = credentials_changed(credentials) => {}
         }
     };
-    let result = runtime.block_on(ended_by(end, follow, restart, hard_failure));
+    let result = runtime.block_on(ended_by(end, mode, follow, restart, hard_failure));
     // Not to wait for a source that is in the middle of something.
     runtime.shutdown_background();
     result
@@ -179,7 +193,8 @@ pub(crate) fn run(start: Start) -> Result<End> {
 
 /// What ends the agent, whichever comes first.
 async fn ended_by(
-    reconciler: oneshot::Receiver<(usize, bool)>,
+    reconciler: oneshot::Receiver<(Vec<Failure>, bool)>,
+    mode: Mode,
     source: impl Future<Output = Result<()>> + Send + 'static,
     restart: impl Future<Output = ()>,
     hard_failure: Option<oneshot::Receiver<anyhow::Error>>,
@@ -197,9 +212,7 @@ async fn ended_by(
         // Once the reconciler has ended, the source ends too: that is the effect, not the cause.
         biased;
         result = reconciler => match result {
-            Ok((0, false)) => Ok(End::Done),
-            Ok((0, true)) => Err(anyhow!("not everything could be understood: see above; the rest is in the kernel")),
-            Ok((failed, _)) => Err(anyhow!("the kernel refused {failed} operations")),
+            Ok((failed, is_incomplete)) => synced_once(mode, &failed, is_incomplete),
             Err(_) => Err(anyhow!("the reconciler stopped unexpectedly; the kernel stays as it is")),
         },
         _ = terminate.recv() => Ok(stopped("SIGTERM")),
@@ -211,6 +224,19 @@ async fn ended_by(
             Err(anyhow!("the source of Services ended; the kernel stays as it is"))
         }
     }
+}
+
+fn synced_once(mode: Mode, failed: &[Failure], is_incomplete: bool) -> Result<End> {
+    let is_of_one_service = |failure: &Failure| !matches!(failure.key, Key::Device | Key::Filter(_));
+    if mode == Mode::Takeover && !failed.is_empty() && failed.iter().all(is_of_one_service) {
+        warn!("the kernel refused {} operations, of some Services: see above; the others are in place", failed.len());
+    } else if !failed.is_empty() {
+        return Err(anyhow!("the kernel refused {} operations", failed.len()));
+    }
+    if is_incomplete {
+        return Err(anyhow!("not everything could be understood: see above; the rest is in the kernel"));
+    }
+    Ok(End::Done)
 }
 
 fn stopped(signal: &str) -> End {
@@ -227,16 +253,29 @@ async fn configuration_changed(flags: &Flags, configuration: &Configuration) {
     loop {
         match flags.effective() {
             Ok(read) if read.configuration == *configuration => {}
-            Ok(_) => {
-                info!(file = %path.display(), "the configuration has changed: starting anew with it");
-                return;
-            }
+            // A start that failed would leave the node without an agent. This does what a start does to the kernel.
+            Ok(read) => match on_own_thread(move || prepare(&mut { read.settings }).map(drop)).await {
+                Ok(()) => {
+                    info!(file = %path.display(), "the configuration has changed: starting anew with it");
+                    return;
+                }
+                Err(problem) => error!(
+                    "the configuration file has changed and the kernel cannot be made ready for it, so that of the start \
+                     stays: {}; where an init container has more rights than the agent, delete the pod",
+                    in_one_line(&problem)
+                ),
+            },
             Err(problems) => {
                 error!("the configuration file has changed and cannot be used, so that of the start stays: {problems}");
             }
         }
         file.changed().await;
     }
+}
+
+/// Does something that waits for the kernel, in the network namespace of this thread.
+async fn on_own_thread<T: Send + 'static>(action: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(action).await.context("stopped unexpectedly")?
 }
 
 /// Waits until what leads to the API server has changed and still does, as far as can be told without asking. (kube-proxy
@@ -288,9 +327,9 @@ struct Witness {
 }
 
 impl Observer for Witness {
-    fn done(&mut self, outcome: &Outcome, since: Instant, heard: &[Instant]) {
+    fn done(&mut self, outcome: &Outcome, since: Instant, taken: &Taken) {
         self.health.synced(since, &outcome.unrepaired, SystemTime::now());
-        metrics::synced(outcome, heard, self.families, self.started);
+        metrics::synced(outcome, taken, self.families, self.started);
         for event in events::of(outcome) {
             self.posts.post(event);
         }

@@ -82,7 +82,10 @@ pub(crate) fn remove_filter() -> Result<End> {
 /// `--cleanup`: what is ours, and what kube-proxy left. What fails of the one does not keep the other.
 pub(crate) fn run_with_leftovers() -> Result<End> {
     let own = run();
-    takeover::remove_leftovers()?;
+    let remaining = takeover::remove_leftovers();
+    if remaining > 0 {
+        bail!("{remaining} things that kube-proxy left could not be removed: see above, and run it again");
+    }
     own
 }
 

@@ -1,6 +1,6 @@
 //! Whether the node's Services are as they should be, as far as the agent can tell. Without a clock of its own.
 //!
-//! A family is unhealthy when a change has waited for more than two sync periods, when the kernel could not be read for as
+//! A family is unhealthy when, after the first sync, a change has waited for more than two sync periods, when the kernel could not be read for as
 //! long, and when something was right, was changed by somebody else and cannot be repaired. That one Service cannot be
 //! programmed says nothing about the node: whoever may make a Service must not be able to take nodes out of service.
 
@@ -27,6 +27,7 @@ struct State {
     /// Since when the kernel cannot be read.
     unreadable: Option<Instant>,
     unrepaired: BTreeSet<Family>,
+    /// `None` before the first sync.
     last_update: Option<SystemTime>,
     is_node_eligible: bool,
 }
@@ -38,6 +39,8 @@ pub(crate) struct Report {
     pub(crate) families: Vec<(Family, bool)>,
     /// Whether the own Node is known and is to stay.
     pub(crate) is_node_eligible: bool,
+    /// Whether there is something to be served that has waited for too long for the first sync of all.
+    pub(crate) is_start_late: bool,
     /// When the kernel last was brought to what was asked for.
     pub(crate) last_update: Option<SystemTime>,
 }
@@ -89,15 +92,18 @@ impl Health {
     pub(crate) fn report(&self, now: Instant) -> Report {
         let state = self.state();
         let is_late = |since: Instant| now.saturating_duration_since(since) >= self.patience;
-        let is_current =
-            !state.waiting.is_some_and(|(first, _)| is_late(first)) && !state.unreadable.is_some_and(is_late);
+        let is_change_late = state.waiting.is_some_and(|(first, _)| is_late(first));
+        // An agent that still lists what there is would not come further by being started again.
+        let is_started = state.last_update.is_some();
+        let is_behind = (is_started && is_change_late) || state.unreadable.is_some_and(is_late);
         Report {
             families: self
                 .families
                 .iter()
-                .map(|family| (family, is_current && !state.unrepaired.contains(&family)))
+                .map(|family| (family, !is_behind && !state.unrepaired.contains(&family)))
                 .collect(),
             is_node_eligible: state.is_node_eligible,
+            is_start_late: !is_started && is_change_late,
             last_update: state.last_update,
         }
     }
@@ -141,8 +147,20 @@ mod tests {
     }
 
     #[test]
+    fn before_the_first_sync_a_change_that_waits_makes_nothing_unhealthy_but_the_start_late() {
+        let (health, now) = health();
+        health.change_heard(now);
+        let report = health.report(now + 60 * SECOND);
+        assert!(report.is_healthy() && report.is_start_late);
+        assert!(!health.report(now + 59 * SECOND).is_start_late);
+        sync(&health, now + 61 * SECOND);
+        assert!(!health.report(now + 62 * SECOND).is_start_late);
+    }
+
+    #[test]
     fn a_change_may_wait_for_two_periods_from_the_first_one_on() {
         let (health, now) = health();
+        sync(&health, now);
         health.change_heard(now);
         health.change_heard(now + 50 * SECOND);
         assert!(is_healthy(&health, now + 59 * SECOND));
@@ -154,6 +172,7 @@ mod tests {
     #[test]
     fn a_change_that_came_during_a_sync_waits_since_then() {
         let (health, now) = health();
+        sync(&health, now);
         health.change_heard(now);
         health.change_heard(now + 5 * SECOND);
         sync(&health, now + 2 * SECOND);

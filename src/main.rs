@@ -31,7 +31,7 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use tracing::{debug, error, info, warn};
 
-use crate::agent::{End, Start};
+use crate::agent::{End, Mode, Start};
 use crate::config::object::Logging;
 use crate::flags::{Command, Effective, Flags};
 
@@ -90,11 +90,18 @@ fn run(flags: Flags) -> Result<End> {
     if flags.init_only {
         return agent::init(settings);
     }
-    let is_takeover = flags.command == Some(Command::Takeover);
-    let once = flags.once || is_takeover;
-    let end = agent::run(Start { flags, configuration, settings, verbosity, once })?;
+    let mode = match flags.command {
+        Some(Command::Takeover) => Mode::Takeover,
+        _ if flags.once => Mode::Once,
+        _ => Mode::Serve,
+    };
+    let end = agent::run(Start { flags, configuration, settings, verbosity, mode })?;
     // Only what is in place can take the place of something: where the sync failed or was stopped, everything stays.
-    if is_takeover && end == End::Done { takeover::remove_leftovers() } else { Ok(end) }
+    if mode == Mode::Takeover && end == End::Done {
+        // What remains is told, and is no reason to keep the agent, which comes next, from a node.
+        takeover::remove_leftovers();
+    }
+    Ok(end)
 }
 
 /// Starts the same program with the same arguments in the place of this process. Returns only where that fails.

@@ -3,7 +3,7 @@
 //! [`ALL`] is the list of them, from which the exporter learns types, help and buckets; `docs/metrics.md` tells people the
 //! same, and a test compares the two.
 
-use std::time::{Instant, SystemTime};
+use std::time::SystemTime;
 
 use hyper::StatusCode;
 use ipvs_netlink::Family;
@@ -12,6 +12,7 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 use reconciler::outcome::Outcome;
 use reconciler::plan::Key;
 use reconciler::policy::Families;
+use reconciler::run::Taken;
 use service_watch::{Change, Counters};
 
 use crate::health::family_name;
@@ -210,7 +211,7 @@ pub(crate) fn change_heard(change: &Change, families: Families) {
 }
 
 /// A sync or an audit has ended. `started` is when the agent did: slices that are older say nothing about it.
-pub(crate) fn synced(outcome: &Outcome, heard: &[Instant], families: Families, started: SystemTime) {
+pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, started: SystemTime) {
     let now = SystemTime::now();
     let kind = if outcome.audited { "audit" } else { "sync" };
     histogram!(SYNC, "kind" => kind).record(outcome.took);
@@ -224,13 +225,13 @@ pub(crate) fn synced(outcome: &Outcome, heard: &[Instant], families: Families, s
         let is_unrepaired = outcome.unrepaired.contains(&family);
         gauge!(UNREPAIRED, "ip_family" => name).set(f64::from(u8::from(is_unrepaired)));
     }
-    gauge!(SERVICE_CHANGES_PENDING).set(0.0);
-    gauge!(ENDPOINT_CHANGES_PENDING).set(0.0);
+    gauge!(SERVICE_CHANGES_PENDING).decrement(count(taken.services));
+    gauge!(ENDPOINT_CHANGES_PENDING).decrement(count(taken.slices));
     for (family, triggered) in outcome.triggers.iter().filter(|(_, triggered)| *triggered >= started) {
         let latency = now.duration_since(*triggered).unwrap_or_default();
         histogram!(PROGRAMMING, "ip_family" => family_name(*family)).record(latency);
     }
-    for at in heard {
+    for at in &taken.heard {
         histogram!(CHANGE).record(at.elapsed());
     }
 

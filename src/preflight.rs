@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, ErrorKind, Family, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
 use reconciler::linux::LinuxKernel;
 use reconciler::policy::{DetectLocal, Families, Policy};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
@@ -62,6 +63,16 @@ pub(crate) fn families() -> Families {
         info!("this node has no IPv6: only IPv4 is served");
     }
     Families { ipv4: true, ipv6 }
+}
+
+/// Raises the limit of open files to what the process may have: each health-check node port is one. (Go's runtime does so
+/// for every program.)
+pub(crate) fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        info!("cannot raise the limit of open files: {error}");
+    }
 }
 
 /// Whether pods can be told by their addresses at all.

@@ -149,3 +149,27 @@ fn init_only_makes_the_kernel_ready_and_programs_nothing() {
     agent.has(&[WEB, WEB_1]);
     assert!(!agent.log().contains("ERROR"), "{}", agent.log());
 }
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_change_that_takes_more_rights_than_the_agent_has_leaves_it_as_it_is() {
+    isolate().unwrap();
+    let (ok, log) = kube_ipvs(&["--init-only", "--conntrack-max-per-core=0"]);
+    assert!(ok, "{log}");
+    let manifests = web();
+    let conntrack = "conntrack: {maxPerCore: 0}";
+    let mut map = ConfigMap::new(&configuration(conntrack));
+    let mut agent = Agent::start_command(
+        Command::new("unshare")
+            .args(["--mount", "sh", "-c", "mount --bind -o ro /proc/sys /proc/sys && exec \"$@\"", "sh"])
+            .arg(env!("CARGO_BIN_EXE_kube-ipvs"))
+            .args([format!("--config={}", map.path().display()), format!("--manifests={}", manifests.path().display())])
+            .arg("--hostname-override=node-a"),
+    );
+    agent.has(&[WEB, WEB_1]);
+    map.update(&configuration(&format!("{conntrack}\nipvs: {{strictARP: true}}")));
+    agent.says("the kernel cannot be made ready for it").says("arp_ignore").says("delete the pod");
+    agent.has(&[WEB, WEB_1]);
+    map.update(&configuration(&format!("{conntrack}\nipvs: {{scheduler: sh}}")));
+    agent.has(&[WEB_SH, WEB_1]);
+}

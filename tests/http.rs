@@ -5,9 +5,10 @@
 
 mod common;
 
+use std::io::Write as _;
 use std::net::TcpListener;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Agent, HEALTH, HttpAnswer, METRICS, Manifests, addresses, get, http, metric, run, service};
 use lab::netns::isolate;
@@ -136,7 +137,13 @@ fn a_change_that_waits_for_too_long_is_unhealthy() {
     manifests.remove("node.yaml");
     let mut agent = manifests.agent(&["--nodeport-addresses=primary", "--ipvs-sync-period=1s"]);
     agent.says("waiting up to 30 s");
-    agent.until("be unhealthy", |_| get(HEALTH, "/livez").is_some_and(|answer| answer.status == 503));
+    manifests.write("node.yaml", "apiVersion: v1\nkind: Node\nmetadata: {name: node-a}\n");
+    agent.until("be unhealthy", |_| {
+        get(HEALTH, "/healthz")
+            .is_some_and(|answer| answer.status == 503 && answer.body.contains("\"nodeEligible\":true"))
+    });
+    // To start it again would not help.
+    assert_eq!(get(HEALTH, "/livez").unwrap().status, 200);
     assert_eq!(get(METRICS, "/readyz").unwrap().status, 503);
     manifests.write("node.yaml", common::NODE);
     agent.until("be healthy", |_| get(HEALTH, "/healthz").is_some_and(|answer| answer.status == 200));
@@ -182,6 +189,31 @@ fn health_check_node_ports_tell_of_local_endpoints_and_follow_changes() {
     agent.until("have none", |_| get("127.0.0.1:31999", "/").is_some_and(|answer| answer.status == 503));
     manifests.remove("web.json");
     agent.until("stop", |_| get("127.0.0.1:31999", "/").is_none() && get("[::1]:31999", "/").is_none());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn health_check_node_ports_that_move_between_services_are_answered_at_once() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let named = |name: &str, port: u16, octet: u8| {
+        let web = load_balanced(port).replace("\"web\"", &format!("{name:?}"));
+        web.replace("10.96.0.10", &format!("10.96.0.{octet}")).replace("fd00:96::10", &format!("fd00:96::{octet}"))
+    };
+    let write = |a: u16, b: u16| {
+        manifests.write("services.json", &format!("{}\n{}", named("a", a, 10), named("b", b, 11)));
+    };
+    write(31777, 31778);
+    let mut agent = serving(&manifests, &[]);
+    let has = |port: u16, name: &str| {
+        get(&format!("127.0.0.1:{port}"), "/").is_some_and(|answer| answer.json()["service"]["name"] == name)
+    };
+    agent.until("answer", |_| has(31777, "a") && has(31778, "b"));
+    for (a, b) in [(31778, 31777), (31777, 31778), (31778, 31777)] {
+        write(a, b);
+        agent.until("swap", |_| has(a, "a") && has(b, "b"));
+    }
+    assert!(!agent.log().contains("cannot be listened on"), "{}", agent.log());
 }
 
 #[test]
@@ -259,12 +291,17 @@ fn a_port_that_is_taken_is_waited_for_or_fatal_as_one_likes() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_client_that_says_nothing_keeps_nobody_else_waiting() {
+fn clients_that_say_nothing_keep_nobody_else_waiting() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let _agent = serving(&manifests, &[]);
-    let silent: Vec<_> = (0..60).map(|_| std::net::TcpStream::connect(HEALTH).unwrap()).collect();
+    let silent: Vec<_> = (0..300).map(|_| std::net::TcpStream::connect(HEALTH).unwrap()).collect();
+    // And one that asks for much and never reads.
+    let mut greedy = std::net::TcpStream::connect(HEALTH).unwrap();
+    greedy.write_all("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000).as_bytes()).unwrap();
+    let start = Instant::now();
     assert_eq!(get(HEALTH, "/livez").unwrap().status, 200);
+    assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
     drop(silent);
 }
 

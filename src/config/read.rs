@@ -15,9 +15,11 @@ pub(crate) struct Read {
     pub(crate) configuration: Configuration,
     /// What stands in the file and has no effect: kube-proxy too goes on without it.
     pub(crate) warnings: Vec<String>,
+    /// Fields whose values are of another kind than they should be. They are left out of the object.
+    pub(crate) problems: Vec<Problem>,
 }
 
-/// Reads YAML or JSON, of which JSON is a part. All that is wrong is said at once.
+/// Reads YAML, of which JSON is a part.
 pub(crate) fn read(text: &str) -> Result<Read, Vec<Problem>> {
     let duplicates = RefCell::new(Vec::new());
     let options = serde_saphyr::options! {
@@ -47,11 +49,10 @@ pub(crate) fn read(text: &str) -> Result<Read, Vec<Problem>> {
         let mut tracked = serde_path_to_error::Track::new();
         let deserializer = serde_path_to_error::Deserializer::new(Value::Object(tree.clone()), &mut tracked);
         match serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string())) {
-            Ok(configuration) if problems.is_empty() => {
+            Ok(configuration) => {
                 warnings.extend(unknown.into_iter().map(|path| format!("unknown field {path:?}")));
-                return Ok(Read { configuration, warnings });
+                return Ok(Read { configuration, warnings, problems });
             }
-            Ok(Configuration { .. }) => return Err(problems),
             Err(error) => {
                 let path = tracked.path();
                 problems.push(Problem::new(path.to_string(), error.to_string()));

@@ -322,6 +322,18 @@ oomScoreAdj: 5000
 }
 
 #[test]
+fn values_of_another_kind_hide_no_other_that_is_wrong() {
+    let error = with_file(&format!(
+        "{{\"apiVersion\": \"{API_VERSION}\", \"kind\": \"{KIND}\", \"oomScoreAdj\": 2000, \"mode\": \"ipvs\", \"ipvs\": \
+         {{\"syncPeriod\": 5, \"scheduler\": \"a-name-too-long-for-it\"}}, \"nodePortAddresses\": [1, \"a/b\"]}}"
+    ))
+    .unwrap_err();
+    for path in ["ipvs.syncPeriod", "ipvs.scheduler", "oomScoreAdj", "nodePortAddresses"] {
+        assert!(error.contains(&format!("KubeProxyConfiguration.{path}")), "{path}: {error}");
+    }
+}
+
+#[test]
 fn unknown_and_duplicate_fields_are_named_and_no_obstacle() {
     let effective = with_file(
         "

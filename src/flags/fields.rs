@@ -315,8 +315,8 @@ impl FieldFlags {
         set(&mut c.cluster_cidr, self.cluster_cidr);
         set(&mut c.detect_local.bridge_interface, self.pod_bridge_interface);
         set(&mut c.detect_local.interface_name_prefix, self.pod_interface_name_prefix);
-        set(&mut c.hostname_override, self.hostname_override);
-        set(&mut c.bind_address, self.bind_address);
+        set_unless_empty(&mut c.hostname_override, self.hostname_override);
+        set_unless_empty(&mut c.bind_address, self.bind_address);
         set_some(&mut c.oom_score_adj, self.oom_score_adj);
         set_some(&mut c.conntrack.max_per_core, self.conntrack_max_per_core);
         set_some(&mut c.conntrack.min, self.conntrack_min);

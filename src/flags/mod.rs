@@ -27,11 +27,11 @@ pub(crate) struct Flags {
     /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, YAML or JSON. With a file, of the flags that have a field
     /// in it only --hostname-override, those of logging, and what kube-proxy does not have still count; a changed file is
     /// taken up by starting anew
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path)]
     pub(crate) config: Option<PathBuf>,
 
     /// Write the configuration that would be in effect to a file, and exit
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path)]
     pub(crate) write_config_to: Option<PathBuf>,
 
     /// Do what takes more than CAP_NET_ADMIN (kernel settings, modules), and exit: for an init container
@@ -152,6 +152,12 @@ const BESIDE_FILE: [&str; 20] = [
 /// Reads a command line, with `_` for `-` in names allowed. The last of several values counts; lists add up.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Flags, clap::Error> {
     let mut arguments: Vec<OsString> = arguments.into_iter().map(with_dashes).collect();
+    // kube-proxy's has values.
+    for argument in &mut arguments {
+        if argument == "--version=true" || argument == "--version=raw" {
+            *argument = "--version".into();
+        }
+    }
     // It takes the agent's flags, which for the parser stand before it.
     if arguments.get(1).is_some_and(|argument| argument == "takeover") {
         let takeover = arguments.remove(1);
@@ -159,8 +165,18 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Fla
     }
     let matches = Flags::command().try_get_matches_from(arguments)?;
     let mut flags = Flags::from_arg_matches(&matches)?;
+    // Empty is as good as not given: a variable, most likely, that was not set.
+    flags.config = flags.config.filter(|path| !path.as_os_str().is_empty());
+    flags.write_config_to = flags.write_config_to.filter(|path| !path.as_os_str().is_empty());
+    flags.master = flags.master.filter(|url| !url.is_empty());
     flags.given = given(&matches);
     Ok(flags)
+}
+
+/// Empty ones too.
+#[expect(clippy::unnecessary_wraps, reason = "the parser's form")]
+fn path(text: &str) -> Result<PathBuf, String> {
+    Ok(PathBuf::from(text))
 }
 
 /// `--ipvs_scheduler` is `--ipvs-scheduler`.
@@ -227,7 +243,7 @@ impl Flags {
     }
 
     fn beside_file(&self, path: &Path) -> Result<(Configuration, Vec<String>, Vec<Problem>), Problems> {
-        let Read { mut configuration, warnings } = config::load(path)?;
+        let Read { mut configuration, warnings, problems } = config::load(path)?;
         let mut warnings: Vec<String> =
             warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect();
         let unheeded: Vec<&str> = self.given.iter().map(String::as_str).filter(|name| !self.is_heeded(name)).collect();
@@ -236,7 +252,7 @@ impl Flags {
             warnings.push(format!("--{names}: not heeded beside --config, as in kube-proxy; write it in the file"));
         }
         self.fields.clone().beside_file().apply(&mut configuration);
-        Ok((configuration, warnings, Vec::new()))
+        Ok((configuration, warnings, problems))
     }
 
     fn alone(&self) -> (Configuration, Vec<String>, Vec<Problem>) {

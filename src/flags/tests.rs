@@ -206,6 +206,18 @@ fn a_takeover_takes_the_flags_of_the_agent_before_and_after_it() {
 }
 
 #[test]
+fn what_is_empty_is_not_given() {
+    let flags =
+        parse_words(&["--config=", "--write-config-to=", "--master=", "--bind-address=", "--hostname-override="])
+            .unwrap();
+    assert_eq!((&flags.config, &flags.write_config_to, &flags.master), (&None, &None, &None));
+    assert_eq!(flags.effective().unwrap().settings.policy.bind_address, None);
+    for word in ["--version", "--version=true", "--version=raw"] {
+        assert_eq!(parse_words(&[word]).unwrap_err().kind(), clap::error::ErrorKind::DisplayVersion, "{word}");
+    }
+}
+
+#[test]
 fn wrong_command_lines_are_refused_with_the_reason() {
     for (words, reason) in [
         (&["--cluster-cidr="][..], "is no range"),

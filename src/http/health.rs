@@ -28,10 +28,12 @@ pub(crate) fn handler(health: Arc<Health>) -> Handler {
     })
 }
 
-/// `/livez` is about the agent alone; `/healthz` also says whether the Node is one to send traffic to.
+/// `/livez` is about the agent alone; `/healthz` also says whether the Node is one to send traffic to: one that is to stay,
+/// and whose Services are served.
 pub(super) fn answer(health: &Health, is_about_node: bool) -> Response {
     let (now, report) = (SystemTime::now(), health.report(Instant::now()));
-    let is_well = report.is_healthy() && (report.is_node_eligible || !is_about_node);
+    let is_fit = report.is_node_eligible && !report.is_start_late;
+    let is_well = report.is_healthy() && (is_fit || !is_about_node);
     // Who is well has just looked; who is not says since when.
     let updated = if is_well { now } else { report.last_update.unwrap_or(SystemTime::UNIX_EPOCH) };
     let families: Map<String, Value> = report

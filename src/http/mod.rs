@@ -12,10 +12,11 @@ pub(crate) mod metrics;
 pub(crate) mod node_ports;
 pub(crate) mod own;
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -25,15 +26,13 @@ use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
-use tokio::sync::Semaphore;
+use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
 
-/// How many connections a port serves at a time; others wait.
-const CONNECTIONS: usize = 64;
-/// How long a connection may take to say what it wants.
+/// How long a connection may take, from its beginning to the end of the answer.
 const PATIENCE: Duration = Duration::from_secs(10);
 const BODY: usize = 1024;
 const NOSNIFF: (HeaderName, HeaderValue) =
@@ -105,18 +104,37 @@ fn open(address: SocketAddr, reach: Reach) -> io::Result<TcpListener> {
     Ok(TcpListener::from(socket))
 }
 
+/// The connections of one or several ports. Where there are too many the oldest is ended: whoever holds many and says
+/// nothing keeps nobody else from being answered.
+#[derive(Clone)]
+pub(crate) struct Connections(Arc<Mutex<VecDeque<AbortHandle>>>, usize);
+
+impl Connections {
+    /// At most so many at a time.
+    pub(crate) fn new(most: usize) -> Self {
+        Self(Arc::default(), most)
+    }
+
+    fn add(&self, connection: AbortHandle) {
+        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        open.retain(|connection| !connection.is_finished());
+        while open.len() >= self.1 {
+            open.pop_front().inspect(AbortHandle::abort);
+        }
+        open.push_back(connection);
+    }
+}
+
 /// Serves until the task is dropped, or returns why it cannot.
-pub(crate) async fn serve(listener: TcpListener, handler: Handler) -> io::Error {
+pub(crate) async fn serve(listener: TcpListener, connections: Connections, handler: Handler) -> io::Error {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return error,
     };
-    let places = Arc::new(Semaphore::new(CONNECTIONS));
-    // Connections end with the task: a port that is closed is closed.
-    let mut connections = tokio::task::JoinSet::new();
+    // They end with the task: a port that is closed is closed.
+    let mut own = JoinSet::new();
     loop {
-        while connections.try_join_next().is_some() {}
-        let place = places.clone().acquire_owned().await;
+        while own.try_join_next().is_some() {}
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
@@ -127,24 +145,22 @@ pub(crate) async fn serve(listener: TcpListener, handler: Handler) -> io::Error 
             }
         };
         let handler = handler.clone();
-        connections.spawn(async move {
-            let _place = place;
+        connections.add(own.spawn(async move {
             let service = service_fn(|request| answer(request, &handler));
-            let connection = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(PATIENCE)
-                .serve_connection(TokioIo::new(stream), service);
-            if let Err(error) = connection.await {
-                debug!("a connection ended: {error}");
+            // One request each: nobody asks so often that it matters, and nobody stays.
+            let connection = http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
+            match tokio::time::timeout(PATIENCE, connection).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => debug!("a connection ended: {error}"),
+                Err(_) => debug!("a connection took too long"),
             }
-        });
+        }));
     }
 }
 
 async fn answer(request: Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
     let (parts, body) = request.into_parts();
-    let body = tokio::time::timeout(PATIENCE, Limited::new(body, BODY).collect()).await;
-    let Ok(Ok(body)) = body else {
+    let Ok(body) = Limited::new(body, BODY).collect().await else {
         return Ok(text(StatusCode::BAD_REQUEST, "a body that is too long, or does not come\n"));
     };
     let asked = Asked { method: parts.method, path: parts.uri.path().to_owned(), body: body.to_bytes() };

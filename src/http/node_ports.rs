@@ -13,12 +13,14 @@ use reconciler::contribution::HealthCheck;
 use serde_json::json;
 use service_watch::ObjectName;
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
-use super::{Asked, Reach, Response, listen, serve};
+use super::{Asked, Connections, Reach, Response, listen, serve};
 use crate::health::Health;
 
+/// How many connections all ports serve at a time.
+const CONNECTIONS: usize = 256;
 /// How soon a port that could not be listened on is tried again.
 const AGAIN: Duration = Duration::from_secs(5);
 
@@ -38,15 +40,22 @@ struct Place {
 struct Port {
     local_endpoints: Arc<AtomicUsize>,
     /// `None` while it cannot be listened on.
-    server: Option<AbortHandle>,
+    server: Option<JoinHandle<()>>,
     /// Whether somebody was told of that.
     is_told: bool,
 }
 
-impl Drop for Port {
-    fn drop(&mut self) {
-        if let Some(server) = &self.server {
+impl Port {
+    fn is_open(&self) -> bool {
+        self.server.as_ref().is_some_and(|server| !server.is_finished())
+    }
+
+    /// Waits until nobody listens on it any more: somebody else may be about to.
+    async fn close(mut self) {
+        if let Some(server) = self.server.take() {
             server.abort();
+            // It was aborted, which is an error.
+            let _ = server.await;
         }
     }
 }
@@ -59,28 +68,36 @@ pub(crate) async fn run(
     mut complain: impl FnMut(&ObjectName, String),
 ) {
     let mut ports: BTreeMap<Place, Port> = BTreeMap::new();
+    // Of all ports together: how many there are is for those to say who make Services.
+    let connections = Connections::new(CONNECTIONS);
     loop {
-        let is_any_closed = ports.values().any(|port| port.server.is_none());
-        tokio::select! {
-            told = news.recv() => {
-                let Some((service, checks)) = told else { return };
-                update(&mut ports, &service, &checks);
-            }
-            () = tokio::time::sleep(AGAIN), if is_any_closed => {}
-        }
+        let is_any_closed = ports.values().any(|port| !port.is_open());
+        let mut told = tokio::select! {
+            told = news.recv() => match told {
+                Some(told) => vec![told],
+                None => return,
+            },
+            () = tokio::time::sleep(AGAIN), if is_any_closed => Vec::new(),
+        };
         // All that has come is dealt with together: a port may move from one Service to another.
-        while let Ok((service, checks)) = news.try_recv() {
-            update(&mut ports, &service, &checks);
+        while let Ok(more) = news.try_recv() {
+            told.push(more);
+        }
+        for (service, checks) in told {
+            for port in update(&mut ports, &service, &checks) {
+                port.close().await;
+            }
         }
         for (place, port) in &mut ports {
-            if port.server.is_none() {
-                open(place, port, &health, &mut complain);
+            if !port.is_open() {
+                open(place, port, &health, &connections, &mut complain);
             }
         }
     }
 }
 
-fn update(ports: &mut BTreeMap<Place, Port>, service: &ObjectName, checks: &[HealthCheck]) {
+/// Returns the ports that are no longer wanted.
+fn update(ports: &mut BTreeMap<Place, Port>, service: &ObjectName, checks: &[HealthCheck]) -> Vec<Port> {
     let wanted: BTreeMap<Place, usize> = checks
         .iter()
         .flat_map(|check| {
@@ -94,11 +111,12 @@ fn update(ports: &mut BTreeMap<Place, Port>, service: &ObjectName, checks: &[Hea
             })
         })
         .collect();
-    ports.retain(|place, _| place.service != *service || wanted.contains_key(place));
+    let is_unwanted = |place: &&Place| place.service == *service && !wanted.contains_key(place);
+    let unwanted: Vec<Place> = ports.keys().filter(is_unwanted).cloned().collect();
     for (place, local_endpoints) in wanted {
-        let port = ports.entry(place).or_default();
-        port.local_endpoints.store(local_endpoints, Ordering::Relaxed);
+        ports.entry(place).or_default().local_endpoints.store(local_endpoints, Ordering::Relaxed);
     }
+    unwanted.iter().filter_map(|place| ports.remove(place)).collect()
 }
 
 fn all(family: Family) -> IpAddr {
@@ -108,7 +126,13 @@ fn all(family: Family) -> IpAddr {
     }
 }
 
-fn open(place: &Place, port: &mut Port, health: &Arc<Health>, complain: &mut impl FnMut(&ObjectName, String)) {
+fn open(
+    place: &Place,
+    port: &mut Port,
+    health: &Arc<Health>,
+    connections: &Connections,
+    complain: &mut impl FnMut(&ObjectName, String),
+) {
     let (service, address) = (&place.service, place.address);
     let listener = match listen(address, Reach::OneFamily) {
         Ok(listener) => listener,
@@ -130,11 +154,12 @@ fn open(place: &Place, port: &mut Port, health: &Arc<Health>, complain: &mut imp
         Arc::new(move |_: &Asked| answer(&service, local_endpoints.load(Ordering::Relaxed), &health))
     };
     let service = service.clone();
+    let connections = connections.clone();
     let server = tokio::spawn(async move {
-        let problem = serve(listener, handler).await;
+        let problem = serve(listener, connections, handler).await;
         warn!(%service, %address, "cannot answer load balancers: {problem}");
     });
-    port.server = Some(server.abort_handle());
+    port.server = Some(server);
     port.is_told = false;
 }
 

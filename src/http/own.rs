@@ -10,9 +10,11 @@ use tokio::runtime::Runtime;
 use tokio::sync::oneshot;
 use tracing::{debug, error, warn};
 
-use super::{Handler, Reach, listen, serve};
+use super::{Connections, Handler, Reach, listen, serve};
 use crate::events;
 
+/// How many connections a port serves at a time.
+const CONNECTIONS: usize = 64;
 /// How soon a port that could not be listened on is tried again, as often as it takes.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 
@@ -52,7 +54,7 @@ pub(crate) fn listen_on(
                 tokio::time::sleep(LISTEN_AGAIN).await;
             };
             debug!(%address, "listening");
-            let problem = serve(listener, handler).await;
+            let problem = serve(listener, Connections::new(CONNECTIONS), handler).await;
             error!(%address, "cannot answer: {problem}");
         });
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::common::{Manifests, addresses, ipvs, run};
 use crate::network::{CLUSTER_CIDR, Network};
-use crate::objects::{manifests, ready, service};
+use crate::objects::{file, manifests, ready, service};
 use crate::traffic::{Connection, PATIENCE, Server, tcp};
 use crate::{FLAGS, Over, finds_nothing_to_change, serving};
 
@@ -227,4 +227,37 @@ fn the_flag_cleanup_removes_what_either_has_made() {
     assert!(!run("nft list tables").contains("kube-ipvs") && !run("ip link").contains("kube-ipvs0"), "{log}");
     let rules = run("iptables-nft-save");
     assert!(FOREIGN.iter().all(|rule| rules.contains(rule)), "{rules}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_service_that_the_kernel_refuses_keeps_no_node_from_being_taken_over() {
+    let network = Network::new(1, 2);
+    left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
+    let manifests = web(&network);
+    let odd = service("odd", json!({"clusterIPs": ["fd00:96::99"], "externalIPs": ["ff0e::1"]}));
+    manifests.write("odd.json", &file(&[odd]));
+    let flag = format!("--manifests={}", manifests.path().display());
+    let log = kube_ipvs(&[&["takeover", &flag, "--hostname-override=node-a", CLUSTER_CIDR], &FLAGS[..]].concat());
+    assert!(log.contains("ff0e::1") && log.contains("of some Services"), "{log}");
+    assert_eq!(kube_objects(), [""; 0], "{log}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn rules_of_iptables_legacy_that_no_tool_is_there_for_are_named_and_keep_nothing_from_starting() {
+    let network = Network::new(1, 2);
+    left_by_kube_proxy(&network, Iptables::Legacy, "iptables-legacy");
+    let manifests = web(&network);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+    command.arg("takeover").arg(format!("--manifests={}", manifests.path().display())).args(FLAGS);
+    // As in an image that holds the agent and nothing else.
+    let output =
+        command.args(["--hostname-override=node-a", CLUSTER_CIDR]).env("PATH", "/nonexistent").output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{log}");
+    for text in ["not looked at: ", "iptables-legacy-restore", "left: ", "ipset KUBE-CLUSTER-IP"] {
+        assert!(log.contains(text), "{text}: {log}");
+    }
+    assert!(run("iptables-legacy-save").contains("KUBE-SERVICES"));
 }

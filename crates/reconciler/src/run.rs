@@ -7,7 +7,7 @@ use service_watch::Change;
 use tracing::{debug, error, info, warn};
 
 use crate::kernel::{Kernel, KernelError};
-use crate::outcome::Outcome;
+use crate::outcome::{Failure, Outcome};
 use crate::reconciler::Reconciler;
 
 /// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
@@ -29,12 +29,32 @@ pub enum Input {
 
 /// Who is told what the thread does. Nothing here may wait: the kernel does meanwhile.
 pub trait Observer {
-    /// A sync or an audit has ended. What had been said before `since` is in it; `heard` is when each change in it was
-    /// first heard of.
-    fn done(&mut self, outcome: &Outcome, since: Instant, heard: &[Instant]);
+    /// A sync or an audit has ended. What had been said before `since` is in it.
+    fn done(&mut self, outcome: &Outcome, since: Instant, taken: &Taken);
 
     /// The state of the kernel could not be read, so nothing was done.
     fn failed(&mut self, error: &KernelError);
+}
+
+/// What a sync took in.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Taken {
+    /// When each change was heard of that made a difference.
+    pub heard: Vec<Instant>,
+    /// How many changes of Services there were, whether they made one or not.
+    pub services: usize,
+    /// How many of EndpointSlices.
+    pub slices: usize,
+}
+
+impl Taken {
+    fn count(&mut self, change: &Change) {
+        match change {
+            Change::Service(_) | Change::ServiceGone(_) => self.services += 1,
+            Change::Slice(_) | Change::SliceGone(_) => self.slices += 1,
+            _ => {}
+        }
+    }
 }
 
 /// How often to sync.
@@ -63,16 +83,17 @@ struct Schedule {
     next_audit: Option<Instant>,
     /// How long to wait for what is not known of the Node; set once.
     node_deadline: Option<Instant>,
+    has_run: bool,
 }
 
 impl Schedule {
     fn new(periods: Periods) -> Self {
-        Self { periods, not_before: None, next_audit: None, node_deadline: None }
+        Self { periods, not_before: None, next_audit: None, node_deadline: None, has_run: false }
     }
 
     /// Before the first sync waits for what it takes of the Node, but not for ever: Services come before perfection.
     fn wait_for_node(&mut self, is_lacking: bool, now: Instant) {
-        if self.next_audit.is_some() {
+        if self.has_run {
             return;
         }
         match (is_lacking, self.node_deadline) {
@@ -110,6 +131,7 @@ impl Schedule {
 
     fn ended(&mut self, task: Task, is_success: bool, now: Instant) {
         if is_success {
+            self.has_run = true;
             self.not_before = Some(now + self.periods.min);
             if task == Task::Audit {
                 self.next_audit = Some(now + self.periods.audit);
@@ -120,19 +142,19 @@ impl Schedule {
     }
 }
 
-/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns how many
-/// operations of the last sync failed.
+/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns what failed in the
+/// last sync.
 pub fn run<K: Kernel>(
     reconciler: &mut Reconciler<K>,
     inputs: &Receiver<Input>,
     periods: Periods,
     once: bool,
     observer: &mut impl Observer,
-) -> usize {
+) -> Vec<Failure> {
     let mut schedule = Schedule::new(periods);
-    let mut failed = 0;
+    let mut failed = Vec::new();
     let mut unreadable = None;
-    let mut heard = Vec::new();
+    let mut taken = Taken::default();
     loop {
         if reconciler.is_ready() {
             schedule.wait_for_node(reconciler.lacks_node(), Instant::now());
@@ -152,10 +174,11 @@ pub fn run<K: Kernel>(
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {
                         Input::Change(change, since) => {
+                            taken.count(&change);
                             reconciler.apply(change);
                             // What changes nothing waits for no sync.
                             if reconciler.is_dirty() {
-                                heard.push(since);
+                                taken.heard.push(since);
                             }
                         }
                         Input::InterfacesChanged => reconciler.interfaces_changed(),
@@ -183,11 +206,11 @@ pub fn run<K: Kernel>(
         match &mut result {
             Ok(outcome) => {
                 outcome.took = end - start;
-                failed = outcome.failures.len();
+                failed.clone_from(&outcome.failures);
                 unreadable = None;
                 tell(outcome);
-                observer.done(outcome, start, &heard);
-                heard.clear();
+                observer.done(outcome, start, &taken);
+                taken = Taken::default();
             }
             Err(error) => {
                 if unreadable.as_ref() != Some(error) {

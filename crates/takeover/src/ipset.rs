@@ -8,7 +8,7 @@ use netlink_batch::{Error as NetlinkError, Refusal, Request, Socket};
 use crate::Mode;
 use crate::names;
 use crate::nfnetlink::{self, ANY_FAMILY, Attributes, EBUSY, ENOENT, Message};
-use crate::report::{AGAIN, Error, Object, Report};
+use crate::report::{AGAIN, Error, Left, Object, Report};
 
 /// `NFNL_SUBSYS_IPSET`.
 const SUBSYSTEM: u8 = 6;
@@ -85,6 +85,11 @@ fn destroy_all(socket: &mut Socket, mut sets: Vec<String>, report: &mut Report) 
                 // Somebody was faster.
                 Err(refusal) if refusal.errno == ENOENT => {}
                 Err(refusal) if is_busy(&refusal) && !is_last => busy.push(name),
+                // By rules that stay, or by some that cannot be seen: the same answer is to be expected the next time.
+                Err(refusal) if is_busy(&refusal) && (!report.unseen.is_empty() || has_kept_rules(report)) => {
+                    let reason = "a rule that stays uses it, or one that cannot be seen from here".to_owned();
+                    report.left.push(Left { object: Object::Set { name }, reason });
+                }
                 Err(refusal) if is_busy(&refusal) => {
                     let advice = format!(
                         "find what uses it with `nft list ruleset`, `iptables-save`, `ip6tables-save` or `ipset list`, \
@@ -100,6 +105,11 @@ fn destroy_all(socket: &mut Socket, mut sets: Vec<String>, report: &mut Report) 
             thread::sleep(PAUSE);
         }
     }
+}
+
+/// Whether a chain of kube-proxy's stays, which may look something up in a set.
+fn has_kept_rules(report: &Report) -> bool {
+    report.left.iter().any(|left| matches!(&left.object, Object::Chain { chain, .. } if names::is_chain(chain)))
 }
 
 fn remains(name: String, reason: String, advice: &str) -> Error {

@@ -5,6 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use crate::names;
 use crate::report::{Iptables, Left, Object, Report};
 
+/// The chains that the kernel itself calls.
+const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
+
 /// A table, as far as it matters here. `R` is what a backend deletes a rule by.
 #[derive(Debug)]
 pub(crate) struct Table<R> {
@@ -36,7 +39,8 @@ pub(crate) struct Plan<'a, R> {
 
 impl<R> Table<R> {
     /// What goes, if these chains have to stay besides kubelet's. A chain that stays works as before: what it leads to stays
-    /// as well, and so do the rules that lead to it.
+    /// as well, and so do the rules that lead to it. Others' chains are not changed either, as that of a CNI plugin that
+    /// marks packets by way of `KUBE-MARK-MASQ`; only from the kernel's own chains rules go.
     pub(crate) fn plan(&self, stuck: &BTreeSet<String>) -> Plan<'_, R> {
         let mut kept = BTreeMap::new();
         let mut look_at: Vec<&str> = Vec::new();
@@ -44,7 +48,7 @@ impl<R> Table<R> {
             if names::is_kubelet_chain(chain) {
                 kept.insert(chain, "it is kubelet's".to_owned());
                 look_at.push(chain);
-            } else if stuck.contains(chain) {
+            } else if stuck.contains(chain) || !(names::is_chain(chain) || BUILT_IN.contains(&chain)) {
                 look_at.push(chain);
             }
         }
@@ -52,7 +56,9 @@ impl<R> Table<R> {
             for jump in self.jumps.iter().filter(|jump| jump.chain == chain) {
                 let target = jump.target.as_str();
                 if names::is_chain(target) && !stuck.contains(target) && !kept.contains_key(target) {
-                    kept.insert(target, format!("{chain}, which stays, leads there"));
+                    let is_known = names::is_chain(chain) || names::is_kubelet_chain(chain);
+                    let whose = if is_known { "stays" } else { "is not kube-proxy's" };
+                    kept.insert(target, format!("{chain}, which {whose}, leads there"));
                     look_at.push(target);
                 }
             }
@@ -129,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_of_kube_proxy_go_with_the_rules_of_others_that_lead_to_them() {
+    fn chains_go_with_the_rules_of_the_kernels_chains_that_lead_to_them_and_those_stay_that_others_go_by() {
         let table = table(
             &["OUTPUT", "DOCKER", "KUBE-SERVICES", "KUBE-MARK-MASQ", "KUBE-ROUTER-OUTPUT"],
             &[
@@ -141,9 +147,9 @@ mod tests {
             ],
         );
         let (chains, jumps, kept) = planned(&table, &[]);
-        assert_eq!(chains, ["KUBE-MARK-MASQ", "KUBE-SERVICES"]);
-        assert_eq!(jumps, [0, 4]);
-        assert_eq!(kept, [""; 0]);
+        assert_eq!(chains, ["KUBE-SERVICES"]);
+        assert_eq!(jumps, [0]);
+        assert_eq!(kept, ["KUBE-MARK-MASQ"], "somebody else goes by it");
     }
 
     #[test]

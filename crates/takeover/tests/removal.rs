@@ -181,7 +181,7 @@ EOF"
 }
 
 /// In a chain of somebody else's, with rules on both sides.
-fn a_rule_of_others_goes_alone(iptables: Iptables, word: &str) {
+fn what_others_go_by_stays(iptables: Iptables, word: &str) {
     isolate().unwrap();
     let neighbours = Neighbours::new(iptables);
     leave(&recording("clusterip-tcp").unwrap(), iptables).unwrap();
@@ -189,17 +189,28 @@ fn a_rule_of_others_goes_alone(iptables: Iptables, word: &str) {
         "iptables-{word} -t nat -I CNI-HOSTPORT-DNAT 2 -s 10.0.0.1 -m comment --comment 'say \"-j\" twice' -j KUBE-MARK-MASQ
          iptables-{word} -t nat -A CNI-HOSTPORT-DNAT -s 10.0.0.2 -g KUBE-MARK-MASQ"
     ));
-    let objects = objects(&removed());
-    let rule = format!("rule in nat/CNI-HOSTPORT-DNAT of iptables-{word} (ip) that leads to KUBE-MARK-MASQ");
-    assert_eq!(objects.iter().filter(|object| **object == rule).count(), 2, "{objects:#?}");
+    let report = removed();
+    let chain = format!("chain nat/KUBE-MARK-MASQ of iptables-{word} (ip)");
+    assert_has(&left(&report), &[&format!("{chain}: CNI-HOSTPORT-DNAT, which is not kube-proxy's, leads there")]);
+    let rules = run(&format!("iptables-{word}-save -t nat"));
+    for rule in ["-s 10.0.0.1/32", "-s 10.0.0.2/32", "-A KUBE-MARK-MASQ -j MARK"] {
+        assert!(rules.contains(rule), "{rules}");
+    }
+    assert_eq!(rules.matches("KUBE-").count(), 5, "nothing else is left: {rules}");
+    // Once they do not, it goes too.
+    run(&format!("iptables-{word} -t nat -D CNI-HOSTPORT-DNAT -s 10.0.0.2 -g KUBE-MARK-MASQ"));
+    run(&format!(
+        "iptables-{word} -t nat -D CNI-HOSTPORT-DNAT -s 10.0.0.1 -m comment --comment 'say \"-j\" twice' -j KUBE-MARK-MASQ"
+    ));
+    assert_eq!(objects(&removed()), [chain]);
     assert_eq!(neighbours.state(), neighbours.before);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_rule_of_others_that_leads_to_a_chain_of_kube_proxy_goes_and_no_other() {
-    a_rule_of_others_goes_alone(Iptables::Nft, "nft");
-    a_rule_of_others_goes_alone(Iptables::Legacy, "legacy");
+fn a_chain_of_kube_proxy_that_others_go_by_stays_until_they_do_not() {
+    what_others_go_by_stays(Iptables::Nft, "nft");
+    what_others_go_by_stays(Iptables::Legacy, "legacy");
 }
 
 /// kubelet marked packets to be dropped, until Kubernetes 1.28.
