@@ -34,11 +34,11 @@ COMMIT
 "#,
         },
         Case {
-            name: "goto is as good as jump, and a chain of somebody else gives up that rule alone",
-            saved: "*nat\n:OUTPUT ACCEPT [0:0]\n:CNI-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n-A OUTPUT -j CNI-X\n\
-                    -A CNI-X -s 10.0.0.1/32 -g KUBE-MARK-MASQ\n-A CNI-X -j ACCEPT\n-A KUBE-MARK-MASQ -j MARK\nCOMMIT\n",
-            input: "*nat\n:KUBE-MARK-MASQ - [0:0]\n-D CNI-X -s 10.0.0.1/32 -g KUBE-MARK-MASQ\n-X KUBE-MARK-MASQ\n\
-                    COMMIT\n",
+            name: "goto is as good as jump, and what a chain of somebody else goes by stays",
+            saved: "*nat\n:OUTPUT ACCEPT [0:0]\n:CNI-X - [0:0]\n:KUBE-MARK-MASQ - [0:0]\n:KUBE-SERVICES - [0:0]\n\
+                    -A OUTPUT -j CNI-X\n-A OUTPUT -s 10.0.0.1/32 -g KUBE-SERVICES\n-A CNI-X -g KUBE-MARK-MASQ\n\
+                    -A KUBE-SERVICES -j KUBE-MARK-MASQ\nCOMMIT\n",
+            input: "*nat\n:KUBE-SERVICES - [0:0]\n-D OUTPUT -s 10.0.0.1/32 -g KUBE-SERVICES\n-X KUBE-SERVICES\nCOMMIT\n",
         },
         Case {
             name: "what only looks like a jump stays",
