@@ -30,7 +30,7 @@ fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), usize> {
 }
 
 fn observe(socket: &mut Socket) -> ObservedFilter {
-    read::read(socket, Families::BOTH.iter()).unwrap()
+    read::read(socket, Families::BOTH).unwrap()
 }
 
 fn ruleset(family: Family, detect_local: DetectLocal) -> Ruleset {

@@ -29,7 +29,7 @@ type Outcome = Result<(), KernelError>;
 
 /// Reads the tables of the families the node serves.
 pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<ObservedFilter, KernelError> {
-    read::read(socket, families.iter()).map_err(|error| {
+    read::read(socket, families).map_err(|error| {
         let hint = error.refusal().map_or("", |refusal| hint(refusal.errno));
         KernelError { cause: Cause::Refused, text: format!("cannot read the packet filter: {error}{hint}") }
     })

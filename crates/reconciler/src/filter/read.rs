@@ -21,22 +21,25 @@ use super::message::{UDATA_FINGERPRINT, header};
 use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
 use super::{Entry, ObservedFilter, TABLE, set};
 use crate::front_end::FrontEnd;
+use crate::policy::Families;
 
-/// Attributes of a message of nfnetlink, after the four bytes of its own header.
+/// A message of nfnetlink: the generation of the ruleset that it tells of (`res_id` of `nfgenmsg`, the low half of a number
+/// that each transaction raises), and its attributes.
 #[derive(Debug)]
-struct Raw(Vec<u8>);
+struct Raw(u16, Vec<u8>);
 
 impl NetlinkDeserializable for Raw {
     type Error = DecodeError;
 
     fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        Ok(Self(payload.get(4..).ok_or("a message of nfnetlink is short")?.to_vec()))
+        let [_, _, high, low, attributes @ ..] = payload else { return Err("a message of nfnetlink is short".into()) };
+        Ok(Self(u16::from_be_bytes([*high, *low]), attributes.to_vec()))
     }
 }
 
 impl Raw {
     fn attribute(&self, kind: u16) -> Option<&[u8]> {
-        attribute(&self.0, kind)
+        attribute(&self.1, kind)
     }
 
     fn text(&self, kind: u16) -> Option<String> {
@@ -90,11 +93,45 @@ const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 const NF_ACCEPT: u32 = 1;
 
+/// How often tables are read that others change meanwhile.
+const ATTEMPTS: u32 = 5;
+
+/// Several dumps that are to tell of one moment.
+#[derive(Debug, Default)]
+struct Reading {
+    generation: Option<u16>,
+    /// Whether something changed between them.
+    is_torn: bool,
+}
+
+impl Reading {
+    fn dump(
+        &mut self,
+        socket: &mut Socket,
+        family: Family,
+        message: NfTablesMessage,
+        mut each: impl FnMut(Raw),
+    ) -> Result<(), Error> {
+        socket.dump(&NetfilterMessage::new(header(family), message), |raw: Raw| {
+            self.is_torn |= *self.generation.get_or_insert(raw.0) != raw.0;
+            each(raw);
+        })
+    }
+}
+
 /// Which families have a table of ours, and its flags: one that is dormant does nothing.
 pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<Vec<(Family, u32)>, Error> {
+    find_tables(socket, families, &mut Reading::default())
+}
+
+fn find_tables(
+    socket: &mut Socket,
+    families: impl Iterator<Item = Family>,
+    reading: &mut Reading,
+) -> Result<Vec<(Family, u32)>, Error> {
     let mut found = Vec::new();
     for family in families {
-        dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
+        reading.dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
             if table.text(NFTA_TABLE_NAME).as_deref() == Some(TABLE) {
                 found.push((family, table.number(NFTA_TABLE_FLAGS).unwrap_or(0)));
             }
@@ -103,15 +140,28 @@ pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Re
     Ok(found)
 }
 
-/// Reads the tables of these families.
-pub fn read(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<ObservedFilter, Error> {
+/// Reads the tables of these families, as they are at one moment; where others never stop changing theirs, as nearly so as
+/// can be had.
+pub fn read(socket: &mut Socket, families: Families) -> Result<ObservedFilter, Error> {
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        let mut reading = Reading::default();
+        let observed = read_once(socket, families, &mut reading)?;
+        if !reading.is_torn || attempts == ATTEMPTS {
+            return Ok(observed);
+        }
+    }
+}
+
+fn read_once(socket: &mut Socket, families: Families, reading: &mut Reading) -> Result<ObservedFilter, Error> {
     let mut observed = ObservedFilter::default();
-    for (family, flags) in tables(socket, families)? {
+    for (family, flags) in find_tables(socket, families.iter(), reading)? {
         let mut inventory = Inventory::default();
         inventory.table(flags);
-        read_sets(socket, family, &mut inventory)?;
-        read_chains(socket, family, &mut inventory, &mut observed)?;
-        read_elements(socket, family, &mut inventory, &mut observed)?;
+        read_sets(socket, family, &mut inventory, reading)?;
+        read_chains(socket, family, &mut inventory, &mut observed, reading)?;
+        read_elements(socket, family, &mut inventory, &mut observed, reading)?;
         observed.rulesets.insert(family, inventory.fingerprint());
     }
     Ok(observed)
@@ -140,13 +190,14 @@ pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
     Ok(found)
 }
 
-fn dump(socket: &mut Socket, family: Family, message: NfTablesMessage, each: impl FnMut(Raw)) -> Result<(), Error> {
-    socket.dump(&NetfilterMessage::new(header(family), message), each)
-}
-
-fn read_sets(socket: &mut Socket, family: Family, inventory: &mut Inventory) -> Result<(), Error> {
+fn read_sets(
+    socket: &mut Socket,
+    family: Family,
+    inventory: &mut Inventory,
+    reading: &mut Reading,
+) -> Result<(), Error> {
     let attributes = vec![SetAttribute::Table(TABLE.into())];
-    dump(socket, family, NfTablesMessage::GetSet(SetMessage { attributes }), |set| {
+    reading.dump(socket, family, NfTablesMessage::GetSet(SetMessage { attributes }), |set| {
         let is_anonymous = set.number(NFTA_SET_FLAGS).unwrap_or(0) & NFT_SET_ANONYMOUS != 0;
         if set.text(NFTA_SET_TABLE).as_deref() == Some(TABLE) && !is_anonymous {
             let name = set.text(NFTA_SET_NAME).unwrap_or_default();
@@ -161,17 +212,18 @@ fn read_chains(
     family: Family,
     inventory: &mut Inventory,
     observed: &mut ObservedFilter,
+    reading: &mut Reading,
 ) -> Result<(), Error> {
     let mut rules: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let attributes = vec![RuleAttribute::Table(TABLE.into())];
-    dump(socket, family, NfTablesMessage::GetRule(RuleMessage { attributes }), |rule| {
+    reading.dump(socket, family, NfTablesMessage::GetRule(RuleMessage { attributes }), |rule| {
         if rule.text(NFTA_RULE_TABLE).as_deref() == Some(TABLE) {
             let chain = rule.text(NFTA_RULE_CHAIN).unwrap_or_default();
             let user_data = rule.attribute(NFTA_RULE_USERDATA).unwrap_or_default();
             rules.entry(chain).or_default().push(rule_fingerprint(user_data).unwrap_or(0));
         }
     })?;
-    dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
+    reading.dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
         if chain.text(NFTA_CHAIN_TABLE).as_deref() != Some(TABLE) {
             return;
         }
@@ -217,21 +269,22 @@ fn read_elements(
     family: Family,
     inventory: &mut Inventory,
     observed: &mut ObservedFilter,
+    reading: &mut Reading,
 ) -> Result<(), Error> {
     let others = [SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS];
     for set in set::NAMES.iter().map(|(_, name)| *name).chain(others) {
         let attributes = vec![SetElementList::Table(TABLE.into()), SetElementList::Set(set.into())];
         let message = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
         let mut is_ours = true;
-        let read = dump(socket, family, message, |list| {
+        let read = reading.dump(socket, family, message, |list| {
             let elements = list.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
             for element in NlasIterator::new(elements).flatten() {
                 is_ours &= take_in(family, set, element.value(), observed).is_some();
             }
         });
         match read {
-            // Without the set the inventory shows already that this is not our table.
-            Err(error) if error.refusal().is_some() => {}
+            // Without the set the inventory shows already that this is not our table, unless it went just now.
+            Err(error) if error.refusal().is_some() => reading.is_torn |= inventory.has_set(set),
             read => read?,
         }
         if !is_ours {

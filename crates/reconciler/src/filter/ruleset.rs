@@ -541,6 +541,10 @@ impl Inventory {
         self.0.insert(format!("set {name} {key_bytes} {data:x}"));
     }
 
+    pub(crate) fn has_set(&self, name: &str) -> bool {
+        self.0.iter().any(|line| line.strip_prefix("set ").is_some_and(|rest| rest.split(' ').next() == Some(name)))
+    }
+
     pub(crate) fn chain(&mut self, name: &str, base: Option<(&str, u32, i32)>, rules: &[u64]) {
         self.0.insert(format!("chain {name} {base:?} {rules:x?}"));
     }
