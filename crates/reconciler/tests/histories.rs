@@ -209,6 +209,7 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
         |(slice_name, owner, ports, endpoints)| EndpointSlice {
             name: name(slice_name),
             service: name(owner),
+            is_ipv6: false,
             ports,
             endpoints,
             triggered: None,

@@ -194,6 +194,8 @@ fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
     assert_eq!(world.sync().triggers, [(Family::Ipv4, at)]);
     world.apply(Change::Slice(changed(&["10.0.0.1"])));
     assert_eq!(world.sync().triggers, [], "it says nothing new");
+    world.apply(Change::Slice(changed(&[])));
+    assert_eq!(world.sync().triggers, [(Family::Ipv4, at)], "to become empty is a change");
     world.apply(Change::SliceGone(name("a")));
     assert_eq!(world.sync().triggers, [], "what goes has no such time");
 }

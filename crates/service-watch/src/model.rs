@@ -118,6 +118,8 @@ pub struct EndpointSlice {
     pub name: ObjectName,
     /// The Service it belongs to (label `kubernetes.io/service-name`), in the slice's namespace.
     pub service: ObjectName,
+    /// Whether `addressType` is `IPv6`, and not `IPv4`.
+    pub is_ipv6: bool,
     /// The ports every endpoint of the slice listens on.
     pub ports: Vec<SlicePort>,
     /// The endpoints.

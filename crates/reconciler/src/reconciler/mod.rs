@@ -96,8 +96,8 @@ impl<K: Kernel> Reconciler<K> {
     pub fn apply(&mut self, change: Change) {
         let trigger = match &change {
             Change::Slice(slice) => {
-                let family = slice.endpoints.first().map(|endpoint| Family::of(endpoint.address));
-                family.zip(slice.triggered)
+                let family = if slice.is_ipv6 { Family::Ipv6 } else { Family::Ipv4 };
+                slice.triggered.map(|at| (family, at))
             }
             _ => None,
         };

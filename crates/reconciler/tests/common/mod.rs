@@ -77,6 +77,7 @@ pub fn slice(slice_name: &str, service: &str, endpoints: Vec<Endpoint>) -> Endpo
     EndpointSlice {
         name: name(slice_name),
         service: name(service),
+        is_ipv6: endpoints.first().is_some_and(|endpoint| endpoint.address.is_ipv6()),
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
         endpoints,
         triggered: None,

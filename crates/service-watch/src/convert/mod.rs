@@ -305,6 +305,7 @@ impl Converter {
         Outcome::Serve(EndpointSlice {
             name: name.clone(),
             service: ObjectName { namespace: name.namespace.clone(), name: self.names.get(service) },
+            is_ipv6: family == Family::V6,
             ports: problems
                 .items(&object.ports, "ports", "no port is served")
                 .filter_map(|(at, port)| self.slice_port(port, at, problems))
