@@ -41,6 +41,8 @@ struct Port {
     local_endpoints: Arc<AtomicUsize>,
     /// `None` while it cannot be listened on.
     server: Option<JoinHandle<()>>,
+    /// Since when it cannot.
+    failing_since: Option<Instant>,
     /// Whether somebody was told of that.
     is_told: bool,
 }
@@ -61,7 +63,7 @@ impl Port {
 }
 
 /// Opens and closes ports as it is told, until nobody is left to tell. `complain` hears of a port of a Service that cannot be
-/// listened on, once until it can.
+/// listened on for a while, once until it can.
 pub(crate) async fn run(
     mut news: UnboundedReceiver<News>,
     health: Arc<Health>,
@@ -137,7 +139,9 @@ fn open(
     let listener = match listen(address, Reach::OneFamily) {
         Ok(listener) => listener,
         Err(error) => {
-            if !std::mem::replace(&mut port.is_told, true) {
+            // At first it may be on its way from one Service to another.
+            let since = *port.failing_since.get_or_insert_with(Instant::now);
+            if since.elapsed() >= AGAIN && !std::mem::replace(&mut port.is_told, true) {
                 let what = format!(
                     "node port {} cannot be listened on for health checks: {error}; another program or Service has it: \
                      give spec.healthCheckNodePort another value, or end that program",
@@ -160,6 +164,7 @@ fn open(
         warn!(%service, %address, "cannot answer load balancers: {problem}");
     });
     port.server = Some(server);
+    port.failing_since = None;
     port.is_told = false;
 }
 
