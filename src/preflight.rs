@@ -51,7 +51,11 @@ fn probe(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
         Err(error) if error.kind() == ErrorKind::Exists => {}
         Err(error) => return Err(error).context("cannot find out whether the kernel has the scheduler"),
     }
-    ipvs.delete_virtual_server(&id).context("cannot take back the virtual server that probed for the scheduler")
+    match ipvs.delete_virtual_server(&id) {
+        // An agent that runs already took it for somebody else's.
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+        result => result.context("cannot take back the virtual server that probed for the scheduler"),
+    }
 }
 
 /// The address families this node can serve.
