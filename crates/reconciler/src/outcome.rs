@@ -178,6 +178,15 @@ impl Findings {
         self.failed.contains_key(key) || self.stale.contains_key(key)
     }
 
+    /// What did not go well with one key holds up another: that is to be tried again as well.
+    pub(crate) fn share(&mut self, key: &Key, other: Key) {
+        for errors in [&mut self.failed, &mut self.stale] {
+            if let Some(error) = errors.get(key).cloned() {
+                errors.entry(other.clone()).or_insert(error);
+            }
+        }
+    }
+
     pub(crate) fn extend(&mut self, more: Self) {
         self.failed.extend(more.failed);
         self.stale.extend(more.stale);

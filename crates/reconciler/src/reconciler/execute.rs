@@ -104,16 +104,27 @@ impl<K: Kernel> Reconciler<K> {
             let results = self.kernel.apply(&rest);
             findings.extend(self.take_in(&rest, results, outcome));
         }
-        let mut kept = BTreeSet::new();
+        // Source ranges wait for the front ends that refer to them, and are tried again with those.
+        let (mut kept, mut held) = (BTreeMap::new(), Vec::new());
         last.retain(|operation| {
             let is_kept = findings.concern(&operation.key());
-            if let Operation::ForgetFrontEnd(_, Elements { sources: Some(Some(service)), .. }) = operation
-                && is_kept
-            {
-                kept.insert(service.clone());
+            match operation {
+                Operation::ForgetFrontEnd(_, Elements { sources: Some(Some(service)), .. }) if is_kept => {
+                    kept.insert(service.clone(), operation.key());
+                }
+                Operation::RemoveSources(service, _) => {
+                    if let Some(front_end) = kept.get(service) {
+                        held.push((operation.key(), front_end.clone()));
+                        return false;
+                    }
+                }
+                _ => {}
             }
-            !is_kept && !matches!(operation, Operation::RemoveSources(service, _) if kept.contains(service))
+            !is_kept
         });
+        for (sources, front_end) in held {
+            findings.share(&front_end, sources);
+        }
         if !last.is_empty() && self.mirror.is_some() {
             let results = self.kernel.apply(&last);
             findings.extend(self.take_in(&last, results, outcome));
