@@ -179,7 +179,7 @@ impl Findings {
     }
 
     /// What did not go well with one key holds up another: that is to be tried again as well.
-    pub(crate) fn share(&mut self, key: &Key, other: Key) {
+    pub(crate) fn share(&mut self, key: &Key, other: &Key) {
         for errors in [&mut self.failed, &mut self.stale] {
             if let Some(error) = errors.get(key).cloned() {
                 errors.entry(other.clone()).or_insert(error);

@@ -123,7 +123,7 @@ impl<K: Kernel> Reconciler<K> {
             !is_kept
         });
         for (sources, front_end) in held {
-            findings.share(&front_end, sources);
+            findings.share(&front_end, &sources);
         }
         if !last.is_empty() && self.mirror.is_some() {
             let results = self.kernel.apply(&last);
