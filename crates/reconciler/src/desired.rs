@@ -107,9 +107,14 @@ impl Desired {
         }
     }
 
+    /// What a Service wants; `None` where that is nothing.
+    pub fn contribution(&self, service: &ObjectName) -> Option<&Contribution> {
+        self.contributors.get(service).map(|contributor| &contributor.contribution)
+    }
+
     /// The virtual server wanted at a front end.
     pub fn server(&self, front_end: &FrontEnd) -> Option<&WantedServer> {
-        self.contributors.get(self.owner(front_end)?)?.contribution.servers.get(front_end)
+        self.contribution(self.owner(front_end)?)?.servers.get(front_end)
     }
 
     /// The real servers wanted at a front end, sorted; none where nobody wants it.
@@ -134,7 +139,7 @@ impl Desired {
 
     /// The source ranges of a Service in a family, where it has any.
     pub fn sources(&self, service: &ObjectName, family: Family) -> Option<&Ranges> {
-        self.contributors.get(service)?.contribution.sources.get(&family)
+        self.contribution(service)?.sources.get(&family)
     }
 
     /// Everything that is to be in a family's table of the packet filter.

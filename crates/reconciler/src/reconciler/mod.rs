@@ -12,7 +12,7 @@ use ipvs_netlink::Family;
 use service_watch::{Change, ObjectName, Protocol};
 
 use crate::again::Again;
-use crate::contribution::{Contribution, Direction, HealthCheck};
+use crate::contribution::{Contribution, Direction};
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
 use crate::filter::ruleset::Ruleset;
@@ -58,10 +58,6 @@ pub struct Reconciler<K> {
     draining: BTreeMap<FrontEnd, Again>,
     /// Since when real servers are known to drain, where there is a limit to it. After a restart it begins anew.
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
-    /// VIPs that were reported as refused.
-    refused: BTreeMap<ObjectName, Vec<IpAddr>>,
-    /// What load balancers are told; Services without such a port are not here.
-    health_checks: BTreeMap<ObjectName, Vec<HealthCheck>>,
     /// When the slices that changed since the last sync began to say what they say.
     triggers: Vec<(Family, SystemTime)>,
 }
@@ -86,8 +82,6 @@ impl<K: Kernel> Reconciler<K> {
             pending: BTreeMap::new(),
             draining: BTreeMap::new(),
             drain_since: BTreeMap::new(),
-            refused: BTreeMap::new(),
-            health_checks: BTreeMap::new(),
             triggers: Vec::new(),
         }
     }
@@ -283,20 +277,15 @@ impl<K: Kernel> Reconciler<K> {
             let entry = self.table.get(name);
             let contribution = entry.map(|entry| Contribution::of(entry, &self.node, &self.policy)).unwrap_or_default();
             let service = entry.and_then(|entry| entry.service.as_deref());
-            let before = self.refused.remove(name).unwrap_or_default();
-            let new = contribution.refused.iter().filter(|vip| !before.contains(vip));
+            // What was told already is not told again.
+            let (refused, told) = self
+                .desired
+                .contribution(name)
+                .map_or((&[][..], &[][..]), |before| (before.refused.as_slice(), before.health_checks.as_slice()));
+            let new = contribution.refused.iter().filter(|vip| !refused.contains(vip));
             outcome.refused.extend(new.map(|vip| (name.clone(), *vip)));
-            if !contribution.refused.is_empty() {
-                self.refused.insert(name.clone(), contribution.refused.clone());
-            }
-            let told = self.health_checks.get(name).map(Vec::as_slice).unwrap_or_default();
-            if told != contribution.health_checks.as_slice() {
+            if told != contribution.health_checks {
                 outcome.health_checks.push((name.clone(), contribution.health_checks.clone()));
-                if contribution.health_checks.is_empty() {
-                    self.health_checks.remove(name);
-                } else {
-                    self.health_checks.insert(name.clone(), contribution.health_checks.clone());
-                }
             }
             self.desired.update(name, service, contribution, &mut self.dirty, &mut outcome.clashes);
         }
