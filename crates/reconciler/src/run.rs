@@ -81,44 +81,58 @@ struct Schedule {
     /// Before this nothing is done.
     not_before: Option<Instant>,
     next_audit: Option<Instant>,
-    /// How long to wait for what is not known of the Node; set once.
-    node_deadline: Option<Instant>,
-    has_run: bool,
+    node: NodeWait,
+}
+
+/// Whether the first sync waits for what it takes of the Node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NodeWait {
+    /// If anything is lacking.
+    Perhaps,
+    Until(Instant),
+    /// It has come, or been waited for long enough: Services come before perfection.
+    Over,
 }
 
 impl Schedule {
     fn new(periods: Periods) -> Self {
-        Self { periods, not_before: None, next_audit: None, node_deadline: None, has_run: false }
+        Self { periods, not_before: None, next_audit: None, node: NodeWait::Perhaps }
     }
 
-    /// Before the first sync waits for what it takes of the Node, but not for ever: Services come before perfection.
-    fn wait_for_node(&mut self, is_lacking: bool, now: Instant) {
-        if self.has_run {
-            return;
-        }
-        match (is_lacking, self.node_deadline) {
-            (true, None) => {
+    /// Until when nothing is done for the want of what is lacking of the Node.
+    fn hold(&mut self, is_lacking: bool, now: Instant) -> Option<Instant> {
+        match self.node {
+            NodeWait::Perhaps if is_lacking => {
                 info!(
                     "waiting up to {} s for what the configuration needs of the own Node: its addresses or podCIDRs; is \
                      --hostname-override the name of the Node?",
                     NODE_PATIENCE.as_secs()
                 );
-                self.node_deadline = Some(now + NODE_PATIENCE);
-                self.not_before = self.node_deadline;
+                let deadline = now + NODE_PATIENCE;
+                self.node = NodeWait::Until(deadline);
+                Some(deadline)
             }
-            (true, Some(deadline)) if now >= deadline && self.not_before == Some(deadline) => {
+            NodeWait::Until(deadline) if is_lacking && now < deadline => Some(deadline),
+            NodeWait::Until(_) if is_lacking => {
                 warn!(
                     "the own Node is still not known, or lacks addresses or podCIDRs: going on without; NodePorts listen on \
                      all addresses and pods are not told from others until it is"
                 );
-                self.not_before = None;
+                self.node = NodeWait::Over;
+                None
             }
-            (false, Some(deadline)) if self.not_before == Some(deadline) => self.not_before = None,
-            _ => {}
+            _ => None,
         }
     }
 
-    /// The next task and its time, which may have passed. `look` is when the reconciler wants to look at something.
+    /// The next task of a reconciler and its time, which may have passed.
+    fn due<K: Kernel>(&mut self, reconciler: &Reconciler<K>, now: Instant) -> (Task, Instant) {
+        let hold = self.hold(reconciler.lacks_node(), now);
+        let (task, at) = self.next(reconciler.is_dirty(), reconciler.next_look(), now);
+        (task, hold.map_or(at, |hold| at.max(hold)))
+    }
+
+    /// `look` is when the reconciler wants to look at something.
     fn next(&self, is_dirty: bool, look: Option<Instant>, now: Instant) -> (Task, Instant) {
         let audit = self.next_audit.unwrap_or(now);
         let sync = if is_dirty { Some(now) } else { look };
@@ -131,7 +145,7 @@ impl Schedule {
 
     fn ended(&mut self, task: Task, is_success: bool, now: Instant) {
         if is_success {
-            self.has_run = true;
+            self.node = NodeWait::Over;
             self.not_before = Some(now + self.periods.min);
             if task == Task::Audit {
                 self.next_audit = Some(now + self.periods.audit);
@@ -156,12 +170,9 @@ pub fn run<K: Kernel>(
     let mut unreadable = None;
     let mut taken = Taken::default();
     loop {
-        if reconciler.is_ready() {
-            schedule.wait_for_node(reconciler.lacks_node(), Instant::now());
-        }
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
-            let (_, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), now);
+            let (_, at) = schedule.due(reconciler, now);
             at.saturating_duration_since(now)
         });
         let received = match wait {
@@ -193,8 +204,7 @@ pub fn run<K: Kernel>(
             continue;
         }
         let start = Instant::now();
-        schedule.wait_for_node(reconciler.lacks_node(), start);
-        let (task, at) = schedule.next(reconciler.is_dirty(), reconciler.next_look(), start);
+        let (task, at) = schedule.due(reconciler, start);
         if at > start {
             continue;
         }
@@ -322,18 +332,16 @@ mod tests {
     fn the_first_run_waits_for_what_it_needs_of_the_node_and_not_for_ever() {
         let (mut schedule, start) = (schedule(), Instant::now());
         let late = start + NODE_PATIENCE;
-        schedule.wait_for_node(true, start);
-        assert_eq!(schedule.next(true, None, start), (Task::Audit, late));
-        schedule.wait_for_node(false, start + MIN);
-        assert_eq!(schedule.next(true, None, start + MIN), (Task::Audit, start + MIN), "it has come");
+        assert_eq!(schedule.hold(true, start), Some(late));
+        assert_eq!(schedule.hold(true, start + MIN), Some(late), "the time does not begin anew");
+        assert_eq!(schedule.hold(false, start + MIN), None, "it has come");
+
+        assert_eq!(schedule.hold(true, late), None, "it has not");
+        assert_eq!(schedule.hold(true, late + MIN), None);
 
         let mut schedule = self::schedule();
-        schedule.wait_for_node(true, start);
-        schedule.wait_for_node(true, late);
-        assert_eq!(schedule.next(true, None, late), (Task::Audit, late), "it has not");
-        schedule.ended(Task::Audit, true, late);
-        schedule.wait_for_node(true, late + MIN);
-        assert_eq!(schedule.next(true, None, late + MIN * 2).0, Task::Sync, "nothing waits for it any more");
+        schedule.ended(Task::Audit, true, start);
+        assert_eq!(schedule.hold(true, start + MIN), None, "after the first run nothing waits for it any more");
     }
 
     #[test]
