@@ -17,10 +17,14 @@ pub(crate) mod command {
     pub(crate) const SET_DEST: u8 = 6;
     pub(crate) const DEL_DEST: u8 = 7;
     pub(crate) const GET_DEST: u8 = 8;
+    pub(crate) const NEW_DAEMON: u8 = 9;
+    pub(crate) const DEL_DAEMON: u8 = 10;
+    pub(crate) const GET_DAEMON: u8 = 11;
     pub(crate) const SET_CONFIG: u8 = 12;
     pub(crate) const GET_CONFIG: u8 = 13;
     pub(crate) const SET_INFO: u8 = 14;
     pub(crate) const GET_INFO: u8 = 15;
+    pub(crate) const ZERO: u8 = 16;
     pub(crate) const FLUSH: u8 = 17;
 }
 
@@ -28,6 +32,7 @@ pub(crate) mod command {
 pub(crate) mod top {
     pub(crate) const SERVICE: u16 = 1;
     pub(crate) const DEST: u16 = 2;
+    pub(crate) const DAEMON: u16 = 3;
     pub(crate) const TIMEOUT_TCP: u16 = 4;
     pub(crate) const TIMEOUT_TCP_FIN: u16 = 5;
     pub(crate) const TIMEOUT_UDP: u16 = 6;
@@ -47,6 +52,7 @@ pub(crate) mod service {
     pub(crate) const TIMEOUT: u16 = 8;
     pub(crate) const NETMASK: u16 = 9;
     pub(crate) const STATS: u16 = 10;
+    pub(crate) const PE_NAME: u16 = 11;
     pub(crate) const STATS64: u16 = 12;
 }
 
@@ -64,6 +70,21 @@ pub(crate) mod dest {
     pub(crate) const STATS: u16 = 10;
     pub(crate) const ADDR_FAMILY: u16 = 11;
     pub(crate) const STATS64: u16 = 12;
+    pub(crate) const TUN_TYPE: u16 = 13;
+    pub(crate) const TUN_PORT: u16 = 14;
+    pub(crate) const TUN_FLAGS: u16 = 15;
+}
+
+/// `IPVS_DAEMON_ATTR_*`.
+pub(crate) mod daemon {
+    pub(crate) const STATE: u16 = 1;
+    pub(crate) const MCAST_IFN: u16 = 2;
+    pub(crate) const SYNC_ID: u16 = 3;
+    pub(crate) const SYNC_MAXLEN: u16 = 4;
+    pub(crate) const MCAST_GROUP: u16 = 5;
+    pub(crate) const MCAST_GROUP6: u16 = 6;
+    pub(crate) const MCAST_PORT: u16 = 7;
+    pub(crate) const MCAST_TTL: u16 = 8;
 }
 
 /// Writes attributes into a buffer, or, without one, counts the bytes: one description of a message serves both.
@@ -97,12 +118,25 @@ impl<'a> Encoder<'a> {
         self.finish(header, kind);
     }
 
+    pub(crate) fn u8(&mut self, kind: u16, value: u8) {
+        self.bytes(kind, &[&[value]]);
+    }
+
     pub(crate) fn u16(&mut self, kind: u16, value: u16) {
         self.bytes(kind, &[&value.to_ne_bytes()]);
     }
 
     pub(crate) fn u32(&mut self, kind: u16, value: u32) {
         self.bytes(kind, &[&value.to_ne_bytes()]);
+    }
+
+    pub(crate) fn u16_be(&mut self, kind: u16, value: u16) {
+        self.bytes(kind, &[&value.to_be_bytes()]);
+    }
+
+    /// With a NUL at its end.
+    pub(crate) fn string(&mut self, kind: u16, value: &str) {
+        self.bytes(kind, &[value.as_bytes(), &[0]]);
     }
 
     pub(crate) fn nested(&mut self, kind: u16, content: impl FnOnce(&mut Self)) {
@@ -130,13 +164,16 @@ impl<'a> Encoder<'a> {
 }
 
 /// Calls `each` for every attribute in `buffer`, in order.
-pub(crate) fn each_attribute(
-    buffer: &[u8],
-    mut each: impl FnMut(u16, &[u8]) -> Result<(), DecodeError>,
+pub(crate) fn each_attribute<'a>(
+    buffer: &'a [u8],
+    mut each: impl FnMut(u16, &'a [u8]) -> Result<(), DecodeError>,
 ) -> Result<(), DecodeError> {
     for attribute in NlasIterator::new(buffer) {
         let attribute = attribute?;
-        each(attribute.kind(), attribute.value())?;
+        let (kind, length) = (attribute.kind(), attribute.value_length());
+        // What value() would be, but for as long as the buffer lives.
+        let value = attribute.into_inner().get(NLA_HEADER_SIZE..NLA_HEADER_SIZE + length);
+        each(kind, value.unwrap_or_default())?;
     }
     Ok(())
 }

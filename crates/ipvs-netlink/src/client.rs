@@ -14,9 +14,10 @@ use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 use crate::attributes::FAMILY_NAME;
 use crate::config::{Info, Timeouts};
 use crate::error::Error;
+use crate::id::VirtualServerId;
 use crate::message::Message;
 use crate::real_server::{RealServer, RealServerEntry};
-use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
+use crate::virtual_server::{VirtualServer, VirtualServerEntry};
 
 /// A connection to the IPVS of one network namespace.
 pub struct Client {
@@ -168,16 +169,23 @@ impl Client {
     /// what was carried out. See [`Socket::batch`] for how it works.
     pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
         let family = self.family;
-        let requests = messages.iter().map(|message| Request::from(wrap(*message, family)));
+        let sound = messages.iter().filter(|message| message.fault().is_none());
+        let requests = sound.map(|message| Request::from(wrap(*message, family)));
         let results = self.socket.batch(requests).map_err(|error| Error::batch(messages.len(), error))?;
-        Ok(results
-            .into_iter()
-            .zip(messages)
-            .map(|(result, message)| result.map_err(|refusal| Error::new(message, refusal.into())))
+        let mut results = results.into_iter();
+        Ok(messages
+            .iter()
+            .map(|message| match message.fault() {
+                Some(fault) => Err(Error::fault(message, fault)),
+                None => results.next().unwrap_or(Ok(())).map_err(|refusal| Error::new(message, refusal.into())),
+            })
             .collect())
     }
 
     fn ask(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+        if let Some(fault) = message.fault() {
+            return Err(Error::fault(&message, fault));
+        }
         self.socket
             .request(&wrap(message, self.family).into(), |answer: GenlMessage<Message>| each(answer.payload))
             .map_err(|error| Error::new(&message, error))

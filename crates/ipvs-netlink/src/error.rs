@@ -47,10 +47,37 @@ struct Failure {
     object: String,
     kind: ErrorKind,
     hint: Option<String>,
-    cause: netlink_batch::Error,
+    cause: Cause,
+}
+
+#[derive(Debug)]
+enum Cause {
+    Netlink(netlink_batch::Error),
+    /// Found out before anything was sent.
+    Own(&'static str),
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Netlink(error) => error.fmt(f),
+            Self::Own(text) => f.write_str(text),
+        }
+    }
 }
 
 impl Error {
+    /// What is wrong with a message that was not sent for that reason.
+    pub(crate) fn fault(message: &Message, fault: &'static str) -> Self {
+        Self(Box::new(Failure {
+            operation: message.operation(),
+            object: message.object(),
+            kind: ErrorKind::Invalid,
+            hint: None,
+            cause: Cause::Own(fault),
+        }))
+    }
+
     pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
         let errno = cause.refusal().map_or(0, |refusal| refusal.errno);
         let (kind, hint) = match (errno, message) {
@@ -70,7 +97,7 @@ impl Error {
             (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
             _ => (ErrorKind::Other, None),
         };
-        Self(Box::new(Failure { operation: message.operation(), object: message.object(), kind, hint, cause }))
+        Self(Box::new(Failure { operation: message.operation(), object: message.object(), kind, hint, cause: Cause::Netlink(cause) }))
     }
 
     /// The family is missing: the error of connecting.
@@ -81,7 +108,7 @@ impl Error {
             object: String::new(),
             kind: if missing { ErrorKind::NotSupported } else { ErrorKind::Other },
             hint: missing.then(|| "this kernel has no IPVS: load it with `modprobe ip_vs` (CONFIG_IP_VS)".to_owned()),
-            cause,
+            cause: Cause::Netlink(cause),
         }))
     }
 
@@ -92,7 +119,7 @@ impl Error {
             object: format!("a batch of {messages} changes"),
             kind: ErrorKind::Other,
             hint: None,
-            cause,
+            cause: Cause::Netlink(cause),
         }))
     }
 
@@ -114,7 +141,10 @@ impl Error {
     /// The kernel's answer with its errno and, where it gives them, its own words and the attribute it objects to. (IPVS
     /// itself names no attribute up to Linux 6.1; the generic netlink layer before it does.)
     pub fn refusal(&self) -> Option<&Refusal> {
-        self.0.cause.refusal()
+        match &self.0.cause {
+            Cause::Netlink(error) => error.refusal(),
+            Cause::Own(_) => None,
+        }
     }
 }
 

@@ -28,19 +28,24 @@ mod attributes;
 mod client;
 mod config;
 mod error;
+mod id;
 mod message;
+mod name;
 mod real_server;
+mod scheduler;
 mod stats;
+mod sync_daemon;
 mod virtual_server;
 
 pub use client::Client;
 pub use config::{Info, Timeouts};
 pub use error::{Error, ErrorKind};
+pub use id::{Family, Protocol, VirtualServerId};
 pub use message::Message;
-pub use netlink_batch::Refusal;
-pub use real_server::{Forwarding, RealServer, RealServerEntry};
-pub use stats::Stats;
-pub use virtual_server::{
-    Family, InvalidScheduler, Netmask, Protocol, Scheduler, SchedulerFlags, SchedulerName, VirtualServer,
-    VirtualServerEntry, VirtualServerId,
-};
+pub use name::{InvalidName, Name};
+pub use netlink_batch::{Refusal, Sent};
+pub use real_server::{Forwarding, GueChecksum, RealServer, RealServerEntry, Tunnel};
+pub use scheduler::{Scheduler, SchedulerFlags};
+pub use stats::{Stats, StatsWidth};
+pub use sync_daemon::{SyncDaemon, SyncRole};
+pub use virtual_server::{Netmask, Persistence, VirtualServer, VirtualServerEntry};

@@ -7,8 +7,10 @@ use netlink_packet_generic::{GenlFamily, GenlHeader};
 
 use crate::attributes::{Encoder, FAMILY_NAME, FAMILY_VERSION, command, each_attribute, top};
 use crate::config::{Info, Timeouts};
+use crate::id::VirtualServerId;
 use crate::real_server::{RealServer, RealServerEntry, encode_id};
-use crate::virtual_server::{VirtualServer, VirtualServerEntry, VirtualServerId};
+use crate::sync_daemon::{SyncDaemon, SyncRole};
+use crate::virtual_server::{VirtualServer, VirtualServerEntry};
 
 /// A message to or from the kernel.
 ///
@@ -35,18 +37,30 @@ pub enum Message {
     DeleteRealServer(VirtualServerId, SocketAddr),
     /// `IPVS_CMD_GET_DEST` as a dump: the real servers of a virtual server; none where it does not exist.
     ListRealServers(VirtualServerId),
+    /// `IPVS_CMD_NEW_DAEMON`: fails with `EEXIST` where one of its role runs, with `ENODEV` without its interface.
+    StartSyncDaemon(SyncDaemon),
+    /// `IPVS_CMD_DEL_DAEMON`: fails with `ESRCH` where none of the role runs.
+    StopSyncDaemon(SyncRole),
+    /// `IPVS_CMD_GET_DAEMON` as a dump: those that run.
+    ListSyncDaemons,
     /// `IPVS_CMD_GET_CONFIG`.
     GetTimeouts,
     /// `IPVS_CMD_SET_CONFIG`.
     SetTimeouts(Timeouts),
     /// `IPVS_CMD_GET_INFO`.
     GetInfo,
+    /// `IPVS_CMD_ZERO` of one virtual server: its counters and those of its real servers begin anew.
+    ZeroVirtualServer(VirtualServerId),
+    /// `IPVS_CMD_ZERO`: all counters begin anew.
+    Zero,
     /// `IPVS_CMD_FLUSH`: every virtual server goes.
     Flush,
     /// The kernel lists a virtual server.
     VirtualServer(VirtualServerEntry),
     /// The kernel lists a real server.
     RealServer(RealServerEntry),
+    /// The kernel lists a synchronization daemon.
+    SyncDaemon(SyncDaemon),
     /// The kernel tells its timeouts.
     Timeouts(Timeouts),
     /// The kernel tells about itself.
@@ -67,9 +81,14 @@ impl Message {
             Self::DeleteRealServer(..) => "delete real server",
             Self::RealServer(_) => "read real server",
             Self::ListRealServers(_) => "list the real servers of",
+            Self::StartSyncDaemon(_) => "start synchronization daemon",
+            Self::StopSyncDaemon(_) => "stop synchronization daemon",
+            Self::ListSyncDaemons | Self::SyncDaemon(_) => "list the synchronization daemons",
             Self::GetTimeouts | Self::Timeouts(_) => "read the IPVS timeouts",
             Self::SetTimeouts(_) => "set the IPVS timeouts to",
             Self::GetInfo | Self::Info(_) => "read the version of IPVS",
+            Self::ZeroVirtualServer(_) => "zero the counters of",
+            Self::Zero => "zero all counters",
             Self::Flush => "delete all virtual servers",
         }
     }
@@ -79,14 +98,35 @@ impl Message {
         match self {
             Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => server.id.to_string(),
             Self::VirtualServer(entry) => entry.server.id.to_string(),
-            Self::DeleteVirtualServer(id) | Self::GetVirtualServer(id) | Self::ListRealServers(id) => id.to_string(),
+            Self::DeleteVirtualServer(id)
+            | Self::GetVirtualServer(id)
+            | Self::ListRealServers(id)
+            | Self::ZeroVirtualServer(id) => id.to_string(),
             Self::AddRealServer(id, server) | Self::SetRealServer(id, server) => {
                 format!("{} of {id}", server.socket_address())
             }
             Self::DeleteRealServer(id, address) => format!("{address} of {id}"),
             Self::RealServer(entry) => entry.server.socket_address().to_string(),
-            Self::SetTimeouts(timeouts) => format!("{timeouts:?}"),
-            _ => String::new(),
+            Self::StartSyncDaemon(daemon) => format!("{} on {}", daemon.role, daemon.interface),
+            Self::StopSyncDaemon(role) => role.to_string(),
+            Self::SetTimeouts(timeouts) => timeouts.to_string(),
+            Self::ListVirtualServers
+            | Self::ListSyncDaemons
+            | Self::SyncDaemon(_)
+            | Self::GetTimeouts
+            | Self::Timeouts(_)
+            | Self::GetInfo
+            | Self::Info(_)
+            | Self::Zero
+            | Self::Flush => String::new(),
+        }
+    }
+
+    /// What is wrong with a request before any kernel has seen it.
+    pub(crate) fn fault(&self) -> Option<&'static str> {
+        match self {
+            Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => server.fault(),
+            _ => None,
         }
     }
 
@@ -95,9 +135,10 @@ impl Message {
             Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => {
                 out.nested(top::SERVICE, |out| server.encode(out));
             }
-            Self::DeleteVirtualServer(id) | Self::GetVirtualServer(id) | Self::ListRealServers(id) => {
-                out.nested(top::SERVICE, |out| id.encode(out));
-            }
+            Self::DeleteVirtualServer(id)
+            | Self::GetVirtualServer(id)
+            | Self::ListRealServers(id)
+            | Self::ZeroVirtualServer(id) => out.nested(top::SERVICE, |out| id.encode(out)),
             Self::AddRealServer(id, server) | Self::SetRealServer(id, server) => {
                 out.nested(top::SERVICE, |out| id.encode(out));
                 out.nested(top::DEST, |out| server.encode(out));
@@ -115,13 +156,18 @@ impl Message {
                     out.u32(kind, seconds);
                 }
             }
+            Self::StartSyncDaemon(daemon) => out.nested(top::DAEMON, |out| daemon.encode(out)),
+            Self::StopSyncDaemon(role) => out.nested(top::DAEMON, |out| role.encode(out)),
             // Requests without arguments, and answers, which nobody sends to the kernel.
             Self::ListVirtualServers
+            | Self::ListSyncDaemons
             | Self::GetTimeouts
             | Self::GetInfo
+            | Self::Zero
             | Self::Flush
             | Self::VirtualServer(_)
             | Self::RealServer(_)
+            | Self::SyncDaemon(_)
             | Self::Timeouts(_)
             | Self::Info(_) => {}
         }
@@ -143,10 +189,14 @@ impl GenlFamily for Message {
             Self::SetRealServer(..) => command::SET_DEST,
             Self::DeleteRealServer(..) => command::DEL_DEST,
             Self::ListRealServers(_) => command::GET_DEST,
+            Self::StartSyncDaemon(_) | Self::SyncDaemon(_) => command::NEW_DAEMON,
+            Self::StopSyncDaemon(_) => command::DEL_DAEMON,
+            Self::ListSyncDaemons => command::GET_DAEMON,
             Self::GetTimeouts => command::GET_CONFIG,
             Self::SetTimeouts(_) | Self::Timeouts(_) => command::SET_CONFIG,
             Self::GetInfo => command::GET_INFO,
             Self::Info(_) => command::SET_INFO,
+            Self::ZeroVirtualServer(_) | Self::Zero => command::ZERO,
             Self::Flush => command::FLUSH,
         }
     }
@@ -172,8 +222,9 @@ impl Emitable for Message {
 impl ParseableParametrized<[u8], GenlHeader> for Message {
     fn parse_with_param(buffer: &[u8], header: GenlHeader) -> Result<Self, DecodeError> {
         match header.cmd {
-            command::NEW_SERVICE => VirtualServerEntry::parse(&nested(buffer, top::SERVICE)?).map(Self::VirtualServer),
-            command::NEW_DEST => RealServerEntry::parse(&nested(buffer, top::DEST)?).map(Self::RealServer),
+            command::NEW_SERVICE => VirtualServerEntry::parse(nested(buffer, top::SERVICE)?).map(Self::VirtualServer),
+            command::NEW_DEST => RealServerEntry::parse(nested(buffer, top::DEST)?).map(Self::RealServer),
+            command::NEW_DAEMON => SyncDaemon::parse(nested(buffer, top::DAEMON)?).map(Self::SyncDaemon),
             command::SET_CONFIG => {
                 let mut timeouts = Timeouts::default();
                 each_attribute(buffer, |kind, value| {
@@ -205,11 +256,11 @@ impl ParseableParametrized<[u8], GenlHeader> for Message {
 }
 
 /// The content of the one attribute of a kind that an answer holds.
-fn nested(buffer: &[u8], wanted: u16) -> Result<Vec<u8>, DecodeError> {
+fn nested(buffer: &[u8], wanted: u16) -> Result<&[u8], DecodeError> {
     let mut found = None;
     each_attribute(buffer, |kind, value| {
         if kind == wanted {
-            found = Some(value.to_vec());
+            found = Some(value);
         }
         Ok(())
     })?;

@@ -2,15 +2,94 @@
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
+use std::num::NonZeroU16;
 
-use netlink_packet_core::{DecodeError, parse_u16, parse_u16_be, parse_u32};
+use netlink_packet_core::{DecodeError, parse_u8, parse_u16, parse_u16_be, parse_u32};
 
 use crate::attributes::{Encoder, dest, each_attribute};
-use crate::stats::Stats;
-use crate::virtual_server::{Family, decode_address, encode_address};
+use crate::id::{Family, decode_address, encode_address};
+use crate::stats::{Stats, StatsWidth};
 
 /// `IP_VS_CONN_F_FWD_MASK`: the forwarding method among the flags of a destination.
 const FORWARDING_MASK: u32 = 0x7;
+
+/// The packet around a packet that goes to a real server in a tunnel (`ipvsadm --tun-type`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tunnel {
+    /// IP in IP (`IP_VS_CONN_F_TUNNEL_TYPE_IPIP`); the only one before Linux 5.2.
+    #[default]
+    IpIp,
+    /// Generic UDP encapsulation (`IP_VS_CONN_F_TUNNEL_TYPE_GUE`), since Linux 5.2.
+    Gue {
+        /// The port to which the outer packets go.
+        port: NonZeroU16,
+        /// The checksum of the outer packets.
+        checksum: GueChecksum,
+    },
+    /// Generic routing encapsulation (`IP_VS_CONN_F_TUNNEL_TYPE_GRE`), since Linux 5.3.
+    Gre {
+        /// Whether the outer packets have a checksum.
+        checksum: bool,
+    },
+    /// What none of the above is: listed where somebody else has set it.
+    Other {
+        /// `IPVS_DEST_ATTR_TUN_TYPE`
+        kind: u8,
+        /// `IPVS_DEST_ATTR_TUN_PORT`
+        port: u16,
+        /// `IPVS_DEST_ATTR_TUN_FLAGS`
+        flags: u16,
+    },
+}
+
+/// The checksum of packets encapsulated in UDP (`IP_VS_TUNNEL_ENCAP_FLAG_*`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GueChecksum {
+    /// None (`--tun-nocsum`).
+    #[default]
+    None,
+    /// That of UDP (`--tun-csum`).
+    Udp,
+    /// Remote checksum offload (`--tun-remcsum`).
+    Remote,
+}
+
+const TUNNEL_TYPE_IPIP: u8 = 0;
+const TUNNEL_TYPE_GUE: u8 = 1;
+const TUNNEL_TYPE_GRE: u8 = 2;
+const TUNNEL_FLAG_CSUM: u16 = 1;
+const TUNNEL_FLAG_REMCSUM: u16 = 2;
+
+impl Tunnel {
+    /// Type, port and flags.
+    fn parts(self) -> (u8, u16, u16) {
+        match self {
+            Self::IpIp => (TUNNEL_TYPE_IPIP, 0, 0),
+            Self::Gue { port, checksum } => {
+                let flags = match checksum {
+                    GueChecksum::None => 0,
+                    GueChecksum::Udp => TUNNEL_FLAG_CSUM,
+                    GueChecksum::Remote => TUNNEL_FLAG_REMCSUM,
+                };
+                (TUNNEL_TYPE_GUE, port.get(), flags)
+            }
+            Self::Gre { checksum } => (TUNNEL_TYPE_GRE, 0, if checksum { TUNNEL_FLAG_CSUM } else { 0 }),
+            Self::Other { kind, port, flags } => (kind, port, flags),
+        }
+    }
+
+    fn from_parts(kind: u8, port: u16, flags: u16) -> Self {
+        match (kind, NonZeroU16::new(port), flags) {
+            (TUNNEL_TYPE_IPIP, None, 0) => Self::IpIp,
+            (TUNNEL_TYPE_GUE, Some(port), 0) => Self::Gue { port, checksum: GueChecksum::None },
+            (TUNNEL_TYPE_GUE, Some(port), TUNNEL_FLAG_CSUM) => Self::Gue { port, checksum: GueChecksum::Udp },
+            (TUNNEL_TYPE_GUE, Some(port), TUNNEL_FLAG_REMCSUM) => Self::Gue { port, checksum: GueChecksum::Remote },
+            (TUNNEL_TYPE_GRE, None, 0) => Self::Gre { checksum: false },
+            (TUNNEL_TYPE_GRE, None, TUNNEL_FLAG_CSUM) => Self::Gre { checksum: true },
+            _ => Self::Other { kind, port, flags },
+        }
+    }
+}
 
 /// How packets reach a real server (`IP_VS_CONN_F_*`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -22,7 +101,7 @@ pub enum Forwarding {
     /// kernel goes on listing the method that was set.
     Local,
     /// In a tunnel (`ipvsadm -i`).
-    Tunnel,
+    Tunnel(Tunnel),
     /// By the link-layer address alone (`ipvsadm -g`).
     DirectRoute,
     /// Past the cache servers (`IP_VS_CONN_F_BYPASS`).
@@ -36,18 +115,18 @@ impl Forwarding {
         match self {
             Self::Masquerade => 0,
             Self::Local => 1,
-            Self::Tunnel => 2,
+            Self::Tunnel(_) => 2,
             Self::DirectRoute => 3,
             Self::Bypass => 4,
             Self::Other(number) => u32::from(number) & FORWARDING_MASK,
         }
     }
 
-    fn from_number(number: u32) -> Self {
+    fn from_number(number: u32, tunnel: Tunnel) -> Self {
         match number & FORWARDING_MASK {
             0 => Self::Masquerade,
             1 => Self::Local,
-            2 => Self::Tunnel,
+            2 => Self::Tunnel(tunnel),
             3 => Self::DirectRoute,
             4 => Self::Bypass,
             _ => Self::Other((number & FORWARDING_MASK) as u8),
@@ -60,7 +139,7 @@ impl fmt::Display for Forwarding {
         match self {
             Self::Masquerade => f.write_str("masquerade"),
             Self::Local => f.write_str("local"),
-            Self::Tunnel => f.write_str("tunnel"),
+            Self::Tunnel(_) => f.write_str("tunnel"),
             Self::DirectRoute => f.write_str("direct-route"),
             Self::Bypass => f.write_str("bypass"),
             Self::Other(number) => write!(f, "method {number}"),
@@ -109,18 +188,28 @@ impl RealServer {
         out.u32(dest::WEIGHT, self.weight);
         out.u32(dest::U_THRESH, self.upper_threshold);
         out.u32(dest::L_THRESH, self.lower_threshold);
+        // What is left out is 0, and a kernel that does not know them takes all but those that are not.
+        if let Forwarding::Tunnel(tunnel) = self.forwarding
+            && tunnel != Tunnel::IpIp
+        {
+            let (kind, port, flags) = tunnel.parts();
+            out.u8(dest::TUN_TYPE, kind);
+            out.u16_be(dest::TUN_PORT, port);
+            out.u16(dest::TUN_FLAGS, flags);
+        }
     }
 }
 
 /// What identifies a real server within its virtual server.
 pub(crate) fn encode_id(out: &mut Encoder<'_>, address: SocketAddr) {
     encode_address(out, dest::ADDR, address.ip());
-    out.bytes(dest::PORT, &[&address.port().to_be_bytes()]);
+    out.u16_be(dest::PORT, address.port());
     out.u16(dest::ADDR_FAMILY, Family::of(address.ip()).number());
 }
 
 /// A real server as the kernel lists it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RealServerEntry {
     /// The configuration.
     pub server: RealServer,
@@ -143,14 +232,15 @@ impl RealServerEntry {
     /// Reads the attributes inside `IPVS_CMD_ATTR_DEST`. The address family is among them since Linux 3.18.
     pub(crate) fn parse(buffer: &[u8]) -> Result<Self, DecodeError> {
         let (mut family, mut address, mut port) = (None, None, None);
-        let (mut forwarding, mut weight, mut upper, mut lower) = (Forwarding::default(), 0, 0, 0);
+        let (mut method, mut weight, mut upper, mut lower) = (0, 0, 0, 0);
+        let (mut tunnel_type, mut tunnel_port, mut tunnel_flags) = (0, 0, 0);
         let (mut active, mut inactive, mut persistent) = (0, 0, 0);
         let (mut stats32, mut stats64) = (None, None);
         each_attribute(buffer, |kind, value| {
             match kind {
                 dest::ADDR => address = Some(*value.first_chunk::<16>().ok_or("a destination's address is short")?),
                 dest::PORT => port = Some(parse_u16_be(value)?),
-                dest::FWD_METHOD => forwarding = Forwarding::from_number(parse_u32(value)?),
+                dest::FWD_METHOD => method = parse_u32(value)?,
                 dest::WEIGHT => weight = parse_u32(value)?,
                 dest::U_THRESH => upper = parse_u32(value)?,
                 dest::L_THRESH => lower = parse_u32(value)?,
@@ -158,8 +248,11 @@ impl RealServerEntry {
                 dest::INACT_CONNS => inactive = parse_u32(value)?,
                 dest::PERSIST_CONNS => persistent = parse_u32(value)?,
                 dest::ADDR_FAMILY => family = Some(Family::from_number(parse_u16(value)?)?),
-                dest::STATS => stats32 = Some(Stats::parse(value)?),
-                dest::STATS64 => stats64 = Some(Stats::parse(value)?),
+                dest::TUN_TYPE => tunnel_type = parse_u8(value)?,
+                dest::TUN_PORT => tunnel_port = parse_u16_be(value)?,
+                dest::TUN_FLAGS => tunnel_flags = parse_u16(value)?,
+                dest::STATS => stats32 = Some(Stats::parse(StatsWidth::Bits32, value)?),
+                dest::STATS64 => stats64 = Some(Stats::parse(StatsWidth::Bits64, value)?),
                 _ => {}
             }
             Ok(())
@@ -167,6 +260,8 @@ impl RealServerEntry {
         let family = family.ok_or("a destination has no address family")?;
         let address = decode_address(family, &address.ok_or("a destination has no address")?)?;
         let port = port.ok_or("a destination has no port")?;
+        let tunnel = Tunnel::from_parts(tunnel_type, tunnel_port, tunnel_flags);
+        let forwarding = Forwarding::from_number(method, tunnel);
         Ok(Self {
             server: RealServer { address, port, forwarding, weight, upper_threshold: upper, lower_threshold: lower },
             active_connections: active,

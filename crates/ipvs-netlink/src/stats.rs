@@ -4,10 +4,12 @@ use netlink_packet_core::{DecodeError, parse_u32, parse_u64};
 
 use crate::attributes::each_attribute;
 
-/// What has passed, and how fast it passes (`IPVS_*_ATTR_STATS64`, on kernels before 4.1 the 32-bit `IPVS_*_ATTR_STATS`).
-/// The kernel brings them up to date every two seconds.
+/// What has passed, and how fast it passes. The kernel brings rates up to date every two seconds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Stats {
+    /// Where counters begin anew.
+    pub width: StatsWidth,
     /// Connections scheduled.
     pub connections: u64,
     /// Packets from clients.
@@ -30,10 +32,20 @@ pub struct Stats {
     pub outgoing_byte_rate: u64,
 }
 
+/// How wide the kernel's counters are as it tells them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum StatsWidth {
+    /// Connections, packets and all rates have 32 bits, and wrap; bytes have 64 (`IPVS_*_ATTR_STATS`, kernels before 4.1).
+    Bits32,
+    /// All have 64 bits (`IPVS_*_ATTR_STATS64`).
+    #[default]
+    Bits64,
+}
+
 impl Stats {
     /// Reads either form: the two differ in the width of their numbers only.
-    pub(crate) fn parse(buffer: &[u8]) -> Result<Self, DecodeError> {
-        let mut stats = Self::default();
+    pub(crate) fn parse(width: StatsWidth, buffer: &[u8]) -> Result<Self, DecodeError> {
+        let mut stats = Self { width, ..Self::default() };
         each_attribute(buffer, |kind, value| {
             // IPVS_STATS_ATTR_*, in the order of the header.
             let field = match kind {

@@ -3,20 +3,23 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::net::{IpAddr, SocketAddr};
+use std::num::{NonZeroU8, NonZeroU16, NonZeroU32};
 
 use ipvs_netlink::{
-    Family, Forwarding, Info, Message, Netmask, Protocol, RealServer, Scheduler, SchedulerFlags, Stats, Timeouts,
-    VirtualServer, VirtualServerId,
+    Family, Forwarding, GueChecksum, Message, Name, Netmask, Persistence, Protocol, RealServer, Scheduler,
+    SchedulerFlags, Stats, SyncDaemon, SyncRole, Timeouts, Tunnel, VirtualServer, VirtualServerId,
 };
 use netlink_packet_core::{DecodeError, Emitable, NlasIterator, ParseableParametrized};
 use netlink_packet_generic::GenlHeader;
 use proptest::collection::vec;
+use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 // Commands and attributes of linux/ip_vs.h.
 const NEW_SERVICE: u8 = 1;
 const NEW_DEST: u8 = 5;
+const NEW_DAEMON: u8 = 9;
 const SET_CONFIG: u8 = 12;
 const SET_INFO: u8 = 14;
 const SERVICE: u16 = 1;
@@ -100,36 +103,69 @@ fn any_id() -> impl Strategy<Value = VirtualServerId> {
     prop_oneof![
         (prop_oneof![Just(Protocol::Tcp), any_protocol()], any::<SocketAddr>())
             .prop_map(|(protocol, address)| VirtualServerId::address(protocol, address)),
-        (1_u32.., family).prop_map(|(mark, family)| VirtualServerId::FirewallMark { mark, family }),
+        (any::<NonZeroU32>(), family).prop_map(|(mark, family)| VirtualServerId::FirewallMark { mark, family }),
     ]
 }
 
+fn any_name() -> impl Strategy<Value = Name> {
+    "[a-z_]{1,15}".prop_map(|name| name.parse().unwrap())
+}
+
 fn any_server() -> impl Strategy<Value = VirtualServer> {
-    let scheduler = prop_oneof![
-        select(Scheduler::ALL.to_vec()),
-        "[a-z_]{1,15}".prop_map(|name| name.parse::<Scheduler>().unwrap()),
-    ];
+    let scheduler =
+        prop_oneof![select(Scheduler::ALL.to_vec()), any_name().prop_map(|name| name.as_str().parse().unwrap()),];
     let flags = vec(select(vec![SchedulerFlags::FLAG_1, SchedulerFlags::FLAG_2, SchedulerFlags::FLAG_3]), 0..4)
         .prop_map(|flags| flags.into_iter().fold(SchedulerFlags::NONE, SchedulerFlags::union));
-    let persistence = any::<Option<u32>>();
+    let persistence = option::of((any::<u32>(), option::of(any_name())));
     (any_id(), scheduler, flags, persistence, any::<u32>(), any::<bool>()).prop_map(
-        |(id, scheduler, scheduler_flags, persistence_timeout, mask, one_packet)| VirtualServer {
+        |(id, scheduler, scheduler_flags, persistence, mask, one_packet)| VirtualServer {
             id,
             scheduler,
             scheduler_flags,
-            persistence_timeout,
-            netmask: match id.family() {
-                Family::Ipv4 => Netmask::V4(mask.into()),
-                Family::Ipv6 => Netmask::V6(mask.to_ne_bytes()[0]),
-            },
+            persistence: persistence.map(|(timeout, engine)| Persistence {
+                timeout,
+                netmask: match id.family() {
+                    Family::Ipv4 => Netmask::V4(mask.into()),
+                    Family::Ipv6 => Netmask::V6(mask.to_ne_bytes()[0]),
+                },
+                engine,
+            }),
             one_packet,
         },
     )
 }
 
+fn any_tunnel() -> impl Strategy<Value = Tunnel> {
+    let checksum = select(vec![GueChecksum::None, GueChecksum::Udp, GueChecksum::Remote]);
+    prop_oneof![
+        Just(Tunnel::IpIp),
+        (any::<NonZeroU16>(), checksum).prop_map(|(port, checksum)| Tunnel::Gue { port, checksum }),
+        any::<bool>().prop_map(|checksum| Tunnel::Gre { checksum }),
+        // What none of the others is, whatever the rest.
+        (3_u8.., any::<u16>(), any::<u16>()).prop_map(|(kind, port, flags)| Tunnel::Other { kind, port, flags }),
+        (0_u8..3, 4_u16.., any::<u16>()).prop_map(|(kind, flags, port)| Tunnel::Other { kind, port, flags }),
+    ]
+}
+
+fn any_daemon() -> impl Strategy<Value = SyncDaemon> {
+    let role = select(vec![SyncRole::Master, SyncRole::Backup]);
+    let numbers = (any::<Option<NonZeroU16>>(), any::<Option<NonZeroU16>>(), any::<Option<NonZeroU8>>());
+    (role, any_name(), any::<u8>(), any::<Option<IpAddr>>(), numbers).prop_map(
+        |(role, interface, sync_id, group, (max_length, port, ttl))| SyncDaemon {
+            sync_id,
+            max_length,
+            group,
+            port,
+            ttl,
+            ..SyncDaemon::new(role, interface)
+        },
+    )
+}
+
 fn any_real() -> impl Strategy<Value = RealServer> {
-    use Forwarding::{Bypass, DirectRoute, Local, Masquerade, Tunnel};
-    let forwarding = select(vec![Masquerade, Local, Tunnel, DirectRoute, Bypass]);
+    use Forwarding::{Bypass, DirectRoute, Local, Masquerade};
+    let forwarding =
+        prop_oneof![select(vec![Masquerade, Local, DirectRoute, Bypass]), any_tunnel().prop_map(Forwarding::Tunnel),];
     (any::<SocketAddr>(), forwarding, any::<[u32; 3]>()).prop_map(|(address, forwarding, [weight, upper, lower])| {
         RealServer { forwarding, weight, upper_threshold: upper, lower_threshold: lower, ..RealServer::new(address) }
     })
@@ -146,7 +182,17 @@ fn any_request() -> impl Strategy<Value = Message> {
         (any_id(), any_real()).prop_map(|(id, real)| Message::SetRealServer(id, real)),
         (any_id(), any::<SocketAddr>()).prop_map(|(id, address)| Message::DeleteRealServer(id, address)),
         any::<[u32; 3]>().prop_map(|[tcp, tcp_fin, udp]| Message::SetTimeouts(Timeouts { tcp, tcp_fin, udp })),
-        select(vec![Message::ListVirtualServers, Message::GetTimeouts, Message::GetInfo, Message::Flush]),
+        any_daemon().prop_map(Message::StartSyncDaemon),
+        select(vec![SyncRole::Master, SyncRole::Backup]).prop_map(Message::StopSyncDaemon),
+        any_id().prop_map(Message::ZeroVirtualServer),
+        select(vec![
+            Message::ListVirtualServers,
+            Message::ListSyncDaemons,
+            Message::GetTimeouts,
+            Message::GetInfo,
+            Message::Zero,
+            Message::Flush,
+        ]),
     ]
 }
 
@@ -165,6 +211,12 @@ proptest! {
         else { panic!("not a real server") };
         prop_assert_eq!(entry.server, real);
         prop_assert!(entry.is_idle() && entry.persistent_connections == 0);
+    }
+
+    #[test]
+    fn a_synchronization_daemon_comes_back_as_it_went(daemon in any_daemon()) {
+        let answer = parse(NEW_DAEMON, &emit(Message::StartSyncDaemon(daemon))).unwrap();
+        prop_assert_eq!(answer, Message::SyncDaemon(daemon));
     }
 
     #[test]
@@ -195,7 +247,7 @@ proptest! {
     #[test]
     fn damaged_messages_are_decoded_or_refused(
         request in any_request(),
-        command in select(vec![NEW_SERVICE, NEW_DEST, SET_CONFIG, SET_INFO]),
+        command in select(vec![NEW_SERVICE, NEW_DEST, NEW_DAEMON, SET_CONFIG, SET_INFO]),
         changes in vec((any::<Index>(), any::<u8>()), 1..6),
     ) {
         let mut bytes = emit(request);
@@ -271,7 +323,7 @@ fn values_that_no_kernel_lists_are_errors() {
     let service_of = |kind, value: &[u8]| parse(NEW_SERVICE, &attribute(SERVICE, &changed(&service, kind, value)));
     let text = |result: Result<Message, DecodeError>| result.unwrap_err().to_string();
     assert_eq!(text(service_of(1, &family_7)), "address family 7 is neither IPv4 nor IPv6");
-    assert!(text(service_of(SCHED_NAME, b"a_name_of_16_byt\0")).contains("cannot be the name of a scheduler"));
+    assert!(text(service_of(SCHED_NAME, b"a_name_of_16_byt\0")).contains("cannot be a name in IPVS"));
     let ipv6_prefix = changed(&service, 9, &300_u32.to_ne_bytes());
     let ipv6 = [ipv6_prefix, attribute(1, &10_u16.to_ne_bytes())].concat();
     assert_eq!(text(parse(NEW_SERVICE, &attribute(SERVICE, &ipv6))), "an IPv6 prefix of 300 is out of range");
@@ -341,12 +393,12 @@ fn the_numbers_of_connections_are_read_each_from_its_own_attribute() {
 #[test]
 fn the_version_is_read() {
     let bytes = [attribute(1, &0x01_02_03_u32.to_ne_bytes()), attribute(2, &4096_u32.to_ne_bytes())].concat();
-    let wanted = Info { version: (1, 2, 3), connection_table_size: 4096 };
-    assert_eq!(parse(SET_INFO, &bytes).unwrap(), Message::Info(wanted));
+    let Message::Info(info) = parse(SET_INFO, &bytes).unwrap() else { panic!("not about IPVS itself") };
+    assert_eq!((info.version, info.connection_table_size), ((1, 2, 3), 4096));
 }
 
 #[test]
-fn names_of_schedulers_are_1_to_15_bytes_long() {
+fn names_are_1_to_15_bytes_long() {
     for scheduler in Scheduler::ALL {
         assert_eq!(scheduler.name().parse(), Ok(scheduler));
     }
@@ -354,7 +406,7 @@ fn names_of_schedulers_are_1_to_15_bytes_long() {
     assert_eq!(long.to_string(), "a_name_of_15_by");
     for invalid in ["", "a_name_of_16_byt", "r\0r"] {
         let error = invalid.parse::<Scheduler>().unwrap_err().to_string();
-        assert_eq!(error, format!("{invalid:?} cannot be the name of a scheduler: 1 to 15 bytes are"));
+        assert_eq!(error, format!("{invalid:?} cannot be a name in IPVS: 1 to 15 bytes without NUL can"));
     }
 }
 

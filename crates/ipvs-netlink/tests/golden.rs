@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use ipvs_netlink::{
-    Family, Forwarding, Message, Netmask, Protocol, RealServer, Scheduler, SchedulerFlags, Timeouts, VirtualServer,
-    VirtualServerId,
+    Family, Forwarding, Message, Netmask, Persistence, Protocol, RealServer, Scheduler, SchedulerFlags, Timeouts,
+    Tunnel, VirtualServer, VirtualServerId,
 };
 use netlink_packet_core::{Emitable, NlasIterator};
 use netlink_packet_generic::GenlFamily;
@@ -58,8 +58,10 @@ fn requests() -> [Message; 21] {
     let https = tcp("[fd00::1]:443");
     let dns = VirtualServer {
         scheduler_flags: SchedulerFlags::SH_FALLBACK.union(SchedulerFlags::SH_PORT),
-        persistence_timeout: Some(300),
-        netmask: Netmask::V4([255, 255, 255, 0].into()),
+        persistence: Some(Persistence {
+            netmask: Netmask::V4([255, 255, 255, 0].into()),
+            ..Persistence::new(300, Family::Ipv4)
+        }),
         one_packet: true,
         ..VirtualServer::new(
             VirtualServerId::address(Protocol::Udp, socket_address("10.96.0.1:53")),
@@ -68,8 +70,7 @@ fn requests() -> [Message; 21] {
     };
     let maglev = VirtualServer {
         scheduler_flags: SchedulerFlags::MH_FALLBACK,
-        persistence_timeout: Some(600),
-        netmask: Netmask::V6(64),
+        persistence: Some(Persistence { netmask: Netmask::V6(64), ..Persistence::new(600, Family::Ipv6) }),
         ..VirtualServer::new(https, Scheduler::MaglevHashing)
     };
     let sctp = VirtualServerId::address(Protocol::Sctp, socket_address("10.96.0.1:99"));
@@ -80,10 +81,13 @@ fn requests() -> [Message; 21] {
         weight: 0,
         ..RealServer::new(socket_address("[fd01::7]:443"))
     };
-    let tunnel =
-        RealServer { forwarding: Forwarding::Tunnel, weight: 65_535, ..RealServer::new(socket_address("10.1.0.8:0")) };
+    let tunnel = RealServer {
+        forwarding: Forwarding::Tunnel(Tunnel::IpIp),
+        weight: 65_535,
+        ..RealServer::new(socket_address("10.1.0.8:0"))
+    };
     let [ipv4_mark, ipv6_mark] =
-        [Family::Ipv4, Family::Ipv6].map(|family| VirtualServerId::FirewallMark { mark: 7, family });
+        [Family::Ipv4, Family::Ipv6].map(|family| VirtualServerId::firewall_mark(7, family).unwrap());
     let weighted = |id| VirtualServer::new(id, Scheduler::WeightedRoundRobin);
     [
         Message::AddVirtualServer(VirtualServer::new(http, Scheduler::RoundRobin)),

@@ -10,8 +10,8 @@ use std::net::SocketAddr;
 
 use common::{client, real, round_robin, run, run_with_input, tcp};
 use ipvs_netlink::{
-    Client, Family, Forwarding, Message, Netmask, Protocol, RealServer, Scheduler, SchedulerFlags as Flags,
-    VirtualServer, VirtualServerId,
+    Client, Family, Forwarding, Message, Netmask, Persistence, Protocol, RealServer, Scheduler,
+    SchedulerFlags as Flags, Tunnel, VirtualServer, VirtualServerId,
 };
 
 /// Virtual servers with everything that both ipvsadm and this crate can express, and their real servers.
@@ -55,20 +55,20 @@ fn servers() -> Vec<(VirtualServer, Vec<RealServer>)> {
         };
         // The last one is the longest that ipvsadm takes.
         for (netmask, timeout) in netmasks.into_iter().zip([1, 10_800, 31 * 86_400]) {
-            let persistence_timeout = Some(timeout);
-            add(VirtualServer { persistence_timeout, netmask, ..round_robin(address(Protocol::Tcp)) });
+            let persistence = Some(Persistence { netmask, ..Persistence::new(timeout, family) });
+            add(VirtualServer { persistence, ..round_robin(address(Protocol::Tcp)) });
         }
         let one_packet = VirtualServer { one_packet: true, ..round_robin(address(Protocol::Udp)) };
         add(one_packet);
         add(VirtualServer {
             one_packet: true,
-            persistence_timeout: Some(60),
+            persistence: Some(Persistence::new(60, family)),
             scheduler_flags: all,
             ..round_robin(address(Protocol::Udp))
         });
         // ipvsadm shows larger ones as negative.
         for mark in [1, 0x7fff_ffff] {
-            add(round_robin(VirtualServerId::FirewallMark { mark, family }));
+            add(round_robin(VirtualServerId::firewall_mark(mark, family).unwrap()));
         }
 
         let host = |number: u32| match family {
@@ -80,7 +80,7 @@ fn servers() -> Vec<(VirtualServer, Vec<RealServer>)> {
             [
                 (Forwarding::Masquerade, 8080, 0),
                 (Forwarding::Masquerade, 80, 1),
-                (Forwarding::Tunnel, 80, 65_535),
+                (Forwarding::Tunnel(Tunnel::IpIp), 80, 65_535),
                 (Forwarding::DirectRoute, 80, 7),
             ]
             .into_iter()
@@ -95,7 +95,7 @@ fn servers() -> Vec<(VirtualServer, Vec<RealServer>)> {
             .collect::<Vec<_>>()
         });
         servers.push((round_robin(address(Protocol::Tcp)), reals.collect()));
-        let mark = VirtualServerId::FirewallMark { mark: 5, family };
+        let mark = VirtualServerId::firewall_mark(5, family).unwrap();
         servers.push((round_robin(mark), vec![real(&format!("{}:0", host(1)))]));
     }
     servers
@@ -120,11 +120,11 @@ fn option(id: &VirtualServerId) -> String {
 /// The line of `ipvsadm -Sn` for a virtual server.
 fn server_line(server: &VirtualServer) -> String {
     let mut line = format!("-A {} -s {}", option(&server.id), server.scheduler);
-    if let Some(timeout) = server.persistence_timeout {
-        let _ = write!(line, " -p {timeout}");
-    }
-    if server.netmask != Netmask::host(server.id.family()) {
-        let _ = write!(line, " -M {}", server.netmask);
+    if let Some(persistence) = server.persistence {
+        let _ = write!(line, " -p {}", persistence.timeout);
+        if persistence.netmask != Netmask::host(server.id.family()) {
+            let _ = write!(line, " -M {}", persistence.netmask);
+        }
     }
     if server.one_packet {
         line += " -o";
@@ -147,7 +147,7 @@ fn server_line(server: &VirtualServer) -> String {
 fn real_line(id: &VirtualServerId, server: &RealServer) -> String {
     let method = match server.forwarding {
         Forwarding::Masquerade => "-m",
-        Forwarding::Tunnel => "-i",
+        Forwarding::Tunnel(_) => "-i",
         _ => "-g",
     };
     let mut line = format!("-a {} -r {} {method} -w {}", option(id), server.socket_address(), server.weight);
@@ -156,7 +156,7 @@ fn real_line(id: &VirtualServerId, server: &RealServer) -> String {
             let _ = write!(line, " {option} {threshold}");
         }
     }
-    if server.forwarding == Forwarding::Tunnel {
+    if matches!(server.forwarding, Forwarding::Tunnel(_)) {
         line += " --tun-type ipip";
     }
     line
@@ -246,13 +246,14 @@ fn what_is_changed_here_ipvsadm_reads() {
         let first = VirtualServer {
             scheduler: Scheduler::WeightedRoundRobin,
             scheduler_flags: Flags::FLAG_2,
-            persistence_timeout: Some(77),
+            persistence: Some(Persistence::new(77, server.id.family())),
             one_packet: !server.one_packet,
             ..round_robin(server.id)
         };
         messages.push(Message::AddVirtualServer(first));
         for real in reals {
-            let first = RealServer { weight: 99, upper_threshold: 9, forwarding: Forwarding::Tunnel, ..*real };
+            let first =
+                RealServer { weight: 99, upper_threshold: 9, forwarding: Forwarding::Tunnel(Tunnel::IpIp), ..*real };
             messages.push(Message::AddRealServer(server.id, RealServer { lower_threshold: 8, ..first }));
         }
     }
@@ -273,13 +274,15 @@ fn ipvsadm_lists_what_was_written_here() {
     let mut client = client();
     let web = tcp("10.96.0.1:80");
     let dns = VirtualServerId::address(Protocol::Udp, "[fd00:96::1]:53".parse().unwrap());
-    let mark = VirtualServerId::FirewallMark { mark: 7, family: Family::Ipv6 };
+    let mark = VirtualServerId::firewall_mark(7, Family::Ipv6).unwrap();
     for server in [
         VirtualServer {
             scheduler: Scheduler::SourceHashing,
             scheduler_flags: Flags::SH_PORT,
-            persistence_timeout: Some(300),
-            netmask: Netmask::V4([255, 255, 255, 0].into()),
+            persistence: Some(Persistence {
+                netmask: Netmask::V4([255, 255, 255, 0].into()),
+                ..Persistence::new(300, Family::Ipv4)
+            }),
             ..round_robin(web)
         },
         VirtualServer { one_packet: true, ..round_robin(dns) },
@@ -320,7 +323,7 @@ fn a_tunnel_to_the_other_family_is_listed_with_its_own() {
     let mut client = client();
     for (id, address) in [(tcp("10.96.0.1:80"), "[fd00:1::7]:80"), (tcp("[fd00:96::1]:80"), "10.1.0.7:80")] {
         client.add_virtual_server(&round_robin(id)).unwrap();
-        let tunnel = RealServer { forwarding: Forwarding::Tunnel, ..real(address) };
+        let tunnel = RealServer { forwarding: Forwarding::Tunnel(Tunnel::IpIp), ..real(address) };
         client.add_real_server(&id, &tunnel).unwrap();
         let found = client.real_servers(&id).unwrap();
         assert_eq!(found.iter().map(|entry| entry.server).collect::<Vec<_>>(), [tunnel]);

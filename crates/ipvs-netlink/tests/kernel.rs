@@ -11,8 +11,8 @@ use std::thread;
 
 use common::{client, real, round_robin, run, tcp};
 use ipvs_netlink::{
-    Client, Error, ErrorKind, Family, Message, Netmask, Protocol, RealServer, Scheduler, SchedulerFlags, Timeouts,
-    VirtualServer, VirtualServerId,
+    Client, Error, ErrorKind, Family, Message, Netmask, Persistence, Protocol, RealServer, Scheduler, SchedulerFlags,
+    Timeouts, VirtualServer, VirtualServerId,
 };
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
@@ -60,8 +60,10 @@ fn servers_come_change_and_go() {
     let (web, other) = (tcp("10.96.0.1:80"), tcp("10.96.0.2:80"));
     assert_eq!(client.virtual_servers().unwrap(), []);
     let server = VirtualServer {
-        persistence_timeout: Some(60),
-        netmask: Netmask::V4([255, 0, 0, 0].into()),
+        persistence: Some(Persistence {
+            netmask: Netmask::V4([255, 0, 0, 0].into()),
+            ..Persistence::new(60, Family::Ipv4)
+        }),
         scheduler_flags: SchedulerFlags::FLAG_1,
         ..round_robin(web)
     };
@@ -106,7 +108,7 @@ fn timeouts_of_0_stay_as_they_are() {
     assert_error(
         &error,
         ErrorKind::Invalid,
-        "cannot set the IPVS timeouts to Timeouts { tcp: 4294967295, tcp_fin: 0, udp: 0 }: Invalid argument (os error 22)",
+        "cannot set the IPVS timeouts to TCP 4294967295 s, TCP after FIN 0 s, UDP 0 s: Invalid argument (os error 22)",
     );
 }
 
@@ -115,7 +117,7 @@ fn timeouts_of_0_stay_as_they_are() {
 fn an_error_names_the_operation_the_object_and_the_reason() {
     let mut client = client();
     let (web, missing) = (tcp("10.96.0.1:80"), tcp("[fd00:96::1]:80"));
-    let mark = VirtualServerId::FirewallMark { mark: 7, family: Family::Ipv6 };
+    let mark = VirtualServerId::firewall_mark(7, Family::Ipv6).unwrap();
     client.add_virtual_server(&round_robin(web)).unwrap();
     client.add_real_server(&web, &real("10.1.0.7:80")).unwrap();
     let not_found = "No such process (os error 3)";
@@ -162,7 +164,10 @@ fn an_error_names_the_operation_the_object_and_the_reason() {
             "delete real server 10.1.0.8:80 of TCP 10.96.0.1:80: No such file or directory (os error 2)".to_owned(),
         ),
         (
-            client.add_virtual_server(&VirtualServer { netmask: Netmask::V6(0), ..round_robin(missing) }),
+            client.add_virtual_server(&VirtualServer {
+                persistence: Some(Persistence { netmask: Netmask::V6(0), ..Persistence::new(60, Family::Ipv6) }),
+                ..round_robin(missing)
+            }),
             ErrorKind::Invalid,
             "add virtual server TCP [fd00:96::1]:80: Invalid argument (os error 22)".to_owned(),
         ),

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{client, round_robin, run};
-use ipvs_netlink::{Client, Protocol, RealServer, RealServerEntry, VirtualServer, VirtualServerId};
+use ipvs_netlink::{Client, Protocol, RealServer, RealServerEntry, VirtualServerId};
 
 /// A network with a virtual server that leads to a process of this very thread.
 fn local_service(client: &mut Client, protocol: Protocol, virtual_ip: &str, real_ip: &str) -> VirtualServerId {
@@ -84,7 +84,7 @@ fn tcp_connections_are_counted_while_they_are_active_and_after() {
 fn flows_of_a_persistent_udp_server_are_counted_with_their_template() {
     let mut client = client();
     let id = local_service(&mut client, Protocol::Udp, "10.96.0.1", "10.1.0.7");
-    client.set_virtual_server(&VirtualServer { persistence_timeout: Some(60), ..round_robin(id) }).unwrap();
+    client.set_virtual_server(&round_robin(id).persistent(60)).unwrap();
     let far = UdpSocket::bind("10.1.0.7:8080").unwrap();
     for _ in 0..2 {
         let near = UdpSocket::bind("10.96.0.1:0").unwrap();

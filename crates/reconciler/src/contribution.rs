@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
-use ipvs_netlink::{Family, Netmask};
+use ipvs_netlink::{Family, Persistence};
 use service_watch::{Endpoint, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
@@ -175,8 +175,7 @@ impl Contribution {
                     config: ServerConfig {
                         scheduler: policy.scheduler,
                         scheduler_flags: policy.scheduler_flags(),
-                        persistence_timeout: service.affinity_seconds,
-                        netmask: Netmask::host(vips.family),
+                        persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, vips.family)),
                         one_packet: false,
                     },
                     real_servers: real_servers.clone(),

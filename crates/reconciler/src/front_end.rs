@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use ipvs_netlink::{Netmask, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
+use ipvs_netlink::{Persistence, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
 use service_watch::Protocol;
 
 /// What clients connect to: the identity of a virtual server of ours.
@@ -55,10 +55,8 @@ pub struct ServerConfig {
     pub scheduler: Scheduler,
     /// Flags of the scheduler.
     pub scheduler_flags: SchedulerFlags,
-    /// Seconds of `ClientIP` affinity.
-    pub persistence_timeout: Option<u32>,
-    /// Which clients persistence treats as one.
-    pub netmask: Netmask,
+    /// `ClientIP` affinity.
+    pub persistence: Option<Persistence>,
     /// Whether each UDP packet is scheduled by itself.
     pub one_packet: bool,
 }
@@ -70,8 +68,7 @@ impl ServerConfig {
             id: front_end.id(),
             scheduler: self.scheduler,
             scheduler_flags: self.scheduler_flags,
-            persistence_timeout: self.persistence_timeout,
-            netmask: self.netmask,
+            persistence: self.persistence,
             one_packet: self.one_packet,
         }
     }
@@ -82,8 +79,7 @@ impl From<VirtualServer> for ServerConfig {
         Self {
             scheduler: server.scheduler,
             scheduler_flags: server.scheduler_flags,
-            persistence_timeout: server.persistence_timeout,
-            netmask: server.netmask,
+            persistence: server.persistence,
             one_packet: server.one_packet,
         }
     }

@@ -9,7 +9,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use common::{NODE, World, ip, port};
-use ipvs_netlink::{Family, Forwarding, Netmask, RealServer, Scheduler, SchedulerFlags};
+use ipvs_netlink::{Family, Forwarding, Persistence, RealServer, Scheduler, SchedulerFlags};
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
@@ -304,8 +304,7 @@ fn kernel() -> impl Strategy<Value = FakeKernel> {
                 let config = ServerConfig {
                     scheduler,
                     scheduler_flags: SchedulerFlags::NONE,
-                    persistence_timeout: persistence,
-                    netmask: Netmask::host(Family::of(front_end.address)),
+                    persistence: persistence.map(|timeout| Persistence::new(timeout, Family::of(front_end.address))),
                     one_packet,
                 };
                 let real = real.into_iter().filter(|server| server.address.is_ipv4() == front_end.address.is_ipv4());

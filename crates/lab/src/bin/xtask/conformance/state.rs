@@ -123,11 +123,13 @@ fn virtual_server(ipvs: &mut Client, server: &ipvs_netlink::VirtualServer) -> Re
         VirtualServerId::Address { protocol: p, address: a, port: q } => {
             (protocol, address, port) = (Some(p.to_string()), Some(a), Some(q));
         }
-        VirtualServerId::FirewallMark { mark, family: f } => (fwmark, family) = (Some(mark), Some(f.to_string())),
+        VirtualServerId::FirewallMark { mark, family: f } => {
+            (fwmark, family) = (Some(mark.get()), Some(f.to_string()));
+        }
     }
     let mut flags = BTreeSet::new();
     for (flag, name) in [
-        (server.persistence_timeout.is_some(), "persistent"),
+        (server.persistence.is_some(), "persistent"),
         (server.one_packet, "one-packet"),
         (server.scheduler_flags.contains(SchedulerFlags::FLAG_1), "flag-1"),
         (server.scheduler_flags.contains(SchedulerFlags::FLAG_2), "flag-2"),
@@ -153,11 +155,12 @@ fn virtual_server(ipvs: &mut Client, server: &ipvs_netlink::VirtualServer) -> Re
         family,
         scheduler: server.scheduler.to_string(),
         flags,
-        persistence_timeout: server.persistence_timeout.unwrap_or(0),
-        netmask: match server.netmask {
-            Netmask::V4(mask) => mask.to_string(),
-            Netmask::V6(prefix) => prefix.to_string(),
-        },
+        persistence_timeout: server.persistence.map_or(0, |persistence| persistence.timeout),
+        // Without persistence it means nothing; kube-proxy leaves each client for itself there.
+        netmask: server
+            .persistence
+            .map_or_else(|| Netmask::host(server.id.family()), |persistence| persistence.netmask)
+            .to_string(),
         real_servers: real_servers.collect(),
     })
 }

@@ -169,7 +169,7 @@ impl Show<'_> {
             .step("Session affinity", "With sessionAffinity: ClientIP a client stays with the server it met first.");
         let difference = self.manifests.set_affinity()?;
         self.until("make the virtual server persistent", |show| {
-            Ok(show.stage.virtual_server()?.and_then(|server| server.persistence_timeout) == Some(10_800))
+            Ok(show.stage.virtual_server()?.and_then(|server| server.persistence).map(|it| it.timeout) == Some(10_800))
         })?;
         self.screen.difference("service.yaml", &difference);
         let log = self.wait_for_log("synced")?;
