@@ -97,7 +97,13 @@ impl Error {
             (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
             _ => (ErrorKind::Other, None),
         };
-        Self(Box::new(Failure { operation: message.operation(), object: message.object(), kind, hint, cause: Cause::Netlink(cause) }))
+        Self(Box::new(Failure {
+            operation: message.operation(),
+            object: message.object(),
+            kind,
+            hint,
+            cause: Cause::Netlink(cause),
+        }))
     }
 
     /// The family is missing: the error of connecting.
