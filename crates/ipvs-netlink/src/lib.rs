@@ -25,9 +25,11 @@
 #![forbid(unsafe_code)]
 
 mod attributes;
+mod changes;
 mod client;
 mod config;
 mod error;
+mod features;
 mod id;
 mod message;
 mod name;
@@ -37,9 +39,13 @@ mod stats;
 mod sync_daemon;
 mod virtual_server;
 
-pub use client::Client;
+pub use changes::{Change, Table};
+#[cfg(feature = "tokio")]
+pub use client::{AsyncClient, AsyncServers};
+pub use client::{Client, ServerEntry, Servers};
 pub use config::{Info, Timeouts};
 pub use error::{Error, ErrorKind};
+pub use features::{EstimationFeatures, Features, TunnelFeatures};
 pub use id::{Family, Protocol, VirtualServerId};
 pub use message::Message;
 pub use name::{InvalidName, Name};
