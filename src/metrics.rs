@@ -299,9 +299,10 @@ pub(crate) fn health_asked(metric: &'static str, answer: StatusCode) {
 /// own clock is.
 const TICKS_A_SECOND: u64 = 100;
 
-/// What is counted elsewhere, at the moment somebody asks. A source lists each of its kinds once; more is beginning anew.
-pub(crate) fn collect(source: Option<&Counters>, kinds: u64, events_dropped: u64) {
-    if let Some(source) = source {
+/// What is counted elsewhere, at the moment somebody asks: by a source, with how many kinds of objects it has. It lists
+/// each once; more is beginning anew.
+pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
+    if let Some((source, kinds)) = source {
         counter!(WATCH_RESTARTS).absolute(source.lists().saturating_sub(kinds));
         counter!(WATCH_ERRORS).absolute(source.errors());
         counter!(PROBLEMS).absolute(source.problems());
