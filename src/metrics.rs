@@ -3,6 +3,7 @@
 //! [`ALL`] is the list of them, from which the exporter learns types, help and buckets; `docs/metrics.md` tells people the
 //! same, and a test compares the two.
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use hyper::StatusCode;
@@ -242,14 +243,14 @@ pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, start
     }
     for failure in &outcome.failures {
         counter!(FAILURES, "object" => failure.key.kind()).increment(1);
-        if failure.key.kind().starts_with("filter") || failure.key.kind() == "source_ranges" {
+        if matches!(failure.key, Key::Filter(_) | Key::Entry(_) | Key::Sources(..)) {
             for family in families.iter().filter(|family| failure.key.is_of(*family)) {
                 counter!(RESTORE_FAILURES, "ip_family" => family_name(family)).increment(1);
             }
         }
     }
-    let failed = |key: &Key| outcome.failures.iter().any(|failure| failure.key == *key);
-    let unrepaired = outcome.drifted.iter().filter(|key| failed(key)).count();
+    let failed: BTreeSet<&Key> = outcome.failures.iter().map(|failure| &failure.key).collect();
+    let unrepaired = outcome.drifted.iter().filter(|key| failed.contains(key)).count();
     counter!(DRIFT_FOUND).increment(outcome.drifted.len() as u64);
     counter!(DRIFT_REPAIRED).increment((outcome.drifted.len() - unrepaired) as u64);
     counter!(CLASHES).increment(outcome.clashes.len() as u64);
