@@ -248,6 +248,24 @@ fn every_field_and_its_flag_take_a_value() {
 }
 
 #[test]
+fn every_flag_beside_a_file_takes_effect_or_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.conf");
+    fs::write(&path, file("mode", &json!("ipvs"), &Value::Null)).unwrap();
+    for row in rows() {
+        let Some(flag) = row.flag else { continue };
+        let words = [format!("--config={}", path.display()), format!("--{flag}={}", row.takes.0)];
+        let effective = with_flags(&words).unwrap();
+        let has_effect = field(&shown(&effective.configuration), row.field) != &row.default;
+        let is_named = effective
+            .warnings
+            .iter()
+            .any(|warning| warning.starts_with(&format!("--{flag}: not heeded beside --config")));
+        assert_ne!(has_effect, is_named, "--{flag}: {:?}", effective.warnings);
+    }
+}
+
+#[test]
 fn every_field_and_its_flag_refuse_what_makes_no_sense_and_name_themselves() {
     for row in rows() {
         for (text, value, what) in &row.refuses {
