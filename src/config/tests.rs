@@ -123,7 +123,7 @@ fn rows() -> Vec<Row> {
         row("ipvs.scheduler", json!(""), ("sh", json!("sh"))).refuses(
             "a-name-too-long-for-it",
             "a-name-too-long-for-it",
-            "cannot be the name of a scheduler",
+            "cannot be a name in IPVS",
         ),
         row("ipvs.excludeCIDRs", json!([]), ("10.0.0.0/8,fd00::/64", json!(["10.0.0.0/8", "fd00::/64"]))).refuses(
             "10.0.0.0/8,10.0.0.0/40",

@@ -162,7 +162,10 @@ fn synchronization_daemons_start_are_listed_and_stop() {
         ErrorKind::NotFound,
         "cannot stop synchronization daemon master: No such process (os error 3)",
     );
-    let ipv6 = SyncDaemon { group: Some("ff02::51".parse().unwrap()), ..SyncDaemon::new(SyncRole::Master, lo) };
+    run("ip link add eth9 type dummy");
+    run("ip link set eth9 up");
+    let interface = "eth9".parse().unwrap();
+    let ipv6 = SyncDaemon { group: Some("ff02::51".parse().unwrap()), ..SyncDaemon::new(SyncRole::Master, interface) };
     client.start_sync_daemon(&ipv6).unwrap();
     assert_eq!(client.sync_daemons().unwrap()[0].group, ipv6.group);
     client.stop_sync_daemon(SyncRole::Master).unwrap();
