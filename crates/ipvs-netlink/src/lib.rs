@@ -28,6 +28,8 @@ mod attributes;
 mod client;
 mod config;
 mod error;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod id;
 mod message;
 mod name;
