@@ -49,7 +49,8 @@
 //! What it does not have:
 //!
 //! * packets, and so connections of its own, rates, and thresholds that are reached;
-//! * permissions (`EPERM`), lack of memory (`ENOMEM`) and interruptions (`EINTR`);
+//! * permissions (`EPERM`) and lack of memory (`ENOMEM`);
+//! * threads: a kernel that is to stop a daemon whose thread has not begun stops it, but never answers;
 //! * time: connections of deleted real servers stay until [`Ipvs::empty_trash`];
 //! * routes and the state of interfaces, beyond what [`Kernel`] says;
 //! * the hash table: virtual servers are listed in the order of their identities. Real servers are listed as the kernel
