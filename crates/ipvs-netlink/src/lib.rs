@@ -20,6 +20,7 @@
 //! * [`Client::apply`] sends many [`Message`]s in few system calls and returns one result each.
 //! * A client belongs to the network namespace of the thread that connected it; IPVS is per namespace.
 //! * Attributes this crate does not know are skipped, so that a newer kernel can be read.
+//! * The feature `fake` has an IPVS in memory, with the kernel's rules, to test against.
 //! * Reading and writing needs `CAP_NET_ADMIN` in the initial user namespace.
 //! * What netlink does not tell is read from `/proc`, which takes no capability: [`Connections`] and [`Totals`].
 
@@ -32,6 +33,8 @@ mod config;
 mod connections;
 mod error;
 mod features;
+#[cfg(feature = "fake")]
+pub mod fake;
 mod id;
 mod message;
 mod name;

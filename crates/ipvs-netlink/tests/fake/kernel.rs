@@ -1,0 +1,138 @@
+//! The kernel to compare with.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::num::NonZeroU32;
+
+use ipvs_netlink::fake::{Interface, Ipvs, Kernel};
+use ipvs_netlink::{Error, Message, SyncDaemon, SyncRole, Timeouts};
+use netlink_batch::Socket;
+use netlink_batch::protocols::NETLINK_GENERIC;
+use netlink_packet_generic::GenlMessage;
+use netlink_packet_generic::constants::GENL_ID_CTRL;
+use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
+use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
+
+use crate::common::{Alone, client, run};
+use crate::operations::{ADDRESSES, INTERFACE};
+
+/// A network namespace with an interface and addresses, and what its kernel has.
+pub(crate) struct Lab {
+    client: Alone,
+    daemons: Daemons,
+    kernel: Kernel,
+    timeouts: Timeouts,
+}
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let mut client = client();
+        run(&format!("ip link add {INTERFACE} type dummy"));
+        run(&format!("ip link set {INTERFACE} up"));
+        let mut kernel = Kernel::default();
+        for (address, prefix) in ADDRESSES {
+            let nodad = if address.contains(':') { "nodad" } else { "" };
+            run(&format!("ip address add {address}/{prefix} dev {INTERFACE} {nodad}"));
+            kernel.addresses.insert((address.parse().unwrap(), prefix));
+        }
+        kernel.interfaces.insert(INTERFACE.parse().unwrap(), Interface { mtu: 1500, routes_ipv6_multicast: true });
+        kernel.connection_table_size = client.info().unwrap().connection_table_size;
+        let timeouts = client.timeouts().unwrap();
+        // Which of them it is shows in the limit of timeouts.
+        let ticks = [100, 250, 300, 1000].into_iter().find(|ticks| {
+            let longest = i32::MAX.unsigned_abs() / ticks;
+            let mut set = |tcp| client.set_timeouts(Timeouts { tcp, ..Timeouts::default() }).is_ok();
+            set(longest) && !set(longest + 1)
+        });
+        kernel.ticks_per_second = NonZeroU32::new(ticks.unwrap()).unwrap();
+        Self { client, daemons: Daemons::connect(), kernel, timeouts }
+    }
+
+    /// Empties the kernel, and makes a fake like it.
+    pub(crate) fn fresh(&mut self) -> Ipvs {
+        let stop = [SyncRole::Master, SyncRole::Backup].map(Message::StopSyncDaemon);
+        // That of one that does not run fails.
+        drop(self.apply(&stop));
+        self.client.flush().unwrap();
+        self.client.set_timeouts(self.timeouts).unwrap();
+        let fake = Ipvs::new(self.kernel.clone());
+        assert_eq!(self.difference(&fake), None);
+        fake
+    }
+
+    /// A daemon that is stopped before its thread has begun makes `kthread_stop` fail with `EINTR`, although it stops, and
+    /// that is the one error netlink sends no answer for (`netlink_rcv_skb`). So the last message, whose answer the client
+    /// waits for, is another, which changes nothing.
+    pub(crate) fn apply(&mut self, messages: &[Message]) -> Vec<Result<(), Error>> {
+        let last = Message::SetTimeouts(Timeouts::default());
+        let mut results = self.client.apply(&[messages, &[last]].concat()).unwrap();
+        results.pop().unwrap().unwrap();
+        results
+    }
+
+    /// Compares all that can be listed. Virtual servers have an order of their own in each; real servers come in the same.
+    pub(crate) fn difference(&mut self, fake: &Ipvs) -> Option<String> {
+        let by_id = |entries: Vec<ipvs_netlink::VirtualServerEntry>| -> BTreeMap<_, _> {
+            entries.into_iter().map(|entry| (entry.server.id, entry)).collect()
+        };
+        let listed = by_id(self.client.virtual_servers().unwrap());
+        let mut real_servers = |id| self.client.real_servers(id).unwrap();
+        differ("virtual servers", &by_id(fake.virtual_servers()), &listed)
+            .or_else(|| {
+                listed
+                    .keys()
+                    .find_map(|id| differ(&format!("real servers of {id}"), &fake.real_servers(id), &real_servers(id)))
+            })
+            .or_else(|| differ("timeouts", &fake.timeouts(), &self.client.timeouts().unwrap()))
+            .or_else(|| differ("info", &fake.info(), &self.client.info().unwrap()))
+            .or_else(|| differ("daemons", &fake.sync_daemons(), &self.daemons.list()))
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        // They hold the network namespace.
+        drop(self.apply(&[SyncRole::Master, SyncRole::Backup].map(Message::StopSyncDaemon)));
+    }
+}
+
+fn differ<T: Debug + PartialEq>(what: &str, of_fake: &T, of_kernel: &T) -> Option<String> {
+    (of_fake != of_kernel).then(|| format!("{what}: fake {of_fake:#?}, kernel {of_kernel:#?}"))
+}
+
+/// A socket that lists the daemons.
+struct Daemons {
+    socket: Socket,
+    family: u16,
+}
+
+impl Daemons {
+    fn connect() -> Self {
+        let mut socket = Socket::open(NETLINK_GENERIC).unwrap();
+        let ask = GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![GenlCtrlAttrs::FamilyName("IPVS".into())] };
+        let mut ask = GenlMessage::from_payload(ask);
+        ask.set_resolved_family_id(GENL_ID_CTRL);
+        let mut family = None;
+        let is_id = |attribute: &GenlCtrlAttrs| match attribute {
+            GenlCtrlAttrs::FamilyId(id) => Some(*id),
+            _ => None,
+        };
+        socket
+            .request(&ask.into(), |answer: GenlMessage<GenlCtrl>| family = answer.payload.nlas.iter().find_map(is_id))
+            .unwrap();
+        Self { socket, family: family.unwrap() }
+    }
+
+    fn list(&mut self) -> Vec<SyncDaemon> {
+        let mut ask = GenlMessage::from_payload(Message::ListSyncDaemons);
+        ask.set_resolved_family_id(self.family);
+        let mut daemons = Vec::new();
+        let each = |answer: GenlMessage<Message>| {
+            if let Message::SyncDaemon(daemon) = answer.payload {
+                daemons.push(daemon);
+            }
+        };
+        self.socket.dump(&ask, each).unwrap();
+        daemons
+    }
+}
