@@ -32,6 +32,7 @@ mod id;
 mod message;
 mod name;
 mod real_server;
+pub mod rules;
 mod scheduler;
 mod stats;
 mod sync_daemon;
