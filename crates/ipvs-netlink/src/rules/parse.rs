@@ -56,7 +56,9 @@ impl<'a> Command<'a> {
             }
             let says_the_same = |other: &&Item<'_>| {
                 let either = |group: &[Kind]| group.contains(&option.kind) && group.contains(&other.kind);
-                option.kind == other.kind || either(&VIRTUAL_SERVER) || either(&FORWARDING) || either(&CHECKSUM)
+                // Only -6 may come twice.
+                let again = option.kind == other.kind && option.kind != Kind::Ipv6;
+                again || either(&VIRTUAL_SERVER) || either(&FORWARDING) || either(&CHECKSUM)
             };
             if let Some(other) = options[..index].iter().find(says_the_same) {
                 return Err(option.word.error(Fault::Repeated(other.kind.name())));
@@ -178,8 +180,9 @@ impl<'a> Command<'a> {
 
     /// The column of the last option that says which virtual server it is.
     fn last_of_id(&self) -> Result<usize, ParseError> {
-        let ipv6 = self.option(Kind::Ipv6).map_or(0, |option| option.word.column);
-        Ok(self.id_option()?.word.column.max(ipv6))
+        let options = self.options.iter().filter(|option| option.kind == Kind::Ipv6);
+        let ipv6 = options.map(|option| option.word.column).max();
+        Ok(self.id_option()?.word.column.max(ipv6.unwrap_or(0)))
     }
 
     fn real_address(&self) -> Result<SocketAddr, ParseError> {

@@ -7,6 +7,8 @@
     reason = "helpers of tests, of which every test file uses a part"
 )]
 
+pub(crate) mod servers;
+
 use std::io::Write;
 use std::ops::{Deref, DerefMut};
 use std::process::{Command, Stdio};
@@ -53,6 +55,13 @@ pub(crate) fn client() -> Alone {
 /// Runs a command, its words separated by white space, and returns its output.
 pub(crate) fn run(command: &str) -> String {
     run_with_input(command, "")
+}
+
+/// An example of this crate, which cargo builds with the tests.
+pub(crate) fn example(name: &str) -> String {
+    let test = std::env::current_exe().unwrap();
+    let target = test.ancestors().nth(2).unwrap();
+    target.join("examples").join(name).to_str().unwrap().to_owned()
 }
 
 pub(crate) fn run_with_input(command: &str, input: &str) -> String {
