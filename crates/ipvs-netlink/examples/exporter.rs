@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     }
     for stream in listener.incoming() {
         if let Err(error) = stream.and_then(|stream| serve(&stream)) {
-            eprintln!("exporter: {error}");
+            eprintln!("exporter: a client got no answer: {error}");
         }
     }
     ExitCode::SUCCESS

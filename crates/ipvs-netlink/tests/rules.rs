@@ -408,8 +408,15 @@ fn what_no_rule_can_say_is_not_written() {
         (Message::SetTimeouts(Timeouts { tcp: u32::MAX, tcp_fin: 0, udp: 0 }), "\"4294967295\" is no number"),
     ] {
         let error = rules::format(&message).unwrap_err().to_string();
-        assert!(error.starts_with("ipvsadm takes no such rule: line 1") && error.contains(reason), "{error}");
+        assert!(error.starts_with("ipvsadm takes no such rule: \"") && error.contains(reason), "{error}");
     }
-    let spaced = VirtualServer { scheduler: "r r".parse().unwrap(), ..server(web) };
-    assert!(rules::format(&Message::AddVirtualServer(spaced)).is_err());
+    // Names in which there is more than a name.
+    let dns = VirtualServerId::address(Protocol::Udp, "10.0.0.1:53".parse().unwrap());
+    let named = |name: &str| VirtualServer { scheduler: name.parse().unwrap(), ..server(dns) };
+    for name in ["r r", " ", "\n", "-b", "rr\n-C"] {
+        let error = rules::format(&Message::AddVirtualServer(named(name)));
+        assert!(matches!(error, Err(FormatError::Value(_))), "{name:?}: {error:?}");
+    }
+    let line = "-A -u 10.0.0.1:53 -s rr -o".to_owned();
+    assert_eq!(rules::format(&Message::AddVirtualServer(named("rr -o"))), Err(FormatError::Ambiguous(line)));
 }

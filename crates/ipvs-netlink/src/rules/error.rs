@@ -115,7 +115,7 @@ pub enum FormatError {
     #[error("no rule can name {0:?}: ipvsadm knows IP in IP, GUE and GRE")]
     Tunnel(Tunnel),
     /// A value that ipvsadm refuses; the error is that of reading the rule.
-    #[error("ipvsadm takes no such rule: {0}")]
+    #[error("ipvsadm takes no such rule: {:?} {}", .0.word, .0.fault)]
     Value(ParseError),
     /// The line would mean something else.
     #[error("{0:?} would be read as something else")]

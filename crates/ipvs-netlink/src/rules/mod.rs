@@ -1,6 +1,6 @@
 //! The rules that `ipvsadm -S` saves and `ipvsadm -R` restores: one command a line.
 //!
-//! [`parse`] reads lines into [`Message`]s for [`Client::apply`](crate::Client::apply), and [`format`] writes a message as
+//! [`parse()`] reads lines into [`Message`]s for [`Client::apply`](crate::Client::apply), and [`format()`] writes a message as
 //! a line:
 //!
 //! ```
@@ -41,7 +41,7 @@
 //! * It writes firewall marks from 2,147,483,648 on as negative numbers, which it refuses to read.
 //! * It leaves out `flag-3` of the schedulers `sh` and `mh`, and where no other is set writes a `-b` that it refuses.
 //! * It writes `-g` for real servers on the host itself ([`Forwarding::Local`](crate::Forwarding::Local)) and `(null)` for
-//!   those that are bypassed. No option says either, so [`format`] is an error for them, as for everything else that
+//!   those that are bypassed. No option says either, so [`format()`] is an error for them, as for everything else that
 //!   `ipvsadm -R` could not read back.
 //! * It saves neither timeouts (`--set`) nor synchronization daemons. They are messages like any other here.
 //! * It writes IPv6 addresses below `::1:0:0` with their end in four decimal parts, which only looks different.

@@ -10,6 +10,7 @@
 pub(crate) mod servers;
 
 use std::io::Write;
+use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -86,4 +87,21 @@ pub(crate) fn round_robin(id: VirtualServerId) -> VirtualServer {
 
 pub(crate) fn real(address: &str) -> RealServer {
     RealServer::new(address.parse().unwrap())
+}
+
+/// A network with a virtual server that leads to a process of this very thread.
+pub(crate) fn local_service(
+    client: &mut Client,
+    protocol: Protocol,
+    virtual_ip: &str,
+    real_ip: &str,
+) -> VirtualServerId {
+    for ip in [virtual_ip, real_ip] {
+        let (prefix, nodad) = if ip.contains(':') { (128, "nodad") } else { (32, "") };
+        run(&format!("ip address add {ip}/{prefix} dev lo {nodad}"));
+    }
+    let id = VirtualServerId::address(protocol, SocketAddr::new(virtual_ip.parse().unwrap(), 80));
+    client.add_virtual_server(&round_robin(id)).unwrap();
+    client.add_real_server(&id, &RealServer::new(SocketAddr::new(real_ip.parse().unwrap(), 8080))).unwrap();
+    id
 }
