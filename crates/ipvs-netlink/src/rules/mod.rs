@@ -1,7 +1,7 @@
 //! The rules that `ipvsadm -S` saves and `ipvsadm -R` restores: one command a line.
 //!
-//! [`parse()`] reads lines into [`Message`]s for [`Client::apply`](crate::Client::apply), and [`format()`] writes a message as
-//! a line:
+//! [`parse()`] reads lines into [`Message`]s for [`Client::apply`](crate::Client::apply), and [`format()`] writes a
+//! message as a line:
 //!
 //! ```
 //! use ipvs_netlink::{Message, rules};
@@ -27,9 +27,11 @@
 //! * hosts, ports and masks are read as numbers only, addresses in their usual form, and an IPv4 mask in four parts
 //!   (`-M 24` is the mask 0.0.0.24 to ipvsadm);
 //! * `-M`, and `-r` without a port, have to follow the virtual server, without which ipvsadm misreads them;
-//! * `--pe` without `-p` is refused, as [`VirtualServer`](crate::VirtualServer) has no place for it;
+//! * `--pe` without `-p` is refused, as [`VirtualServer`](crate::VirtualServer) has no place for it (the kernel keeps it, and
+//!   then takes connections that real servers begin; `-M` without `-p` means nothing to either, and is left out);
 //! * negative firewall marks are read, because ipvsadm writes them (below);
-//! * the port of a real server is read as it is written: ipvsadm silently takes the virtual server's for `-g` and `-i`;
+//! * the port of a real server is read as it is written: ipvsadm silently takes the virtual server's for `-g` and `-i`,
+//!   but for firewall marks;
 //! * ipvsadm has no comments, and stops at one.
 //!
 //! # Writing
