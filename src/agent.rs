@@ -3,7 +3,6 @@
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, OnceLock};
 use std::thread;
@@ -135,9 +134,8 @@ pub(crate) fn run(start: Start) -> Result<End> {
         .context("cannot start a thread")?;
 
     let counted = Counted::default();
-    let hard_failure = if once {
-        None
-    } else {
+    let (failed, hard_failure) = channel::channel(1);
+    if !once {
         let complaints = posts.clone();
         runtime.spawn(node_ports::run(node_port_news, health.clone(), move |service, problem| {
             warn!(%service, "{problem}");
@@ -149,9 +147,9 @@ pub(crate) fn run(start: Start) -> Result<End> {
             (settings.healthz, http::health::handler(health.clone()), "FailedToStartProxierHealthcheck"),
             (settings.metrics, http::metrics::handler(shown), "FailedToStartMetricServer"),
         ];
-        let (posts, is_hard_fail) = (posts.clone(), settings.bind_hard_fail);
-        Some(http::own::listen_on(&runtime, wanted, is_hard_fail, move |event| posts.post(event)))
-    };
+        let (posts, failed) = (posts.clone(), settings.bind_hard_fail.then_some(&failed));
+        http::own::listen_on(&runtime, wanted, failed, move |event| posts.post(event));
+    }
 
     let sink = move |message| match message {
         Message::Change(change) => {
@@ -197,14 +195,15 @@ async fn ended_by(
     mode: Mode,
     source: impl Future<Output = Result<()>> + Send + 'static,
     restart: impl Future<Output = ()>,
-    hard_failure: Option<oneshot::Receiver<anyhow::Error>>,
+    mut hard_failure: channel::Receiver<anyhow::Error>,
 ) -> Result<End> {
     let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
     let source = tokio::spawn(source);
     let hard_failure = async {
-        match hard_failure {
-            Some(failure) => failure.await.unwrap_or_else(|_| anyhow!("a port stopped unexpectedly")),
+        match hard_failure.recv().await {
+            Some(error) => error,
+            // Nobody is left who could fail so.
             None => std::future::pending().await,
         }
     };
@@ -254,28 +253,26 @@ async fn configuration_changed(flags: &Flags, configuration: &Configuration) {
         match flags.effective() {
             Ok(read) if read.configuration == *configuration => {}
             // A start that failed would leave the node without an agent. This does what a start does to the kernel.
-            Ok(read) => match on_own_thread(move || prepare(&mut { read.settings }).map(drop)).await {
-                Ok(()) => {
-                    info!(file = %path.display(), "the configuration has changed: starting anew with it");
-                    return;
+            Ok(mut read) => {
+                let prepared = tokio::task::spawn_blocking(move || prepare(&mut read.settings).map(drop)).await;
+                match prepared.context("stopped unexpectedly").flatten() {
+                    Ok(()) => {
+                        info!(file = %path.display(), "the configuration has changed: starting anew with it");
+                        return;
+                    }
+                    Err(problem) => error!(
+                        "the configuration file has changed and the kernel cannot be made ready for it, so that of the \
+                         start stays: {}; where an init container has more rights than the agent, delete the pod",
+                        in_one_line(&problem)
+                    ),
                 }
-                Err(problem) => error!(
-                    "the configuration file has changed and the kernel cannot be made ready for it, so that of the start \
-                     stays: {}; where an init container has more rights than the agent, delete the pod",
-                    in_one_line(&problem)
-                ),
-            },
+            }
             Err(problems) => {
                 error!("the configuration file has changed and cannot be used, so that of the start stays: {problems}");
             }
         }
         file.changed().await;
     }
-}
-
-/// Does something that waits for the kernel, in the network namespace of this thread.
-async fn on_own_thread<T: Send + 'static>(action: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(action).await.context("stopped unexpectedly")?
 }
 
 /// Waits until what leads to the API server has changed and still does, as far as can be told without asking. (kube-proxy
@@ -315,7 +312,7 @@ impl Posts {
 
 /// What the source counts, once there is one, and how many kinds of objects it lists at its start.
 #[derive(Clone, Default)]
-struct Counted(Arc<OnceLock<Arc<Counters>>>, Arc<AtomicUsize>);
+struct Counted(Arc<OnceLock<(Arc<Counters>, u64)>>);
 
 /// Tells everybody who wants to know what the reconciler did.
 struct Witness {
@@ -377,8 +374,8 @@ fn shown(
     Ok(http::metrics::Shown {
         health: health.clone(),
         metrics: Box::new(move || {
-            let kinds = counted.1.load(Ordering::Relaxed) as u64;
-            metrics::collect(counted.0.get().map(Arc::as_ref), kinds, posts.dropped());
+            let source = counted.0.get().map(|(counters, kinds)| (counters.as_ref(), *kinds));
+            metrics::collect(source, posts.dropped());
             handle.run_upkeep();
             handle.render()
         }),
@@ -400,8 +397,7 @@ async fn source(origin: Origin, node_name: &str, all_nodes: bool, posts: &Posts,
             (Source::ApiServer(server), 3)
         }
     };
-    counted.1.store(kinds, Ordering::Relaxed);
-    counted.0.get_or_init(|| source.counters());
+    counted.0.get_or_init(|| (source.counters(), kinds));
     Ok(source)
 }
 

@@ -1,8 +1,9 @@
 //! Whether the node's Services are as they should be, as far as the agent can tell. Without a clock of its own.
 //!
-//! A family is unhealthy when, after the first sync, a change has waited for more than two sync periods, when the kernel could not be read for as
-//! long, and when something was right, was changed by somebody else and cannot be repaired. That one Service cannot be
-//! programmed says nothing about the node: whoever may make a Service must not be able to take nodes out of service.
+//! A family is unhealthy when, after the first sync, a change has waited for more than two sync periods, when the
+//! kernel could not be read for as long, and when something was right, was changed by somebody else and cannot be
+//! repaired. That one Service cannot be programmed says nothing about the node: whoever may make a Service must not be
+//! able to take nodes out of service.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};

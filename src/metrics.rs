@@ -3,6 +3,7 @@
 //! [`ALL`] is the list of them, from which the exporter learns types, help and buckets; `docs/metrics.md` tells people the
 //! same, and a test compares the two.
 
+use std::collections::BTreeSet;
 use std::time::SystemTime;
 
 use hyper::StatusCode;
@@ -242,14 +243,14 @@ pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, start
     }
     for failure in &outcome.failures {
         counter!(FAILURES, "object" => failure.key.kind()).increment(1);
-        if failure.key.kind().starts_with("filter") || failure.key.kind() == "source_ranges" {
+        if matches!(failure.key, Key::Filter(_) | Key::Entry(_) | Key::Sources(..)) {
             for family in families.iter().filter(|family| failure.key.is_of(*family)) {
                 counter!(RESTORE_FAILURES, "ip_family" => family_name(family)).increment(1);
             }
         }
     }
-    let failed = |key: &Key| outcome.failures.iter().any(|failure| failure.key == *key);
-    let unrepaired = outcome.drifted.iter().filter(|key| failed(key)).count();
+    let failed: BTreeSet<&Key> = outcome.failures.iter().map(|failure| &failure.key).collect();
+    let unrepaired = outcome.drifted.iter().filter(|key| failed.contains(key)).count();
     counter!(DRIFT_FOUND).increment(outcome.drifted.len() as u64);
     counter!(DRIFT_REPAIRED).increment((outcome.drifted.len() - unrepaired) as u64);
     counter!(CLASHES).increment(outcome.clashes.len() as u64);
@@ -299,9 +300,10 @@ pub(crate) fn health_asked(metric: &'static str, answer: StatusCode) {
 /// own clock is.
 const TICKS_A_SECOND: u64 = 100;
 
-/// What is counted elsewhere, at the moment somebody asks. A source lists each of its kinds once; more is beginning anew.
-pub(crate) fn collect(source: Option<&Counters>, kinds: u64, events_dropped: u64) {
-    if let Some(source) = source {
+/// What is counted elsewhere, at the moment somebody asks: by a source, with how many kinds of objects it has. It lists
+/// each once; more is beginning anew.
+pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
+    if let Some((source, kinds)) = source {
         counter!(WATCH_RESTARTS).absolute(source.lists().saturating_sub(kinds));
         counter!(WATCH_ERRORS).absolute(source.errors());
         counter!(PROBLEMS).absolute(source.problems());

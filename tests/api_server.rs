@@ -10,7 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use common::{Agent, HEALTH, NODE, addresses, get, ipvs, metric, run, service, slice};
 use lab::netns::isolate;
@@ -272,11 +272,7 @@ fn a_server_that_falls_silent_is_noticed_and_nothing_is_lost() {
         assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "nothing was heard of, so nothing waits");
         // Open watches stay silent; whoever asks anew is answered.
         cluster.server.recover();
-        let start = Instant::now();
-        while ipvs().len() < 3 {
-            assert!(start.elapsed() < AT_LAST, "{}", agent.log());
-            thread::sleep(Duration::from_millis(100));
-        }
+        agent.until_within(AT_LAST, "hear of the other endpoint", |_| ipvs().len() >= 3);
     });
     agent.has(&[WEB, WEB_1, WEB_2]);
 }
@@ -302,11 +298,7 @@ fn a_server_that_was_away_and_comes_back_with_another_history_is_believed_and_un
             &["10.0.0.2", "10.0.0.1"],
         ));
         cluster.server.recover();
-        let start = Instant::now();
-        while ipvs().len() < 3 {
-            assert!(start.elapsed() < AT_LAST, "{}", agent.log());
-            thread::sleep(Duration::from_millis(100));
-        }
+        agent.until_within(AT_LAST, "hear of the other endpoint", |_| ipvs().len() >= 3);
     });
     agent.has(&[WEB, WEB_1, WEB_2]);
     assert_eq!(health(), Some((200, 200)));
@@ -337,11 +329,7 @@ fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
     tls.write_kubeconfig(cluster.dir.path(), "two");
     cluster.server.break_off();
     cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
-    let start = Instant::now();
-    while ipvs().len() > 2 {
-        assert!(start.elapsed() < AT_LAST, "{}", agent.log());
-        thread::sleep(Duration::from_millis(200));
-    }
+    agent.until_within(AT_LAST, "take up the token", |_| ipvs().len() <= 2);
     agent.has(&[WEB, WEB_1]);
 }
 

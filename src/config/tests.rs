@@ -123,7 +123,7 @@ fn rows() -> Vec<Row> {
         row("ipvs.scheduler", json!(""), ("sh", json!("sh"))).refuses(
             "a-name-too-long-for-it",
             "a-name-too-long-for-it",
-            "cannot be the name of a scheduler",
+            "cannot be a name in IPVS",
         ),
         row("ipvs.excludeCIDRs", json!([]), ("10.0.0.0/8,fd00::/64", json!(["10.0.0.0/8", "fd00::/64"]))).refuses(
             "10.0.0.0/8,10.0.0.0/40",
@@ -244,6 +244,24 @@ fn every_field_and_its_flag_take_a_value() {
         // As kube-proxy has it, names may have underscores.
         words[0] = format!("--{}={text}", flag.replace('-', "_"));
         assert_eq!(with_flags(&words).unwrap().configuration, effective.configuration, "--{flag}");
+    }
+}
+
+#[test]
+fn every_flag_beside_a_file_takes_effect_or_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.conf");
+    fs::write(&path, file("mode", &json!("ipvs"), &Value::Null)).unwrap();
+    for row in rows() {
+        let Some(flag) = row.flag else { continue };
+        let words = [format!("--config={}", path.display()), format!("--{flag}={}", row.takes.0)];
+        let effective = with_flags(&words).unwrap();
+        let has_effect = field(&shown(&effective.configuration), row.field) != &row.default;
+        let is_named = effective
+            .warnings
+            .iter()
+            .any(|warning| warning.starts_with(&format!("--{flag}: not heeded beside --config")));
+        assert_ne!(has_effect, is_named, "--{flag}: {:?}", effective.warnings);
     }
 }
 

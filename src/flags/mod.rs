@@ -6,11 +6,12 @@ mod fields;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
-use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use self::fields::FieldFlags;
 use crate::config::{self, Configuration, Problem, Problems, Read, Settings};
@@ -105,33 +106,9 @@ pub(crate) enum Command {
     Takeover,
 }
 
-/// Flags that are taken and change nothing.
-const WITHOUT_EFFECT: [&str; 16] = [
-    "boot-id-file",
-    "config-sync-period",
-    "iptables-localhost-nodeports",
-    "iptables-min-sync-period",
-    "iptables-sync-period",
-    "kube-api-burst",
-    "kube-api-content-type",
-    "kube-api-qps",
-    "log-flush-frequency",
-    "log-json-info-buffer-size",
-    "log-json-split-stream",
-    "log-text-info-buffer-size",
-    "log-text-split-stream",
-    "machine-id-file",
-    "show-hidden-metrics-for-version",
-    "vmodule",
-];
-
-/// Flags that have no field, and those of fields that count beside a file.
-const BESIDE_FILE: [&str; 20] = [
-    "boot-id-file",
-    "cleanup",
-    "config",
+/// Flags of fields that count beside a file. (Those without a field do anyway.)
+const BESIDE_FILE: [&str; 11] = [
     "hostname-override",
-    "init-only",
     "ipvs-drain-timeout",
     "log-flush-frequency",
     "log-json-info-buffer-size",
@@ -139,15 +116,13 @@ const BESIDE_FILE: [&str; 20] = [
     "log-text-info-buffer-size",
     "log-text-split-stream",
     "logging-format",
-    "machine-id-file",
-    "manifests",
-    "master",
-    "once",
     "v",
     "vmodule",
     "watch-all-nodes",
-    "write-config-to",
 ];
+
+/// These have no field to themselves: they are part of addresses that have.
+const PORTS: [&str; 2] = ["healthz-port", "metrics-port"];
 
 /// Reads a command line, with `_` for `-` in names allowed. The last of several values counts; lists add up.
 pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Flags, clap::Error> {
@@ -179,29 +154,25 @@ fn path(text: &str) -> Result<PathBuf, String> {
     Ok(PathBuf::from(text))
 }
 
-/// `--ipvs_scheduler` is `--ipvs-scheduler`.
+/// `--ipvs_scheduler` is `--ipvs-scheduler`; values stay as they are.
 fn with_dashes(argument: OsString) -> OsString {
-    match argument.to_str().filter(|text| text.starts_with("--")).map(|text| text.split_once('=').unwrap_or((text, "")))
-    {
-        Some((name, _)) if name.contains('_') => {
-            let mut spelled = OsString::from(name.replace('_', "-"));
-            // What follows the name stays as it is.
-            spelled.push(argument.to_str().and_then(|text| text.get(name.len()..)).unwrap_or_default());
-            spelled
-        }
-        _ => argument,
+    match argument.to_str().filter(|text| text.starts_with("--")).map(|text| (text, text.split_once('='))) {
+        Some((_, Some((name, value)))) => format!("{}={value}", name.replace('_', "-")).into(),
+        Some((name, None)) => name.replace('_', "-").into(),
+        None => argument,
     }
 }
 
+/// The names of the flags that were given.
 fn given(matches: &ArgMatches) -> Vec<String> {
-    let ids = matches.ids().map(clap::Id::as_str);
-    let flags = ids.filter(|id| matches.try_contains_id(id).is_ok());
-    flags
-        .filter(|id| matches.value_source(id) == Some(ValueSource::CommandLine))
-        .map(|id| if id == "verbosity" { "v".to_owned() } else { id.replace('_', "-") })
-        // The groups that flags are defined in are listed with them.
-        .filter(|name| name.chars().all(|c| c.is_ascii_lowercase() || c == '-'))
-        .collect()
+    let command = Flags::command();
+    let is_given = |flag: &&Arg| matches.value_source(flag.get_id().as_str()) == Some(ValueSource::CommandLine);
+    command.get_arguments().filter(is_given).filter_map(Arg::get_long).map(str::to_owned).collect()
+}
+
+/// Whether a flag is taken and changes nothing, which its help begins with.
+fn is_without_effect(flag: &Arg) -> bool {
+    flag.get_help().is_some_and(|help| help.to_string().starts_with("No effect"))
 }
 
 /// What is in effect, and what is to be said about it.
@@ -234,12 +205,16 @@ impl Flags {
 
     /// Flags that were given and change nothing.
     pub(crate) fn without_effect(&self) -> Vec<&str> {
+        let command = Flags::command();
+        let names: BTreeSet<&str> =
+            command.get_arguments().filter(|flag| is_without_effect(flag)).filter_map(Arg::get_long).collect();
         let given = self.given.iter().map(String::as_str);
-        given.filter(|name| WITHOUT_EFFECT.contains(name) && self.is_heeded(name)).collect()
+        given.filter(|name| names.contains(name) && self.is_heeded(name)).collect()
     }
 
     fn is_heeded(&self, name: &str) -> bool {
-        self.config.is_none() || BESIDE_FILE.contains(&name)
+        let is_of_file = PORTS.contains(&name) || config::FLAGS_OF_FIELDS.iter().any(|(flag, _)| *flag == name);
+        self.config.is_none() || !is_of_file || BESIDE_FILE.contains(&name)
     }
 
     fn beside_file(&self, path: &Path) -> Result<(Configuration, Vec<String>, Vec<Problem>), Problems> {

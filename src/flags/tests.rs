@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use clap::CommandFactory as _;
+use clap::{Args as _, CommandFactory as _};
 use ipvs_netlink::Scheduler;
 use reconciler::policy::{DetectLocal, NodePortAddresses};
 use std::time::Duration;
@@ -243,12 +243,11 @@ fn the_external_ips_gate_closes() {
 }
 
 #[test]
-fn every_flag_is_either_of_the_file_or_counts_beside_it() {
+fn every_flag_that_sets_something_has_a_field_or_is_a_port() {
     let of_fields: Vec<&str> = config::FLAGS_OF_FIELDS.iter().map(|(flag, _)| *flag).collect();
-    for argument in Flags::command().get_arguments() {
-        let Some(name) = argument.get_long() else { continue };
-        let is_port = name == "healthz-port" || name == "metrics-port";
-        assert!(of_fields.contains(&name) || BESIDE_FILE.contains(&name) || is_port, "--{name}");
+    for flag in FieldFlags::augment_args(clap::Command::new("kube-ipvs")).get_arguments() {
+        let name = flag.get_long().unwrap();
+        assert!(of_fields.contains(&name) || PORTS.contains(&name) || is_without_effect(flag), "--{name}");
     }
 }
 

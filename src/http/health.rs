@@ -35,17 +35,17 @@ pub(super) fn answer(health: &Health, is_about_node: bool) -> Response {
     let is_fit = report.is_node_eligible && !report.is_start_late;
     let is_well = report.is_healthy() && (is_fit || !is_about_node);
     // Who is well has just looked; who is not says since when.
-    let updated = if is_well { now } else { report.last_update.unwrap_or(SystemTime::UNIX_EPOCH) };
+    let since = report.last_update.unwrap_or(SystemTime::UNIX_EPOCH);
+    let updated = |is_well: bool| time(if is_well { now } else { since });
     let families: Map<String, Value> = report
         .families
         .iter()
         .map(|(family, is_healthy)| {
-            let updated = if *is_healthy { now } else { report.last_update.unwrap_or(SystemTime::UNIX_EPOCH) };
-            (family_name(*family).to_owned(), json!({"lastUpdated": time(updated), "healthy": is_healthy}))
+            (family_name(*family).to_owned(), json!({"lastUpdated": updated(*is_healthy), "healthy": is_healthy}))
         })
         .collect();
     let mut body = json!({
-        "lastUpdated": time(updated),
+        "lastUpdated": updated(is_well),
         "currentTime": time(now),
         "healthy": is_well,
         "status": families,

@@ -5,7 +5,8 @@
 //! * `node_ports`: a port for each Service that load balancers ask about.
 //! * `own`: opening the first two.
 //!
-//! Plain HTTP/1 without bodies in requests, as kube-proxy has it. A handler is a function and never waits.
+//! Plain HTTP/1, as kube-proxy has it; of bodies only that of a PUT to `/debug/flags/v` is looked at. A handler is a
+//! function and never waits.
 
 pub(crate) mod health;
 pub(crate) mod metrics;

@@ -31,7 +31,6 @@ pub(crate) type News = (ObjectName, Vec<HealthCheck>);
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Place {
     service: ObjectName,
-    family: Family,
     address: SocketAddr,
 }
 
@@ -109,7 +108,7 @@ fn update(ports: &mut BTreeMap<Place, Port>, service: &ObjectName, checks: &[Hea
                 .map_or_else(|| vec![all(check.family)], |addresses| addresses.iter().copied().collect());
             addresses.into_iter().map(|address| {
                 let address = SocketAddr::new(address, check.port.get());
-                (Place { service: service.clone(), family: check.family, address }, check.local_endpoints)
+                (Place { service: service.clone(), address }, check.local_endpoints)
             })
         })
         .collect();

@@ -1,13 +1,12 @@
 //! The agent's own two ports, which may be taken by another: by kube-proxy, while it is being replaced.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::anyhow;
 use service_watch::Event;
 use tokio::runtime::Runtime;
-use tokio::sync::oneshot;
+use tokio::sync::mpsc::Sender;
 use tracing::{debug, error, warn};
 
 use super::{Connections, Handler, Reach, listen, serve};
@@ -18,18 +17,17 @@ const CONNECTIONS: usize = 64;
 /// How soon a port that could not be listened on is tried again, as often as it takes.
 const LISTEN_AGAIN: Duration = Duration::from_secs(5);
 
-/// Opens the agent's own ports. Yields an error where one cannot be had and that is fatal; otherwise it is tried again.
+/// Opens the agent's own ports. One that cannot be had is tried again, unless there is somebody to tell of a hard
+/// failure.
 pub(crate) fn listen_on(
     runtime: &Runtime,
     wanted: [(Option<SocketAddr>, Handler, &'static str); 2],
-    is_hard_fail: bool,
+    hard_failure: Option<&Sender<anyhow::Error>>,
     post: impl Fn(Event) + Clone + Send + 'static,
-) -> oneshot::Receiver<anyhow::Error> {
-    let (failed, failure) = oneshot::channel();
-    let failed = Arc::new(Mutex::new(Some(failed)));
+) {
     for (address, handler, reason) in wanted {
         let Some(address) = address else { continue };
-        let (failed, post) = (failed.clone(), post.clone());
+        let (hard_failure, post) = (hard_failure.cloned(), post.clone());
         runtime.spawn(async move {
             let mut is_told = false;
             let listener = loop {
@@ -41,11 +39,11 @@ pub(crate) fn listen_on(
                     ),
                 };
                 post(events::own_port(reason, problem.clone()));
-                if is_hard_fail {
+                if let Some(hard_failure) = hard_failure {
                     // With time for the Event to go out.
                     tokio::time::sleep(Duration::from_secs(1)).await;
-                    let failed = failed.lock().ok().and_then(|mut failed| failed.take());
-                    let _ = failed.map(|failed| failed.send(anyhow!(problem)));
+                    // Nobody listens any more where the other port failed before.
+                    let _ = hard_failure.send(anyhow!(problem)).await;
                     return;
                 }
                 if !std::mem::replace(&mut is_told, true) {
@@ -58,10 +56,4 @@ pub(crate) fn listen_on(
             error!(%address, "cannot answer: {problem}");
         });
     }
-    // Without a port nobody has the sender, and that is no failure.
-    runtime.spawn(async move {
-        let _keep = failed;
-        std::future::pending::<()>().await;
-    });
-    failure
 }

@@ -143,17 +143,23 @@ impl Agent {
     }
 
     /// Waits until something holds.
-    pub fn until(&mut self, what: &str, mut holds: impl FnMut(&mut Self) -> bool) {
+    pub fn until(&mut self, what: &str, holds: impl FnMut(&mut Self) -> bool) {
+        self.until_within(PATIENCE, what, holds);
+    }
+
+    /// The same, for what may take longer or must not.
+    pub fn until_within(&mut self, patience: Duration, what: &str, mut holds: impl FnMut(&mut Self) -> bool) {
         let start = Instant::now();
         while !holds(self) {
             let ended = self.process.try_wait().unwrap();
             assert!(
-                ended.is_none() && start.elapsed() < PATIENCE,
+                ended.is_none() && start.elapsed() < patience,
                 "the agent ({ended:?}) did not {what}; there is {:#?}; its log:\n{}",
                 ipvs(),
                 self.log()
             );
-            std::thread::sleep(Duration::from_millis(20));
+            // The longer it may take the more seldom: other tests share the machine.
+            std::thread::sleep(patience / 1500);
         }
     }
 

@@ -5,6 +5,7 @@ use std::fmt;
 use netlink_batch::Refusal;
 
 use crate::message::Message;
+use crate::virtual_server::VirtualServer;
 
 // errno.h, the same on every architecture Linux runs on but for values not used here.
 const EPERM: i32 = 1;
@@ -12,6 +13,7 @@ const ENOENT: i32 = 2;
 const ESRCH: i32 = 3;
 const EACCES: i32 = 13;
 const EEXIST: i32 = 17;
+const ENODEV: i32 = 19;
 const EINVAL: i32 = 22;
 const ERANGE: i32 = 34;
 const EAFNOSUPPORT: i32 = 97;
@@ -21,13 +23,14 @@ const EOPNOTSUPP: i32 = 95;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum ErrorKind {
-    /// The virtual or real server does not exist (`ESRCH`, `ENOENT`).
+    /// The virtual or real server, synchronization daemon or its interface does not exist (`ESRCH`, `ENOENT`, `ENODEV`).
     NotFound,
     /// It exists already (`EEXIST`).
     Exists,
     /// `CAP_NET_ADMIN` in the initial user namespace is missing (`EPERM`, `EACCES`).
     PermissionDenied,
-    /// The kernel has no such scheduler, and could not load its module (`ENOENT` to a new or changed virtual server).
+    /// The kernel has no such scheduler, or persistence engine where one was asked for, and could not load its module
+    /// (`ENOENT` to a new or changed virtual server).
     NoScheduler,
     /// The kernel has no IPVS, or IPVS without this address family or command.
     NotSupported,
@@ -81,13 +84,12 @@ impl Error {
     pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
         let errno = cause.refusal().map_or(0, |refusal| refusal.errno);
         let (kind, hint) = match (errno, message) {
-            (ENOENT, Message::AddVirtualServer(server) | Message::SetVirtualServer(server)) => (
-                ErrorKind::NoScheduler,
-                Some(format!(
-                    "the kernel has no scheduler \"{0}\"; load it with `modprobe ip_vs_{0}` or choose another",
-                    server.scheduler
-                )),
-            ),
+            (ENOENT, Message::AddVirtualServer(server) | Message::SetVirtualServer(server)) => {
+                (ErrorKind::NoScheduler, Some(no_scheduler(server)))
+            }
+            (ENODEV, Message::StartSyncDaemon(_)) => {
+                (ErrorKind::NotFound, Some("this network namespace has no such interface".to_owned()))
+            }
             (ESRCH | ENOENT, _) => (ErrorKind::NotFound, None),
             (EEXIST, _) => (ErrorKind::Exists, None),
             (EPERM | EACCES, _) => {
@@ -97,7 +99,13 @@ impl Error {
             (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
             _ => (ErrorKind::Other, None),
         };
-        Self(Box::new(Failure { operation: message.operation(), object: message.object(), kind, hint, cause: Cause::Netlink(cause) }))
+        Self(Box::new(Failure {
+            operation: message.operation(),
+            object: message.object(),
+            kind,
+            hint,
+            cause: Cause::Netlink(cause),
+        }))
     }
 
     /// The family is missing: the error of connecting.
@@ -145,6 +153,21 @@ impl Error {
             Cause::Netlink(error) => error.refusal(),
             Cause::Own(_) => None,
         }
+    }
+}
+
+fn no_scheduler(server: &VirtualServer) -> String {
+    let scheduler = server.scheduler;
+    match server.persistence.and_then(|persistence| persistence.engine) {
+        None => {
+            format!(
+                "the kernel has no scheduler \"{scheduler}\"; load it with `modprobe ip_vs_{scheduler}` or choose another"
+            )
+        }
+        Some(engine) => format!(
+            "the kernel has no scheduler \"{scheduler}\" or no persistence engine \"{engine}\"; load them with `modprobe -a \
+             ip_vs_{scheduler} ip_vs_pe_{engine}` or choose others"
+        ),
     }
 }
 

@@ -22,32 +22,45 @@
 //! * A client belongs to the network namespace of the thread that connected it; IPVS is per namespace.
 //! * Attributes this crate does not know are skipped, so that a newer kernel can be read.
 //! * Reading and writing needs `CAP_NET_ADMIN` in the initial user namespace.
+//! * What netlink does not tell is read from `/proc`, which takes no capability: [`Connections`] and [`Totals`].
 
 #![forbid(unsafe_code)]
 
 mod attributes;
+mod changes;
 mod client;
 mod config;
+mod connections;
 mod error;
+mod features;
 mod id;
 mod message;
 mod name;
+mod proc;
 mod real_server;
 pub mod rules;
 mod scheduler;
 mod stats;
 mod sync_daemon;
+mod totals;
 mod virtual_server;
 
-pub use client::Client;
+pub use changes::{Change, Table};
+#[cfg(feature = "tokio")]
+pub use client::{AsyncClient, AsyncServers};
+pub use client::{Client, ServerEntry, Servers};
 pub use config::{Info, Timeouts};
+pub use connections::{Connection, ConnectionState, Connections, Origin, PersistenceData, Template};
 pub use error::{Error, ErrorKind};
+pub use features::{EstimationFeatures, Features, TunnelFeatures};
 pub use id::{Family, Protocol, VirtualServerId};
 pub use message::Message;
 pub use name::{InvalidName, Name};
 pub use netlink_batch::{Refusal, Sent};
+pub use proc::ProcError;
 pub use real_server::{Forwarding, GueChecksum, RealServer, RealServerEntry, Tunnel};
 pub use scheduler::{Scheduler, SchedulerFlags};
 pub use stats::{Stats, StatsWidth};
 pub use sync_daemon::{SyncDaemon, SyncRole};
+pub use totals::{CpuStats, Totals};
 pub use virtual_server::{Netmask, Persistence, VirtualServer, VirtualServerEntry};

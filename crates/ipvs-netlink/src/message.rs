@@ -1,5 +1,6 @@
 //! The messages of the family: what one asks the kernel, and what it answers.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 
 use netlink_packet_core::{DecodeError, Emitable, ParseableParametrized, parse_u32};
@@ -171,6 +172,59 @@ impl Message {
             | Self::Timeouts(_)
             | Self::Info(_) => {}
         }
+    }
+}
+
+/// What the kernel answers a question with.
+pub(crate) trait Answer: Sized {
+    /// The answer in a message, where it is one.
+    fn of(message: Message) -> Option<Self>;
+
+    /// Takes out what comes again. Where others add meanwhile, the kernel, which finds its place from one datagram of a list
+    /// to the next by counting, lists some twice.
+    fn without_repeats(_: &mut Vec<Self>) {}
+}
+
+impl Answer for VirtualServerEntry {
+    fn of(message: Message) -> Option<Self> {
+        if let Message::VirtualServer(entry) = message { Some(entry) } else { None }
+    }
+
+    fn without_repeats(list: &mut Vec<Self>) {
+        let mut seen = HashSet::with_capacity(list.len());
+        list.retain(|entry| seen.insert(entry.server.id));
+    }
+}
+
+impl Answer for RealServerEntry {
+    fn of(message: Message) -> Option<Self> {
+        if let Message::RealServer(entry) = message { Some(entry) } else { None }
+    }
+
+    fn without_repeats(list: &mut Vec<Self>) {
+        // So few fit the smallest datagram: they come from one look at the list.
+        if list.len() > 8 {
+            let mut seen = HashSet::with_capacity(list.len());
+            list.retain(|entry| seen.insert(entry.server.socket_address()));
+        }
+    }
+}
+
+impl Answer for SyncDaemon {
+    fn of(message: Message) -> Option<Self> {
+        if let Message::SyncDaemon(daemon) = message { Some(daemon) } else { None }
+    }
+}
+
+impl Answer for Timeouts {
+    fn of(message: Message) -> Option<Self> {
+        if let Message::Timeouts(timeouts) = message { Some(timeouts) } else { None }
+    }
+}
+
+impl Answer for Info {
+    fn of(message: Message) -> Option<Self> {
+        if let Message::Info(info) = message { Some(info) } else { None }
     }
 }
 

@@ -6,13 +6,15 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, SocketAddr};
+use std::num::{NonZeroU8, NonZeroU16};
 use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 
 use common::{client, real, round_robin, run, tcp};
 use ipvs_netlink::{
-    Client, Error, ErrorKind, Family, Message, Netmask, Persistence, Protocol, RealServer, Scheduler, SchedulerFlags,
-    Timeouts, VirtualServer, VirtualServerId,
+    Client, Error, ErrorKind, EstimationFeatures, Family, Forwarding, GueChecksum, Message, Netmask, Persistence,
+    Protocol, RealServer, Scheduler, SchedulerFlags, StatsWidth, SyncDaemon, SyncRole, Table, Timeouts, Tunnel,
+    TunnelFeatures, VirtualServer, VirtualServerId,
 };
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
@@ -51,6 +53,173 @@ fn the_version_and_the_size_of_the_table_are_those_ipvsadm_tells() {
     let (major, minor, patch) = info.version;
     let line = format!("IP Virtual Server version {major}.{minor}.{patch} (size={})", info.connection_table_size);
     assert_eq!(run("ipvsadm -Ln").lines().next(), Some(line.as_str()));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
+    let mut client = client();
+    let nosuch: Scheduler = "nosuch".parse().unwrap();
+    let asked: Vec<Scheduler> = Scheduler::ALL.into_iter().chain([nosuch, "none".parse().unwrap()]).collect();
+    let features = client.features(&asked).unwrap();
+    assert_eq!(features.info, client.info().unwrap());
+    let missing: Vec<_> = asked.into_iter().filter(|scheduler| !features.schedulers.contains(scheduler)).collect();
+    assert_eq!(missing, [nosuch]);
+    assert!(features.sip && features.ipv6);
+    assert_eq!((features.stats, features.tunnels), (StatsWidth::Bits64, TunnelFeatures::GueAndGre));
+    let has = |name: &str| std::path::Path::new("/proc/sys/net/ipv4/vs").join(name).exists();
+    let estimation = match (has("run_estimation"), has("est_cpulist")) {
+        (false, _) => EstimationFeatures::AlwaysOn,
+        (true, false) => EstimationFeatures::Switch,
+        (true, true) => EstimationFeatures::Threads,
+    };
+    assert_eq!((features.estimation, features.resizable_tables), (estimation, has("svc_lfactor")));
+    assert_eq!(run("ipvsadm -Sn"), "");
+
+    // Also where there is a real server to look at, and the mark that would be taken is in use.
+    for family in [Family::Ipv4, Family::Ipv6] {
+        client.add_virtual_server(&round_robin(VirtualServerId::firewall_mark(u32::MAX, family).unwrap())).unwrap();
+    }
+    client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
+    client.add_real_server(&tcp("10.96.0.1:80"), &real("10.1.0.7:80")).unwrap();
+    let table = client.table().unwrap();
+    assert_eq!(client.features(&features.schedulers).unwrap(), features);
+    assert_eq!(client.table().unwrap(), table);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn servers_are_listed_one_by_one_with_their_real_servers() {
+    let mut client = client();
+    let wanted: Table = (0..300)
+        .map(|number| {
+            let hosts = (0..number % 13).map(|host| real(&format!("10.1.0.{}:80", host + 1)));
+            (round_robin(numbered(number)), hosts.collect())
+        })
+        .collect();
+    for result in client.apply(&Table::default().changes_to(&wanted)).unwrap() {
+        result.unwrap();
+    }
+    assert_eq!(client.table().unwrap(), wanted);
+    // One that goes before its turn is left out; all others come.
+    let mut other = Client::connect().unwrap();
+    let mut servers = client.servers().unwrap();
+    let first = servers.next().unwrap().unwrap().virtual_server.server.id;
+    let gone = (0..300).map(numbered).filter(|id| *id != first).take(100);
+    let deletions: Vec<_> = gone.map(Message::DeleteVirtualServer).collect();
+    assert!(other.apply(&deletions).unwrap().iter().all(Result::is_ok));
+    assert_eq!(servers.map(Result::unwrap).count(), 199);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn synchronization_daemons_start_are_listed_and_stop() {
+    let mut client = client();
+    run("ip link set lo up multicast on");
+    let lo = "lo".parse().unwrap();
+    let master = SyncDaemon {
+        sync_id: 7,
+        group: Some("224.0.0.99".parse().unwrap()),
+        port: NonZeroU16::new(9000),
+        ttl: NonZeroU8::new(3),
+        max_length: NonZeroU16::new(1400),
+        ..SyncDaemon::new(SyncRole::Master, lo)
+    };
+    client.start_sync_daemon(&master).unwrap();
+    client.start_sync_daemon(&SyncDaemon::new(SyncRole::Backup, lo)).unwrap();
+    let daemons = client.sync_daemons().unwrap();
+    assert_eq!(daemons[0], master);
+    let backup = daemons[1];
+    assert_eq!((backup.role, backup.interface.as_str(), backup.sync_id), (SyncRole::Backup, "lo", 0));
+    // What the kernel chose; the length is what fits the interface.
+    let chosen = (backup.group, backup.port.map(NonZeroU16::get), backup.ttl.map(NonZeroU8::get));
+    assert_eq!(chosen, (Some("224.0.0.81".parse().unwrap()), Some(8848), Some(1)));
+    let listed = run("ipvsadm -Ln --daemon");
+    assert!(
+        listed.contains("master sync daemon (mcast=lo, syncid=7, maxlen=1400, group=224.0.0.99, port=9000, ttl=3)"),
+        "{listed}"
+    );
+    assert!(listed.contains("backup sync daemon (mcast=lo, syncid=0"), "{listed}");
+
+    let error = client.start_sync_daemon(&master).unwrap_err();
+    assert_error(
+        &error,
+        ErrorKind::Exists,
+        "cannot start synchronization daemon master on lo: File exists (os error 17)",
+    );
+    let missing = SyncDaemon::new(SyncRole::Backup, "nosuch".parse().unwrap());
+    assert_error(
+        &client.start_sync_daemon(&missing).unwrap_err(),
+        ErrorKind::NotFound,
+        "cannot start synchronization daemon backup on nosuch: No such device (os error 19): this network namespace has no \
+         such interface",
+    );
+    client.stop_sync_daemon(SyncRole::Master).unwrap();
+    client.stop_sync_daemon(SyncRole::Backup).unwrap();
+    assert_eq!(client.sync_daemons().unwrap(), []);
+    assert_error(
+        &client.stop_sync_daemon(SyncRole::Master).unwrap_err(),
+        ErrorKind::NotFound,
+        "cannot stop synchronization daemon master: No such process (os error 3)",
+    );
+    run("ip link add eth9 type dummy");
+    run("ip link set eth9 up");
+    let interface = "eth9".parse().unwrap();
+    let ipv6 = SyncDaemon { group: Some("ff02::51".parse().unwrap()), ..SyncDaemon::new(SyncRole::Master, interface) };
+    client.start_sync_daemon(&ipv6).unwrap();
+    assert_eq!(client.sync_daemons().unwrap()[0].group, ipv6.group);
+    client.stop_sync_daemon(SyncRole::Master).unwrap();
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn tunnels_and_persistence_engines_are_kept_as_they_were_set() {
+    let mut client = client();
+    let dns = VirtualServerId::address(Protocol::Udp, "10.96.0.1:5060".parse().unwrap());
+    let sip = Persistence { engine: Some("sip".parse().unwrap()), ..Persistence::new(60, Family::Ipv4) };
+    let server = VirtualServer { persistence: Some(sip), ..round_robin(dns) };
+    client.add_virtual_server(&server).unwrap();
+    assert_eq!(client.virtual_server(&dns).unwrap().server, server);
+    // What is not wanted any more goes.
+    client.set_virtual_server(&round_robin(dns).persistent(30)).unwrap();
+    assert_eq!(client.virtual_server(&dns).unwrap().server, round_robin(dns).persistent(30));
+
+    let port = NonZeroU16::new(6080).unwrap();
+    let checksums = [GueChecksum::None, GueChecksum::Udp, GueChecksum::Remote];
+    let tunnels = checksums
+        .map(|checksum| Tunnel::Gue { port, checksum })
+        .into_iter()
+        .chain([true, false].map(|checksum| Tunnel::Gre { checksum }))
+        .chain([Tunnel::IpIp, Tunnel::Other { kind: 9, port: 7, flags: 0x100 }]);
+    client.add_real_server(&dns, &real("10.1.0.7:5060")).unwrap();
+    for tunnel in tunnels {
+        let wanted = RealServer { forwarding: Forwarding::Tunnel(tunnel), ..real("10.1.0.7:5060") };
+        client.set_real_server(&dns, &wanted).unwrap();
+        assert_eq!(client.real_servers(&dns).unwrap()[0].server, wanted);
+    }
+    // Of a real server without a tunnel nothing of it is left.
+    client.set_real_server(&dns, &real("10.1.0.7:5060")).unwrap();
+    assert_eq!(client.real_servers(&dns).unwrap()[0].server, real("10.1.0.7:5060"));
+}
+
+/// Before anything is sent, so that the kernel does not make of it what was not meant.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_netmask_of_the_other_family_is_refused_alone() {
+    let mut client = client();
+    let netmask = Netmask::host(Family::Ipv6);
+    let wrong = VirtualServer {
+        persistence: Some(Persistence { netmask, ..Persistence::new(60, Family::Ipv4) }),
+        ..round_robin(tcp("10.96.0.1:80"))
+    };
+    let text =
+        "cannot add virtual server TCP 10.96.0.1:80: the netmask of its persistence is of the other address family";
+    assert_error(&client.add_virtual_server(&wrong).unwrap_err(), ErrorKind::Invalid, text);
+    let others = [round_robin(numbered(1)), round_robin(numbered(2))].map(Message::AddVirtualServer);
+    let results = client.apply(&[others[0], Message::AddVirtualServer(wrong), others[0], others[1]]).unwrap();
+    let kinds: Vec<_> = results.iter().map(|result| result.as_ref().err().map(Error::kind)).collect();
+    assert_eq!(kinds, [None, Some(ErrorKind::Invalid), Some(ErrorKind::Exists), None]);
+    assert_eq!(identities(&mut client).len(), 2);
 }
 
 #[test]

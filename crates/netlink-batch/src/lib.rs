@@ -1,7 +1,7 @@
-//! One synchronous netlink socket for any family: request, dump, batch; and one for notifications.
+//! One netlink socket for any family: request, dump, batch, transaction; and one for notifications.
 //!
 //! Netlink to the kernel is a function call: the kernel handles a datagram inside `send`, and when `send` returns every
-//! answer is queued on the socket. So this crate needs no task, no thread and no timer. It knows no family either:
+//! answer is queued on the socket. So this crate needs no thread and no timer. It knows no family either:
 //! messages are whatever implements the traits of [`netlink_packet_core`].
 //!
 //! ```no_run
@@ -15,15 +15,25 @@
 //! # Ok::<(), netlink_batch::Error>(())
 //! ```
 //!
+//! With the feature `tokio` there is the same socket to be awaited, `AsyncSocket`: both are thin, around one core that does
+//! no input or output.
+//!
 //! What a batch is, and what was measured about it, stands at [`Socket::batch`].
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "tokio")]
+mod async_socket;
 mod error;
+mod exchange;
 mod socket;
 mod subscription;
 
+#[cfg(feature = "tokio")]
+pub use async_socket::{AsyncSocket, AsyncStream};
+
 pub use error::{Error, Refusal};
+pub use exchange::{BATCH_MESSAGES, Request, Sent};
 pub use netlink_sys::protocols;
-pub use socket::{BATCH_MESSAGES, Request, Sent, Socket};
+pub use socket::{Socket, Stream};
 pub use subscription::{Received, Subscription};

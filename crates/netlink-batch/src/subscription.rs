@@ -4,7 +4,8 @@ use netlink_packet_core::{NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NetlinkDeseria
 use netlink_sys::{Socket as RawSocket, SocketAddr};
 
 use crate::error::Error;
-use crate::socket::{RECEIVE_BYTES, decode, next_message, receive};
+use crate::exchange::{RECEIVE_BYTES, decode, next_message};
+use crate::socket::receive;
 
 /// What a wait for notifications ended with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

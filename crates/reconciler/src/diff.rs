@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ipvs_netlink::RealServer;
+use ipvs_netlink::{Change, RealServer};
 use service_watch::Protocol;
 
 use crate::contribution::WantedServer;
@@ -12,7 +12,7 @@ use crate::desired::Desired;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry};
 use crate::front_end::FrontEnd;
-use crate::mirror::{Mirror, MirrorRealServer, MirrorServer};
+use crate::mirror::{Mirror, MirrorServer};
 use crate::plan::{Key, Operation};
 
 /// What is kept although nobody wants it.
@@ -159,25 +159,21 @@ fn diff_real_servers(
     out: &mut Vec<Operation>,
 ) -> bool {
     let mut draining = false;
-    // Both are sorted: one walk over the two.
-    let mut wanted = wanted.real_servers.iter().copied().peekable();
-    let add = |address: SocketAddr| Operation::AddRealServer(front_end, RealServer::new(address));
-    for (address, real_server) in &held.real_servers {
-        while let Some(missing) = wanted.next_if(|wanted| wanted < address) {
-            out.push(add(missing));
-        }
-        if wanted.next_if_eq(address).is_some() {
-            let as_wanted = RealServer::new(*address);
-            if real_server.server != as_wanted {
-                out.push(Operation::SetRealServer(front_end, as_wanted));
-            }
-        } else if !context.keeps.is_everything() || real_server.server.weight == 0 {
+    let wanted = wanted.real_servers.iter().copied().map(RealServer::new);
+    for change in Change::between(held.real_servers.values().map(|held| held.server), wanted) {
+        match change {
+            Change::Add(server) => out.push(Operation::AddRealServer(front_end, server)),
+            Change::Set(server) => out.push(Operation::SetRealServer(front_end, server)),
             // Weight 0 says that its removal was decided before.
-            let is_overdue = (context.is_overdue)(&front_end, *address);
-            draining |= remove(front_end, real_server, is_overdue, out);
+            Change::Surplus(server) if !context.keeps.is_everything() || server.weight == 0 => {
+                let address = server.socket_address();
+                let is_drained = held.real_servers.get(&address).is_some_and(|held| held.is_drained);
+                let is_overdue = (context.is_overdue)(&front_end, address);
+                draining |= remove(front_end, server, is_drained || is_overdue, out);
+            }
+            Change::Surplus(_) => {}
         }
     }
-    out.extend(wanted.map(add));
     draining
 }
 
@@ -186,9 +182,8 @@ fn diff_real_servers(
 /// TCP connections live on at weight 0 until they end. UDP and SCTP flows would never let go, so their real servers are
 /// deleted at once. Nothing is deleted on the ground of connection counts read before its weight was 0: a connection may
 /// have come since.
-fn remove(front_end: FrontEnd, real_server: &MirrorRealServer, is_overdue: bool, out: &mut Vec<Operation>) -> bool {
-    let server = real_server.server;
-    if front_end.protocol != Protocol::Tcp || real_server.is_drained || is_overdue {
+fn remove(front_end: FrontEnd, server: RealServer, is_over: bool, out: &mut Vec<Operation>) -> bool {
+    if front_end.protocol != Protocol::Tcp || is_over {
         out.push(Operation::DeleteRealServer(front_end, server.socket_address()));
         return false;
     }

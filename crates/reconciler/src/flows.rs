@@ -60,11 +60,12 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut
         let protocol = has_one_protocol.then_some(first.protocol);
         let port = (has_one_protocol && has_one_port).then_some(first.port);
         let (start, mut stale) = (Instant::now(), Vec::new());
-        socket.stream(&list(family, protocol, port), |Entry(attributes)| {
+        for entry in socket.stream(&list(family, protocol, port))? {
+            let Entry(attributes) = entry?;
             if is_stale(&attributes, &wanted) {
                 stale.push(delete(family, attributes));
             }
-        })?;
+        }
         let found = stale.len();
         if found > 0 {
             let refused =

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::SystemTime;
 
 use ipnet::IpNet;
+use jiff::Timestamp;
 use kube::api::ObjectMeta;
 use serde::de::DeserializeOwned;
 
@@ -394,10 +395,8 @@ impl Converter {
 
 /// When what a slice says began to be so. Of no consequence, so one that cannot be read is as good as none.
 fn triggered(metadata: &ObjectMeta) -> Option<SystemTime> {
-    // By way of a field of that type: the library of times is not ours to name.
     let text = metadata.annotations.as_ref()?.get(wire::TRIGGER_TIME)?;
-    let time: Option<_> = serde_json::from_value::<ObjectMeta>(serde_json::json!({"creationTimestamp": text})).ok();
-    time?.creation_timestamp.map(|time| time.0.into())
+    text.parse::<Timestamp>().ok().map(SystemTime::from)
 }
 
 fn has_taint(object: &wire::Node, key: &str) -> bool {

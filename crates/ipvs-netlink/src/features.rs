@@ -1,0 +1,265 @@
+//! What a kernel's IPVS can do, found out by asking it.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
+use std::path::Path;
+
+use netlink_batch::Socket;
+use netlink_packet_core::{DecodeError, Emitable, ParseableParametrized};
+use netlink_packet_generic::{GenlFamily, GenlHeader, GenlMessage};
+
+use crate::attributes::{FAMILY_NAME, dest, each_attribute, service, top};
+use crate::client::{Client, wrap};
+use crate::config::Info;
+use crate::error::{Error, ErrorKind};
+use crate::id::{Family, VirtualServerId};
+use crate::message::Message;
+use crate::name::Name;
+use crate::real_server::RealServer;
+use crate::scheduler::Scheduler;
+use crate::stats::StatsWidth;
+use crate::virtual_server::{Netmask, Persistence, VirtualServer};
+
+/// Where the namespace's sysctls of IPVS are. Those of the calling thread's network namespace are seen.
+const SYSCTLS: &str = "/proc/sys/net/ipv4/vs";
+
+/// What a kernel's IPVS can do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Features {
+    /// What it says about itself.
+    pub info: Info,
+    /// The schedulers it has, or could load, of those that were asked for.
+    pub schedulers: Vec<Scheduler>,
+    /// Whether it has the persistence engine `sip`, or could load it.
+    pub sip: bool,
+    /// Whether it takes virtual servers of IPv6 (`CONFIG_IP_VS_IPV6`, and IPv6 not disabled).
+    pub ipv6: bool,
+    /// How wide the counters are that it tells.
+    pub stats: StatsWidth,
+    /// The tunnels it has beside IP in IP.
+    pub tunnels: TunnelFeatures,
+    /// Whether, and how, the estimation of rates is controlled.
+    pub estimation: EstimationFeatures,
+    /// Whether its tables of connections and virtual servers grow and shrink (the sysctls `conn_lfactor` and `svc_lfactor`).
+    pub resizable_tables: bool,
+}
+
+/// The tunnels a kernel has beside IP in IP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TunnelFeatures {
+    /// None: what one asks for is taken, and is IP in IP.
+    None,
+    /// Generic UDP encapsulation.
+    Gue,
+    /// That, with checksums, and generic routing encapsulation.
+    GueAndGre,
+}
+
+/// How the estimation of rates is controlled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EstimationFeatures {
+    /// It is always on.
+    AlwaysOn,
+    /// It can be switched off (the sysctl `run_estimation`).
+    Switch,
+    /// That, and where and how eagerly it runs can be chosen (`est_cpulist` and `est_nice`).
+    Threads,
+}
+
+impl Client {
+    /// Asks the kernel what it can do.
+    ///
+    /// Asking for a scheduler makes the kernel load its module where there is one. Schedulers are asked for by requests that
+    /// the kernel refuses for another reason if it knows them, so nothing changes. Where the namespace has no real server to
+    /// look at, a virtual server by a firewall mark that no packet has, with one real server, is made and deleted.
+    pub fn features(&mut self, schedulers: &[Scheduler]) -> Result<Features, Error> {
+        let info = self.info()?;
+        let questions = Questions::find(self)?;
+        let mut found = Vec::new();
+        for scheduler in schedulers {
+            if questions.has(self, *scheduler, None)? {
+                found.push(*scheduler);
+            }
+        }
+        // Any scheduler that is there will do; without one there is nothing to persist.
+        let sip = match (found.first(), "sip".parse()) {
+            (Some(scheduler), Ok(engine)) => questions.has(self, *scheduler, Some(engine))?,
+            _ => false,
+        };
+        let known = self.known_attributes(found.first().copied())?;
+        Ok(Features {
+            info,
+            schedulers: found,
+            sip,
+            ipv6: questions == Questions::Ipv6,
+            stats: if known.contains(&(top::SERVICE, service::STATS64)) {
+                StatsWidth::Bits64
+            } else {
+                StatsWidth::Bits32
+            },
+            tunnels: match [dest::TUN_TYPE, dest::TUN_FLAGS].map(|kind| known.contains(&(top::DEST, kind))) {
+                [false, _] => TunnelFeatures::None,
+                [true, false] => TunnelFeatures::Gue,
+                [true, true] => TunnelFeatures::GueAndGre,
+            },
+            estimation: match ["run_estimation", "est_nice"].map(has_sysctl) {
+                [false, _] => EstimationFeatures::AlwaysOn,
+                [true, false] => EstimationFeatures::Switch,
+                [true, true] => EstimationFeatures::Threads,
+            },
+            resizable_tables: has_sysctl("conn_lfactor"),
+        })
+    }
+
+    /// The attributes with which the kernel lists virtual and real servers: the nest they are in, and their kind.
+    fn known_attributes(&mut self, scheduler: Option<Scheduler>) -> Result<BTreeSet<(u16, u16)>, Error> {
+        for entry in self.virtual_servers()? {
+            let known = self.attributes_of(&entry.server.id)?;
+            if known.iter().any(|(nest, _)| *nest == top::DEST) {
+                return Ok(known);
+            }
+        }
+        let Some(scheduler) = scheduler else { return Ok(BTreeSet::new()) };
+        let id = self.unused_mark(Family::Ipv4)?;
+        self.add_virtual_server(&VirtualServer::new(id, scheduler))?;
+        let example = RealServer::new(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+        let known = self.add_real_server(&id, &example).and_then(|()| self.attributes_of(&id));
+        self.delete_virtual_server(&id)?;
+        known
+    }
+
+    fn attributes_of(&mut self, id: &VirtualServerId) -> Result<BTreeSet<(u16, u16)>, Error> {
+        let mut known = BTreeSet::new();
+        let (socket, family) = self.parts();
+        let question = Message::GetVirtualServer(*id);
+        socket
+            .request(&wrap(question, family).into(), |answer: GenlMessage<Kinds>| known.extend(answer.payload.0))
+            .map_err(|error| Error::new(&question, error))?;
+        let question = Message::ListRealServers(*id);
+        let mut dump = |socket: &mut Socket| {
+            socket.dump(&wrap(question, family), |answer: GenlMessage<Kinds>| known.extend(answer.payload.0))
+        };
+        dump(socket).map_err(|error| Error::new(&question, error))?;
+        Ok(known)
+    }
+
+    /// A firewall mark for which there is no virtual server.
+    fn unused_mark(&mut self, family: Family) -> Result<VirtualServerId, Error> {
+        let mut mark = NonZeroU32::MAX;
+        loop {
+            let id = VirtualServerId::FirewallMark { mark, family };
+            match self.virtual_server(&id) {
+                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(id),
+                result => result?,
+            };
+            mark = NonZeroU32::new(mark.get() - 1).unwrap_or(NonZeroU32::MAX);
+        }
+    }
+}
+
+/// How to ask for a scheduler without making anything.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Questions {
+    /// With a virtual server of IPv6 and a netmask it cannot have: the kernel looks for the scheduler first, then for the
+    /// persistence engine, then at the netmask (`ip_vs_add_service`).
+    Ipv6,
+    /// Without IPv6 there is no such order to use: a virtual server is made and deleted.
+    Ipv4,
+}
+
+impl Questions {
+    fn find(client: &mut Client) -> Result<Self, Error> {
+        match client.unused_mark(Family::Ipv6) {
+            Ok(_) => Ok(Self::Ipv6),
+            Err(error) if error.kind() == ErrorKind::NotSupported => Ok(Self::Ipv4),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn has(self, client: &mut Client, scheduler: Scheduler, engine: Option<Name>) -> Result<bool, Error> {
+        let (family, netmask) = match self {
+            Self::Ipv6 => (Family::Ipv6, Netmask::V6(0)),
+            Self::Ipv4 => (Family::Ipv4, Netmask::host(Family::Ipv4)),
+        };
+        let id = client.unused_mark(family)?;
+        let persistence = Some(Persistence { timeout: 1, netmask, engine });
+        match client.add_virtual_server(&VirtualServer { persistence, ..VirtualServer::new(id, scheduler) }) {
+            Err(error) if error.kind() == ErrorKind::NoScheduler => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Invalid && self == Self::Ipv6 => Ok(true),
+            result => {
+                result?;
+                client.delete_virtual_server(&id).map(|()| true)
+            }
+        }
+    }
+}
+
+fn has_sysctl(name: &str) -> bool {
+    fs::exists(Path::new(SYSCTLS).join(name)).unwrap_or(false)
+}
+
+/// The kinds of the attributes in an answer, without what they mean.
+#[derive(Debug)]
+struct Kinds(Vec<(u16, u16)>);
+
+impl GenlFamily for Kinds {
+    fn family_name() -> &'static str {
+        FAMILY_NAME
+    }
+
+    fn command(&self) -> u8 {
+        0
+    }
+
+    fn version(&self) -> u8 {
+        0
+    }
+}
+
+impl Emitable for Kinds {
+    fn buffer_len(&self) -> usize {
+        0
+    }
+
+    fn emit(&self, _: &mut [u8]) {}
+}
+
+impl ParseableParametrized<[u8], GenlHeader> for Kinds {
+    fn parse_with_param(buffer: &[u8], _: GenlHeader) -> Result<Self, DecodeError> {
+        let mut kinds = Vec::new();
+        each_attribute(buffer, |nest, content| {
+            each_attribute(content, |kind, _| {
+                kinds.push((nest, kind));
+                Ok(())
+            })
+        })?;
+        Ok(Self(kinds))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+    fn both_ways_to_ask_for_schedulers_have_the_same_answers_and_leave_nothing_behind() {
+        lab::netns::isolate().unwrap();
+        let mut client = Client::connect().unwrap();
+        let engines = [None, Some("sip".parse().unwrap()), Some("nosuch".parse().unwrap())];
+        let unknown: Scheduler = "nosuch".parse().unwrap();
+        for scheduler in [Scheduler::RoundRobin, Scheduler::MaglevHashing, unknown] {
+            for engine in engines {
+                let answers =
+                    [Questions::Ipv6, Questions::Ipv4].map(|questions| questions.has(&mut client, scheduler, engine));
+                let answers = answers.map(Result::unwrap);
+                let wanted = scheduler != unknown && engine.is_none_or(|engine| engine.as_str() == "sip");
+                assert_eq!(answers, [wanted; 2], "{scheduler} {engine:?}");
+            }
+        }
+        assert_eq!(client.virtual_servers().unwrap(), []);
+    }
+}

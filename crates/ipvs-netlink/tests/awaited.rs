@@ -1,0 +1,106 @@
+//! The client that is awaited, and the messages over a socket of another crate.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{client, real, round_robin, tcp};
+use ipvs_netlink::{AsyncClient, ErrorKind, Message, Table, Timeouts};
+
+fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn everything_can_be_awaited() {
+    let mut client = client();
+    on_one_thread(async {
+        let mut awaited = AsyncClient::connect().await.unwrap();
+        let web = tcp("10.96.0.1:80");
+        awaited.add_virtual_server(&round_robin(web)).await.unwrap();
+        let error = awaited.add_virtual_server(&round_robin(web)).await.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Exists);
+        awaited.add_real_server(&web, &real("10.1.0.7:80")).await.unwrap();
+        awaited.set_timeouts(Timeouts { tcp: 901, ..Timeouts::default() }).await.unwrap();
+        assert_eq!(awaited.timeouts().await.unwrap().tcp, 901);
+        assert_eq!(awaited.virtual_servers().await.unwrap(), client.virtual_servers().unwrap());
+
+        let wanted: Table = (1..=200)
+            .map(|number| (round_robin(tcp(&format!("10.96.1.{number}:80"))), vec![real("10.1.0.7:80")]))
+            .collect();
+        let changes = awaited.table().await.unwrap().changes_to(&wanted);
+        assert_eq!(changes.len(), 401);
+        assert!(awaited.apply(&changes).await.unwrap().iter().all(Result::is_ok));
+        assert_eq!(client.table().unwrap(), wanted);
+
+        // A future that is dropped half-way leaves the client usable.
+        for _ in 0..50 {
+            let _ = tokio::time::timeout(Duration::ZERO, awaited.table()).await;
+            assert_eq!(awaited.virtual_server(&tcp("10.96.1.9:80")).await.unwrap().server.id, tcp("10.96.1.9:80"));
+        }
+        assert_eq!(awaited.virtual_servers().await.unwrap().len(), 200);
+        awaited.flush().await.unwrap();
+        assert!(awaited.table().await.unwrap().is_empty());
+    });
+}
+
+/// The messages speak for themselves: on the socket of `netlink-proto`, as `genetlink` and `rtnetlink` have it.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn messages_travel_over_netlink_proto() {
+    use futures_util::StreamExt;
+    use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
+    use netlink_packet_generic::GenlMessage;
+    use netlink_packet_generic::constants::GENL_ID_CTRL;
+    use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
+    use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
+    use netlink_proto::sys::SocketAddr;
+    use netlink_proto::sys::protocols::NETLINK_GENERIC;
+
+    let mut client = client();
+    client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
+    on_one_thread(async {
+        let (connection, handle, _) = netlink_proto::new_connection::<GenlMessage<GenlCtrl>>(NETLINK_GENERIC).unwrap();
+        tokio::spawn(connection);
+        let name = GenlCtrlAttrs::FamilyName("IPVS".to_owned());
+        let mut ask = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] });
+        ask.set_resolved_family_id(GENL_ID_CTRL);
+        let mut ask = NetlinkMessage::from(ask);
+        ask.header.flags = NLM_F_REQUEST;
+        let answer = handle.request(ask, SocketAddr::new(0, 0)).unwrap().next().await.unwrap();
+        let NetlinkPayload::InnerMessage(answer) = answer.payload else { panic!("{answer:?}") };
+        let family = answer.payload.nlas.iter().find_map(|attribute| match attribute {
+            GenlCtrlAttrs::FamilyId(id) => Some(*id),
+            _ => None,
+        });
+
+        let (connection, handle, _) = netlink_proto::new_connection::<GenlMessage<Message>>(NETLINK_GENERIC).unwrap();
+        tokio::spawn(connection);
+        let send = |message: Message, flags: u16| {
+            let mut message = GenlMessage::from_payload(message);
+            message.set_resolved_family_id(family.unwrap());
+            let mut message = NetlinkMessage::from(message);
+            message.header.flags = NLM_F_REQUEST | flags;
+            handle.request(message, SocketAddr::new(0, 0)).unwrap()
+        };
+        let add = Message::AddVirtualServer(round_robin(tcp("10.96.0.2:80")));
+        // That crate hands on refusals and keeps the ACK.
+        assert!(send(add, NLM_F_ACK).next().await.is_none());
+        let refused = send(add, NLM_F_ACK).next().await.unwrap();
+        let NetlinkPayload::Error(refused) = refused.payload else { panic!("{refused:?}") };
+        assert_eq!(refused.raw_code(), -17);
+        let listed: Vec<_> = send(Message::ListVirtualServers, NLM_F_DUMP)
+            .map(|answer| match answer.payload {
+                NetlinkPayload::InnerMessage(message) => message.payload,
+                other => panic!("{other:?}"),
+            })
+            .collect()
+            .await;
+        let wanted: Vec<_> = client.virtual_servers().unwrap().into_iter().map(Message::VirtualServer).collect();
+        assert_eq!(listed, wanted);
+        assert_eq!(listed.len(), 2);
+    });
+}

@@ -1,0 +1,428 @@
+//! What is said on a netlink socket, without the socket: datagrams to the kernel, and what it answers. Both sockets of this
+//! crate, the one that waits and the one that is awaited, only move bytes between here and the kernel.
+
+use std::io;
+
+use netlink_packet_core::{
+    Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN,
+    NetlinkBuffer, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, parse_i32, parse_u32,
+};
+
+use crate::error::{Error, Refusal};
+
+/// How many messages go out in one `send`, at most.
+///
+/// Every refused request costs an answer of about 770 bytes of receive buffer, and the default buffer (212,992 bytes)
+/// holds 256 of them on Linux 6.1 and 6.18; at twice that number answers are lost.
+pub const BATCH_MESSAGES: usize = 128;
+
+/// A datagram larger than the send buffer is refused with `EMSGSIZE`; the default takes 143 KB, so this is safe.
+pub(crate) const BATCH_BYTES: usize = 64 * 1024;
+
+/// The kernel fills at most 32 KiB a datagram of a dump, and fewer for a reader with a smaller buffer.
+pub(crate) const RECEIVE_BYTES: usize = 64 * 1024;
+
+pub(crate) const HEADER_BYTES: usize = 16;
+pub(crate) const NLM_F_DUMP_INTR: u16 = 0x10;
+pub(crate) const NLM_F_CAPPED: u16 = 0x100;
+pub(crate) const NLM_F_ACK_TLVS: u16 = 0x200;
+
+/// How often an interrupted dump is read again before giving up.
+pub(crate) const DUMP_ATTEMPTS: u32 = 16;
+
+/// A message with the flags it needs beside `NLM_F_REQUEST` and `NLM_F_ACK`, such as `NLM_F_CREATE | NLM_F_EXCL`.
+#[derive(Clone, Copy, Debug)]
+pub struct Request<M> {
+    /// The message.
+    pub message: M,
+    /// Further flags of the netlink header.
+    pub flags: u16,
+}
+
+impl<M> From<M> for Request<M> {
+    fn from(message: M) -> Self {
+        Self { message, flags: 0 }
+    }
+}
+
+/// What a socket has sent since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Datagrams: a request, a dump, a batch or a transaction each.
+    pub datagrams: u64,
+    /// Messages in them.
+    pub messages: u64,
+    /// Bytes in them.
+    pub bytes: u64,
+}
+
+impl std::ops::Add for Sent {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            datagrams: self.datagrams + other.datagrams,
+            messages: self.messages + other.messages,
+            bytes: self.bytes + other.bytes,
+        }
+    }
+}
+
+impl std::ops::Sub for Sent {
+    type Output = Self;
+
+    fn sub(self, other: Self) -> Self {
+        Self {
+            datagrams: self.datagrams - other.datagrams,
+            messages: self.messages - other.messages,
+            bytes: self.bytes - other.bytes,
+        }
+    }
+}
+
+/// Makes datagrams, and keeps the last one: refusals refer to what is in it.
+#[derive(Debug, Default)]
+pub(crate) struct Outgoing {
+    pub(crate) sequence: u32,
+    datagram: Vec<u8>,
+    sent: Sent,
+}
+
+impl Outgoing {
+    /// The datagram to send.
+    pub(crate) fn datagram(&self) -> &[u8] {
+        &self.datagram
+    }
+
+    /// What was sent so far.
+    pub(crate) fn sent(&self) -> Sent {
+        self.sent
+    }
+
+    /// The datagram has gone out.
+    pub(crate) fn count(&mut self, bytes: usize) {
+        self.sent.datagrams += 1;
+        self.sent.bytes += bytes as u64;
+    }
+
+    /// Makes the datagram one request.
+    pub(crate) fn request<M: NetlinkSerializable>(&mut self, request: &Request<M>) -> Asking {
+        self.datagram.clear();
+        Asking { sequence: self.push(&request.message, request.flags | NLM_F_ACK) }
+    }
+
+    /// Makes the datagram a request for a dump.
+    pub(crate) fn dump<M: NetlinkSerializable>(&mut self, message: &M) -> Dumping {
+        self.datagram.clear();
+        Dumping { sequence: self.push(message, NLM_F_DUMP), is_interrupted: false, is_done: false }
+    }
+
+    /// Makes the datagram the next part of a batch, with a result for each request in it that counts unless the kernel
+    /// refuses it; `None` where nothing is left.
+    pub(crate) fn batch<M: NetlinkSerializable>(
+        &mut self,
+        requests: &mut impl Iterator<Item = Request<M>>,
+        results: &mut Vec<Result<(), Refusal>>,
+    ) -> Option<Batching> {
+        self.datagram.clear();
+        let first = results.len();
+        let first_sequence = self.sequence.wrapping_add(1);
+        let mut last_start = 0;
+        while results.len() - first < BATCH_MESSAGES && self.datagram.len() < BATCH_BYTES {
+            let Some(request) = requests.next() else { break };
+            last_start = self.datagram.len();
+            self.push(&request.message, request.flags);
+            results.push(Ok(()));
+        }
+        self.acknowledge(last_start);
+        let count = results.len() - first;
+        (count > 0).then_some(Batching { first, first_sequence, count })
+    }
+
+    /// Makes the datagram a transaction; `None` of no requests.
+    pub(crate) fn transaction<M: NetlinkSerializable>(
+        &mut self,
+        begin: &M,
+        requests: impl IntoIterator<Item = Request<M>>,
+        end: &M,
+    ) -> Option<Transaction> {
+        self.datagram.clear();
+        let begin_sequence = self.push(begin, 0);
+        let mut count = 0;
+        let mut last_start = 0;
+        for request in requests {
+            last_start = self.datagram.len();
+            self.push(&request.message, request.flags);
+            count += 1;
+        }
+        self.acknowledge(last_start);
+        self.push(end, 0);
+        (count > 0).then_some(Transaction { begin_sequence, count, refused: None, is_acknowledged: false })
+    }
+
+    /// Appends a message to the datagram and returns its sequence number.
+    fn push<M: NetlinkSerializable>(&mut self, message: &M, flags: u16) -> u32 {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.sent.messages += 1;
+        let start = self.datagram.len();
+        let length = HEADER_BYTES + message.buffer_len();
+        self.datagram.resize(start + length.next_multiple_of(4), 0);
+        let mut header = NetlinkHeader::default();
+        header.length = u32::try_from(length).unwrap_or(u32::MAX);
+        header.message_type = message.message_type();
+        header.flags = NLM_F_REQUEST | flags;
+        header.sequence_number = self.sequence;
+        header.emit(&mut self.datagram[start..start + HEADER_BYTES]);
+        message.serialize(&mut self.datagram[start + HEADER_BYTES..start + length]);
+        self.sequence
+    }
+
+    /// Sets `NLM_F_ACK` on the message that starts at `start`.
+    fn acknowledge(&mut self, start: usize) {
+        if let Some(message) = self.datagram.get_mut(start..start + HEADER_BYTES) {
+            let mut buffer = NetlinkBuffer::new(message);
+            let flags = buffer.flags() | NLM_F_ACK;
+            buffer.set_flags(flags);
+        }
+    }
+}
+
+/// One request that waits for its answers.
+#[derive(Debug)]
+pub(crate) struct Asking {
+    sequence: u32,
+}
+
+impl Asking {
+    /// Reads a datagram. Returns whether the kernel has acknowledged.
+    pub(crate) fn receive<R: NetlinkDeserializable>(
+        &self,
+        outgoing: &Outgoing,
+        mut datagram: &[u8],
+        each: &mut impl FnMut(R),
+    ) -> Result<bool, Error> {
+        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+            if header.sequence_number != self.sequence {
+                continue;
+            }
+            match answer {
+                Answer::Acknowledged | Answer::Done => return Ok(true),
+                Answer::Refused(refusal) => return Err(refusal.into()),
+                Answer::Data(payload) => each(decode(&header, payload)?),
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A dump that is being read.
+#[derive(Debug)]
+pub(crate) struct Dumping {
+    sequence: u32,
+    is_interrupted: bool,
+    is_done: bool,
+}
+
+impl Dumping {
+    /// Whether the kernel said that something changed meanwhile.
+    pub(crate) fn is_interrupted(&self) -> bool {
+        self.is_interrupted
+    }
+
+    /// Whether nothing more comes.
+    pub(crate) fn is_done(&self) -> bool {
+        self.is_done
+    }
+
+    /// Nothing can be received any more.
+    pub(crate) fn give_up(&mut self) {
+        self.is_done = true;
+    }
+
+    /// The next message of a datagram, which loses it; `None` where another datagram is needed, or none, as the dump is done.
+    /// After an error the rest can be read.
+    pub(crate) fn next<R: NetlinkDeserializable>(
+        &mut self,
+        outgoing: &Outgoing,
+        datagram: &mut &[u8],
+    ) -> Result<Option<R>, Error> {
+        while !self.is_done {
+            let Some((header, answer)) = next_answer(datagram, outgoing.datagram())? else { break };
+            if header.sequence_number != self.sequence {
+                continue;
+            }
+            // A change after the last entry shows in the end's flags alone.
+            self.is_interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+            match answer {
+                Answer::Acknowledged => {}
+                Answer::Done => self.is_done = true,
+                Answer::Refused(refusal) => {
+                    self.is_done = true;
+                    return Err(refusal.into());
+                }
+                Answer::Data(payload) => return decode(&header, payload).map(Some),
+            }
+        }
+        Ok(None)
+    }
+}
+
+/// A part of a batch that waits for its answers.
+#[derive(Debug)]
+pub(crate) struct Batching {
+    first: usize,
+    first_sequence: u32,
+    count: usize,
+}
+
+impl Batching {
+    /// Reads a datagram and puts refusals in their places. Returns whether the kernel has answered the last request.
+    pub(crate) fn receive(
+        &self,
+        outgoing: &Outgoing,
+        mut datagram: &[u8],
+        results: &mut [Result<(), Refusal>],
+    ) -> Result<bool, Error> {
+        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+            let index = header.sequence_number.wrapping_sub(self.first_sequence) as usize;
+            if index >= self.count {
+                continue;
+            }
+            match answer {
+                Answer::Refused(refusal) => {
+                    if let Some(result) = results.get_mut(self.first + index) {
+                        *result = Err(refusal);
+                    }
+                }
+                // A request that has an answer beside the ACK is none for a batch; its data is not wanted.
+                Answer::Data(_) => continue,
+                Answer::Acknowledged | Answer::Done => {}
+            }
+            if index + 1 == self.count {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+}
+
+/// A transaction whose answers are read. Which of them is the last one cannot be told: of a transaction that is refused as
+/// a whole the kernel says nothing more.
+#[derive(Debug)]
+pub(crate) struct Transaction {
+    begin_sequence: u32,
+    count: usize,
+    refused: Option<(usize, Refusal)>,
+    is_acknowledged: bool,
+}
+
+impl Transaction {
+    pub(crate) fn receive(&mut self, outgoing: &Outgoing, mut datagram: &[u8]) -> Result<(), Error> {
+        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+            let index = header.sequence_number.wrapping_sub(self.begin_sequence) as usize;
+            match answer {
+                Answer::Refused(refusal) if index <= self.count => {
+                    self.refused.get_or_insert((index.saturating_sub(1), refusal));
+                }
+                Answer::Acknowledged => self.is_acknowledged |= index == self.count,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The result once nothing more is queued, or some was lost: only refusals come in such numbers.
+    pub(crate) fn result(self, is_complete: bool) -> Result<(), (usize, Refusal)> {
+        match self.refused {
+            Some(refused) => Err(refused),
+            None if self.is_acknowledged && is_complete => Ok(()),
+            None => Err((0, Refusal::new(libc::ENOBUFS))),
+        }
+    }
+}
+
+/// What a received message says about the request it answers.
+#[derive(Debug)]
+pub(crate) enum Answer<'a> {
+    Acknowledged,
+    Refused(Refusal),
+    Done,
+    Data(&'a [u8]),
+}
+
+/// Takes the first message that says something off a datagram. After an error nothing is left of it that could be read.
+fn next_answer<'a>(datagram: &mut &'a [u8], sent: &[u8]) -> Result<Option<(NetlinkHeader, Answer<'a>)>, Error> {
+    while let Some((header, payload)) = next_message(datagram).inspect_err(|_| *datagram = &[])? {
+        if let Some(answer) = answer(&header, payload, sent)? {
+            return Ok(Some((header, answer)));
+        }
+    }
+    Ok(None)
+}
+
+/// Takes the first message off a datagram.
+pub(crate) fn next_message<'a>(datagram: &mut &'a [u8]) -> Result<Option<(NetlinkHeader, &'a [u8])>, Error> {
+    if datagram.is_empty() {
+        return Ok(None);
+    }
+    let buffer = NetlinkBuffer::new_checked(*datagram)?;
+    let length = buffer.length() as usize;
+    let mut header = NetlinkHeader::default();
+    header.length = buffer.length();
+    header.message_type = buffer.message_type();
+    header.flags = buffer.flags();
+    header.sequence_number = buffer.sequence_number();
+    header.port_number = buffer.port_number();
+    let payload = &datagram[HEADER_BYTES..length];
+    *datagram = datagram.get(length.next_multiple_of(4)..).unwrap_or_default();
+    Ok(Some((header, payload)))
+}
+
+/// Reads one message; `None` is one that says nothing.
+pub(crate) fn answer<'a>(header: &NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<Option<Answer<'a>>, Error> {
+    Ok(Some(match header.message_type {
+        NLMSG_NOOP => return Ok(None),
+        NLMSG_OVERRUN => return Err(Error::Receive(io::Error::from_raw_os_error(libc::ENOBUFS))),
+        NLMSG_ERROR => match ErrorBuffer::new_checked(payload)?.code() {
+            None => Answer::Acknowledged,
+            Some(code) => {
+                let refusal = Refusal::new(code.get().saturating_neg());
+                if header.flags & NLM_F_ACK_TLVS == 0 {
+                    return Ok(Some(Answer::Refused(refusal)));
+                }
+                // The request's header is echoed, and its payload too unless the ACK is capped; then come the TLVs.
+                let echo = &payload[4..];
+                let skip = match echo.get(..4).and_then(|length| parse_u32(length).ok()) {
+                    Some(length) if header.flags & NLM_F_CAPPED == 0 => (length as usize).checked_next_multiple_of(4),
+                    _ => Some(HEADER_BYTES),
+                };
+                let tlvs = skip.and_then(|skip| echo.get(skip..)).unwrap_or_default();
+                Answer::Refused(refusal.with_extended_ack(tlvs, request_in(sent, header.sequence_number)))
+            }
+        },
+        // A dump that fails half-way says so here.
+        NLMSG_DONE => match payload.get(..4).and_then(|code| parse_i32(code).ok()) {
+            Some(code) if code < 0 => {
+                Answer::Refused(Refusal::new(code.saturating_neg()).with_extended_ack(&payload[4..], None))
+            }
+            _ => Answer::Done,
+        },
+        _ => Answer::Data(payload),
+    }))
+}
+
+/// The message of a datagram that bears a sequence number.
+fn request_in(mut datagram: &[u8], sequence: u32) -> Option<&[u8]> {
+    loop {
+        let buffer = NetlinkBuffer::new_checked(&datagram).ok()?;
+        let length = buffer.length() as usize;
+        if buffer.sequence_number() == sequence {
+            return datagram.get(..length);
+        }
+        datagram = datagram.get(length.next_multiple_of(4)..)?;
+    }
+}
+
+pub(crate) fn decode<R: NetlinkDeserializable>(header: &NetlinkHeader, payload: &[u8]) -> Result<R, Error> {
+    R::deserialize(header, payload).map_err(|error| Error::Decode(error.to_string().into()))
+}

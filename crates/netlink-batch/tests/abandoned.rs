@@ -1,0 +1,122 @@
+//! Dumps that are not read to their end, and the socket that is awaited.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::net::Ipv4Addr;
+use std::time::Duration;
+
+use netlink_batch::protocols::NETLINK_ROUTE;
+use netlink_batch::{AsyncSocket, BATCH_MESSAGES, Request, Socket};
+use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
+use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_packet_route::link::LinkMessage;
+use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+
+const LOOPBACK: u32 = 1;
+const ENODEV: i32 = 19;
+
+/// So many that the kernel is in the middle of a dump when the first answer is read.
+const ADDRESSES: u32 = 2000;
+
+fn all_addresses() -> RouteNetlinkMessage {
+    RouteNetlinkMessage::GetAddress(AddressMessage::default())
+}
+
+fn add_address(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
+    let mut message = AddressMessage::default();
+    message.header.family = AddressFamily::Inet;
+    message.header.prefix_len = 32;
+    message.header.index = LOOPBACK;
+    message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
+    Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
+}
+
+fn get_link(index: u32) -> Request<RouteNetlinkMessage> {
+    let mut message = LinkMessage::default();
+    message.header.index = index;
+    RouteNetlinkMessage::GetLink(message).into()
+}
+
+/// A network namespace with many addresses.
+fn isolate() -> Socket {
+    lab::netns::isolate().unwrap();
+    let mut socket = Socket::open(NETLINK_ROUTE).unwrap();
+    let add = (0..ADDRESSES).map(|number| add_address(Ipv4Addr::from(0x0a60_0000 + number)));
+    assert!(socket.batch(add).unwrap().iter().all(Result::is_ok));
+    socket
+}
+
+fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
+    let mut socket = isolate();
+    for read in [0, 1, 100] {
+        let stream = socket.stream(&all_addresses()).unwrap();
+        let left: Vec<RouteNetlinkMessage> = stream.take(read).map(Result::unwrap).collect();
+        assert_eq!(left.len(), read);
+    }
+    let stream = socket.stream(&all_addresses()).unwrap();
+    let all: Vec<RouteNetlinkMessage> = stream.map(Result::unwrap).collect();
+    assert!(all.len() >= ADDRESSES as usize);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_awaited_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
+    drop(isolate());
+    on_one_thread(async {
+        let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
+        for read in [0, 1, 100] {
+            let mut stream = socket.stream(&all_addresses()).await.unwrap();
+            for _ in 0..read {
+                let _: RouteNetlinkMessage = stream.next().await.unwrap().unwrap();
+            }
+        }
+        let mut count = 0;
+        socket.dump(&all_addresses(), |_: RouteNetlinkMessage| count += 1).await.unwrap();
+        assert!(count >= ADDRESSES, "{count}");
+        socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| ()).await.unwrap();
+    });
+}
+
+#[test]
+fn awaited_requests_have_the_same_answers() {
+    on_one_thread(async {
+        let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
+        let mut seen = 0;
+        socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| seen += 1).await.unwrap();
+        assert_eq!(seen, 1);
+        let error = socket.request(&get_link(0x7fff_fff0), |_: RouteNetlinkMessage| ()).await.unwrap_err();
+        assert_eq!(error.refusal().unwrap().errno, ENODEV);
+        for length in [0, 1, BATCH_MESSAGES, BATCH_MESSAGES + 1, 1000] {
+            let results = socket.batch((0..length).map(|_| get_link(0x7fff_fff0))).await.unwrap();
+            assert_eq!(results.iter().filter(|result| result.is_err()).count(), length);
+        }
+        let mut links = 0;
+        let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
+        socket.dump(&all, |_: RouteNetlinkMessage| links += 1).await.unwrap();
+        assert!(links > 0);
+        assert_eq!(socket.sent().messages, 1 + 1 + 1 + 128 + 129 + 1000 + 1);
+    });
+}
+
+#[test]
+fn a_future_that_is_dropped_leaves_the_socket_usable() {
+    on_one_thread(async {
+        let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
+        for _ in 0..100 {
+            let request = get_link(LOOPBACK);
+            let ask = socket.request(&request, |_: RouteNetlinkMessage| ());
+            // Polled once at most.
+            let _ = tokio::time::timeout(Duration::ZERO, ask).await;
+            let batch = socket.batch((0..300).map(|_| get_link(0x7fff_fff0)));
+            let _ = tokio::time::timeout(Duration::ZERO, batch).await;
+            let results = socket.batch([get_link(LOOPBACK), get_link(0x7fff_fff0)]).await.unwrap();
+            assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false]);
+        }
+    });
+}
