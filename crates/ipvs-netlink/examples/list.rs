@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use ipvs_netlink::{
-    Client, Error, Family, Forwarding, Info, Netmask, Protocol, RealServerEntry, Stats, VirtualServer,
+    Client, Error, Family, Forwarding, Info, Netmask, Protocol, RealServerEntry, ServerEntry, Stats, VirtualServer,
     VirtualServerEntry, VirtualServerId,
 };
 
@@ -27,9 +27,6 @@ enum Columns {
     Thresholds,
     Forwarding,
 }
-
-/// Virtual servers with their real servers.
-type Table = Vec<(VirtualServerEntry, Vec<RealServerEntry>)>;
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -46,7 +43,7 @@ fn main() -> ExitCode {
         () => Columns::Forwarding,
     };
     let text = match read() {
-        Ok((info, table)) => list(info, &table, columns, given("--exact")),
+        Ok((info, entries)) => list(info, &entries, columns, given("--exact")),
         Err(error) => {
             eprintln!("list: {error}");
             return ExitCode::FAILURE;
@@ -61,30 +58,28 @@ fn main() -> ExitCode {
     }
 }
 
-/// Everything, in ipvsadm's order.
-fn read() -> Result<(Info, Table), Error> {
+/// Everything, in ipvsadm's order: addresses by family first, then firewall marks.
+fn read() -> Result<(Info, Vec<ServerEntry>), Error> {
     let mut client = Client::connect()?;
-    let mut table = Table::new();
-    for entry in client.virtual_servers()? {
-        let mut real_servers = client.real_servers(&entry.server.id)?;
-        real_servers.sort_by_key(|entry| entry.server.socket_address());
-        table.push((entry, real_servers));
-    }
-    // Addresses by family first, then firewall marks.
-    table.sort_by_key(|(entry, _)| match entry.server.id {
+    let info = client.info()?;
+    let mut entries = client.servers()?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(|entry| match entry.virtual_server.server.id {
         id @ VirtualServerId::Address { .. } => (0, Some(id.family()), id),
         id @ VirtualServerId::FirewallMark { .. } => (1, None, id),
     });
-    Ok((client.info()?, table))
+    for entry in &mut entries {
+        entry.real_servers.sort_by_key(|entry| entry.server.socket_address());
+    }
+    Ok((info, entries))
 }
 
-fn list(info: Info, table: &Table, columns: Columns, exact: bool) -> String {
+fn list(info: Info, entries: &[ServerEntry], columns: Columns, exact: bool) -> String {
     let (major, minor, patch) = info.version;
     let mut text = format!("IP Virtual Server version {major}.{minor}.{patch} (size={})\n", info.connection_table_size);
     text += &title(columns);
-    for (virtual_server, real_servers) in table {
-        text += &virtual_row(virtual_server, columns, exact);
-        for real_server in real_servers {
+    for entry in entries {
+        text += &virtual_row(&entry.virtual_server, columns, exact);
+        for real_server in &entry.real_servers {
             text += &real_row(real_server, columns, exact);
         }
     }

@@ -10,7 +10,7 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use ipvs_netlink::{Client, Error, Message, VirtualServerId, rules};
+use ipvs_netlink::{Client, Error, Message, RealServer, VirtualServerId, rules};
 
 fn main() -> ExitCode {
     let messages = match read() {
@@ -37,21 +37,20 @@ fn main() -> ExitCode {
     if is_whole { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What would make everything that is there, in ipvsadm's order.
+/// What would make everything that is there, in ipvsadm's order: addresses by family first, then firewall marks.
 fn read() -> Result<Vec<Message>, Error> {
     let mut client = Client::connect()?;
-    let mut virtual_servers = client.virtual_servers()?;
-    virtual_servers.sort_by_key(|entry| match entry.server.id {
+    let mut entries = client.servers()?.collect::<Result<Vec<_>, _>>()?;
+    entries.sort_by_key(|entry| match entry.virtual_server.server.id {
         id @ VirtualServerId::Address { .. } => (0, Some(id.family()), id),
         id @ VirtualServerId::FirewallMark { .. } => (1, None, id),
     });
     let mut messages = Vec::new();
-    for entry in virtual_servers {
-        let id = entry.server.id;
-        messages.push(Message::AddVirtualServer(entry.server));
-        let mut real_servers = client.real_servers(&id)?;
-        real_servers.sort_by_key(|entry| entry.server.socket_address());
-        messages.extend(real_servers.into_iter().map(|entry| Message::AddRealServer(id, entry.server)));
+    for entry in entries {
+        let (virtual_server, mut real_servers) = entry.into_configuration();
+        real_servers.sort_by_key(RealServer::socket_address);
+        messages.push(Message::AddVirtualServer(virtual_server));
+        messages.extend(real_servers.into_iter().map(|server| Message::AddRealServer(virtual_server.id, server)));
     }
     Ok(messages)
 }
