@@ -56,7 +56,7 @@ fn virtual_servers() -> Vec<VirtualServer> {
         .enumerate()
         .map(|(index, [family, kind, persistence, flag])| {
             let family = [Family::Ipv4, Family::Ipv6][family];
-            // 17 has no common divisor with 14: every scheduler meets every other choice.
+            // In such steps every scheduler meets every family, protocol, persistence and flag.
             let scheduler = Scheduler::ALL[index * 17 / 3 % Scheduler::ALL.len()];
             let persistence = persistences(family)[persistence];
             let number = number_of(index);
