@@ -18,6 +18,7 @@
 //!
 //! * Every call is synchronous: the kernel handles a request inside the system call that sends it.
 //! * [`Client::apply`] sends many [`Message`]s in few system calls and returns one result each.
+//! * [`rules`] reads and writes what `ipvsadm -S` saves and `ipvsadm -R` restores.
 //! * A client belongs to the network namespace of the thread that connected it; IPVS is per namespace.
 //! * Attributes this crate does not know are skipped, so that a newer kernel can be read.
 //! * The feature `fake` has an IPVS in memory, with the kernel's rules, to test against.
@@ -40,6 +41,7 @@ mod message;
 mod name;
 mod proc;
 mod real_server;
+pub mod rules;
 mod scheduler;
 mod stats;
 mod sync_daemon;

@@ -4,31 +4,30 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 
-use ipvs_netlink::{
-    Family, Forwarding, Message, Netmask, Persistence, Protocol, RealServer, Scheduler, SchedulerFlags, Timeouts,
-    Tunnel, VirtualServer, VirtualServerId,
-};
+use ipvs_netlink::{Family, Message, Protocol, VirtualServerId, rules};
 use netlink_packet_core::{Emitable, NlasIterator};
 use netlink_packet_generic::GenlFamily;
 
-// IPVS_CMD_ATTR_SERVICE and _DEST, and IPVS_SVC_ATTR_FLAGS.
+// IPVS_CMD_ATTR_SERVICE, _DEST and _DAEMON, and IPVS_SVC_ATTR_FLAGS.
 const SERVICE: u16 = 1;
 const DEST: u16 = 2;
+const DAEMON: u16 = 3;
 const FLAGS: u16 = 7;
 
 // What ipvsadm sends beyond what the kernel needs: the rest of the virtual server where only its identity counts, the
-// tunnel of a real server (the kernel's default is the same), and the rest of a real server that is to be deleted.
+// tunnel of a real server (the kernel's default is the same), the rest of a real server that is to be deleted, and that
+// of a daemon that is to be stopped.
 type LeftOut = &'static [(u16, u16)];
 const REST_OF_SERVER: LeftOut = &[(SERVICE, 6), (SERVICE, 7), (SERVICE, 8), (SERVICE, 9)];
 const TUNNEL: LeftOut = &[(DEST, 13), (DEST, 14), (DEST, 15)];
 const REST_OF_REAL: LeftOut = &[(DEST, 3), (DEST, 4), (DEST, 5), (DEST, 6)];
+const REST_OF_DAEMON: LeftOut = &[(DAEMON, 2), (DAEMON, 3)];
 
-/// What ipvsadm 1.31 was told, what of its message is left out here, and the message on a little-endian machine, from
-/// the generic netlink header on, as strace shows it.
+/// What ipvsadm 1.31 was told, which is read as a rule here, what of its message is left out here, and the message on a
+/// little-endian machine, from the generic netlink header on, as strace shows it.
 #[rustfmt::skip]
-const CAPTURED: [(&str, &[LeftOut], &str); 21] = [
+const RULES: [(&str, &[LeftOut], &str); 39] = [
     ("-A -t 10.96.0.1:80 -s rr", &[], "010100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000007000600727200000c00070000000000ffffffff080008000000000008000900ffffffff"),
     ("-A -u 10.96.0.1:53 -s sh -p 300 -M 255.255.255.0 -o -b flag-1,flag-2", &[], "010100005400018006000100020000000600020011000000140003000a600001000000000000000000000000060004000035000007000600736800000c0007001d000000ffffffff080008002c01000008000900ffffff00"),
     ("-A -t [fd00::1]:443 -s mh -p 600 -M 64 -b mh-fallback", &[], "0101000054000180060001000a000000060002000600000014000300fd0000000000000000000000000000010600040001bb0000070006006d6800000c00070009000000ffffffff08000800580200000800090040000000"),
@@ -42,81 +41,57 @@ const CAPTURED: [(&str, &[LeftOut], &str); 21] = [
     ("-e -t 10.96.0.1:80 -r 10.1.0.7:8080 -m -w 6", &[REST_OF_SERVER, TUNNEL], "060100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a010007000000000000000000000000060002001f9000000800030000000000080004000600000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
     ("-d -t 10.96.0.1:80 -r 10.1.0.7:8080", &[REST_OF_SERVER, TUNNEL, REST_OF_REAL], "070100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a010007000000000000000000000000060002001f9000000800030003000000080004000100000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
     ("-D -t 10.96.0.1:80", &[REST_OF_SERVER], "030100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff"),
-    ("-Ln -t [fd00::1]:443", &[REST_OF_SERVER], "0401000054000180060001000a000000060002000600000014000300fd0000000000000000000000000000010600040001bb000005000600000000000c00070000000000ffffffff08000800000000000800090000000000"),
-    ("-Ln, first", &[], "04010000"),
-    ("-Ln, then", &[], "0801000030000180060001000a000000060002000600000014000300fd0000000000000000000000000000010600040001bb0000"),
-    ("-Ln, for a mark", &[], "0801000014000180060001000a0000000800050007000000"),
     ("--set 901 121 301", &[], "0c01000008000400850300000800050079000000080006002d010000"),
-    ("-Ln --timeout", &[], "0d010000"),
-    ("-Ln, at the start", &[], "0f010000"),
     ("-C", &[], "11010000"),
+    ("-Z", &[], "10010000"),
+    ("-Z -t 10.96.0.1:80", &[REST_OF_SERVER], "100100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff"),
+    ("-Z -f 7 -6", &[REST_OF_SERVER], "1001000038000180060001000a000000080005000700000005000600000000000c00070000000000ffffffff08000800000000000800090080000000"),
+    ("-A -u 10.96.0.1:53 -p --pe sip", &[], "010100005c00018006000100020000000600020011000000140003000a600001000000000000000000000000060004000035000008000600776c630008000b00736970000c00070001000000ffffffff080008006801000008000900ffffffff"),
+    ("-E -u 10.96.0.1:53 -s mh -p 60 -M 255.0.0.0 --pe sip -o -b flag-1,mh-port,flag-3", &[], "020100005c00018006000100020000000600020011000000140003000a6000010000000000000000000000000600040000350000070006006d68000008000b00736970000c0007003d000000ffffffff080008003c00000008000900ff000000"),
+    ("-A -t 10.96.0.1:0 -p", &[], "010100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000000000008000600776c63000c00070001000000ffffffff080008006801000008000900ffffffff"),
+    ("-E -f 7 -6 -s lc -p 5 -M 64", &[], "0201000038000180060001000a0000000800050007000000070006006c6300000c00070001000000ffffffff08000800050000000800090040000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.7", &[REST_OF_SERVER, TUNNEL], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000700000000000000000000000006000200005000000800030003000000080004000100000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.8 -i --tun-type gue --tun-port 6080", &[REST_OF_SERVER], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000800000000000000000000000006000200005000000800030002000000080004000100000005000d000100000006000e0017c0000006000f000000000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.9 -i --tun-type gue --tun-port 6080 --tun-csum", &[REST_OF_SERVER], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000900000000000000000000000006000200005000000800030002000000080004000100000005000d000100000006000e0017c0000006000f000100000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.10 -i --tun-type gue --tun-port 6080 --tun-remcsum", &[REST_OF_SERVER], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000a00000000000000000000000006000200005000000800030002000000080004000100000005000d000100000006000e0017c0000006000f000200000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.11 -i --tun-type gre", &[REST_OF_SERVER], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000b00000000000000000000000006000200005000000800030002000000080004000100000005000d000200000006000e000000000006000f000000000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r 10.1.0.12 -i --tun-type gre --tun-csum", &[REST_OF_SERVER], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000c00000000000000000000000006000200005000000800030002000000080004000100000005000d000200000006000e000000000006000f000100000008000500000000000800060000000000"),
+    ("-a -t 10.96.0.1:80 -r [fd01::7]:80 -i", &[REST_OF_SERVER, TUNNEL], "050100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b000a00000014000100fd01000000000000000000000000000706000200005000000800030002000000080004000100000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
+    ("-e -t 10.96.0.1:80 -r 10.1.0.12 -i --tun-type gue --tun-port 1 --tun-csum -w 2147483647 -x 2147483647 -y 1", &[REST_OF_SERVER], "060100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b0002000000140001000a01000c0000000000000000000000000600020000500000080003000200000008000400ffffff7f05000d000100000006000e000001000006000f000100000008000500ffffff7f0800060001000000"),
+    ("-d -f 7 -6 -r [fd01::7]:443", &[REST_OF_SERVER, TUNNEL, REST_OF_REAL], "0701000038000180060001000a000000080005000700000005000600000000000c00070000000000ffffffff080008000000000008000900800000006000028006000b000a00000014000100fd0100000000000000000000000000070600020001bb00000800030003000000080004000100000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
+    ("-d -t 10.96.0.1:80 -r [fd01::7]:80", &[REST_OF_SERVER, TUNNEL, REST_OF_REAL], "070100005400018006000100020000000600020006000000140003000a600001000000000000000000000000060004000050000005000600000000000c00070000000000ffffffff080008000000000008000900ffffffff6000028006000b000a00000014000100fd01000000000000000000000000000706000200005000000800030003000000080004000100000005000d000000000006000e000000000006000f000000000008000500000000000800060000000000"),
+    ("-D -f 7 -6", &[REST_OF_SERVER], "0301000038000180060001000a000000080005000700000005000600000000000c00070000000000ffffffff08000800000000000800090080000000"),
+    ("--start-daemon master --mcast-interface lo", &[], "090100001c0003800800010001000000070002006c6f00000800030000000000"),
+    ("--stop-daemon master", &[REST_OF_DAEMON], "0a0100001c000380080001000100000005000200000000000800030000000000"),
+    ("--start-daemon backup --mcast-interface lo --syncid 255 --sync-maxlen 1400 --mcast-group 224.0.0.83 --mcast-port 9000 --mcast-ttl 9", &[], "090100003c0003800800010002000000070002006c6f000008000300ff00000006000400780500000600070028230000050008000900000008000500e0000053"),
+    ("--stop-daemon backup", &[REST_OF_DAEMON], "0a0100001c000380080001000200000005000200000000000800030000000000"),
+    ("--start-daemon master --mcast-interface lo --mcast-group ff02::83 --sync-maxlen 65507", &[], "09010000380003800800010001000000070002006c6f0000080003000000000006000400e3ff000014000600ff020000000000000000000000000083"),
+    ("--start-daemon backup", &[], "090100002000038008000100020000000900020065746830000000000800030000000000"),
 ];
 
-/// The same requests.
-fn requests() -> [Message; 21] {
-    let http = tcp("10.96.0.1:80");
-    let https = tcp("[fd00::1]:443");
-    let dns = VirtualServer {
-        scheduler_flags: SchedulerFlags::SH_FALLBACK.union(SchedulerFlags::SH_PORT),
-        persistence: Some(Persistence {
-            netmask: Netmask::V4([255, 255, 255, 0].into()),
-            ..Persistence::new(300, Family::Ipv4)
-        }),
-        one_packet: true,
-        ..VirtualServer::new(
-            VirtualServerId::address(Protocol::Udp, socket_address("10.96.0.1:53")),
-            Scheduler::SourceHashing,
-        )
-    };
-    let maglev = VirtualServer {
-        scheduler_flags: SchedulerFlags::MH_FALLBACK,
-        persistence: Some(Persistence { netmask: Netmask::V6(64), ..Persistence::new(600, Family::Ipv6) }),
-        ..VirtualServer::new(https, Scheduler::MaglevHashing)
-    };
-    let sctp = VirtualServerId::address(Protocol::Sctp, socket_address("10.96.0.1:99"));
-    let pod = RealServer::new(socket_address("10.1.0.7:8080"));
-    let limited = RealServer { weight: 5, upper_threshold: 100, lower_threshold: 50, ..pod };
-    let routed = RealServer {
-        forwarding: Forwarding::DirectRoute,
-        weight: 0,
-        ..RealServer::new(socket_address("[fd01::7]:443"))
-    };
-    let tunnel = RealServer {
-        forwarding: Forwarding::Tunnel(Tunnel::IpIp),
-        weight: 65_535,
-        ..RealServer::new(socket_address("10.1.0.8:0"))
-    };
-    let [ipv4_mark, ipv6_mark] =
-        [Family::Ipv4, Family::Ipv6].map(|family| VirtualServerId::firewall_mark(7, family).unwrap());
-    let weighted = |id| VirtualServer::new(id, Scheduler::WeightedRoundRobin);
+/// What ipvsadm was told to show, and the same for one of its messages.
+#[rustfmt::skip]
+fn listings() -> [(&'static str, Message, &'static [LeftOut], &'static str); 7] {
+    let https = VirtualServerId::address(Protocol::Tcp, "[fd00::1]:443".parse().unwrap());
+    let ipv6_mark = VirtualServerId::firewall_mark(7, Family::Ipv6).unwrap();
     [
-        Message::AddVirtualServer(VirtualServer::new(http, Scheduler::RoundRobin)),
-        Message::AddVirtualServer(dns),
-        Message::AddVirtualServer(maglev),
-        Message::AddVirtualServer(VirtualServer::new(sctp, Scheduler::WeightedLeastConnection)),
-        Message::AddVirtualServer(weighted(ipv4_mark)),
-        Message::AddVirtualServer(weighted(ipv6_mark)),
-        Message::SetVirtualServer(weighted(http)),
-        Message::AddRealServer(http, limited),
-        Message::AddRealServer(https, routed),
-        Message::AddRealServer(ipv4_mark, tunnel),
-        Message::SetRealServer(http, RealServer { weight: 6, ..pod }),
-        Message::DeleteRealServer(http, pod.socket_address()),
-        Message::DeleteVirtualServer(http),
-        Message::GetVirtualServer(https),
-        Message::ListVirtualServers,
-        Message::ListRealServers(https),
-        Message::ListRealServers(ipv6_mark),
-        Message::SetTimeouts(Timeouts { tcp: 901, tcp_fin: 121, udp: 301 }),
-        Message::GetTimeouts,
-        Message::GetInfo,
-        Message::Flush,
+        ("-Ln -t [fd00::1]:443", Message::GetVirtualServer(https), &[REST_OF_SERVER], "0401000054000180060001000a000000060002000600000014000300fd0000000000000000000000000000010600040001bb000005000600000000000c00070000000000ffffffff08000800000000000800090000000000"),
+        ("-Ln, first", Message::ListVirtualServers, &[], "04010000"),
+        ("-Ln, then", Message::ListRealServers(https), &[], "0801000030000180060001000a000000060002000600000014000300fd0000000000000000000000000000010600040001bb0000"),
+        ("-Ln, for a mark", Message::ListRealServers(ipv6_mark), &[], "0801000014000180060001000a0000000800050007000000"),
+        ("-Ln --timeout", Message::GetTimeouts, &[], "0d010000"),
+        ("-Ln, at the start", Message::GetInfo, &[], "0f010000"),
+        ("-L --daemon", Message::ListSyncDaemons, &[], "0b010000"),
     ]
 }
 
 #[test]
 fn requests_are_what_ipvsadm_sends() {
-    for ((command, left_out, hex), message) in CAPTURED.into_iter().zip(requests()) {
+    let rules = RULES.into_iter().map(|(line, left_out, hex)| {
+        let rule = rules::parse(line).next().unwrap();
+        (line, rule.unwrap().message, left_out, hex)
+    });
+    for (command, message, left_out, hex) in rules.chain(listings()) {
         let theirs = from_hex(hex);
         assert_eq!(theirs[..4], [message.command(), message.version(), 0, 0], "ipvsadm {command}");
         let mut ours = vec![0; message.buffer_len()];
@@ -152,12 +127,4 @@ fn flatten(bytes: &[u8]) -> BTreeMap<(u16, u16), Vec<u8>> {
 fn from_hex(hex: &str) -> Vec<u8> {
     let pairs = hex.as_bytes().chunks(2).map(|pair| str::from_utf8(pair).unwrap());
     pairs.map(|pair| u8::from_str_radix(pair, 16).unwrap()).collect()
-}
-
-fn tcp(address: &str) -> VirtualServerId {
-    VirtualServerId::address(Protocol::Tcp, socket_address(address))
-}
-
-fn socket_address(text: &str) -> SocketAddr {
-    text.parse().unwrap()
 }

@@ -5,182 +5,82 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::fmt::Write;
-use std::net::SocketAddr;
+use std::fmt::Debug;
+use std::process::{Command, Stdio};
 
-use common::{client, real, round_robin, run, run_with_input, tcp};
+use common::servers::{chance, servers};
+use common::{client, example, real, round_robin, run, run_with_input, tcp};
+use ipvs_netlink::rules::{self, Rule};
 use ipvs_netlink::{
     Client, Family, Forwarding, Message, Netmask, Persistence, Protocol, RealServer, Scheduler,
-    SchedulerFlags as Flags, Tunnel, VirtualServer, VirtualServerId,
+    SchedulerFlags as Flags, SyncDaemon, SyncRole, Timeouts, Tunnel, VirtualServer, VirtualServerId,
 };
 
-/// Virtual servers with everything that both ipvsadm and this crate can express, and their real servers.
-fn servers() -> Vec<(VirtualServer, Vec<RealServer>)> {
-    let mut servers: Vec<(VirtualServer, Vec<RealServer>)> = Vec::new();
-    for family in [Family::Ipv4, Family::Ipv6] {
-        let mut number = 0;
-        let mut address = |protocol| {
-            number += 1;
-            let text = match family {
-                Family::Ipv4 => format!("10.96.0.{number}:80"),
-                Family::Ipv6 => format!("[fd00:96::{number}]:80"),
-            };
-            VirtualServerId::address(protocol, text.parse().unwrap())
-        };
-        let mut add = |server| servers.push((server, Vec::new()));
-        for scheduler in Scheduler::ALL {
-            add(VirtualServer::new(address(Protocol::Tcp), scheduler));
-        }
-        for protocol in [Protocol::Tcp, Protocol::Udp, Protocol::Sctp] {
-            add(round_robin(address(protocol)));
-        }
-        let all = Flags::FLAG_1.union(Flags::FLAG_2).union(Flags::FLAG_3);
-        for (scheduler, scheduler_flags) in [
-            (Scheduler::RoundRobin, Flags::FLAG_1),
-            (Scheduler::RoundRobin, Flags::FLAG_2),
-            (Scheduler::RoundRobin, Flags::FLAG_3),
-            (Scheduler::RoundRobin, Flags::FLAG_1.union(Flags::FLAG_3)),
-            (Scheduler::RoundRobin, all),
-            (Scheduler::SourceHashing, Flags::SH_FALLBACK),
-            (Scheduler::SourceHashing, Flags::SH_PORT),
-            (Scheduler::SourceHashing, Flags::SH_FALLBACK.union(Flags::SH_PORT)),
-            (Scheduler::MaglevHashing, Flags::MH_FALLBACK),
-            (Scheduler::MaglevHashing, Flags::MH_PORT),
-        ] {
-            add(VirtualServer { scheduler, scheduler_flags, ..round_robin(address(Protocol::Tcp)) });
-        }
-        let netmasks = match family {
-            Family::Ipv4 => [[255; 4], [255, 255, 255, 0], [128, 0, 0, 0]].map(|mask| Netmask::V4(mask.into())),
-            Family::Ipv6 => [128, 64, 1].map(Netmask::V6),
-        };
-        // The last one is the longest that ipvsadm takes.
-        for (netmask, timeout) in netmasks.into_iter().zip([1, 10_800, 31 * 86_400]) {
-            let persistence = Some(Persistence { netmask, ..Persistence::new(timeout, family) });
-            add(VirtualServer { persistence, ..round_robin(address(Protocol::Tcp)) });
-        }
-        let one_packet = VirtualServer { one_packet: true, ..round_robin(address(Protocol::Udp)) };
-        add(one_packet);
-        add(VirtualServer {
-            one_packet: true,
-            persistence: Some(Persistence::new(60, family)),
-            scheduler_flags: all,
-            ..round_robin(address(Protocol::Udp))
-        });
-        // ipvsadm shows larger ones as negative.
-        for mark in [1, 0x7fff_ffff] {
-            add(round_robin(VirtualServerId::firewall_mark(mark, family).unwrap()));
-        }
-
-        let host = |number: u32| match family {
-            Family::Ipv4 => format!("10.1.0.{number}"),
-            Family::Ipv6 => format!("[fd00:1::{number}]"),
-        };
-        let limits = [(0, 0), (1, 0), (100, 50), (65_535, 65_535)];
-        let reals = (1..).zip(limits).flat_map(|(number, (upper_threshold, lower_threshold))| {
-            [
-                (Forwarding::Masquerade, 8080, 0),
-                (Forwarding::Masquerade, 80, 1),
-                (Forwarding::Tunnel(Tunnel::IpIp), 80, 65_535),
-                (Forwarding::DirectRoute, 80, 7),
-            ]
-            .into_iter()
-            .zip(1..)
-            .map(|((forwarding, port, weight), method)| RealServer {
-                forwarding,
-                weight,
-                upper_threshold,
-                lower_threshold,
-                ..real(&format!("{}:{port}", host(10 * number + method)))
-            })
-            .collect::<Vec<_>>()
-        });
-        servers.push((round_robin(address(Protocol::Tcp)), reals.collect()));
-        let mark = VirtualServerId::firewall_mark(5, family).unwrap();
-        servers.push((round_robin(mark), vec![real(&format!("{}:0", host(1)))]));
-    }
-    servers
-}
-
-/// A virtual server as ipvsadm names it.
-fn option(id: &VirtualServerId) -> String {
-    match *id {
-        VirtualServerId::Address { protocol, address, port } => {
-            let option = match protocol {
-                Protocol::Tcp => "-t",
-                Protocol::Udp => "-u",
-                _ => "--sctp-service",
-            };
-            format!("{option} {}", SocketAddr::new(address, port))
-        }
-        VirtualServerId::FirewallMark { mark, family: Family::Ipv4 } => format!("-f {mark}"),
-        VirtualServerId::FirewallMark { mark, family: Family::Ipv6 } => format!("-f {mark} -6"),
-    }
-}
-
-/// The line of `ipvsadm -Sn` for a virtual server.
-fn server_line(server: &VirtualServer) -> String {
-    let mut line = format!("-A {} -s {}", option(&server.id), server.scheduler);
-    if let Some(persistence) = server.persistence {
-        let _ = write!(line, " -p {}", persistence.timeout);
-        if persistence.netmask != Netmask::host(server.id.family()) {
-            let _ = write!(line, " -M {}", persistence.netmask);
-        }
-    }
-    if server.one_packet {
-        line += " -o";
-    }
-    let names = match server.scheduler {
-        Scheduler::SourceHashing => ["sh-fallback", "sh-port", "flag-3"],
-        Scheduler::MaglevHashing => ["mh-fallback", "mh-port", "flag-3"],
-        _ => ["flag-1", "flag-2", "flag-3"],
+/// The messages that make all servers.
+fn messages() -> Vec<Message> {
+    let messages = |(server, reals): (VirtualServer, Vec<RealServer>)| {
+        let reals = reals.into_iter().map(move |real| Message::AddRealServer(server.id, real));
+        std::iter::once(Message::AddVirtualServer(server)).chain(reals)
     };
-    let flags = [Flags::FLAG_1, Flags::FLAG_2, Flags::FLAG_3];
-    let set = flags.into_iter().zip(names).filter(|(flag, _)| server.scheduler_flags.contains(*flag));
-    let set: Vec<&str> = set.map(|(_, name)| name).collect();
-    if !set.is_empty() {
-        let _ = write!(line, " -b {}", set.join(","));
-    }
-    line
+    servers().into_iter().flat_map(messages).collect()
 }
 
-/// The command for a real server; the line of `ipvsadm -Sn` is the same but for the thresholds, which it leaves out.
-fn real_line(id: &VirtualServerId, server: &RealServer) -> String {
-    let method = match server.forwarding {
-        Forwarding::Masquerade => "-m",
-        Forwarding::Tunnel(_) => "-i",
-        _ => "-g",
-    };
-    let mut line = format!("-a {} -r {} {method} -w {}", option(id), server.socket_address(), server.weight);
-    for (option, threshold) in [("-x", server.upper_threshold), ("-y", server.lower_threshold)] {
-        if threshold != 0 {
-            let _ = write!(line, " {option} {threshold}");
+/// The same without thresholds, which `ipvsadm -S` leaves out.
+fn without_thresholds(message: Message) -> Message {
+    match message {
+        Message::AddRealServer(id, server) => {
+            Message::AddRealServer(id, RealServer { upper_threshold: 0, lower_threshold: 0, ..server })
         }
+        other => other,
     }
-    if matches!(server.forwarding, Forwarding::Tunnel(_)) {
-        line += " --tun-type ipip";
-    }
-    line
 }
 
-/// The commands for all servers, as one writes them for `ipvsadm -R`.
-fn commands() -> Vec<String> {
-    servers()
-        .iter()
-        .flat_map(|(server, reals)| {
-            let reals = reals.iter().map(|real| real_line(&server.id, real));
-            std::iter::once(server_line(server)).chain(reals).collect::<Vec<_>>()
-        })
-        .collect()
+fn lines(messages: &[Message]) -> Vec<String> {
+    messages.iter().map(|message| rules::format(message).unwrap()).collect()
 }
 
-fn assert_ipvsadm_reads_all() {
+fn text(messages: &[Message]) -> String {
+    lines(messages).into_iter().map(|line| line + "\n").collect()
+}
+
+fn parsed(text: &str) -> Vec<Message> {
+    rules::parse(text).map(|rule| rule.unwrap().message).collect()
+}
+
+fn apply(client: &mut Client, messages: &[Message]) {
+    for result in client.apply(messages).unwrap() {
+        result.unwrap();
+    }
+}
+
+/// What would make everything that the kernel has.
+fn dump(client: &mut Client) -> Vec<Message> {
+    let mut messages = Vec::new();
+    for entry in client.virtual_servers().unwrap() {
+        let id = entry.server.id;
+        messages.push(Message::AddVirtualServer(entry.server));
+        let reals = client.real_servers(&id).unwrap();
+        messages.extend(reals.into_iter().map(|entry| Message::AddRealServer(id, entry.server)));
+    }
+    messages
+}
+
+/// Compares lines, whatever their order.
+fn assert_same(found: impl IntoIterator<Item = impl Debug>, wanted: impl IntoIterator<Item = impl Debug>) {
+    let sorted = |found: Vec<String>| (found.len(), BTreeSet::from_iter(found));
+    let (found_number, found) = sorted(found.into_iter().map(|item| format!("{item:?}")).collect());
+    let (wanted_number, wanted) = sorted(wanted.into_iter().map(|item| format!("{item:?}")).collect());
+    let missing: Vec<_> = wanted.difference(&found).take(5).collect();
+    let surplus: Vec<_> = found.difference(&wanted).take(5).collect();
+    assert!(missing.is_empty() && surplus.is_empty(), "missing: {missing:#?}\nsurplus: {surplus:#?}");
+    assert_eq!(found_number, wanted_number);
+}
+
+fn assert_ipvsadm_reads(messages: &[Message]) {
+    let without: Vec<_> = messages.iter().copied().map(without_thresholds).collect();
     let saved = run("ipvsadm -Sn");
-    let wanted = commands().into_iter().map(|line| match line.split_once(" -x ") {
-        Some((start, _)) if line.contains("--tun-type") => format!("{start} --tun-type ipip"),
-        Some((start, _)) => start.to_owned(),
-        None => line,
-    });
-    assert_same(saved.lines().map(|line| line.trim_end().to_owned()), wanted);
+    assert_same(saved.lines(), lines(&without));
+    assert_same(parsed(&saved), &without);
 
     let listed = run("ipvsadm -Ln --thresholds");
     let rows = listed.lines().filter_map(|line| {
@@ -188,84 +88,339 @@ fn assert_ipvsadm_reads_all() {
         // The line of titles has no number there.
         Some((words.next()?, words.next()?.parse::<u32>().ok()?, words.next()?.parse::<u32>().ok()?))
     });
-    let reals = servers().into_iter().flat_map(|(_, reals)| reals);
-    let wanted = reals.map(|real| (real.socket_address().to_string(), real.upper_threshold, real.lower_threshold));
-    assert_same(rows, wanted);
-}
-
-fn assert_same<T: Ord + std::fmt::Debug>(found: impl IntoIterator<Item = T>, wanted: impl IntoIterator<Item = T>) {
-    let (found, wanted): (Vec<T>, BTreeSet<T>) = (found.into_iter().collect(), wanted.into_iter().collect());
-    assert_eq!(found.len(), wanted.len());
-    let found = found.into_iter().collect::<BTreeSet<_>>();
-    let (missing, surplus): (Vec<_>, Vec<_>) =
-        (wanted.difference(&found).collect(), found.difference(&wanted).collect());
-    assert!(missing.is_empty() && surplus.is_empty(), "missing: {missing:#?}\nsurplus: {surplus:#?}");
-}
-
-fn assert_reads_all(client: &mut Client) {
-    let servers = servers();
-    let found = client.virtual_servers().unwrap();
-    assert_same(found.iter().map(|entry| entry.server), servers.iter().map(|(server, _)| *server));
-    for (server, reals) in &servers {
-        assert_eq!(client.virtual_server(&server.id).unwrap().server, *server);
-        let found = client.real_servers(&server.id).unwrap();
-        assert_same(found.iter().map(|entry| entry.server), reals.iter().copied());
-    }
+    let wanted = messages.iter().filter_map(|message| match message {
+        Message::AddRealServer(_, real) => {
+            Some((real.socket_address().to_string(), real.upper_threshold, real.lower_threshold))
+        }
+        _ => None,
+    });
+    // A mark's real servers have the addresses of others.
+    assert_same(rows.collect::<BTreeSet<_>>(), wanted.collect::<BTreeSet<_>>());
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn what_is_written_here_ipvsadm_reads() {
     let mut client = client();
-    for (server, reals) in servers() {
-        client.add_virtual_server(&server).unwrap();
-        for real in reals {
-            client.add_real_server(&server.id, &real).unwrap();
-        }
-    }
-    assert_ipvsadm_reads_all();
-    assert_reads_all(&mut client);
+    let messages = messages();
+    assert!(messages.len() > 1000, "{}", messages.len());
+    apply(&mut client, &messages);
+    assert_ipvsadm_reads(&messages);
+    assert_same(dump(&mut client), messages);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_ipvsadm_writes_is_read_here() {
+fn what_ipvsadm_restores_from_rules_written_here_is_read_here() {
     let mut client = client();
-    run_with_input("ipvsadm -R", &(commands().join("\n") + "\n"));
-    assert_reads_all(&mut client);
+    let messages = messages();
+    run_with_input("ipvsadm -R", &text(&messages));
+    assert_same(dump(&mut client), messages);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn what_is_changed_here_ipvsadm_reads() {
     let mut client = client();
-    let servers = servers();
+    let wanted = messages();
     // First each as different as can be from what it is to become.
-    let mut messages = Vec::new();
-    for (server, reals) in &servers {
-        let first = VirtualServer {
+    let first = wanted.iter().map(|message| match *message {
+        Message::AddVirtualServer(server) => Message::AddVirtualServer(VirtualServer {
             scheduler: Scheduler::WeightedRoundRobin,
             scheduler_flags: Flags::FLAG_2,
             persistence: Some(Persistence::new(77, server.id.family())),
             one_packet: !server.one_packet,
             ..round_robin(server.id)
-        };
-        messages.push(Message::AddVirtualServer(first));
-        for real in reals {
-            let first =
-                RealServer { weight: 99, upper_threshold: 9, forwarding: Forwarding::Tunnel(Tunnel::IpIp), ..*real };
-            messages.push(Message::AddRealServer(server.id, RealServer { lower_threshold: 8, ..first }));
+        }),
+        Message::AddRealServer(id, real) => Message::AddRealServer(
+            id,
+            RealServer {
+                weight: 99,
+                upper_threshold: 9,
+                lower_threshold: 8,
+                forwarding: Forwarding::Tunnel(Tunnel::IpIp),
+                ..real
+            },
+        ),
+        other => other,
+    });
+    let change = |message: &Message| match *message {
+        Message::AddVirtualServer(server) => Message::SetVirtualServer(server),
+        Message::AddRealServer(id, real) => Message::SetRealServer(id, real),
+        other => other,
+    };
+    let first: Vec<_> = first.collect();
+    let changes: Vec<_> = wanted.iter().map(change).collect();
+    apply(&mut client, &first);
+    apply(&mut client, &changes);
+    assert_ipvsadm_reads(&wanted);
+    assert_same(dump(&mut client), &wanted);
+
+    // And ipvsadm, from the same rules.
+    client.flush().unwrap();
+    apply(&mut client, &first);
+    run_with_input("ipvsadm -R", &text(&changes));
+    assert_same(dump(&mut client), &wanted);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_save_example_prints_what_ipvsadm_does_with_thresholds_and_restore_reads_both() {
+    let mut client = client();
+    let wanted = messages();
+    apply(&mut client, &wanted);
+    let (ours, theirs) = (run(&example("save")), run("ipvsadm -Sn"));
+    assert_same(ours.lines().map(|line| line.split(" -x ").next()), theirs.lines().map(Some));
+    assert_same(parsed(&ours), &wanted);
+
+    // Replaced, or there already.
+    run_with_input(&format!("{} --replace", example("restore")), &ours);
+    assert_same(dump(&mut client), &wanted);
+    client.flush().unwrap();
+    run_with_input(&example("restore"), &theirs);
+    assert_same(dump(&mut client), wanted.into_iter().map(without_thresholds));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn every_other_command_does_the_same_from_a_rule() {
+    let mut client = client();
+    run("ip link set lo up");
+    run("ip route add 224.0.0.0/4 dev lo");
+    let web = tcp("10.96.0.1:80");
+    let mark = VirtualServerId::firewall_mark(7, Family::Ipv6).unwrap();
+    let other = real("10.1.0.8:80");
+    let base = [
+        Message::AddVirtualServer(round_robin(web)),
+        Message::AddVirtualServer(round_robin(mark)),
+        Message::AddRealServer(web, real("10.1.0.7:8080")),
+        Message::AddRealServer(web, other),
+    ];
+    let lo = "lo".parse().unwrap();
+    let daemon = SyncDaemon {
+        sync_id: 7,
+        max_length: 1400.try_into().ok(),
+        group: "224.0.0.82".parse().ok(),
+        port: 9000.try_into().ok(),
+        ttl: 9.try_into().ok(),
+        ..SyncDaemon::new(SyncRole::Master, lo)
+    };
+    let changes = [
+        Message::DeleteVirtualServer(mark),
+        Message::DeleteRealServer(web, other.socket_address()),
+        Message::SetTimeouts(Timeouts { tcp: 901, tcp_fin: 0, udp: 2_678_400 }),
+        Message::ZeroVirtualServer(web),
+        Message::Zero,
+        Message::StartSyncDaemon(daemon),
+        Message::StartSyncDaemon(SyncDaemon::new(SyncRole::Backup, lo)),
+    ];
+    let state = |client: &mut Client| {
+        (dump(client), client.timeouts().unwrap(), run("ipvsadm -L --daemon"), client.virtual_servers().unwrap())
+    };
+    let undo = [
+        Message::StopSyncDaemon(SyncRole::Master),
+        Message::StopSyncDaemon(SyncRole::Backup),
+        Message::SetTimeouts(Timeouts { tcp: 900, tcp_fin: 120, udp: 300 }),
+        Message::Flush,
+    ];
+    apply(&mut client, &base);
+    apply(&mut client, &changes);
+    let ours = state(&mut client);
+    assert!(ours.2.contains("maxlen=1400, group=224.0.0.82, port=9000, ttl=9") && ours.0.len() == 2, "{ours:?}");
+    run_with_input("ipvsadm -R", &text(&undo));
+    let empty = state(&mut client);
+    assert_eq!((empty.0.len(), empty.1.tcp, empty.2.as_str()), (0, 900, ""));
+    run_with_input("ipvsadm -R", &text(&base));
+    run_with_input("ipvsadm -R", &text(&changes));
+    assert_eq!(state(&mut client), ours);
+    apply(&mut client, &undo);
+    assert_eq!(state(&mut client), empty);
+}
+
+/// Feeds a line to ipvsadm, and returns what it has to say against it.
+fn ipvsadm(line: &str) -> String {
+    let mut command = Command::new("ipvsadm");
+    command.arg("-R").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = command.spawn().unwrap();
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), format!("{line}\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    String::from_utf8(output.stderr).unwrap() + &String::from_utf8(output.stdout).unwrap()
+}
+
+/// What lines are made of, right and wrong: mostly a command and its virtual server, then anything.
+fn line_by_chance(state: &mut u64) -> String {
+    const COMMANDS: &[&str] = &["-A", "--add-service", "-E", "-D", "-a", "--add-server", "-e", "-d", "-Z", "-C", ""];
+    const SERVERS: &[&str] = &[
+        "-t 10.9.9.9:80",
+        "-f 9",
+        "-f9 -6",
+        "--tcp-service=[fd00::9]:80",
+        "-t 1.2.3.4:80",
+        "-u 1.2.3.4:53",
+        "--sctp-service 1.2.3.4:9",
+        "-t fd00::1",
+        "-t 1.2.3.4",
+        "",
+    ];
+    const OPTIONS: &[&str] = &[
+        "-s rr",
+        "-s=sh",
+        "-smh",
+        "--scheduler wlc",
+        "-p",
+        "-p 77",
+        "-p77",
+        "-p=0",
+        "--persistent=2678400",
+        "-M 255.255.0.0",
+        "-M 64",
+        "--pe sip",
+        "-o",
+        "-b flag-1",
+        "-b sh-port,flag-2",
+        "-b mh-fallback",
+        "-op",
+        "-po",
+        "-6",
+    ];
+    const REAL_OPTIONS: &[&str] = &[
+        "-r 10.1.0.7:80",
+        "-r 10.1.0.7",
+        "-r [fd00:1::7]:80",
+        "-r fd00:1::7",
+        "-m",
+        "-g",
+        "-i",
+        "-w 0",
+        "-w=2147483647",
+        "-w 2147483648",
+        "-x10 -y5",
+        "-x 5 -y 10",
+        "--tun-type gue",
+        "--tun-type=gre",
+        "--tun-type ipip",
+        "--tun-port 6080",
+        "--tun-csum",
+        "--tun-nocsum",
+        "--tun-remcsum",
+        "-im",
+        "-gw5",
+    ];
+    let mut pick = |from: &[&'static str]| from[chance(state) % from.len()];
+    let command = pick(COMMANDS);
+    let mut words = vec![pick(SERVERS)];
+    let (options, most) = match command {
+        "-a" | "--add-server" | "-e" | "-d" => {
+            words.push(pick(&REAL_OPTIONS[..4]));
+            (&REAL_OPTIONS[4..], ["", " ", "  "])
+        }
+        "-A" | "--add-service" | "-E" => (OPTIONS, ["", " ", "  "]),
+        _ => (OPTIONS, ["", "", " "]),
+    };
+    words.extend(pick(&most).chars().map(|_| pick(options)));
+    if pick(&["in order", "in order", "in order", "not"]) == "not" {
+        words.reverse();
+    }
+    words.insert(0, command);
+    words.join(" ")
+}
+
+/// What is read here means the same to ipvsadm, and what is refused here it refuses, but for what `rules` documents.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both() {
+    let mut client = client();
+    let base = parsed(
+        "-A -t 10.9.9.9:80\n-A -f 9\n-A -f 9 -6\n-A -t [fd00::9]:80\n-a -t 10.9.9.9:80 -r 10.1.0.7 -m\n-a -f 9 -r 10.1.0.7:80",
+    );
+    let (mut read, mut refused) = (0, 0);
+    let mut state = 0x9e37_79b9_7f4a_7c15;
+    for _ in 0..700 {
+        let line = line_by_chance(&mut state);
+        let Some(ours) = rules::parse(&line).next() else { continue };
+        client.flush().unwrap();
+        apply(&mut client, &base);
+        let complaint = ipvsadm(&line);
+        let after = dump(&mut client);
+        match ours {
+            Ok(Rule { message, .. }) => {
+                client.flush().unwrap();
+                apply(&mut client, &base);
+                let result = client.apply(&[message]).unwrap().remove(0);
+                assert_eq!(result.is_ok(), complaint.is_empty(), "{line}\n{message:?}\n{result:?}\n{complaint}");
+                assert_same(dump(&mut client), after);
+                read += 1;
+            }
+            Err(error) => {
+                let error = error.to_string();
+                let stricter = ["has to come after", "is no mask: for IPv4", "goes with persistence"];
+                let stricter = stricter.iter().any(|reason| error.contains(reason));
+                assert!(stricter || !complaint.is_empty(), "{line}\n{error}");
+                refused += 1;
+            }
         }
     }
-    for (server, reals) in &servers {
-        messages.push(Message::SetVirtualServer(*server));
-        messages.extend(reals.iter().map(|real| Message::SetRealServer(server.id, *real)));
+    assert!(read > 150 && refused > 150, "{read} read, {refused} refused");
+}
+
+/// Those limits of ipvsadm that `rules` documents: should a later one be without them, this test says so.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_ipvsadm_loses_or_refuses_of_its_own() {
+    let mut client = client();
+    let add = |server| Message::AddVirtualServer(server);
+    let mark = VirtualServerId::firewall_mark(u32::MAX, Family::Ipv4).unwrap();
+    let flagged =
+        VirtualServer { scheduler_flags: Flags::FLAG_3, ..VirtualServer::new(mark, Scheduler::SourceHashing) };
+    apply(&mut client, &[add(flagged)]);
+    assert_eq!(run("ipvsadm -Sn"), "-A -f -1 -s sh -b \n");
+    assert_eq!(run(&example("save")), "-A -f 4294967295 -s sh -b flag-3\n");
+    assert_eq!(ipvsadm("-A -f -1 -s rr"), "invalid fwmark value `-1' specified\n");
+    assert_eq!(parsed("-A -f -1 -s sh -b flag-3"), [add(flagged)]);
+
+    client.flush().unwrap();
+    let web = tcp("10.96.0.1:80");
+    let bypass = RealServer { forwarding: Forwarding::Bypass, ..real("10.1.0.7:80") };
+    let local = RealServer { forwarding: Forwarding::Local, ..real("10.1.0.8:80") };
+    let reals = [bypass, local].map(|server| Message::AddRealServer(web, server));
+    apply(&mut client, &[&[add(round_robin(web))], &reals[..]].concat());
+    let saved = run("ipvsadm -Sn");
+    assert!(saved.contains("-r 10.1.0.7:80 (null) -w 1\n") && saved.contains("-r 10.1.0.8:80 -g -w 1\n"), "{saved}");
+
+    for (line, theirs) in [
+        // The port of the virtual server.
+        ("-a -t 10.96.0.1:80 -r 10.1.0.9:8080 -g", ""),
+        // A mask of four parts, and one that is set back by the address.
+        ("-A -t 1.2.3.4:80 -p -M 24", ""),
+        ("-A -M 64 -t [fd00::1]:80 -p", ""),
+        ("# a comment", "Try `ipvsadm -h' or 'ipvsadm --help' for more information.\n"),
+    ] {
+        assert_eq!(ipvsadm(line), theirs, "{line}");
     }
-    for result in client.apply(&messages).unwrap() {
-        result.unwrap();
-    }
-    assert_ipvsadm_reads_all();
-    assert_reads_all(&mut client);
+    let saved = run("ipvsadm -Sn");
+    assert!(saved.contains("-r 10.1.0.9:80 -g"), "{saved}");
+    assert!(saved.contains("-M 0.0.0.24\n") && saved.contains("-A -t [fd00::1]:80 -s wlc -p 360\n"), "{saved}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn restore_names_the_line_that_the_kernel_refuses_or_that_cannot_be_read() {
+    let mut client = client();
+    let restore = |rules: &str| {
+        let mut child = Command::new(example("restore")).stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), rules.as_bytes()).unwrap();
+        let output = child.wait_with_output().unwrap();
+        (output.status.success(), String::from_utf8(output.stderr).unwrap())
+    };
+    let refused = restore("-A -t 10.0.0.1:80\n\n# again\n-A -t 10.0.0.1:80\n-A -t 10.0.0.2:80\n");
+    let exists = "restore: line 4: cannot add virtual server TCP 10.0.0.1:80: File exists (os error 17)\n";
+    assert_eq!(refused, (false, format!("{exists}restore: 1 of 3 rules were refused\n")));
+    assert_eq!(dump(&mut client).len(), 2);
+    let (succeeded, errors) = restore("-C\n-A -t web:80\n-x\n");
+    let lines: Vec<_> = errors.lines().collect();
+    assert!(!succeeded && lines[0].starts_with("restore: line 2, column 7: \"web:80\" is not"), "{errors}");
+    assert!(lines[1].starts_with("restore: line 3, column 1:") && lines[2] == "restore: nothing was carried out");
+    assert_eq!(dump(&mut client).len(), 2);
 }
 
 #[test]
@@ -311,12 +466,11 @@ fn ipvsadm_lists_what_was_written_here() {
          UDP [fd00:96::1]:53 rr ops\n\
          FWM 7 IPv6 rr"
     );
-    assert!(tidy(run("ipvsadm -Ln --thresholds")).contains("-> 10.1.0.7:8080 10 5 0 0"));
-    client.set_timeouts(ipvs_netlink::Timeouts { tcp: 901, tcp_fin: 121, udp: 301 }).unwrap();
+    client.set_timeouts(Timeouts { tcp: 901, tcp_fin: 121, udp: 301 }).unwrap();
     assert_eq!(run("ipvsadm -Ln --timeout").trim(), "Timeout (tcp tcpfin udp): 901 121 301");
 }
 
-/// A tunnel can lead to the other family; ipvsadm cannot name such a real server of a firewall mark.
+/// A tunnel can lead to the other family.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_tunnel_to_the_other_family_is_listed_with_its_own() {

@@ -9,20 +9,8 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{client, round_robin, run};
-use ipvs_netlink::{Client, Protocol, RealServer, RealServerEntry, VirtualServerId};
-
-/// A network with a virtual server that leads to a process of this very thread.
-fn local_service(client: &mut Client, protocol: Protocol, virtual_ip: &str, real_ip: &str) -> VirtualServerId {
-    for ip in [virtual_ip, real_ip] {
-        let (prefix, nodad) = if ip.contains(':') { (128, "nodad") } else { (32, "") };
-        run(&format!("ip address add {ip}/{prefix} dev lo {nodad}"));
-    }
-    let id = VirtualServerId::address(protocol, SocketAddr::new(virtual_ip.parse().unwrap(), 80));
-    client.add_virtual_server(&round_robin(id)).unwrap();
-    client.add_real_server(&id, &RealServer::new(SocketAddr::new(real_ip.parse().unwrap(), 8080))).unwrap();
-    id
-}
+use common::{client, local_service, round_robin};
+use ipvs_netlink::{Client, Protocol, RealServerEntry, VirtualServerId};
 
 /// Reads the only real server until it is as wanted: the kernel brings statistics up to date every two seconds.
 fn wait_for(client: &mut Client, id: &VirtualServerId, wanted: impl Fn(&RealServerEntry) -> bool) -> RealServerEntry {

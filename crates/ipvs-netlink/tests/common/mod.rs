@@ -7,7 +7,10 @@
     reason = "helpers of tests, of which every test file uses a part"
 )]
 
+pub(crate) mod servers;
+
 use std::io::Write;
+use std::net::SocketAddr;
 use std::ops::{Deref, DerefMut};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -55,6 +58,13 @@ pub(crate) fn run(command: &str) -> String {
     run_with_input(command, "")
 }
 
+/// An example of this crate, which cargo builds with the tests.
+pub(crate) fn example(name: &str) -> String {
+    let test = std::env::current_exe().unwrap();
+    let target = test.ancestors().nth(2).unwrap();
+    target.join("examples").join(name).to_str().unwrap().to_owned()
+}
+
 pub(crate) fn run_with_input(command: &str, input: &str) -> String {
     let mut words = command.split_whitespace();
     let mut process = Command::new(words.next().unwrap());
@@ -77,4 +87,21 @@ pub(crate) fn round_robin(id: VirtualServerId) -> VirtualServer {
 
 pub(crate) fn real(address: &str) -> RealServer {
     RealServer::new(address.parse().unwrap())
+}
+
+/// A network with a virtual server that leads to a process of this very thread.
+pub(crate) fn local_service(
+    client: &mut Client,
+    protocol: Protocol,
+    virtual_ip: &str,
+    real_ip: &str,
+) -> VirtualServerId {
+    for ip in [virtual_ip, real_ip] {
+        let (prefix, nodad) = if ip.contains(':') { (128, "nodad") } else { (32, "") };
+        run(&format!("ip address add {ip}/{prefix} dev lo {nodad}"));
+    }
+    let id = VirtualServerId::address(protocol, SocketAddr::new(virtual_ip.parse().unwrap(), 80));
+    client.add_virtual_server(&round_robin(id)).unwrap();
+    client.add_real_server(&id, &RealServer::new(SocketAddr::new(real_ip.parse().unwrap(), 8080))).unwrap();
+    id
 }
