@@ -138,7 +138,7 @@ fn scheduling(server: &VirtualServer) -> String {
         if persistence.netmask != Netmask::host(server.id.family()) {
             let _ = write!(text, " mask {}", persistence.netmask);
         }
-        if let Some(engine) = persistence.engine {
+        if let Some(engine) = server.engine {
             let _ = write!(text, " pe {engine}");
         }
     }

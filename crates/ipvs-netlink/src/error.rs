@@ -11,6 +11,7 @@ use crate::virtual_server::VirtualServer;
 const EPERM: i32 = 1;
 const ENOENT: i32 = 2;
 const ESRCH: i32 = 3;
+const EINTR: i32 = 4;
 const EACCES: i32 = 13;
 const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
@@ -79,6 +80,12 @@ impl Error {
             hint: None,
             cause: Cause::Own(fault),
         }))
+    }
+
+    /// Whether what the kernel refused was carried out all the same: a daemon that is stopped before its thread has begun
+    /// is gone, and the kernel says `EINTR` (`stop_sync_thread`, `kthread_stop`).
+    pub(crate) fn is_none_to(message: &Message, cause: &netlink_batch::Error) -> bool {
+        matches!(message, Message::StopSyncDaemon(_)) && cause.refusal().is_some_and(|refusal| refusal.errno == EINTR)
     }
 
     pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
@@ -158,7 +165,7 @@ impl Error {
 
 fn no_scheduler(server: &VirtualServer) -> String {
     let scheduler = server.scheduler;
-    match server.persistence.and_then(|persistence| persistence.engine) {
+    match server.engine {
         None => {
             format!(
                 "the kernel has no scheduler \"{scheduler}\"; load it with `modprobe ip_vs_{scheduler}` or choose another"

@@ -185,8 +185,8 @@ impl Questions {
             Self::Ipv4 => (Family::Ipv4, Netmask::host(Family::Ipv4)),
         };
         let id = client.unused_mark(family)?;
-        let persistence = Some(Persistence { timeout: 1, netmask, engine });
-        match client.add_virtual_server(&VirtualServer { persistence, ..VirtualServer::new(id, scheduler) }) {
+        let persistence = Some(Persistence { timeout: 1, netmask });
+        match client.add_virtual_server(&VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) }) {
             Err(error) if error.kind() == ErrorKind::NoScheduler => Ok(false),
             Err(error) if error.kind() == ErrorKind::Invalid && self == Self::Ipv6 => Ok(true),
             result => {

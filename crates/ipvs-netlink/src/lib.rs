@@ -33,9 +33,9 @@ mod client;
 mod config;
 mod connections;
 mod error;
-mod features;
 #[cfg(feature = "fake")]
 pub mod fake;
+mod features;
 mod id;
 mod message;
 mod name;

@@ -71,15 +71,12 @@ pub struct Persistence {
     pub timeout: u32,
     /// Which clients are treated as one.
     pub netmask: Netmask,
-    /// What tells clients apart beside their addresses (`ipvsadm --pe`): `sip` is the one engine of the kernel's own, and
-    /// takes the Call-ID of SIP over UDP.
-    pub engine: Option<Name>,
 }
 
 impl Persistence {
-    /// Each client for itself, told apart by its address.
+    /// Each client for itself.
     pub fn new(timeout: u32, family: Family) -> Self {
-        Self { timeout, netmask: Netmask::host(family), engine: None }
+        Self { timeout, netmask: Netmask::host(family) }
     }
 }
 
@@ -94,6 +91,10 @@ pub struct VirtualServer {
     pub scheduler_flags: SchedulerFlags,
     /// Whether, and how, clients stay with their real server.
     pub persistence: Option<Persistence>,
+    /// What tells clients apart beside their addresses where they persist (`ipvsadm --pe`): `sip` is the one engine of the
+    /// kernel's own, and takes the Call-ID of SIP over UDP. Without persistence it has an effect too: connections that real
+    /// servers begin are taken (`ip_vs_new_conn_out`).
+    pub engine: Option<Name>,
     /// Every UDP packet is scheduled by itself (`ipvsadm -o`).
     pub one_packet: bool,
 }
@@ -101,7 +102,14 @@ pub struct VirtualServer {
 impl VirtualServer {
     /// One without persistence or flags.
     pub const fn new(id: VirtualServerId, scheduler: Scheduler) -> Self {
-        Self { id, scheduler, scheduler_flags: SchedulerFlags::NONE, persistence: None, one_packet: false }
+        Self {
+            id,
+            scheduler,
+            scheduler_flags: SchedulerFlags::NONE,
+            persistence: None,
+            engine: None,
+            one_packet: false,
+        }
     }
 
     /// With persistence of some seconds, for each client by itself.
@@ -121,7 +129,7 @@ impl VirtualServer {
     pub(crate) fn encode(&self, out: &mut Encoder<'_>) {
         self.id.encode(out);
         out.string(service::SCHED_NAME, self.scheduler.name());
-        if let Some(engine) = self.persistence.and_then(|persistence| persistence.engine) {
+        if let Some(engine) = self.engine {
             out.string(service::PE_NAME, engine.as_str());
         }
         let mut flags = self.scheduler_flags.bits();
@@ -147,8 +155,8 @@ impl VirtualServer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct VirtualServerEntry {
-    /// The configuration. The kernel keeps timeout, netmask and engine of a virtual server without persistence too, where
-    /// they mean nothing; they are not in here.
+    /// The configuration. The kernel keeps timeout and netmask of a virtual server without persistence too, where they mean
+    /// nothing; they are not in here.
     pub server: VirtualServer,
     /// What has passed.
     pub stats: Stats,
@@ -207,7 +215,8 @@ impl VirtualServerEntry {
                 id,
                 scheduler: scheduler.as_str().parse().map_err(|error: InvalidName| error.to_string())?,
                 scheduler_flags: SchedulerFlags::from_bits(flags),
-                persistence: is_persistent.then_some(Persistence { timeout, netmask, engine }),
+                persistence: is_persistent.then_some(Persistence { timeout, netmask }),
+                engine,
                 one_packet: flags & IP_VS_SVC_F_ONEPACKET != 0,
             },
             stats: stats64.or(stats32).unwrap_or_default(),

@@ -116,20 +116,20 @@ fn any_server() -> impl Strategy<Value = VirtualServer> {
         prop_oneof![select(Scheduler::ALL.to_vec()), any_name().prop_map(|name| name.as_str().parse().unwrap()),];
     let flags = vec(select(vec![SchedulerFlags::FLAG_1, SchedulerFlags::FLAG_2, SchedulerFlags::FLAG_3]), 0..4)
         .prop_map(|flags| flags.into_iter().fold(SchedulerFlags::NONE, SchedulerFlags::union));
-    let persistence = option::of((any::<u32>(), option::of(any_name())));
+    let persistence = (option::of(any::<u32>()), option::of(any_name()));
     (any_id(), scheduler, flags, persistence, any::<u32>(), any::<bool>()).prop_map(
-        |(id, scheduler, scheduler_flags, persistence, mask, one_packet)| VirtualServer {
+        |(id, scheduler, scheduler_flags, (persistence, engine), mask, one_packet)| VirtualServer {
             id,
             scheduler,
             scheduler_flags,
-            persistence: persistence.map(|(timeout, engine)| Persistence {
+            persistence: persistence.map(|timeout| Persistence {
                 timeout,
                 netmask: match id.family() {
                     Family::Ipv4 => Netmask::V4(mask.into()),
                     Family::Ipv6 => Netmask::V6(mask.to_ne_bytes()[0]),
                 },
-                engine,
             }),
+            engine,
             one_packet,
         },
     )

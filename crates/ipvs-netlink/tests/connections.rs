@@ -12,8 +12,8 @@ use std::{fs, thread};
 
 use common::{client, real, round_robin, run, run_with_input, tcp};
 use ipvs_netlink::{
-    Client, Connection, ConnectionState as State, Connections, Family, Forwarding, Message, Origin, Persistence,
-    Protocol, RealServer, SyncDaemon, SyncRole, Totals, Tunnel, VirtualServer, VirtualServerId,
+    Client, Connection, ConnectionState as State, Connections, Family, Forwarding, Message, Origin, Protocol,
+    RealServer, SyncDaemon, SyncRole, Totals, Tunnel, VirtualServer, VirtualServerId,
 };
 use lab::netns::{End, Namespace, isolate};
 use rustix::io::Errno;
@@ -202,8 +202,8 @@ fn the_template_of_a_firewall_mark_tells_the_mark() {
 fn a_template_has_the_data_of_its_persistence_engine() {
     let mut client = client();
     let id = udp("10.96.0.1:5060");
-    let persistence = Persistence { engine: Some("sip".parse().unwrap()), ..Persistence::new(60, Family::Ipv4) };
-    let server = VirtualServer { persistence: Some(persistence), one_packet: true, ..round_robin(id) };
+    let engine = Some("sip".parse().unwrap());
+    let server = VirtualServer { engine, one_packet: true, ..round_robin(id).persistent(60) };
     serve(&mut client, &server, "10.96.0.1:5060".parse().unwrap(), real("10.1.0.7:5060"));
     let invite = b"INVITE sip:a@b SIP/2.0\r\nCall-ID: 7~%[{?}]@10.96.0.1\r\nCSeq: 1 INVITE\r\n\r\n";
     send("10.96.0.1:0", "10.96.0.1:5060", invite);

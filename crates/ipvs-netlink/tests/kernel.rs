@@ -171,15 +171,32 @@ fn synchronization_daemons_start_are_listed_and_stop() {
     client.stop_sync_daemon(SyncRole::Master).unwrap();
 }
 
+/// The kernel gives no answer when it stops a daemon whose thread has not begun.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_daemon_that_is_stopped_at_once_keeps_nobody_waiting() {
+    let mut client = client();
+    run("ip link set lo up multicast on");
+    let daemon = SyncDaemon::new(SyncRole::Backup, "lo".parse().unwrap());
+    let both = [Message::StartSyncDaemon(daemon), Message::StopSyncDaemon(SyncRole::Backup)];
+    for _ in 0..20 {
+        client.start_sync_daemon(&daemon).unwrap();
+        client.stop_sync_daemon(SyncRole::Backup).unwrap();
+        assert!(client.apply(&both).unwrap().iter().all(Result::is_ok));
+        assert_eq!(client.sync_daemons().unwrap(), []);
+    }
+}
+
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn tunnels_and_persistence_engines_are_kept_as_they_were_set() {
     let mut client = client();
     let dns = VirtualServerId::address(Protocol::Udp, "10.96.0.1:5060".parse().unwrap());
-    let sip = Persistence { engine: Some("sip".parse().unwrap()), ..Persistence::new(60, Family::Ipv4) };
-    let server = VirtualServer { persistence: Some(sip), ..round_robin(dns) };
+    let server = VirtualServer { engine: Some("sip".parse().unwrap()), ..round_robin(dns) };
     client.add_virtual_server(&server).unwrap();
     assert_eq!(client.virtual_server(&dns).unwrap().server, server);
+    client.set_virtual_server(&server.persistent(60)).unwrap();
+    assert_eq!(client.virtual_server(&dns).unwrap().server, server.persistent(60));
     // What is not wanted any more goes.
     client.set_virtual_server(&round_robin(dns).persistent(30)).unwrap();
     assert_eq!(client.virtual_server(&dns).unwrap().server, round_robin(dns).persistent(30));

@@ -95,7 +95,8 @@ fn every_form_of_persistence_is_read_and_one_is_written() {
         let engine = engine.map(|engine| engine.parse().unwrap());
         let netmask = netmask.unwrap_or(Netmask::host(id.family()));
         Message::AddVirtualServer(VirtualServer {
-            persistence: Some(Persistence { timeout, netmask, engine }),
+            persistence: Some(Persistence { timeout, netmask }),
+            engine,
             ..server(id)
         })
     };
@@ -345,7 +346,6 @@ fn an_error_says_where_what_and_what_would_be_right() {
         ("-A -f 1 -6 -p -M 129", "column 18: \"129\" is no mask: for IPv6 it is a prefix length from 1 to 128"),
         ("-A -t 1.2.3.4", "column 7: \"1.2.3.4\" has port 0, which takes persistence (-p)"),
         ("-A -t 1.2.3.4:80 -o", "column 18: \"-o\" is for UDP (-u) and firewall marks (-f)"),
-        ("-A -u 1.2.3.4:80 --pe sip", "column 18: \"--pe\" goes with persistence (-p)"),
         (
             "-a -t 1.2.3.4:80 -r [::1]:80 -m",
             "column 21: \"[::1]:80\" is of another address family than the virtual server, where only a tunnel (-i) leads",

@@ -38,22 +38,22 @@ fn any_server() -> impl Strategy<Value = VirtualServer> {
         prop_oneof![select(Scheduler::ALL.to_vec()), any_name().prop_map(|name| name.as_str().parse().unwrap())];
     let flags = subsequence(vec![Flags::FLAG_1, Flags::FLAG_2, Flags::FLAG_3], 0..=3)
         .prop_map(|flags| flags.into_iter().fold(Flags::NONE, Flags::union));
-    let persistence = option::of((prop_oneof![0_u32..2_678_402, any::<u32>()], option::of(any_name())));
+    let persistence = option::of(prop_oneof![0_u32..2_678_402, any::<u32>()]);
     let mask = any::<(bool, u32)>();
-    (any_id(), scheduler, flags, persistence, mask, any::<bool>()).prop_map(
-        |(id, scheduler, scheduler_flags, persistence, (is_host, mask), one_packet)| VirtualServer {
+    (any_id(), scheduler, flags, (persistence, option::of(any_name())), mask, any::<bool>()).prop_map(
+        |(id, scheduler, scheduler_flags, (persistence, engine), (is_host, mask), one_packet)| VirtualServer {
             id,
             scheduler,
             scheduler_flags,
-            persistence: persistence.map(|(timeout, engine)| Persistence {
+            persistence: persistence.map(|timeout| Persistence {
                 timeout,
                 netmask: match id.family() {
                     family if is_host => Netmask::host(family),
                     Family::Ipv4 => Netmask::V4(mask.into()),
                     Family::Ipv6 => Netmask::V6((mask % 130) as u8),
                 },
-                engine,
             }),
+            engine,
             one_packet,
         },
     )

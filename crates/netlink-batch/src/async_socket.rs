@@ -5,20 +5,21 @@ use std::marker::PhantomData;
 
 use netlink_packet_core::{NetlinkDeserializable, NetlinkSerializable};
 use netlink_sys::Socket as RawSocket;
-use tokio::io::unix::AsyncFd;
+use tokio::task::coop::consume_budget;
 
 use crate::error::{Error, Refusal};
 use crate::exchange::{DUMP_ATTEMPTS, Dumping, Outgoing, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{drop_queued, open, receive_queued, retry};
+use crate::socket::{drop_queued, no_answer, open, receive_queued, retry};
 
 /// [`Socket`](crate::Socket) for tasks: the same requests and answers, awaited.
 ///
-/// The kernel handles a request inside the system call that sends it, which takes the time it takes, awaited or not. What a
-/// task gains is that others run between the datagrams of a dump and the parts of a batch. A future that is dropped leaves
-/// the socket usable; whether what it has sent was carried out is not known then.
+/// The kernel handles a request inside the system call that sends it, and has answered when that returns: there is nothing
+/// to wait for. What a task gains is that others get their turn, by tokio's rules, between the datagrams of a dump and the
+/// parts of a batch. A future that is dropped leaves the socket usable; whether what it has sent was carried out is not
+/// known then.
 #[derive(Debug)]
 pub struct AsyncSocket {
-    raw: AsyncFd<RawSocket>,
+    raw: RawSocket,
     outgoing: Outgoing,
     incoming: Vec<u8>,
     /// As in the synchronous socket.
@@ -27,16 +28,9 @@ pub struct AsyncSocket {
 
 impl AsyncSocket {
     /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network namespace
-    /// of the calling thread. It has to be called in a tokio runtime with I/O enabled, and panics elsewhere.
+    /// of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
-        #[expect(
-            deprecated,
-            reason = "what takes its place is unsafe; this socket keeps its descriptor until it is dropped"
-        )]
-        let register = AsyncFd::new;
-        let raw =
-            raw.set_non_blocking(true).and_then(|()| register(raw)).map_err(|error| Error::Open { protocol, error })?;
         Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], is_dumping: false })
     }
 
@@ -54,8 +48,8 @@ impl AsyncSocket {
         let asking = self.outgoing.request(request);
         self.send().await?;
         loop {
-            let length = receive(&self.raw, &mut self.incoming).await?;
-            if asking.receive(&self.outgoing, &self.incoming[..length], &mut each)? {
+            let datagram = receive(&self.raw, &mut self.incoming).await?;
+            if asking.receive(&self.outgoing, datagram, &mut each)? {
                 return Ok(());
             }
         }
@@ -106,9 +100,14 @@ impl AsyncSocket {
         while let Some(batching) = self.outgoing.batch(&mut requests, &mut results) {
             self.send().await?;
             loop {
-                let length = receive(&self.raw, &mut self.incoming).await?;
-                if batching.receive(&self.outgoing, &self.incoming[..length], &mut results)? {
-                    break;
+                match receive(&self.raw, &mut self.incoming).await {
+                    Ok(datagram) if batching.receive(&self.outgoing, datagram, &mut results)? => break,
+                    Ok(_) => {}
+                    Err(Error::Refused(refusal)) => {
+                        batching.refuse_last(refusal, &mut results);
+                        break;
+                    }
+                    Err(error) => return Err(error),
                 }
             }
         }
@@ -116,16 +115,11 @@ impl AsyncSocket {
     }
 
     async fn send(&mut self) -> Result<(), Error> {
+        consume_budget().await;
         if std::mem::take(&mut self.is_dumping) {
-            drop_queued(self.raw.get_ref(), &mut self.incoming);
+            drop_queued(&self.raw, &mut self.incoming);
         }
-        let send = |raw: &RawSocket| retry(|| raw.send(self.outgoing.datagram(), 0));
-        let bytes = loop {
-            let mut guard = self.raw.writable().await.map_err(Error::Send)?;
-            if let Ok(result) = guard.try_io(|raw| send(raw.get_ref())) {
-                break result.map_err(Error::Send)?;
-            }
-        };
+        let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
         self.outgoing.count(bytes);
         Ok(())
     }
@@ -160,7 +154,7 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.dumping.is_done() => return None,
                 Ok(None) => match receive(raw, incoming).await {
-                    Ok(length) => (self.filled, self.read) = (length, 0),
+                    Ok(datagram) => (self.filled, self.read) = (datagram.len(), 0),
                     Err(error) => {
                         self.dumping.give_up();
                         return Some(Err(error));
@@ -172,17 +166,12 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
     }
 }
 
-/// Receives one datagram and returns its length.
-async fn receive(raw: &AsyncFd<RawSocket>, buffer: &mut [u8]) -> Result<usize, Error> {
-    loop {
-        let mut guard = raw.readable().await.map_err(Error::Receive)?;
-        let received = guard.try_io(|raw| match receive_queued(raw.get_ref(), buffer) {
-            Ok(Some(datagram)) => Ok(datagram.len()),
-            Ok(None) => Err(io::ErrorKind::WouldBlock.into()),
-            Err(error) => Err(error),
-        });
-        if let Ok(result) = received {
-            return result.map_err(Error::Receive);
-        }
+/// Receives one datagram.
+async fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> Result<&'a [u8], Error> {
+    consume_budget().await;
+    match receive_queued(raw, buffer) {
+        Ok(Some(datagram)) => Ok(datagram),
+        Ok(None) => Err(no_answer(io::ErrorKind::WouldBlock.into())),
+        Err(error) => Err(no_answer(error)),
     }
 }

@@ -306,6 +306,15 @@ impl Batching {
     }
 }
 
+impl Batching {
+    /// Nothing came of the last request.
+    pub(crate) fn refuse_last(&self, refusal: Refusal, results: &mut [Result<(), Refusal>]) {
+        if let Some(last) = results.get_mut(self.first + self.count - 1) {
+            *last = Err(refusal);
+        }
+    }
+}
+
 /// A transaction whose answers are read. Which of them is the last one cannot be told: of a transaction that is refused as
 /// a whole the kernel says nothing more.
 #[derive(Debug)]

@@ -176,6 +176,7 @@ impl Contribution {
                         scheduler: policy.scheduler,
                         scheduler_flags: policy.scheduler_flags(),
                         persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, vips.family)),
+                        engine: None,
                         one_packet: false,
                     },
                     real_servers: real_servers.clone(),

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::IpAddr;
 
-use ipvs_netlink::{Persistence, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
+use ipvs_netlink::{Name, Persistence, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
 use service_watch::Protocol;
 
 /// What clients connect to: the identity of a virtual server of ours.
@@ -57,6 +57,8 @@ pub struct ServerConfig {
     pub scheduler_flags: SchedulerFlags,
     /// `ClientIP` affinity.
     pub persistence: Option<Persistence>,
+    /// What tells clients apart beside their addresses.
+    pub engine: Option<Name>,
     /// Whether each UDP packet is scheduled by itself.
     pub one_packet: bool,
 }
@@ -69,6 +71,7 @@ impl ServerConfig {
             scheduler: self.scheduler,
             scheduler_flags: self.scheduler_flags,
             persistence: self.persistence,
+            engine: self.engine,
             one_packet: self.one_packet,
         }
     }
@@ -80,6 +83,7 @@ impl From<VirtualServer> for ServerConfig {
             scheduler: server.scheduler,
             scheduler_flags: server.scheduler_flags,
             persistence: server.persistence,
+            engine: server.engine,
             one_packet: server.one_packet,
         }
     }

@@ -305,6 +305,7 @@ fn kernel() -> impl Strategy<Value = FakeKernel> {
                     scheduler,
                     scheduler_flags: SchedulerFlags::NONE,
                     persistence: persistence.map(|timeout| Persistence::new(timeout, Family::of(front_end.address))),
+                    engine: None,
                     one_packet,
                 };
                 let real = real.into_iter().filter(|server| server.address.is_ipv4() == front_end.address.is_ipv4());

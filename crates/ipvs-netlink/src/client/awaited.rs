@@ -9,7 +9,8 @@ use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
 use super::{
-    ServerEntry, ask_for_family, family_in, identities, no_family, requests, requests_of, results_of, unanswered, wrap,
+    ServerEntry, ask_for_family, family_in, identities, no_family, outcome, requests, requests_of, results_of,
+    unanswered, wrap,
 };
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
@@ -21,8 +22,8 @@ use crate::sync_daemon::{SyncDaemon, SyncRole};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry};
 
 /// [`Client`](crate::Client) for tasks: the same methods, awaited. The kernel handles a request inside the system call that
-/// sends it; other tasks run between the datagrams of a list and the parts of a batch. A future that is dropped leaves the
-/// client usable; whether what it asked for was carried out is not known then.
+/// sends it; other tasks get their turn, by tokio's rules, between requests, the datagrams of a list and the parts of a
+/// batch. A future that is dropped leaves the client usable; whether what it asked for was carried out is not known then.
 pub struct AsyncClient {
     socket: AsyncSocket,
     family: u16,
@@ -47,8 +48,7 @@ macro_rules! methods {
 requests::requests!(methods);
 
 impl AsyncClient {
-    /// [`Client::connect`](crate::Client::connect), awaited. It has to be called in a tokio runtime with I/O enabled, and
-    /// panics elsewhere.
+    /// [`Client::connect`](crate::Client::connect), awaited.
     pub async fn connect() -> Result<Self, Error> {
         let mut socket = AsyncSocket::open(NETLINK_GENERIC).map_err(Error::connecting)?;
         let mut family = None;
@@ -108,10 +108,9 @@ impl AsyncClient {
         if let Some(fault) = message.fault() {
             return Err(Error::fault(&message, fault));
         }
-        self.socket
-            .request(&wrap(message, self.family).into(), |answer: GenlMessage<Message>| each(answer.payload))
-            .await
-            .map_err(|error| Error::new(&message, error))
+        let request = wrap(message, self.family).into();
+        let result = self.socket.request(&request, |answer: GenlMessage<Message>| each(answer.payload)).await;
+        outcome(&message, result)
     }
 }
 

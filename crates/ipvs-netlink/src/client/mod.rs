@@ -112,9 +112,9 @@ impl Client {
         if let Some(fault) = message.fault() {
             return Err(Error::fault(&message, fault));
         }
-        self.socket
-            .request(&wrap(message, self.family).into(), |answer: GenlMessage<Message>| each(answer.payload))
-            .map_err(|error| Error::new(&message, error))
+        let request = wrap(message, self.family).into();
+        let result = self.socket.request(&request, |answer: GenlMessage<Message>| each(answer.payload));
+        outcome(&message, result)
     }
 
     /// For questions that [`Message`] is not made for.
@@ -204,9 +204,16 @@ fn results_of(
         .iter()
         .map(|message| match message.fault() {
             Some(fault) => Err(Error::fault(message, fault)),
-            None => results.next().unwrap_or(Ok(())).map_err(|refusal| Error::new(message, refusal.into())),
+            None => outcome(message, results.next().unwrap_or(Ok(())).map_err(Into::into)),
         })
         .collect())
+}
+
+fn outcome(message: &Message, result: Result<(), netlink_batch::Error>) -> Result<(), Error> {
+    match result {
+        Err(error) if Error::is_none_to(message, &error) => Ok(()),
+        result => result.map_err(|error| Error::new(message, error)),
+    }
 }
 
 pub(crate) fn wrap(message: Message, family: u16) -> GenlMessage<Message> {

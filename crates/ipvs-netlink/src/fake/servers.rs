@@ -282,12 +282,11 @@ fn check_virtual(kernel: &Kernel, server: &VirtualServer) -> Result<(), i32> {
     if !kernel.has_scheduler(&server.scheduler) {
         return Err(ENOENT);
     }
-    let Some(persistence) = server.persistence else { return Ok(()) };
-    if persistence.engine.is_some_and(|engine| !kernel.persistence_engines.contains(&engine)) {
+    if server.engine.is_some_and(|engine| !kernel.persistence_engines.contains(&engine)) {
         return Err(ENOENT);
     }
-    match persistence.netmask {
-        Netmask::V6(prefix) if !(1..=128).contains(&prefix) => Err(EINVAL),
+    match server.persistence.map(|persistence| persistence.netmask) {
+        Some(Netmask::V6(prefix)) if !(1..=128).contains(&prefix) => Err(EINVAL),
         _ => Ok(()),
     }
 }

@@ -78,8 +78,6 @@ pub(super) enum Fault {
     PortZero,
     #[error("is for UDP (-u) and firewall marks (-f)")]
     OnePacketWithoutUdp,
-    #[error("goes with persistence (-p)")]
-    EngineWithoutPersistence,
     #[error("is of another address family than the virtual server, where only a tunnel (-i) leads")]
     OtherFamily,
     #[error("goes with a tunnel (-i)")]

@@ -77,9 +77,9 @@ fn virtual_server(command: &str, server: &VirtualServer) -> Result<String, Forma
     // To a String nothing fails.
     if let Some(persistence) = server.persistence {
         let netmask = Some(persistence.netmask).filter(|netmask| *netmask != Netmask::host(server.id.family()));
-        let (netmask, engine) = (Maybe("-M", netmask), Maybe("--pe", persistence.engine));
-        let _ = write!(line, " -p {}{netmask}{engine}", persistence.timeout);
+        let _ = write!(line, " -p {}{}", persistence.timeout, Maybe("-M", netmask));
     }
+    let _ = write!(line, "{}", Maybe("--pe", server.engine));
     if server.one_packet {
         line += " -o";
     }

@@ -27,8 +27,7 @@
 //! * hosts, ports and masks are read as numbers only, addresses in their usual form, and an IPv4 mask in four parts
 //!   (`-M 24` is the mask 0.0.0.24 to ipvsadm);
 //! * `-M`, and `-r` without a port, have to follow the virtual server, without which ipvsadm misreads them;
-//! * `--pe` without `-p` is refused, as [`VirtualServer`](crate::VirtualServer) has no place for it (the kernel keeps it, and
-//!   then takes connections that real servers begin; `-M` without `-p` means nothing to either, and is left out);
+//! * `-M` without `-p`, which means nothing to the kernel, is left out;
 //! * negative firewall marks are read, because ipvsadm writes them (below);
 //! * the port of a real server is read as it is written: ipvsadm silently takes the virtual server's for `-g` and `-i`,
 //!   but for firewall marks;

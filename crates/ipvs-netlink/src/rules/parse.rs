@@ -155,8 +155,10 @@ impl<'a> Command<'a> {
             Some(option) => scheduler_flags(option.value(), scheduler)?,
             None => SchedulerFlags::NONE,
         };
+        let engine =
+            self.option(Kind::Engine).map(|option| name(option.value(), "a persistence engine")).transpose()?;
         let one_packet = self.option(Kind::OnePacket).is_some();
-        Ok(VirtualServer { id, scheduler, scheduler_flags, persistence, one_packet })
+        Ok(VirtualServer { id, scheduler, scheduler_flags, persistence, engine, one_packet })
     }
 
     fn persistence(&self, family: Family) -> Result<Option<Persistence>, ParseError> {
@@ -168,14 +170,10 @@ impl<'a> Command<'a> {
             Some(option) => netmask(option.value(), family)?,
             None => Netmask::host(family),
         };
-        let engine = self.option(Kind::Engine);
-        let Some(option) = self.option(Kind::Persistent) else {
-            // A mask alone means nothing to the kernel; an engine does, if little.
-            return engine.map_or(Ok(None), |engine| Err(engine.word.error(Fault::EngineWithoutPersistence)));
-        };
+        // A mask alone means nothing to the kernel.
+        let Some(option) = self.option(Kind::Persistent) else { return Ok(None) };
         let timeout = option.value.map_or(Ok(DEFAULT_TIMEOUT), |value| number(value, 1, LONGEST_TIMEOUT))?;
-        let engine = engine.map(|engine| name(engine.value(), "a persistence engine")).transpose()?;
-        Ok(Some(Persistence { timeout, netmask, engine }))
+        Ok(Some(Persistence { timeout, netmask }))
     }
 
     /// The column of the last option that says which virtual server it is.

@@ -70,7 +70,15 @@ fn virtual_servers() -> Vec<VirtualServer> {
             let flag = if with_names { flags[flag % 4] } else { flags[flag] };
             // ipvsadm has it for UDP and marks only.
             let one_packet = matches!(kind, 1 | 3) && index % 3 != 0;
-            VirtualServer { scheduler_flags: flag, persistence, one_packet, ..VirtualServer::new(id, scheduler) }
+            // With persistence and without.
+            let engine = if index % 5 < 2 { "sip".parse().ok() } else { None };
+            VirtualServer {
+                scheduler_flags: flag,
+                persistence,
+                engine,
+                one_packet,
+                ..VirtualServer::new(id, scheduler)
+            }
         })
         .collect()
 }
@@ -80,14 +88,13 @@ fn persistences(family: Family) -> [Option<Persistence>; 6] {
         Family::Ipv4 => [[255, 255, 255, 0], [128, 0, 0, 0], [0; 4]].map(|mask| Netmask::V4(mask.into())),
         Family::Ipv6 => [127, 64, 1].map(Netmask::V6),
     };
-    let sip = "sip".parse().ok();
     let of = |timeout| Persistence::new(timeout, family);
     [
         None,
         Some(of(1)),
-        Some(Persistence { engine: sip, ..of(360) }),
+        Some(of(360)),
         Some(Persistence { netmask: masks[0], ..of(10_800) }),
-        Some(Persistence { netmask: masks[1], engine: sip, ..of(2_678_400) }),
+        Some(Persistence { netmask: masks[1], ..of(2_678_400) }),
         Some(Persistence { netmask: masks[2], ..of(60) }),
     ]
 }

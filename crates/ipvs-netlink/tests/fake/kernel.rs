@@ -60,14 +60,8 @@ impl Lab {
         fake
     }
 
-    /// A daemon that is stopped before its thread has begun makes `kthread_stop` fail with `EINTR`, although it stops, and
-    /// that is the one error netlink sends no answer for (`netlink_rcv_skb`). So the last message, whose answer the client
-    /// waits for, is another, which changes nothing.
     pub(crate) fn apply(&mut self, messages: &[Message]) -> Vec<Result<(), Error>> {
-        let last = Message::SetTimeouts(Timeouts::default());
-        let mut results = self.client.apply(&[messages, &[last]].concat()).unwrap();
-        results.pop().unwrap().unwrap();
-        results
+        self.client.apply(messages).unwrap()
     }
 
     /// Compares all that can be listed. Virtual servers have an order of their own in each; real servers come in the same.

@@ -179,6 +179,11 @@ impl Operations {
         VirtualServer {
             scheduler_flags: self.random.pick(&flags).union(self.random.pick(&flags)),
             persistence: if self.random.one_in(2) { Some(self.persistence(id.family())) } else { None },
+            engine: match self.random.below(16) {
+                0 => Some("nosuch".parse().unwrap()),
+                1 | 2 => Some("sip".parse().unwrap()),
+                _ => None,
+            },
             one_packet: self.random.one_in(4),
             ..VirtualServer::new(id, scheduler)
         }
@@ -208,11 +213,6 @@ impl Operations {
                 u32::MAX,
             ]),
             netmask,
-            engine: match self.random.below(8) {
-                0 => Some("nosuch".parse().unwrap()),
-                1 | 2 => Some("sip".parse().unwrap()),
-                _ => None,
-            },
         }
     }
 

@@ -25,7 +25,7 @@ fn scheduled(id: &str, scheduler: &str) -> VirtualServer {
 
 fn persistent(id: &str, netmask: Netmask, engine: Option<&str>) -> VirtualServer {
     let engine = engine.map(|engine| engine.parse().unwrap());
-    VirtualServer { persistence: Some(Persistence { timeout: 60, netmask, engine }), ..round_robin(tcp(id)) }
+    VirtualServer { persistence: Some(Persistence { timeout: 60, netmask }), engine, ..round_robin(tcp(id)) }
 }
 
 const WEB: &str = "10.96.0.1:80";

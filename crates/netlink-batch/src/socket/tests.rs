@@ -9,7 +9,7 @@ use netlink_packet_core::{
 };
 use netlink_sys::protocols::{NETLINK_ROUTE, NETLINK_USERSOCK};
 use proptest::prelude::*;
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::set_socket_timeout;
 
 use super::*;
 use crate::exchange::{
