@@ -16,16 +16,30 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! * Every call is synchronous: the kernel handles a request inside the system call that sends it.
-//! * [`Client::apply`] sends many [`Message`]s in few system calls and returns one result each.
-//! * [`rules`] reads and writes what `ipvsadm -S` saves and `ipvsadm -R` restores.
-//! * A client belongs to the network namespace of the thread that connected it; IPVS is per namespace.
-//! * Attributes this crate does not know are skipped, so that a newer kernel can be read.
-//! * The feature `fake` has an IPVS in memory, with the kernel's rules, to test against.
-//! * Reading and writing needs `CAP_NET_ADMIN` in the initial user namespace.
+//! It takes `CAP_NET_ADMIN` in the initial user namespace. A client belongs to the network namespace of the thread that
+//! connected it; IPVS is per namespace.
+//!
+//! # Where to find what
+//!
+//! * [`Client`] has a method for each command of the family; its calls wait for the kernel, which handles a request inside the
+//!   system call that sends it. With the feature `tokio` there is `AsyncClient`, whose calls are awaited.
+//! * [`Client::apply`] sends many [`Message`]s in few system calls and returns one result each. [`Message`] implements the
+//!   traits of [`netlink_packet_generic`] and so travels over other sockets too.
+//! * [`Table::changes_to`] makes the messages that lead from one configuration to another; [`Change::between`] is that for
+//!   the real servers of one virtual server, for those who want to decide what becomes of surplus ones.
+//! * [`Client::features`] asks the kernel what it can do.
 //! * What netlink does not tell is read from `/proc`, which takes no capability: [`Connections`] and [`Totals`].
+//! * [`rules`] reads and writes what `ipvsadm -S` saves and `ipvsadm -R` restores.
+//! * [`Error::kind`] is what to match on; the text names the operation, the object and what to do.
+//! * With the feature `fake` there is `fake::Ipvs`, an IPVS in memory with the kernel's rules, to test against.
+//!
+//! Attributes this crate does not know are skipped, so that a newer kernel can be read.
 
 #![forbid(unsafe_code)]
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod attributes;
 mod changes;
