@@ -49,6 +49,7 @@ pub struct Features {
 
 /// The tunnels a kernel has beside IP in IP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum TunnelFeatures {
     /// None: what one asks for is taken, and is IP in IP.
     None,
@@ -60,6 +61,7 @@ pub enum TunnelFeatures {
 
 /// How the estimation of rates is controlled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum EstimationFeatures {
     /// It is always on.
     AlwaysOn,
