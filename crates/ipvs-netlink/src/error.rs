@@ -1,5 +1,6 @@
 //! Errors: the operation, the object, and what the kernel holds against it.
 
+use std::borrow::Cow;
 use std::fmt;
 
 use netlink_batch::Refusal;
@@ -18,6 +19,7 @@ const ENODEV: i32 = 19;
 const EINVAL: i32 = 22;
 const ERANGE: i32 = 34;
 const EAFNOSUPPORT: i32 = 97;
+const ENETUNREACH: i32 = 101;
 const EOPNOTSUPP: i32 = 95;
 
 /// What kind of failure it is, to match on.
@@ -50,7 +52,7 @@ struct Failure {
     operation: &'static str,
     object: String,
     kind: ErrorKind,
-    hint: Option<String>,
+    hint: Option<Cow<'static, str>>,
     cause: Cause,
 }
 
@@ -90,22 +92,7 @@ impl Error {
 
     pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
         let errno = cause.refusal().map_or(0, |refusal| refusal.errno);
-        let (kind, hint) = match (errno, message) {
-            (ENOENT, Message::AddVirtualServer(server) | Message::SetVirtualServer(server)) => {
-                (ErrorKind::NoScheduler, Some(no_scheduler(server)))
-            }
-            (ENODEV, Message::StartSyncDaemon(_)) => {
-                (ErrorKind::NotFound, Some("this network namespace has no such interface".to_owned()))
-            }
-            (ESRCH | ENOENT, _) => (ErrorKind::NotFound, None),
-            (EEXIST, _) => (ErrorKind::Exists, None),
-            (EPERM | EACCES, _) => {
-                (ErrorKind::PermissionDenied, Some("it takes CAP_NET_ADMIN in the initial user namespace".to_owned()))
-            }
-            (EAFNOSUPPORT | EOPNOTSUPP, _) => (ErrorKind::NotSupported, None),
-            (EINVAL | ERANGE, _) => (ErrorKind::Invalid, None),
-            _ => (ErrorKind::Other, None),
-        };
+        let (kind, hint) = kind_and_hint(errno, message);
         Self(Box::new(Failure {
             operation: message.operation(),
             object: message.object(),
@@ -122,7 +109,7 @@ impl Error {
             operation: "connect to IPVS",
             object: String::new(),
             kind: if missing { ErrorKind::NotSupported } else { ErrorKind::Other },
-            hint: missing.then(|| "this kernel has no IPVS: load it with `modprobe ip_vs` (CONFIG_IP_VS)".to_owned()),
+            hint: missing.then(|| "this kernel has no IPVS: load it with `modprobe ip_vs` (CONFIG_IP_VS)".into()),
             cause: Cause::Netlink(cause),
         }))
     }
@@ -161,6 +148,51 @@ impl Error {
             Cause::Own(_) => None,
         }
     }
+}
+
+/// What kind of failure an errno is for a message, and what to do about it.
+fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'static, str>>) {
+    use Message::{AddRealServer, AddVirtualServer, SetRealServer, SetVirtualServer};
+
+    let (kind, hint) = match (errno, message) {
+        (ENOENT, AddVirtualServer(server) | SetVirtualServer(server)) => {
+            return (ErrorKind::NoScheduler, Some(no_scheduler(server).into()));
+        }
+        (ENODEV, Message::StartSyncDaemon(_)) => (ErrorKind::NotFound, "this network namespace has no such interface"),
+        (ENETUNREACH, Message::StartSyncDaemon(_)) => {
+            (ErrorKind::Other, "the interface is down, or has no route or address for the multicast group")
+        }
+        (ESRCH, Message::StopSyncDaemon(_)) => (ErrorKind::NotFound, "none runs"),
+        (ESRCH, _) => (ErrorKind::NotFound, "there is no such virtual server"),
+        (ENOENT, _) => (ErrorKind::NotFound, "the virtual server has no such real server"),
+        (EPERM | EACCES, _) => (ErrorKind::PermissionDenied, "it takes CAP_NET_ADMIN in the initial user namespace"),
+        (EAFNOSUPPORT, _) => {
+            (ErrorKind::NotSupported, "IPVS has no IPv6 here: CONFIG_IP_VS_IPV6 is off, or ipv6.disable=1 is set")
+        }
+        (ERANGE, AddRealServer(..) | SetRealServer(..)) => {
+            (ErrorKind::Invalid, "a weight is at most 2147483647, and the lower threshold at most the upper one")
+        }
+        (EINVAL, AddVirtualServer(_) | SetVirtualServer(_)) => {
+            (ErrorKind::Invalid, "the netmask of persistence is for IPv6 a prefix length from 1 to 128")
+        }
+        (EINVAL, AddRealServer(..) | SetRealServer(..)) => (
+            ErrorKind::Invalid,
+            "an address is unicast, and no link-local one of another host; to the other address family leads a tunnel only, \
+             and none while a synchronization daemon runs",
+        ),
+        (EINVAL, Message::StartSyncDaemon(_)) => (
+            ErrorKind::Invalid,
+            "the group is a multicast address, and no tunnel leads to the other address family while a daemon runs",
+        ),
+        (EINVAL, Message::SetTimeouts(_)) => {
+            (ErrorKind::Invalid, "a timeout is at most 2147483 s where the kernel has 1000 ticks a second")
+        }
+        (EEXIST, _) => return (ErrorKind::Exists, None),
+        (EOPNOTSUPP, _) => return (ErrorKind::NotSupported, None),
+        (EINVAL | ERANGE, _) => return (ErrorKind::Invalid, None),
+        _ => return (ErrorKind::Other, None),
+    };
+    (kind, Some(hint.into()))
 }
 
 fn no_scheduler(server: &VirtualServer) -> String {
