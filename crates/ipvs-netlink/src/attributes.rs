@@ -1,6 +1,6 @@
 //! Numbers of `linux/ip_vs.h` and the encoding of attributes.
 
-use netlink_packet_core::{DecodeError, NLA_HEADER_SIZE, NlaBuffer, NlasIterator};
+use netlink_packet_core::{DecodeError, NLA_F_NESTED, NLA_HEADER_SIZE, NlasIterator};
 
 /// `IPVS_GENL_NAME`.
 pub(crate) const FAMILY_NAME: &str = "IPVS";
@@ -106,61 +106,63 @@ impl<'a> Encoder<'a> {
         self.position
     }
 
-    pub(crate) fn bytes(&mut self, kind: u16, value: &[&[u8]]) {
-        let header = self.position;
-        self.position += NLA_HEADER_SIZE;
-        for part in value {
-            if let Some(buffer) = self.buffer.as_deref_mut() {
-                buffer[self.position..self.position + part.len()].copy_from_slice(part);
-            }
-            self.position += part.len();
+    /// A value of a length that is known: most are, and cost a few moves then.
+    #[inline]
+    pub(crate) fn fixed<const N: usize>(&mut self, kind: u16, value: [u8; N]) {
+        let end = self.position + NLA_HEADER_SIZE + N.next_multiple_of(4);
+        if let Some(out) = self.buffer.as_deref_mut().and_then(|buffer| buffer.get_mut(self.position..end)) {
+            write_header(out, NLA_HEADER_SIZE + N, kind);
+            out[NLA_HEADER_SIZE..NLA_HEADER_SIZE + N].copy_from_slice(&value);
+            out[NLA_HEADER_SIZE + N..].fill(0);
         }
-        self.finish(header, kind);
+        self.position = end;
     }
 
     pub(crate) fn u8(&mut self, kind: u16, value: u8) {
-        self.bytes(kind, &[&[value]]);
+        self.fixed(kind, [value]);
     }
 
     pub(crate) fn u16(&mut self, kind: u16, value: u16) {
-        self.bytes(kind, &[&value.to_ne_bytes()]);
+        self.fixed(kind, value.to_ne_bytes());
     }
 
     pub(crate) fn u32(&mut self, kind: u16, value: u32) {
-        self.bytes(kind, &[&value.to_ne_bytes()]);
+        self.fixed(kind, value.to_ne_bytes());
     }
 
     pub(crate) fn u16_be(&mut self, kind: u16, value: u16) {
-        self.bytes(kind, &[&value.to_be_bytes()]);
+        self.fixed(kind, value.to_be_bytes());
     }
 
     /// With a NUL at its end.
     pub(crate) fn string(&mut self, kind: u16, value: &str) {
-        self.bytes(kind, &[value.as_bytes(), &[0]]);
+        let length = NLA_HEADER_SIZE + value.len() + 1;
+        let end = self.position + length.next_multiple_of(4);
+        if let Some(out) = self.buffer.as_deref_mut().and_then(|buffer| buffer.get_mut(self.position..end)) {
+            write_header(out, length, kind);
+            out[NLA_HEADER_SIZE..length - 1].copy_from_slice(value.as_bytes());
+            out[length - 1..].fill(0);
+        }
+        self.position = end;
     }
 
     pub(crate) fn nested(&mut self, kind: u16, content: impl FnOnce(&mut Self)) {
         let header = self.position;
         self.position += NLA_HEADER_SIZE;
         content(self);
-        self.finish(header, kind);
-        if let Some(buffer) = self.buffer.as_deref_mut() {
-            NlaBuffer::new(&mut buffer[header..]).set_nested_flag();
-        }
-    }
-
-    fn finish(&mut self, header: usize, kind: u16) {
         let length = self.position - header;
-        let padded = header + length.next_multiple_of(4);
-        if let Some(buffer) = self.buffer.as_deref_mut() {
-            let mut attribute = NlaBuffer::new(&mut buffer[header..]);
-            attribute.set_kind(kind);
-            // The largest attribute of this family is 104 bytes long.
-            attribute.set_length(u16::try_from(length).unwrap_or(u16::MAX));
-            buffer[self.position..padded].fill(0);
+        if let Some(out) = self.buffer.as_deref_mut().and_then(|buffer| buffer.get_mut(header..)) {
+            write_header(out, length, kind | NLA_F_NESTED);
         }
-        self.position = padded;
     }
+}
+
+/// `struct nlattr`; `length` is that of header and value, at most 104 in this family.
+#[inline]
+fn write_header(out: &mut [u8], length: usize, kind: u16) {
+    let [a, b] = u16::try_from(length).unwrap_or(u16::MAX).to_ne_bytes();
+    let [c, d] = kind.to_ne_bytes();
+    out[..NLA_HEADER_SIZE].copy_from_slice(&[a, b, c, d]);
 }
 
 /// Calls `each` for every attribute in `buffer`, in order.

@@ -160,8 +160,11 @@ impl fmt::Display for VirtualServerId {
 /// `union nf_inet_addr`: always 16 bytes.
 pub(crate) fn encode_address(out: &mut Encoder<'_>, kind: u16, address: IpAddr) {
     match address {
-        IpAddr::V4(address) => out.bytes(kind, &[&address.octets(), &[0; 12]]),
-        IpAddr::V6(address) => out.bytes(kind, &[&address.octets()]),
+        IpAddr::V4(address) => {
+            let [a, b, c, d] = address.octets();
+            out.fixed(kind, [a, b, c, d, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+        }
+        IpAddr::V6(address) => out.fixed(kind, address.octets()),
     }
 }
 

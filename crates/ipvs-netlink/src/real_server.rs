@@ -8,7 +8,7 @@ use netlink_packet_core::{DecodeError, parse_u8, parse_u16, parse_u16_be, parse_
 
 use crate::attributes::{Encoder, dest, each_attribute};
 use crate::id::{Family, decode_address, encode_address};
-use crate::stats::{Stats, StatsWidth};
+use crate::stats::Stats;
 
 /// `IP_VS_CONN_F_FWD_MASK`: the forwarding method among the flags of a destination.
 const FORWARDING_MASK: u32 = 0x7;
@@ -251,8 +251,8 @@ impl RealServerEntry {
                 dest::TUN_TYPE => tunnel_type = parse_u8(value)?,
                 dest::TUN_PORT => tunnel_port = parse_u16_be(value)?,
                 dest::TUN_FLAGS => tunnel_flags = parse_u16(value)?,
-                dest::STATS => stats32 = Some(Stats::parse(StatsWidth::Bits32, value)?),
-                dest::STATS64 => stats64 = Some(Stats::parse(StatsWidth::Bits64, value)?),
+                dest::STATS => stats32 = Some(value),
+                dest::STATS64 => stats64 = Some(value),
                 _ => {}
             }
             Ok(())
@@ -267,7 +267,7 @@ impl RealServerEntry {
             active_connections: active,
             inactive_connections: inactive,
             persistent_connections: persistent,
-            stats: stats64.or(stats32).unwrap_or_default(),
+            stats: Stats::listed(stats64, stats32)?,
         })
     }
 }

@@ -43,8 +43,17 @@ pub enum StatsWidth {
 }
 
 impl Stats {
+    /// What is listed in both widths, or on old kernels in 32 bits.
+    pub(crate) fn listed(stats64: Option<&[u8]>, stats32: Option<&[u8]>) -> Result<Self, DecodeError> {
+        match (stats64, stats32) {
+            (Some(stats), _) => Self::parse(StatsWidth::Bits64, stats),
+            (None, Some(stats)) => Self::parse(StatsWidth::Bits32, stats),
+            (None, None) => Ok(Self::default()),
+        }
+    }
+
     /// Reads either form: the two differ in the width of their numbers only.
-    pub(crate) fn parse(width: StatsWidth, buffer: &[u8]) -> Result<Self, DecodeError> {
+    fn parse(width: StatsWidth, buffer: &[u8]) -> Result<Self, DecodeError> {
         let mut stats = Self { width, ..Self::default() };
         each_attribute(buffer, |kind, value| {
             // IPVS_STATS_ATTR_*, in the order of the header.

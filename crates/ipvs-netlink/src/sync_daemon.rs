@@ -84,8 +84,8 @@ impl SyncDaemon {
             out.u16(daemon::SYNC_MAXLEN, length.get());
         }
         match self.group {
-            Some(IpAddr::V4(group)) => out.bytes(daemon::MCAST_GROUP, &[&group.octets()]),
-            Some(IpAddr::V6(group)) => out.bytes(daemon::MCAST_GROUP6, &[&group.octets()]),
+            Some(IpAddr::V4(group)) => out.fixed(daemon::MCAST_GROUP, group.octets()),
+            Some(IpAddr::V6(group)) => out.fixed(daemon::MCAST_GROUP6, group.octets()),
             None => {}
         }
         if let Some(port) = self.port {

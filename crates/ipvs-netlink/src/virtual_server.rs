@@ -10,7 +10,7 @@ use crate::attributes::{Encoder, each_attribute, service};
 use crate::id::{Family, Protocol, VirtualServerId, decode_address};
 use crate::name::{InvalidName, Name};
 use crate::scheduler::{Scheduler, SchedulerFlags};
-use crate::stats::{Stats, StatsWidth};
+use crate::stats::Stats;
 
 const IP_VS_SVC_F_PERSISTENT: u32 = 0x1;
 const IP_VS_SVC_F_HASHED: u32 = 0x2;
@@ -140,11 +140,12 @@ impl VirtualServer {
             flags |= IP_VS_SVC_F_ONEPACKET;
         }
         // struct ip_vs_flags: the flags, and the mask of those that are meant. IP_VS_SVC_F_HASHED is the kernel's own.
-        out.bytes(service::FLAGS, &[&flags.to_ne_bytes(), &(!IP_VS_SVC_F_HASHED).to_ne_bytes()]);
+        let ([a, b, c, d], [e, f, g, h]) = (flags.to_ne_bytes(), (!IP_VS_SVC_F_HASHED).to_ne_bytes());
+        out.fixed(service::FLAGS, [a, b, c, d, e, f, g, h]);
         let persistence = self.persistence.unwrap_or_else(|| Persistence::new(0, self.id.family()));
         out.u32(service::TIMEOUT, persistence.timeout);
         match persistence.netmask {
-            Netmask::V4(mask) => out.bytes(service::NETMASK, &[&mask.octets()]),
+            Netmask::V4(mask) => out.fixed(service::NETMASK, mask.octets()),
             // A plain number in the header's __be32.
             Netmask::V6(prefix) => out.u32(service::NETMASK, prefix.into()),
         }
@@ -184,8 +185,8 @@ impl VirtualServerEntry {
                 }
                 service::TIMEOUT => timeout = parse_u32(value)?,
                 service::NETMASK => netmask = Some(parse_u32(value)?),
-                service::STATS => stats32 = Some(Stats::parse(StatsWidth::Bits32, value)?),
-                service::STATS64 => stats64 = Some(Stats::parse(StatsWidth::Bits64, value)?),
+                service::STATS => stats32 = Some(value),
+                service::STATS64 => stats64 = Some(value),
                 _ => {}
             }
             Ok(())
@@ -219,7 +220,7 @@ impl VirtualServerEntry {
                 engine,
                 one_packet: flags & IP_VS_SVC_F_ONEPACKET != 0,
             },
-            stats: stats64.or(stats32).unwrap_or_default(),
+            stats: Stats::listed(stats64, stats32)?,
         })
     }
 }

@@ -168,11 +168,8 @@ pub(crate) fn requests() -> Vec<Message> {
     let http = tcp("10.96.0.1:80");
     let persistent = VirtualServer {
         scheduler_flags: SchedulerFlags::SH_FALLBACK,
-        persistence: Some(Persistence {
-            timeout: 300,
-            netmask: Netmask::V4([255, 255, 255, 0].into()),
-            engine: Some("sip".parse().unwrap()),
-        }),
+        persistence: Some(Persistence { timeout: 300, netmask: Netmask::V4([255, 255, 255, 0].into()) }),
+        engine: Some("sip".parse().unwrap()),
         one_packet: true,
         ..VirtualServer::new(http, Scheduler::SourceHashing)
     };
