@@ -45,7 +45,7 @@ fn drain(Args { id, real, limit }: &Args) -> Result<bool, Box<dyn Error>> {
         find(&mut ipvs, id, *real)?.ok_or_else(|| format!("{id} has no real server {real}: see `ipvsadm -Ln`"))?;
     ipvs.set_real_server(id, &RealServer { weight: 0, ..entry.server })?;
     say(format_args!("{real} of {id} has weight 0 now; it had {}", entry.server.weight));
-    if is_persistent && !expires_quiescent_templates() {
+    if is_persistent && entry.persistent_connections > 0 && !expires_quiescent_templates() {
         say(format_args!(
             "{} persistence templates lead there: their clients come back until they expire, in spite of weight 0, \
              unless you set `sysctl net.ipv4.vs.expire_quiescent_template=1`",

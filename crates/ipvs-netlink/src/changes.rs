@@ -52,8 +52,9 @@ impl Table {
 
     /// The messages that turn this configuration into another.
     ///
-    /// What is new comes first, with its real servers, then what changes, real servers that come before those that go; what
-    /// goes comes last. So a client finds at every moment what it finds before or after.
+    /// Virtual servers are added and changed first, in the order of their identities, and of each one its real servers:
+    /// those that come before those that go. Surplus virtual servers are deleted last. So no virtual server that had real
+    /// servers, and will have some, is without in between.
     pub fn changes_to(&self, wanted: &Self) -> Vec<Message> {
         let mut messages = Vec::new();
         for (id, (server, real_servers)) in &wanted.0 {
@@ -105,11 +106,11 @@ impl FromIterator<(VirtualServer, Vec<RealServer>)> for Table {
 /// What is to be done about one real server of a virtual server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// It is wanted, and not there.
+    /// To be added.
     Add(RealServer),
-    /// It is there, and to be like this.
+    /// To be changed to this.
     Set(RealServer),
-    /// It is there, like this, and not wanted: to be deleted at once, or after its connections have ended.
+    /// As it is there now, unwanted: to be deleted at once, or after its connections have ended.
     Surplus(RealServer),
 }
 

@@ -43,11 +43,16 @@ pub enum ErrorKind {
     Other,
 }
 
-/// A failed operation. The text has the cause in it, so there is no `source` that would be shown twice.
-#[derive(Debug)]
+/// A failed operation. The text has the cause in it, so there is no `source` that would be shown twice; and it is the same
+/// with `{:?}`, which is how Rust shows what `main` returns.
 pub struct Error(Box<Failure>);
 
-#[derive(Debug)]
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 struct Failure {
     operation: &'static str,
     object: String,
@@ -56,7 +61,6 @@ struct Failure {
     cause: Cause,
 }
 
-#[derive(Debug)]
 enum Cause {
     Netlink(netlink_batch::Error),
     /// Found out before anything was sent.

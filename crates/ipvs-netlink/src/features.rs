@@ -41,7 +41,7 @@ pub struct Features {
     pub stats: StatsWidth,
     /// The tunnels it has beside IP in IP.
     pub tunnels: TunnelFeatures,
-    /// Whether, and how, the estimation of rates is controlled.
+    /// Whether, and how, estimation is controlled, without which no counter moves.
     pub estimation: EstimationFeatures,
     /// Whether its tables of connections and virtual servers grow and shrink (the sysctls `conn_lfactor` and `svc_lfactor`).
     pub resizable_tables: bool,
@@ -59,7 +59,8 @@ pub enum TunnelFeatures {
     GueAndGre,
 }
 
-/// How the estimation of rates is controlled.
+/// How the kernel's estimation is controlled, which brings counters and rates up to date. While it is off, what is listed
+/// stays as it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EstimationFeatures {
@@ -86,12 +87,12 @@ impl Client {
                 found.push(*scheduler);
             }
         }
-        // Any scheduler that is there will do; without one there is nothing to persist.
-        let sip = match (found.first(), "sip".parse()) {
-            (Some(scheduler), Ok(engine)) => questions.has(self, *scheduler, Some(engine))?,
+        let some = questions.any_scheduler(self)?;
+        let sip = match (some, "sip".parse()) {
+            (Some(scheduler), Ok(engine)) => questions.has(self, scheduler, Some(engine))?,
             _ => false,
         };
-        let known = self.known_attributes(found.first().copied())?;
+        let known = self.known_attributes(some)?;
         Ok(Features {
             info,
             schedulers: found,
@@ -119,18 +120,23 @@ impl Client {
     /// The attributes with which the kernel lists virtual and real servers: the nest they are in, and their kind.
     fn known_attributes(&mut self, scheduler: Option<Scheduler>) -> Result<BTreeSet<(u16, u16)>, Error> {
         for entry in self.virtual_servers()? {
-            let known = self.attributes_of(&entry.server.id)?;
-            if known.iter().any(|(nest, _)| *nest == top::DEST) {
-                return Ok(known);
+            match self.attributes_of(&entry.server.id) {
+                Ok(known) if known.iter().any(|(nest, _)| *nest == top::DEST) => return Ok(known),
+                // Somebody else has deleted it.
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
             }
         }
         let Some(scheduler) = scheduler else { return Ok(BTreeSet::new()) };
-        let id = self.unused_mark(Family::Ipv4)?;
-        self.add_virtual_server(&VirtualServer::new(id, scheduler))?;
+        let id = self.at_unused_mark(Family::Ipv4, |client, id| {
+            client.add_virtual_server(&VirtualServer::new(id, scheduler)).map(|()| id)
+        })?;
         let example = RealServer::new(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
         let known = self.add_real_server(&id, &example).and_then(|()| self.attributes_of(&id));
-        self.delete_virtual_server(&id)?;
-        known
+        match self.delete_virtual_server(&id) {
+            Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+            _ => known,
+        }
     }
 
     fn attributes_of(&mut self, id: &VirtualServerId) -> Result<BTreeSet<(u16, u16)>, Error> {
@@ -148,15 +154,24 @@ impl Client {
         Ok(known)
     }
 
-    /// A firewall mark for which there is no virtual server.
-    fn unused_mark(&mut self, family: Family) -> Result<VirtualServerId, Error> {
+    /// Does something with a firewall mark for which there is no virtual server, and again with another one where somebody
+    /// else takes it meanwhile.
+    fn at_unused_mark<T>(
+        &mut self,
+        family: Family,
+        mut what: impl FnMut(&mut Self, VirtualServerId) -> Result<T, Error>,
+    ) -> Result<T, Error> {
         let mut mark = NonZeroU32::MAX;
         loop {
             let id = VirtualServerId::FirewallMark { mark, family };
             match self.virtual_server(&id) {
-                Err(error) if error.kind() == ErrorKind::NotFound => return Ok(id),
-                result => result?,
-            };
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => match what(self, id) {
+                    Err(error) if error.kind() == ErrorKind::Exists => {}
+                    result => return result,
+                },
+                Err(error) => return Err(error),
+            }
             mark = NonZeroU32::new(mark.get() - 1).unwrap_or(NonZeroU32::MAX);
         }
     }
@@ -174,11 +189,21 @@ enum Questions {
 
 impl Questions {
     fn find(client: &mut Client) -> Result<Self, Error> {
-        match client.unused_mark(Family::Ipv6) {
-            Ok(_) => Ok(Self::Ipv6),
+        match client.at_unused_mark(Family::Ipv6, |_, _| Ok(())) {
+            Ok(()) => Ok(Self::Ipv6),
             Err(error) if error.kind() == ErrorKind::NotSupported => Ok(Self::Ipv4),
             Err(error) => Err(error),
         }
+    }
+
+    /// A scheduler that is there, to ask for other things with. Every kernel since 4.13 has `none`.
+    fn any_scheduler(self, client: &mut Client) -> Result<Option<Scheduler>, Error> {
+        for scheduler in "none".parse().into_iter().chain(Scheduler::ALL) {
+            if self.has(client, scheduler, None)? {
+                return Ok(Some(scheduler));
+            }
+        }
+        Ok(None)
     }
 
     fn has(self, client: &mut Client, scheduler: Scheduler, engine: Option<Name>) -> Result<bool, Error> {
@@ -186,15 +211,13 @@ impl Questions {
             Self::Ipv6 => (Family::Ipv6, Netmask::V6(0)),
             Self::Ipv4 => (Family::Ipv4, Netmask::host(Family::Ipv4)),
         };
-        let id = client.unused_mark(family)?;
         let persistence = Some(Persistence { timeout: 1, netmask });
-        match client.add_virtual_server(&VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) }) {
+        let question = |id| VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) };
+        match client.at_unused_mark(family, |client, id| client.add_virtual_server(&question(id)).map(|()| id)) {
+            Ok(id) => client.delete_virtual_server(&id).map(|()| true),
             Err(error) if error.kind() == ErrorKind::NoScheduler => Ok(false),
             Err(error) if error.kind() == ErrorKind::Invalid && self == Self::Ipv6 => Ok(true),
-            result => {
-                result?;
-                client.delete_virtual_server(&id).map(|()| true)
-            }
+            Err(error) => Err(error),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use netlink_packet_core::DecodeError;
 
 use crate::attributes::{Encoder, service};
+use crate::wire::equal_as_written;
 
 /// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -41,7 +42,7 @@ impl Family {
 
 impl fmt::Display for Family {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Self::Ipv4 => "IPv4",
             Self::Ipv6 => "IPv6",
         })
@@ -49,7 +50,7 @@ impl fmt::Display for Family {
 }
 
 /// The transport protocol of a virtual server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Protocol {
     /// TCP.
@@ -61,6 +62,8 @@ pub enum Protocol {
     /// Another number; the kernel takes any of 16 bits and balances only those above.
     Other(u16),
 }
+
+equal_as_written!(Protocol, it => it.number());
 
 impl Protocol {
     /// The number, as in `IPPROTO_TCP`.

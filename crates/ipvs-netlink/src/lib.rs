@@ -61,6 +61,7 @@ mod stats;
 mod sync_daemon;
 mod totals;
 mod virtual_server;
+mod wire;
 
 pub use changes::{Change, Table};
 #[cfg(feature = "tokio")]

@@ -127,6 +127,9 @@ impl Message {
     pub(crate) fn fault(&self) -> Option<&'static str> {
         match self {
             Self::AddVirtualServer(server) | Self::SetVirtualServer(server) => server.fault(),
+            Self::VirtualServer(_) | Self::RealServer(_) | Self::SyncDaemon(_) | Self::Timeouts(_) | Self::Info(_) => {
+                Some("this is an answer of the kernel's, and no request")
+            }
             _ => None,
         }
     }
@@ -319,4 +322,38 @@ fn nested(buffer: &[u8], wanted: u16) -> Result<&[u8], DecodeError> {
         Ok(())
     })?;
     found.ok_or_else(|| format!("an answer lacks its attribute {wanted}").into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::Protocol;
+    use crate::scheduler::Scheduler;
+    use crate::stats::Stats;
+
+    #[test]
+    fn what_is_listed_again_is_left_out_and_the_order_stays() {
+        let real = |host: u8| RealServerEntry {
+            server: RealServer::new(SocketAddr::from(([10, 1, 0, host], 80))),
+            active_connections: 0,
+            inactive_connections: 0,
+            persistent_connections: 0,
+            stats: Stats::default(),
+        };
+        let hosts = [5, 4, 3, 2, 1, 9, 8, 7, 6];
+        let mut list: Vec<_> = hosts.into_iter().chain([9, 5]).map(real).collect();
+        RealServerEntry::without_repeats(&mut list);
+        assert_eq!(list, hosts.map(real));
+
+        let server = |host: u8| VirtualServerEntry {
+            server: VirtualServer::new(
+                VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([10, 96, 0, host], 80))),
+                Scheduler::RoundRobin,
+            ),
+            stats: Stats::default(),
+        };
+        let mut list = vec![server(2), server(1), server(2)];
+        VirtualServerEntry::without_repeats(&mut list);
+        assert_eq!(list, [server(2), server(1)]);
+    }
 }

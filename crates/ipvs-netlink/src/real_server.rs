@@ -9,12 +9,13 @@ use netlink_packet_core::{DecodeError, parse_u8, parse_u16, parse_u16_be, parse_
 use crate::attributes::{Encoder, dest, each_attribute};
 use crate::id::{Family, decode_address, encode_address};
 use crate::stats::Stats;
+use crate::wire::equal_as_written;
 
 /// `IP_VS_CONN_F_FWD_MASK`: the forwarding method among the flags of a destination.
 const FORWARDING_MASK: u32 = 0x7;
 
 /// The packet around a packet that goes to a real server in a tunnel (`ipvsadm --tun-type`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default)]
 pub enum Tunnel {
     /// IP in IP (`IP_VS_CONN_F_TUNNEL_TYPE_IPIP`); the only one before Linux 5.2.
     #[default]
@@ -31,7 +32,7 @@ pub enum Tunnel {
         /// Whether the outer packets have a checksum.
         checksum: bool,
     },
-    /// What none of the above is: listed where somebody else has set it.
+    /// Anything else: a type or flags that this crate does not know, set by somebody else.
     Other {
         /// `IPVS_DEST_ATTR_TUN_TYPE`
         kind: u8,
@@ -59,6 +60,8 @@ const TUNNEL_TYPE_GUE: u8 = 1;
 const TUNNEL_TYPE_GRE: u8 = 2;
 const TUNNEL_FLAG_CSUM: u16 = 1;
 const TUNNEL_FLAG_REMCSUM: u16 = 2;
+
+equal_as_written!(Tunnel, it => it.parts());
 
 impl Tunnel {
     /// Type, port and flags.
@@ -92,7 +95,7 @@ impl Tunnel {
 }
 
 /// How packets reach a real server (`IP_VS_CONN_F_*`).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default)]
 pub enum Forwarding {
     /// Network address translation (`ipvsadm -m`); the only method that can change the port.
     #[default]
@@ -110,7 +113,13 @@ pub enum Forwarding {
     Other(u8),
 }
 
+equal_as_written!(Forwarding, it => (it.number(), it.tunnel()));
+
 impl Forwarding {
+    fn tunnel(self) -> Option<Tunnel> {
+        if let Self::Tunnel(tunnel) = self { Some(tunnel) } else { None }
+    }
+
     fn number(self) -> u32 {
         match self {
             Self::Masquerade => 0,
@@ -152,7 +161,7 @@ impl fmt::Display for Forwarding {
 pub struct RealServer {
     /// The address. Only a tunnel can lead to another family than the virtual server's.
     pub address: IpAddr,
-    /// The port; the virtual server's own for every method but masquerade.
+    /// The port. Only masquerade changes the port of packets: for every other method it has to be the virtual server's own.
     pub port: u16,
     /// How packets reach it.
     pub forwarding: Forwarding,
@@ -160,7 +169,8 @@ pub struct RealServer {
     pub weight: u32,
     /// At this many connections it takes no new ones; 0 for no limit.
     pub upper_threshold: u32,
-    /// Below this many connections it takes new ones again; at most the upper threshold.
+    /// Below this many connections it takes new ones again; at most the upper threshold. 0 stands for three quarters of the
+    /// upper one.
     pub lower_threshold: u32,
 }
 
@@ -188,7 +198,7 @@ impl RealServer {
         out.u32(dest::WEIGHT, self.weight);
         out.u32(dest::U_THRESH, self.upper_threshold);
         out.u32(dest::L_THRESH, self.lower_threshold);
-        // What is left out is 0, and a kernel that does not know them takes all but those that are not.
+        // What is left out is 0. A kernel before 5.2 knows none of these, and makes any tunnel IP in IP.
         if let Forwarding::Tunnel(tunnel) = self.forwarding
             && tunnel != Tunnel::IpIp
         {

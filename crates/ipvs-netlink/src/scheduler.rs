@@ -4,9 +4,10 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::name::{InvalidName, Name};
+use crate::wire::equal_as_written;
 
 /// How a virtual server chooses a real server; the names are those of ipvsadm(8).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub enum Scheduler {
     /// `rr`
@@ -41,6 +42,8 @@ pub enum Scheduler {
     /// connections that another node's kernel has told of.
     Other(Name),
 }
+
+equal_as_written!(Scheduler, it => it.name());
 
 impl Scheduler {
     /// The schedulers of Linux 6.1.
@@ -85,7 +88,7 @@ impl Scheduler {
 
 impl fmt::Display for Scheduler {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        f.pad(self.name())
     }
 }
 

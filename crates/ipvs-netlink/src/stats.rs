@@ -4,11 +4,12 @@ use netlink_packet_core::{DecodeError, parse_u32, parse_u64};
 
 use crate::attributes::each_attribute;
 
-/// What has passed, and how fast it passes. The kernel brings rates up to date every two seconds.
+/// What has passed, and how fast it passes, as of up to two seconds ago: so often the kernel's estimation brings both up to
+/// date. Where that is off (the sysctl `run_estimation`) they stay as they are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Where counters begin anew.
+    /// How wide the counters are, beyond which they begin anew at 0.
     pub width: StatsWidth,
     /// Connections scheduled.
     pub connections: u64,

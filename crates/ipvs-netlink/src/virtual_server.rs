@@ -140,8 +140,10 @@ impl VirtualServer {
             flags |= IP_VS_SVC_F_ONEPACKET;
         }
         // struct ip_vs_flags: the flags, and the mask of those that are meant. IP_VS_SVC_F_HASHED is the kernel's own.
-        let ([a, b, c, d], [e, f, g, h]) = (flags.to_ne_bytes(), (!IP_VS_SVC_F_HASHED).to_ne_bytes());
-        out.fixed(service::FLAGS, [a, b, c, d, e, f, g, h]);
+        let mut both = [0; 8];
+        both[..4].copy_from_slice(&flags.to_ne_bytes());
+        both[4..].copy_from_slice(&(!IP_VS_SVC_F_HASHED).to_ne_bytes());
+        out.fixed(service::FLAGS, both);
         let persistence = self.persistence.unwrap_or_else(|| Persistence::new(0, self.id.family()));
         out.u32(service::TIMEOUT, persistence.timeout);
         match persistence.netmask {

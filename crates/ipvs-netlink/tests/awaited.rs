@@ -7,7 +7,7 @@ mod common;
 use std::time::Duration;
 
 use common::{client, real, round_robin, tcp};
-use ipvs_netlink::{AsyncClient, ErrorKind, Message, Table, Timeouts};
+use ipvs_netlink::{AsyncClient, ErrorKind, Family, Message, Netmask, Persistence, Table, Timeouts, VirtualServer};
 
 fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
@@ -42,6 +42,28 @@ fn everything_can_be_awaited() {
             assert_eq!(awaited.virtual_server(&tcp("10.96.1.9:80")).await.unwrap().server.id, tcp("10.96.1.9:80"));
         }
         assert_eq!(awaited.virtual_servers().await.unwrap().len(), 200);
+        // One that goes before its turn is left out.
+        let mut servers = awaited.servers().await.unwrap();
+        let first = servers.next().await.unwrap().unwrap().virtual_server.server.id;
+        let gone = (1..=200).map(|number| tcp(&format!("10.96.1.{number}:80"))).filter(|id| *id != first).take(50);
+        let deletions: Vec<_> = gone.map(Message::DeleteVirtualServer).collect();
+        assert!(client.apply(&deletions).unwrap().iter().all(Result::is_ok));
+        let mut left = 0;
+        while let Some(server) = servers.next().await {
+            assert_eq!(server.unwrap().real_servers.len(), 1);
+            left += 1;
+        }
+        assert_eq!(left, 149);
+
+        // What the client does not send is refused here too.
+        let netmask = Netmask::host(Family::Ipv6);
+        let wrong = VirtualServer { persistence: Some(Persistence { timeout: 60, netmask }), ..round_robin(web) };
+        let error = awaited.add_virtual_server(&wrong).await.unwrap_err();
+        assert_eq!((error.kind(), error.refusal()), (ErrorKind::Invalid, None));
+        let results =
+            awaited.apply(&[Message::AddVirtualServer(wrong), Message::Timeouts(Timeouts::default())]).await.unwrap();
+        assert!(results.iter().all(|result| result.as_ref().is_err_and(|error| error.refusal().is_none())));
+
         awaited.flush().await.unwrap();
         assert!(awaited.table().await.unwrap().is_empty());
     });

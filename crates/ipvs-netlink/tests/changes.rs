@@ -3,8 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
-use ipvs_netlink::{Change, Message, Protocol, RealServer, Scheduler, Table, VirtualServer, VirtualServerId};
+use ipvs_netlink::{
+    Change, Family, Forwarding, Message, Persistence, Protocol, RealServer, Scheduler, SchedulerFlags, Table, Tunnel,
+    VirtualServer, VirtualServerId,
+};
 use proptest::collection::{btree_map, vec};
+use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::select;
 
@@ -18,12 +22,21 @@ fn any_real() -> impl Strategy<Value = RealServer> {
 
 fn any_table() -> impl Strategy<Value = Table> {
     let scheduler = select(vec![Scheduler::RoundRobin, Scheduler::SourceHashing]);
-    btree_map(1_u8..6, (scheduler, vec(any_real(), 0..6)), 0..5).prop_map(|servers| {
+    let flags = select(vec![SchedulerFlags::NONE, SchedulerFlags::SH_PORT]);
+    let others = (option::of(1_u32..3), any::<bool>(), any::<bool>());
+    btree_map(1_u8..6, (scheduler, flags, others, vec(any_real(), 0..6)), 0..5).prop_map(|servers| {
         servers
             .into_iter()
-            .map(|(host, (scheduler, real))| {
+            .map(|(host, (scheduler, scheduler_flags, (timeout, has_engine, one_packet), real))| {
                 let id = VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([10, 96, 0, host], 80)));
-                (VirtualServer::new(id, scheduler), real)
+                let server = VirtualServer {
+                    scheduler_flags,
+                    persistence: timeout.map(|timeout| Persistence::new(timeout, Family::Ipv4)),
+                    engine: if has_engine { "sip".parse().ok() } else { None },
+                    one_packet,
+                    ..VirtualServer::new(id, scheduler)
+                };
+                (server, real)
             })
             .collect()
     })
@@ -98,6 +111,35 @@ proptest! {
             }
         }
     }
+}
+
+proptest! {
+    #[test]
+    fn surplus_virtual_servers_go_last(held in any_table(), wanted in any_table()) {
+        let changes = held.changes_to(&wanted);
+        let is_deletion = |message: &Message| matches!(message, Message::DeleteVirtualServer(_));
+        prop_assert!(changes.is_sorted_by_key(is_deletion), "{changes:?}");
+    }
+}
+
+/// What is written alike is the same to the kernel, which lists it in one form.
+#[test]
+fn what_is_written_alike_needs_no_change() {
+    let id = |protocol| VirtualServerId::address(protocol, SocketAddr::from(([10, 96, 0, 1], 80)));
+    let real = |forwarding| RealServer { forwarding, ..RealServer::new(SocketAddr::from(([10, 1, 0, 1], 80))) };
+    let other = Tunnel::Other { kind: 0, port: 0, flags: 0 };
+    let round_robin = VirtualServer::new(id(Protocol::Tcp), Scheduler::RoundRobin);
+    let by_number = VirtualServer::new(id(Protocol::Other(6)), Scheduler::RoundRobin);
+    for (held, wanted) in
+        [(Forwarding::Masquerade, Forwarding::Other(8)), (Forwarding::Tunnel(Tunnel::IpIp), Forwarding::Tunnel(other))]
+    {
+        let held = Table::from_iter([(round_robin, vec![real(held)])]);
+        let wanted = Table::from_iter([(by_number, vec![real(wanted)])]);
+        assert_eq!(held.changes_to(&wanted), []);
+    }
+    assert_ne!(Protocol::Other(7), Protocol::Tcp);
+    assert_ne!(Forwarding::Tunnel(Tunnel::IpIp), Forwarding::Tunnel(Tunnel::Gre { checksum: false }));
+    assert_ne!(Forwarding::Other(5), Forwarding::Other(6));
 }
 
 #[test]

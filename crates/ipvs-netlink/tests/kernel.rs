@@ -76,6 +76,11 @@ fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
     assert_eq!((features.estimation, features.resizable_tables), (estimation, has("svc_lfactor")));
     assert_eq!(run("ipvsadm -Sn"), "");
 
+    // Whatever schedulers are asked for.
+    let others = client.features(&[nosuch]).unwrap();
+    assert_eq!(others.schedulers, []);
+    assert_eq!((others.sip, others.stats, others.tunnels), (true, StatsWidth::Bits64, TunnelFeatures::GueAndGre));
+
     // Also where there is a real server to look at, and the mark that would be taken is in use.
     for family in [Family::Ipv4, Family::Ipv6] {
         client.add_virtual_server(&round_robin(VirtualServerId::firewall_mark(u32::MAX, family).unwrap())).unwrap();
@@ -85,6 +90,56 @@ fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
     let table = client.table().unwrap();
     assert_eq!(client.features(&features.schedulers).unwrap(), features);
     assert_eq!(client.table().unwrap(), table);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_kernel_is_asked_what_it_can_do_while_others_ask_and_change_things() {
+    let mut client = client();
+    let features = client.features(&Scheduler::ALL).unwrap();
+    thread::scope(|scope| {
+        let asking: Vec<_> = (0..2)
+            .map(|_| {
+                let features = &features;
+                scope.spawn(move || {
+                    let mut client = Client::connect().unwrap();
+                    for _ in 0..100 {
+                        assert_eq!(client.features(&Scheduler::ALL).unwrap(), *features);
+                    }
+                })
+            })
+            .collect();
+        let (add, delete) = ([1, 2, 3].map(numbered).map(round_robin), [1, 2, 3].map(numbered));
+        while !asking.iter().all(thread::ScopedJoinHandle::is_finished) {
+            assert!(client.apply(&add.map(Message::AddVirtualServer)).unwrap().iter().all(Result::is_ok));
+            assert!(client.apply(&delete.map(Message::DeleteVirtualServer)).unwrap().iter().all(Result::is_ok));
+        }
+    });
+    assert_eq!(client.virtual_servers().unwrap(), []);
+}
+
+/// Never torn: with the real servers it had.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_virtual_server_that_is_deleted_while_it_is_read_is_left_out() {
+    let mut client = client();
+    let full: Table =
+        (0..50).map(|number| (round_robin(numbered(number)), vec![real("10.1.0.7:80"), real("10.1.0.8:80")])).collect();
+    let (make, unmake) = (Table::default().changes_to(&full), full.changes_to(&Table::default()));
+    for _ in 0..50 {
+        assert!(client.apply(&make).unwrap().iter().all(Result::is_ok));
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut other = Client::connect().unwrap();
+                for message in &unmake {
+                    other.apply(&[*message]).unwrap().remove(0).unwrap();
+                }
+            });
+            for server in client.servers().unwrap() {
+                assert_eq!(server.unwrap().real_servers.len(), 2);
+            }
+        });
+    }
 }
 
 #[test]
@@ -233,9 +288,11 @@ fn a_netmask_of_the_other_family_is_refused_alone() {
         "cannot add virtual server TCP 10.96.0.1:80: the netmask of its persistence is of the other address family";
     assert_error(&client.add_virtual_server(&wrong).unwrap_err(), ErrorKind::Invalid, text);
     let others = [round_robin(numbered(1)), round_robin(numbered(2))].map(Message::AddVirtualServer);
-    let results = client.apply(&[others[0], Message::AddVirtualServer(wrong), others[0], others[1]]).unwrap();
+    let wrong = Message::AddVirtualServer(wrong);
+    let results =
+        client.apply(&[others[0], wrong, others[0], Message::Timeouts(Timeouts::default()), others[1]]).unwrap();
     let kinds: Vec<_> = results.iter().map(|result| result.as_ref().err().map(Error::kind)).collect();
-    assert_eq!(kinds, [None, Some(ErrorKind::Invalid), Some(ErrorKind::Exists), None]);
+    assert_eq!(kinds, [None, Some(ErrorKind::Invalid), Some(ErrorKind::Exists), Some(ErrorKind::Invalid), None]);
     assert_eq!(identities(&mut client).len(), 2);
 }
 

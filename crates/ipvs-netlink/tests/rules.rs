@@ -4,7 +4,7 @@
 
 use std::num::{NonZeroU8, NonZeroU16};
 
-use ipvs_netlink::rules::{self, FormatError, ParseError, Rule};
+use ipvs_netlink::rules::{self, FormatError, ParseError};
 use ipvs_netlink::{
     Family, Forwarding, GueChecksum, Message, Name, Netmask, Persistence, Protocol, RealServer, Scheduler,
     SchedulerFlags as Flags, SyncDaemon, SyncRole, Timeouts, Tunnel, VirtualServer, VirtualServerId,
@@ -276,8 +276,8 @@ fn every_other_command_is_read_and_written() {
 fn blank_lines_and_comments_are_passed_over_and_lines_are_counted() {
     let text = "\n# a comment\n   \t\n-C\n  #another\r\nipvsadm\n-Z\r\nbad\n-C # no\n-Z";
     let (rules, errors): (Vec<_>, Vec<_>) = rules::parse(text).partition(Result::is_ok);
-    let rules: Vec<Rule> = rules.into_iter().map(Result::unwrap).collect();
-    let rule = |line, message| Rule { line, message };
+    let rules: Vec<_> = rules.into_iter().map(Result::unwrap).map(|rule| (rule.line, rule.message)).collect();
+    let rule = |line, message| (line, message);
     assert_eq!(rules, [rule(4, Message::Flush), rule(7, Message::Zero), rule(10, Message::Zero)]);
     let errors: Vec<_> = errors.into_iter().map(Result::unwrap_err).collect();
     assert_eq!(
@@ -298,8 +298,8 @@ fn an_error_says_where_what_and_what_would_be_right() {
         ("-A -oz", "column 6: \"-oz\" is no option of a rule"),
         ("--add-serv -t 1.2.3.4:80", "column 1: \"--add-serv\" is no option of a rule"),
         ("-A -t 1.2.3.4:80 -w 1", "column 18: \"-w\" does not go with --add-service"),
-        ("-A -t 1.2.3.4:80 -s rr -s lc", "column 24: \"-s\" says again, or otherwise, what --scheduler says"),
-        ("-A -t 1.2.3.4:80 -f 1", "column 18: \"-f\" says again, or otherwise, what --tcp-service says"),
+        ("-A -t 1.2.3.4:80 -s rr -s lc", "column 24: \"-s\" repeats or contradicts --scheduler"),
+        ("-A -t 1.2.3.4:80 -f 1", "column 18: \"-f\" repeats or contradicts --tcp-service"),
         ("-A -u 1.2.3.4:80 --ops=1", "column 18: \"--ops=1\" takes no value"),
         ("-A -t", "column 4: \"-t\" needs a value: address:port"),
         ("-A -t 1.2.3.4:80 rr", "column 18: \"rr\" is neither an option nor the value of one"),
@@ -344,7 +344,7 @@ fn an_error_says_where_what_and_what_would_be_right() {
         ("-A -f 1 -b mh-port", "column 12: \"mh-port\" is a flag of another scheduler than wlc"),
         ("-A -f 1 -p -M 24", "column 15: \"24\" is no mask: for IPv4 one has four parts, as in 255.255.255.0"),
         ("-A -f 1 -6 -p -M 129", "column 18: \"129\" is no mask: for IPv6 it is a prefix length from 1 to 128"),
-        ("-A -t 1.2.3.4", "column 7: \"1.2.3.4\" has port 0, which takes persistence (-p)"),
+        ("-A -t 1.2.3.4", "column 7: \"1.2.3.4\" has no port, or port 0, which takes persistence (-p)"),
         ("-A -t 1.2.3.4:80 -o", "column 18: \"-o\" is for UDP (-u) and firewall marks (-f)"),
         (
             "-a -t 1.2.3.4:80 -r [::1]:80 -m",
@@ -399,7 +399,7 @@ fn what_no_rule_can_say_is_not_written() {
     };
     let mask = Netmask::host(Family::Ipv4);
     for (message, reason) in [
-        (Message::AddVirtualServer(server(tcp("10.0.0.1:0"))), "has port 0"),
+        (Message::AddVirtualServer(server(tcp("10.0.0.1:0"))), "or port 0"),
         (Message::AddVirtualServer(VirtualServer { one_packet: true, ..server(web) }), "is for UDP"),
         (Message::AddVirtualServer(persistent(0, mask)), "\"0\" is no number from 1 to 2678400"),
         (Message::AddVirtualServer(persistent(1, Netmask::V6(64))), "\"64\" is no mask"),

@@ -12,6 +12,7 @@ const NLMSGERR_ATTR_MISS_TYPE: u16 = 5;
 
 /// The kernel's "no" to one request: an errno and, where the kernel gives it, an extended ACK.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Refusal {
     /// The errno, positive, as in `errno.h`.
     pub errno: i32,
@@ -24,7 +25,8 @@ pub struct Refusal {
 }
 
 impl Refusal {
-    pub(crate) fn new(errno: i32) -> Self {
+    /// One without details.
+    pub const fn new(errno: i32) -> Self {
         Self { errno, message: None, attribute: None, missing: None }
     }
 

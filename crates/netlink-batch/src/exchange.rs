@@ -47,6 +47,7 @@ impl<M> From<M> for Request<M> {
 
 /// What a socket has sent since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Sent {
     /// Datagrams: a request, a dump, a batch or a transaction each.
     pub datagrams: u64,

@@ -15,8 +15,8 @@
 //! # Ok::<(), netlink_batch::Error>(())
 //! ```
 //!
-//! With the feature `tokio` there is the same socket to be awaited, `AsyncSocket`: both are thin, around one core that does
-//! no input or output.
+//! With the feature `tokio` there is the same socket to be awaited, `AsyncSocket`, but for transactions: both are thin, around
+//! one core that does no input or output.
 //!
 //! What a batch is, and what was measured about it, stands at [`Socket::batch`].
 

@@ -21,7 +21,8 @@ pub struct Socket {
     is_dumping: bool,
 }
 
-/// How long an answer is waited for. All are queued when a `send` returns; what is not there never comes.
+/// How long an answer is waited for. The families of the kernel answer before `send` returns, but for a few such as audit,
+/// whose answers a thread sends; what has not come by then never comes.
 const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Opens a socket that is connected to the kernel.

@@ -100,7 +100,33 @@ fn awaited_requests_have_the_same_answers() {
         let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
         socket.dump(&all, |_: RouteNetlinkMessage| links += 1).await.unwrap();
         assert!(links > 0);
-        assert_eq!(socket.sent().messages, 1 + 1 + 1 + 128 + 129 + 1000 + 1);
+        let sent = socket.sent();
+        assert_eq!((sent.messages, sent.datagrams), (1 + 1 + 1 + 128 + 129 + 1000 + 1, 2 + 1 + 1 + 2 + 8 + 1));
+        assert_eq!(sent.bytes, sent.messages * 32);
+    });
+}
+
+#[test]
+fn other_tasks_get_their_turn_between_requests() {
+    on_one_thread(async {
+        let turns = std::rc::Rc::new(std::cell::Cell::new(0));
+        let counted = turns.clone();
+        let local = tokio::task::LocalSet::new();
+        local.spawn_local(async move {
+            loop {
+                counted.set(counted.get() + 1);
+                tokio::task::yield_now().await;
+            }
+        });
+        local
+            .run_until(async {
+                let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
+                for _ in 0..1000 {
+                    socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| ()).await.unwrap();
+                }
+            })
+            .await;
+        assert!(turns.get() >= 5, "{} turns", turns.get());
     });
 }
 

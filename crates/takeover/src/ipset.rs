@@ -161,7 +161,7 @@ mod tests {
     }
 
     fn refusal(errno: i32) -> Refusal {
-        Refusal { errno, message: None, attribute: None, missing: None }
+        Refusal::new(errno)
     }
 
     #[test]

@@ -9,7 +9,7 @@ use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
 use super::{
-    ServerEntry, ask_for_family, family_in, identities, no_family, outcome, requests, requests_of, results_of,
+    Identities, ServerEntry, ask_for_family, family_in, no_family, outcome, requests, requests_of, results_of,
     unanswered, wrap,
 };
 use crate::changes::Table;
@@ -21,9 +21,11 @@ use crate::real_server::{RealServer, RealServerEntry};
 use crate::sync_daemon::{SyncDaemon, SyncRole};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry};
 
-/// [`Client`](crate::Client) for tasks: the same methods, awaited. The kernel handles a request inside the system call that
+/// [`Client`](crate::Client) for tasks: the same methods, awaited, but for [`Client::features`](crate::Client::features), which
+/// one asks once. The kernel handles a request inside the system call that
 /// sends it; other tasks get their turn, by tokio's rules, between requests, the datagrams of a list and the parts of a
-/// batch. A future that is dropped leaves the client usable; whether what it asked for was carried out is not known then.
+/// batch. So a request that takes long keeps the thread: to stop a synchronization daemon can take two seconds, and so can
+/// loading the module of a scheduler. A future that is dropped leaves the client usable; whether what it asked for was carried out is not known then.
 pub struct AsyncClient {
     socket: AsyncSocket,
     family: u16,
@@ -70,8 +72,13 @@ impl AsyncClient {
 
     /// [`Client::servers`](crate::Client::servers), awaited.
     pub async fn servers(&mut self) -> Result<AsyncServers<'_>, Error> {
-        let ids = identities(&self.virtual_servers().await?);
-        Ok(AsyncServers { client: self, ids })
+        let failed = |error| Error::new(&Message::ListVirtualServers, error);
+        let mut ids = Identities::default();
+        let mut stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).await.map_err(failed)?;
+        while let Some(answer) = stream.next().await {
+            ids.push(&answer.map_err(failed)?);
+        }
+        Ok(AsyncServers { client: self, ids: ids.listed.into_iter() })
     }
 
     /// [`Client::table`](crate::Client::table), awaited.
@@ -126,13 +133,16 @@ impl AsyncServers<'_> {
     pub async fn next(&mut self) -> Option<Result<ServerEntry, Error>> {
         loop {
             let id = self.ids.next()?;
-            let virtual_server = match self.client.virtual_server(&id).await {
-                Ok(entry) => entry,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            // In this order: of one that goes in between, the second says so.
+            let real_servers = match self.client.real_servers(&id).await {
+                Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
             };
-            let real_servers = self.client.real_servers(&id).await;
-            return Some(real_servers.map(|real_servers| ServerEntry { virtual_server, real_servers }));
+            match self.client.virtual_server(&id).await {
+                Ok(virtual_server) => return Some(Ok(ServerEntry { virtual_server, real_servers })),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Some(Err(error)),
+            }
         }
     }
 }

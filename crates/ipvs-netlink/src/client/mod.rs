@@ -4,6 +4,7 @@
 mod awaited;
 mod requests;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::vec;
@@ -68,7 +69,8 @@ impl Client {
         self.socket.sent()
     }
 
-    /// Carries out messages that change something, in order, in few system calls; a failure does not stop the rest.
+    /// Carries out messages in order, in few system calls; a failure does not stop the rest. A question is answered with
+    /// success or failure alone.
     ///
     /// Returns one result for each message. An `Err` of the whole means that the socket failed, and that it is not known
     /// what was carried out. See [`netlink_batch::Socket::batch`] for how it works.
@@ -78,10 +80,15 @@ impl Client {
     }
 
     /// All virtual servers with their real servers, one after another: first the identities of all are read, then each by
-    /// itself. One that goes meanwhile is left out; so what is returned is what was there when its turn came.
+    /// itself. One that goes before its turn is left out. Held are the identities and one virtual server.
     pub fn servers(&mut self) -> Result<Servers<'_>, Error> {
-        let ids = identities(&self.virtual_servers()?);
-        Ok(Servers { client: self, ids })
+        let failed = |error| Error::new(&Message::ListVirtualServers, error);
+        let mut ids = Identities::default();
+        let stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).map_err(failed)?;
+        for answer in stream {
+            ids.push(&answer.map_err(failed)?);
+        }
+        Ok(Servers { client: self, ids: ids.listed.into_iter() })
     }
 
     /// Everything that is configured, to be compared with what is wanted.
@@ -153,19 +160,35 @@ impl Iterator for Servers<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let id = self.ids.next()?;
-            let virtual_server = match self.client.virtual_server(&id) {
-                Ok(entry) => entry,
-                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            // In this order: of one that goes in between, the second says so.
+            let real_servers = match self.client.real_servers(&id) {
+                Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
             };
-            let real_servers = self.client.real_servers(&id);
-            return Some(real_servers.map(|real_servers| ServerEntry { virtual_server, real_servers }));
+            match self.client.virtual_server(&id) {
+                Ok(virtual_server) => return Some(Ok(ServerEntry { virtual_server, real_servers })),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Some(Err(error)),
+            }
         }
     }
 }
 
-fn identities(entries: &[VirtualServerEntry]) -> vec::IntoIter<VirtualServerId> {
-    entries.iter().map(|entry| entry.server.id).collect::<Vec<_>>().into_iter()
+/// The identities in a list of virtual servers, each once.
+#[derive(Default)]
+struct Identities {
+    listed: Vec<VirtualServerId>,
+    seen: HashSet<VirtualServerId>,
+}
+
+impl Identities {
+    fn push(&mut self, answer: &GenlMessage<Message>) {
+        if let Message::VirtualServer(entry) = &answer.payload
+            && self.seen.insert(entry.server.id)
+        {
+            self.listed.push(entry.server.id);
+        }
+    }
 }
 
 fn ask_for_family() -> Request<GenlMessage<GenlCtrl>> {

@@ -18,7 +18,7 @@ macro_rules! requests {
             ///
             /// One may be missing where others, in any network namespace, delete virtual servers meanwhile: from one
             /// datagram of the list to the next the kernel finds its place by counting, in a table it has for all
-            /// namespaces, and does not say when that went wrong. A datagram holds about 60.
+            /// namespaces, and does not say when that went wrong. A datagram holds about 90.
             virtual_servers() -> Vec<VirtualServerEntry> = list(Message::ListVirtualServers);
 
             /// One virtual server; [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) where there is none
@@ -26,7 +26,7 @@ macro_rules! requests {
             virtual_server(id: &VirtualServerId) -> VirtualServerEntry = ask(Message::GetVirtualServer(*id));
 
             /// The real servers of a virtual server, in the kernel's order, each once; none where there is no such virtual
-            /// server (`IPVS_CMD_GET_DEST`). Of more than fit a datagram, about 60, one may be missing where others delete
+            /// server (`IPVS_CMD_GET_DEST`). Of more than fit a datagram, about 90, one may be missing where others delete
             /// real servers meanwhile.
             real_servers(id: &VirtualServerId) -> Vec<RealServerEntry> = list(Message::ListRealServers(*id));
 
@@ -67,8 +67,8 @@ macro_rules! requests {
             sync_daemons() -> Vec<SyncDaemon> = list(Message::ListSyncDaemons);
 
             /// Starts a synchronization daemon (`IPVS_CMD_NEW_DAEMON`); [`ErrorKind::Exists`](crate::ErrorKind::Exists)
-            /// where one of its role runs, [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) without its interface. None
-            /// can run while a tunnel leads to another address family.
+            /// where one of its role runs, [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) without its interface. Refused
+            /// where a tunnel leads to a real server of the other address family.
             start_sync_daemon(daemon: &SyncDaemon) -> () = tell(Message::StartSyncDaemon(*daemon));
 
             /// Stops the synchronization daemon of a role (`IPVS_CMD_DEL_DAEMON`). It can take up to two seconds.

@@ -2,6 +2,8 @@
 
 use std::net::SocketAddr;
 
+use netlink_batch::Refusal;
+
 use super::Ipvs;
 use super::errno::{EINVAL, EOPNOTSUPP};
 use crate::config::{Info, Timeouts};
@@ -127,5 +129,5 @@ impl Ipvs {
 }
 
 fn refused(message: &Message, errno: i32) -> Error {
-    Error::new(message, super::refusal(errno).into())
+    Error::new(message, Refusal::new(errno).into())
 }

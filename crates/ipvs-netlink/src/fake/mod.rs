@@ -69,7 +69,7 @@ use netlink_packet_core::{Emitable, ParseableParametrized};
 use netlink_packet_generic::{GenlFamily, GenlHeader};
 
 use self::daemons::Daemons;
-use self::errno::{EINVAL, EOPNOTSUPP};
+use self::errno::EINVAL;
 use self::servers::Servers;
 use crate::config::{Info, Timeouts};
 use crate::id::VirtualServerId;
@@ -114,9 +114,11 @@ impl Ipvs {
     /// A message the client would not send is refused with `EINVAL` and the client's words.
     pub fn handle(&mut self, message: &Message) -> Result<Vec<Message>, Refusal> {
         if let Some(fault) = message.fault() {
-            return Err(Refusal { message: Some(fault.to_owned()), ..refusal(EINVAL) });
+            let mut refusal = Refusal::new(EINVAL);
+            refusal.message = Some(fault.to_owned());
+            return Err(refusal);
         }
-        self.command(message).map_err(refusal)
+        self.command(message).map_err(Refusal::new)
     }
 
     fn command(&mut self, message: &Message) -> Result<Vec<Message>, i32> {
@@ -151,11 +153,12 @@ impl Ipvs {
             Message::ListSyncDaemons => return Ok(daemons.list().map(Message::SyncDaemon).collect()),
             Message::GetTimeouts => return Ok(vec![Message::Timeouts(*timeouts)]),
             Message::GetInfo => return Ok(vec![Message::Info(Info::new(VERSION, kernel.connection_table_size))]),
-            // Answers make sense to no kernel: commands without their attributes, of which SET_CONFIG needs none, and
-            // SET_INFO, which is no command.
-            Message::Timeouts(_) => {}
-            Message::VirtualServer(_) | Message::RealServer(_) | Message::SyncDaemon(_) => return Err(EINVAL),
-            Message::Info(_) => return Err(EOPNOTSUPP),
+            // Not sent: see Message::fault.
+            Message::VirtualServer(_)
+            | Message::RealServer(_)
+            | Message::SyncDaemon(_)
+            | Message::Timeouts(_)
+            | Message::Info(_) => return Err(EINVAL),
         }
         Ok(Vec::new())
     }
@@ -206,8 +209,4 @@ fn read(message: &Message) -> Result<Message, i32> {
     message.emit(&mut buffer);
     let header = GenlHeader { cmd: message.command(), version: message.version() };
     Message::parse_with_param(&buffer, header).map_err(|_| EINVAL)
-}
-
-fn refusal(errno: i32) -> Refusal {
-    Refusal { errno, message: None, attribute: None, missing: None }
 }

@@ -30,7 +30,7 @@ pub(super) enum Fault {
     UnknownOption,
     #[error("does not go with {0}")]
     NotWith(&'static str),
-    #[error("says again, or otherwise, what {0} says")]
+    #[error("repeats or contradicts {0}")]
     Repeated(&'static str),
     #[error("takes no value")]
     UnwantedValue,
@@ -74,7 +74,7 @@ pub(super) enum Fault {
         Family::Ipv6 => "for IPv6 it is a prefix length from 1 to 128",
     })]
     Netmask(Family),
-    #[error("has port 0, which takes persistence (-p)")]
+    #[error("has no port, or port 0, which takes persistence (-p)")]
     PortZero,
     #[error("is for UDP (-u) and firewall marks (-f)")]
     OnePacketWithoutUdp,

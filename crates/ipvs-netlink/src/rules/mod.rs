@@ -59,6 +59,7 @@ pub use format::format;
 
 /// A line that was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rule {
     /// The number of the line, from 1 on.
     pub line: usize,

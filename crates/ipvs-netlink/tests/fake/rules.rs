@@ -119,9 +119,9 @@ pub(crate) fn cases() -> Vec<(Message, &'static str)> {
         (Message::GetTimeouts, "ok"),
         (Message::GetInfo, "ok"),
         // Answers that somebody sends.
-        (Message::Timeouts(Timeouts { tcp: 1, tcp_fin: 1, udp: 1 }), "ok"),
-        (Message::SyncDaemon(daemon(SyncRole::Master, "lo", "")), "EINVAL"),
-        (Message::Info(Ipvs::default().info()), "EOPNOTSUPP"),
+        (Message::Timeouts(Timeouts { tcp: 1, tcp_fin: 1, udp: 1 }), "unsent"),
+        (Message::SyncDaemon(daemon(SyncRole::Master, "lo", "")), "unsent"),
+        (Message::Info(Ipvs::default().info()), "unsent"),
         (Message::AddVirtualServer(persistent(WEB6, host(Family::Ipv4), None)), "unsent"),
     ]);
     cases
