@@ -84,7 +84,7 @@ impl AsyncSocket {
         let dumping = self.outgoing.dump(message);
         self.send().await?;
         self.is_dumping = true;
-        Ok(AsyncStream { socket: self, dumping, filled: 0, read: 0, of: PhantomData })
+        Ok(AsyncStream { socket: self, dumping, of: PhantomData })
     }
 
     /// [`Socket::batch`](crate::Socket::batch), awaited.
@@ -130,8 +130,6 @@ impl AsyncSocket {
 pub struct AsyncStream<'a, R> {
     socket: &'a mut AsyncSocket,
     dumping: Dumping,
-    filled: usize,
-    read: usize,
     of: PhantomData<fn() -> R>,
 }
 
@@ -146,15 +144,13 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
     pub async fn next(&mut self) -> Option<Result<R, Error>> {
         loop {
             let AsyncSocket { raw, outgoing, incoming, is_dumping } = &mut *self.socket;
-            let mut rest = &incoming[self.read..self.filled];
-            let next = self.dumping.next(outgoing, &mut rest);
-            self.read = self.filled - rest.len();
+            let next = self.dumping.next(outgoing, incoming);
             *is_dumping = !self.dumping.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.dumping.is_done() => return None,
                 Ok(None) => match receive(raw, incoming).await {
-                    Ok(datagram) => (self.filled, self.read) = (datagram.len(), 0),
+                    Ok(datagram) => self.dumping.received(datagram.len()),
                     Err(error) => {
                         self.dumping.give_up();
                         return Some(Err(error));

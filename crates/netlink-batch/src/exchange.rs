@@ -115,7 +115,7 @@ impl Outgoing {
     /// Makes the datagram a request for a dump.
     pub(crate) fn dump<M: NetlinkSerializable>(&mut self, message: &M) -> Dumping {
         self.datagram.clear();
-        Dumping { sequence: self.push(message, NLM_F_DUMP), is_interrupted: false, is_done: false }
+        Dumping { sequence: self.push(message, NLM_F_DUMP), filled: 0, read: 0, is_interrupted: false, is_done: false }
     }
 
     /// Makes the datagram the next part of a batch, with a result for each request in it that counts unless the kernel
@@ -220,6 +220,9 @@ impl Asking {
 #[derive(Debug)]
 pub(crate) struct Dumping {
     sequence: u32,
+    /// How much of the buffer the last datagram filled, and how much of that was read.
+    filled: usize,
+    read: usize,
     is_interrupted: bool,
     is_done: bool,
 }
@@ -240,9 +243,25 @@ impl Dumping {
         self.is_done = true;
     }
 
-    /// The next message of a datagram, which loses it; `None` where another datagram is needed, or none, as the dump is done.
-    /// After an error the rest can be read.
+    /// A datagram of this length is at the start of the buffer.
+    pub(crate) fn received(&mut self, length: usize) {
+        (self.filled, self.read) = (length, 0);
+    }
+
+    /// The next message in the buffer; `None` where another datagram is needed, or none, as the dump is done. After an error
+    /// the rest can be read.
     pub(crate) fn next<R: NetlinkDeserializable>(
+        &mut self,
+        outgoing: &Outgoing,
+        buffer: &[u8],
+    ) -> Result<Option<R>, Error> {
+        let mut rest = buffer.get(self.read..self.filled).unwrap_or_default();
+        let next = self.next_in(outgoing, &mut rest);
+        self.read = self.filled - rest.len();
+        next
+    }
+
+    fn next_in<R: NetlinkDeserializable>(
         &mut self,
         outgoing: &Outgoing,
         datagram: &mut &[u8],

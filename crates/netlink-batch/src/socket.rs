@@ -104,7 +104,7 @@ impl Socket {
         let dumping = self.outgoing.dump(message);
         self.send()?;
         self.is_dumping = true;
-        Ok(Stream { socket: self, dumping, filled: 0, read: 0, of: PhantomData })
+        Ok(Stream { socket: self, dumping, of: PhantomData })
     }
 
     /// Sends many requests in few `send`s and returns one result each, in order.
@@ -205,9 +205,6 @@ impl Socket {
 pub struct Stream<'a, R> {
     socket: &'a mut Socket,
     dumping: Dumping,
-    /// How much of the socket's buffer the last datagram filled, and how much of that was read.
-    filled: usize,
-    read: usize,
     of: PhantomData<fn() -> R>,
 }
 
@@ -225,15 +222,13 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let Socket { raw, outgoing, incoming, is_dumping } = &mut *self.socket;
-            let mut rest = &incoming[self.read..self.filled];
-            let next = self.dumping.next(outgoing, &mut rest);
-            self.read = self.filled - rest.len();
+            let next = self.dumping.next(outgoing, incoming);
             *is_dumping = !self.dumping.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.dumping.is_done() => return None,
                 Ok(None) => match receive(raw, incoming) {
-                    Ok(datagram) => (self.filled, self.read) = (datagram.len(), 0),
+                    Ok(datagram) => self.dumping.received(datagram.len()),
                     Err(error) => {
                         self.dumping.give_up();
                         return Some(Err(no_answer(error)));
