@@ -2,39 +2,23 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use std::net::Ipv4Addr;
 use std::time::Duration;
 
+use common::{ENODEV, LOOPBACK, NO_DEVICE, add_address, get_link};
 use netlink_batch::protocols::NETLINK_ROUTE;
-use netlink_batch::{AsyncSocket, BATCH_MESSAGES, Request, Socket};
-use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
-use netlink_packet_route::address::{AddressAttribute, AddressMessage};
+use netlink_batch::{AsyncSocket, BATCH_MESSAGES, Socket};
+use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::LinkMessage;
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-
-const LOOPBACK: u32 = 1;
-const ENODEV: i32 = 19;
 
 /// So many that the kernel is in the middle of a dump when the first answer is read.
 const ADDRESSES: u32 = 2000;
 
 fn all_addresses() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetAddress(AddressMessage::default())
-}
-
-fn add_address(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
-    let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
-    message.header.prefix_len = 32;
-    message.header.index = LOOPBACK;
-    message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
-    Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
-}
-
-fn get_link(index: u32) -> Request<RouteNetlinkMessage> {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    RouteNetlinkMessage::GetLink(message).into()
 }
 
 /// A network namespace with many addresses.
@@ -79,7 +63,7 @@ fn an_awaited_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
         let mut count = 0;
         socket.dump(&all_addresses(), |_: RouteNetlinkMessage| count += 1).await.unwrap();
         assert!(count >= ADDRESSES, "{count}");
-        socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| ()).await.unwrap();
+        socket.request(&get_link(LOOPBACK).into(), |_: RouteNetlinkMessage| ()).await.unwrap();
     });
 }
 
@@ -88,12 +72,12 @@ fn awaited_requests_have_the_same_answers() {
     on_one_thread(async {
         let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
         let mut seen = 0;
-        socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| seen += 1).await.unwrap();
+        socket.request(&get_link(LOOPBACK).into(), |_: RouteNetlinkMessage| seen += 1).await.unwrap();
         assert_eq!(seen, 1);
-        let error = socket.request(&get_link(0x7fff_fff0), |_: RouteNetlinkMessage| ()).await.unwrap_err();
+        let error = socket.request(&get_link(NO_DEVICE).into(), |_: RouteNetlinkMessage| ()).await.unwrap_err();
         assert_eq!(error.refusal().unwrap().errno, ENODEV);
         for length in [0, 1, BATCH_MESSAGES, BATCH_MESSAGES + 1, 1000] {
-            let results = socket.batch((0..length).map(|_| get_link(0x7fff_fff0))).await.unwrap();
+            let results = socket.batch((0..length).map(|_| get_link(NO_DEVICE).into())).await.unwrap();
             assert_eq!(results.iter().filter(|result| result.is_err()).count(), length);
         }
         let mut links = 0;
@@ -122,7 +106,7 @@ fn other_tasks_get_their_turn_between_requests() {
             .run_until(async {
                 let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
                 for _ in 0..1000 {
-                    socket.request(&get_link(LOOPBACK), |_: RouteNetlinkMessage| ()).await.unwrap();
+                    socket.request(&get_link(LOOPBACK).into(), |_: RouteNetlinkMessage| ()).await.unwrap();
                 }
             })
             .await;
@@ -135,13 +119,13 @@ fn a_future_that_is_dropped_leaves_the_socket_usable() {
     on_one_thread(async {
         let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
         for _ in 0..100 {
-            let request = get_link(LOOPBACK);
+            let request = get_link(LOOPBACK).into();
             let ask = socket.request(&request, |_: RouteNetlinkMessage| ());
             // Polled once at most.
             let _ = tokio::time::timeout(Duration::ZERO, ask).await;
-            let batch = socket.batch((0..300).map(|_| get_link(0x7fff_fff0)));
+            let batch = socket.batch((0..300).map(|_| get_link(NO_DEVICE).into()));
             let _ = tokio::time::timeout(Duration::ZERO, batch).await;
-            let results = socket.batch([get_link(LOOPBACK), get_link(0x7fff_fff0)]).await.unwrap();
+            let results = socket.batch([get_link(LOOPBACK).into(), get_link(NO_DEVICE).into()]).await.unwrap();
             assert_eq!(results.iter().map(Result::is_ok).collect::<Vec<_>>(), [true, false]);
         }
     });

@@ -2,44 +2,26 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod common;
+
 use std::net::{IpAddr, Ipv4Addr};
 
+use common::{ENODEV, LOOPBACK, NO_DEVICE, add_address, get_link};
 use netlink_batch::protocols::NETLINK_ROUTE;
-use netlink_batch::{BATCH_MESSAGES, Error, Received, Request, Socket, Subscription};
-use netlink_packet_core::{
-    DecodeError, DefaultNla, NLM_F_CREATE, NLM_F_EXCL, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable,
-};
+use netlink_batch::{BATCH_MESSAGES, Error, Received, Socket, Subscription};
+use netlink_packet_core::{DecodeError, DefaultNla, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkMessage};
+use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-const ENODEV: i32 = 19;
 const EEXIST: i32 = 17;
 
-/// The loopback device, and a device that nobody has.
-const LOOPBACK: u32 = 1;
-const NO_DEVICE: u32 = 0x7fff_fff0;
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 
 fn open() -> Socket {
     Socket::open(NETLINK_ROUTE).unwrap()
-}
-
-fn get_link(index: u32) -> RouteNetlinkMessage {
-    let mut message = LinkMessage::default();
-    message.header.index = index;
-    RouteNetlinkMessage::GetLink(message)
-}
-
-fn add_address(address: Ipv4Addr) -> Request<RouteNetlinkMessage> {
-    let mut message = AddressMessage::default();
-    message.header.family = AddressFamily::Inet;
-    message.header.prefix_len = 32;
-    message.header.index = LOOPBACK;
-    message.attributes = vec![AddressAttribute::Local(address.into()), AddressAttribute::Address(address.into())];
-    Request { message: RouteNetlinkMessage::NewAddress(message), flags: NLM_F_CREATE | NLM_F_EXCL }
 }
 
 fn name(answer: &RouteNetlinkMessage) -> Option<&str> {
