@@ -1,10 +1,9 @@
 //! Before anything is programmed: what this kernel has, and what to do where it lacks something.
 
-use std::net::SocketAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use ipvs_netlink::{Client, ErrorKind, Family, Protocol, Scheduler, Timeouts, VirtualServer, VirtualServerId};
+use ipvs_netlink::{Client, Family, Scheduler, Timeouts};
 use reconciler::linux::LinuxKernel;
 use reconciler::policy::{DetectLocal, Families, Policy};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -17,7 +16,7 @@ pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
     // The first request that takes a privilege.
     let in_use = kernel.ipvs().virtual_servers()?;
     if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {
-        probe(kernel.ipvs(), scheduler)?;
+        has_scheduler(kernel.ipvs(), scheduler)?;
     }
     kernel.probe_filter(policy)?;
     kernel.ensure_device()?;
@@ -35,27 +34,15 @@ pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
     Ok(kernel)
 }
 
-/// A scheduler is there if a virtual server can have it; asking makes the kernel load its module. The address is one of
-/// TEST-NET-2, where no Service can be.
-fn probe(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
-    let id = VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([198, 51, 100, 0], 20000)));
-    match ipvs.add_virtual_server(&VirtualServer::new(id, scheduler)) {
-        Ok(()) => {}
-        Err(error) if error.kind() == ErrorKind::NoScheduler => {
-            bail!(
-                "--ipvs-scheduler={scheduler}: this kernel has no such scheduler, and could not load its module. Load it \
-                 with `modprobe ip_vs_{scheduler}`, or choose another, such as rr. Nothing was changed"
-            );
-        }
-        // Left behind by a probe that was killed.
-        Err(error) if error.kind() == ErrorKind::Exists => {}
-        Err(error) => return Err(error).context("cannot find out whether the kernel has the scheduler"),
+/// Asking for a scheduler makes the kernel load its module, and changes nothing else.
+fn has_scheduler(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
+    if !ipvs.has_scheduler(scheduler).context("cannot find out whether the kernel has the scheduler")? {
+        bail!(
+            "--ipvs-scheduler={scheduler}: this kernel has no such scheduler, and could not load its module. Load it with \
+             `modprobe ip_vs_{scheduler}`, or choose another, such as rr. Nothing was changed"
+        );
     }
-    match ipvs.delete_virtual_server(&id) {
-        // An agent that runs already took it for somebody else's.
-        Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
-        result => result.context("cannot take back the virtual server that probed for the scheduler"),
-    }
+    Ok(())
 }
 
 /// The address families this node can serve.

@@ -117,6 +117,11 @@ impl Client {
         })
     }
 
+    /// Whether the kernel has a scheduler, or could load it: [`Client::features`] for this alone.
+    pub fn has_scheduler(&mut self, scheduler: Scheduler) -> Result<bool, Error> {
+        Questions::find(self)?.has(self, scheduler, None)
+    }
+
     /// The attributes with which the kernel lists virtual and real servers: the nest they are in, and their kind.
     fn known_attributes(&mut self, scheduler: Option<Scheduler>) -> Result<BTreeSet<(u16, u16)>, Error> {
         for entry in self.virtual_servers()? {
@@ -196,7 +201,7 @@ impl Questions {
         }
     }
 
-    /// A scheduler that is there, to ask for other things with. Every kernel since 4.13 has `none`.
+    /// A scheduler that is there, to ask for other things with. `none` takes no module, where a kernel knows it.
     fn any_scheduler(self, client: &mut Client) -> Result<Option<Scheduler>, Error> {
         for scheduler in "none".parse().into_iter().chain(Scheduler::ALL) {
             if self.has(client, scheduler, None)? {
@@ -214,7 +219,11 @@ impl Questions {
         let persistence = Some(Persistence { timeout: 1, netmask });
         let question = |id| VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) };
         match client.at_unused_mark(family, |client, id| client.add_virtual_server(&question(id)).map(|()| id)) {
-            Ok(id) => client.delete_virtual_server(&id).map(|()| true),
+            Ok(id) => match client.delete_virtual_server(&id) {
+                // Somebody else has deleted it.
+                Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
+                _ => Ok(true),
+            },
             Err(error) if error.kind() == ErrorKind::NoScheduler => Ok(false),
             Err(error) if error.kind() == ErrorKind::Invalid && self == Self::Ipv6 => Ok(true),
             Err(error) => Err(error),

@@ -65,6 +65,7 @@ fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
     assert_eq!(features.info, client.info().unwrap());
     let missing: Vec<_> = asked.into_iter().filter(|scheduler| !features.schedulers.contains(scheduler)).collect();
     assert_eq!(missing, [nosuch]);
+    assert!(client.has_scheduler(Scheduler::MaglevHashing).unwrap() && !client.has_scheduler(nosuch).unwrap());
     assert!(features.sip && features.ipv6);
     assert_eq!((features.stats, features.tunnels), (StatsWidth::Bits64, TunnelFeatures::GueAndGre));
     let has = |name: &str| std::path::Path::new("/proc/sys/net/ipv4/vs").join(name).exists();
