@@ -160,10 +160,6 @@ mod tests {
         [&length.to_ne_bytes()[..], &kind.to_ne_bytes(), value, &vec![0; padding]].concat()
     }
 
-    fn refusal(errno: i32) -> Refusal {
-        Refusal::new(errno)
-    }
-
     #[test]
     fn a_list_of_names_alone_is_asked_for() {
         let message = list_request();
@@ -189,9 +185,9 @@ mod tests {
 
     #[test]
     fn errors_of_ipset_have_words() {
-        assert_eq!(reason(&refusal(IPSET_ERR_BUSY)), "a rule or another set uses it");
-        assert_eq!(reason(&refusal(4099)), "error 4099 of ipset");
-        assert_eq!(reason(&refusal(1)), "Operation not permitted (os error 1)");
-        assert!(is_busy(&refusal(IPSET_ERR_BUSY)) && is_busy(&refusal(EBUSY)) && !is_busy(&refusal(1)));
+        assert_eq!(reason(&Refusal::new(IPSET_ERR_BUSY)), "a rule or another set uses it");
+        assert_eq!(reason(&Refusal::new(4099)), "error 4099 of ipset");
+        assert_eq!(reason(&Refusal::new(1)), "Operation not permitted (os error 1)");
+        assert!(is_busy(&Refusal::new(IPSET_ERR_BUSY)) && is_busy(&Refusal::new(EBUSY)) && !is_busy(&Refusal::new(1)));
     }
 }
