@@ -90,7 +90,7 @@ impl Error {
 
     /// Whether what the kernel refused was carried out all the same: a daemon that is stopped before its thread has begun
     /// is gone, and the kernel says `EINTR` (`stop_sync_thread`, `kthread_stop`).
-    pub(crate) fn is_none_to(message: &Message, cause: &netlink_batch::Error) -> bool {
+    pub(crate) fn is_success_of(message: &Message, cause: &netlink_batch::Error) -> bool {
         matches!(message, Message::StopSyncDaemon(_)) && cause.refusal().is_some_and(|refusal| refusal.errno == EINTR)
     }
 

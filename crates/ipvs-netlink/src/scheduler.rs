@@ -38,7 +38,7 @@ pub enum Scheduler {
     MaglevHashing,
     /// `twos`
     PowerOfTwoChoices,
-    /// One that this crate does not know; or `none`, which the kernel has since 4.13: it schedules nothing, and takes only
+    /// One that this crate does not know; or `none`, which schedules nothing, and takes only
     /// connections that another node's kernel has told of.
     Other(Name),
 }

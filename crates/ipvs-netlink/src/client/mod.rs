@@ -234,7 +234,7 @@ fn results_of(
 
 fn outcome(message: &Message, result: Result<(), netlink_batch::Error>) -> Result<(), Error> {
     match result {
-        Err(error) if Error::is_none_to(message, &error) => Ok(()),
+        Err(error) if Error::is_success_of(message, &error) => Ok(()),
         result => result.map_err(|error| Error::new(message, error)),
     }
 }
