@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::common::{Agent, ipvs, run};
 use crate::network::{CLUSTER_CIDR, Network, masqueraded};
 use crate::objects::{file, manifests, ready, service};
-use crate::traffic::Server;
+use crate::traffic::{PATIENCE, SILENCE, Server, tcp_within};
 use crate::{finds_nothing_to_change, serving};
 
 /// Lets some audits pass: nothing may be found otherwise than it was left.
@@ -133,8 +133,10 @@ fn a_thousand_source_ranges_of_every_odd_kind_let_in_whom_they_name_and_nobody_e
             for (target, is_in) in
                 [(format!("203.0.113.10:{port}"), name == "first"), (format!("[2001:db8::10]:{port}"), name == "third")]
             {
-                let right = if is_in { masqueraded("web", &target) } else { Err("timeout".to_owned()) };
-                assert_eq!(client.tcp(&target), right, "{name} to {target}, {when}");
+                let (right, patience) =
+                    if is_in { (masqueraded("web", &target), PATIENCE) } else { (Err("timeout".to_owned()), SILENCE) };
+                let result = client.run(|| tcp_within(patience, &target));
+                assert_eq!(result, right, "{name} to {target}, {when}");
             }
         }
         assert_eq!(second.tcp("10.96.0.11:80"), masqueraded("web", "10.96.0.11:80"), "another Service, {when}");
@@ -176,7 +178,8 @@ fn ranges_of_which_none_is_one_let_nobody_in() {
     let manifests = manifests(&objects);
     let agent = serving(&manifests, &[CLUSTER_CIDR]);
     for (number, ranges) in lists.iter().enumerate() {
-        let result = network.clients[0].tcp(&format!("203.0.113.{}:80", number + 10));
+        let closed = format!("203.0.113.{}:80", number + 10);
+        let result = network.clients[0].run(|| tcp_within(SILENCE, &closed));
         assert!(result.is_err(), "{ranges}: {result:?}");
         assert!(network.clients[0].tcp(&format!("10.96.0.{}:80", number + 10)).is_ok(), "{ranges}");
         assert!(agent.log().contains(&format!("default/web-{number}")), "{ranges}: {}", agent.log());

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::common::{Agent, Manifests, addresses, ipvs, run};
 use crate::network::CLUSTER_CIDR;
 use crate::objects::{file, manifests, ready, service};
+use crate::traffic::PATIENCE;
 use crate::{FLAGS, serving};
 
 /// What stands on a node besides: a table of somebody's own, and rules of `iptables-nft`.
@@ -237,7 +238,7 @@ fn after_1000_changes_the_ruleset_is_the_one_made_from_nothing_and_those_of_othe
     assert!(expected.0.iter().any(|line| line.contains("sources-default/")), "{:#?}", expected.0);
     let start = Instant::now();
     let mut found = (ours(), ipvs(), addresses());
-    while found != expected && start.elapsed() < Duration::from_secs(5) {
+    while found != expected && start.elapsed() < PATIENCE {
         thread::sleep(Duration::from_millis(200));
         found = (ours(), ipvs(), addresses());
     }
@@ -338,7 +339,7 @@ fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
     }
     println!("repaired within {took:?}");
     // The period, and time for an audit and for listings of it all on a machine that does more besides.
-    assert!(took.iter().all(|took| *took < PERIOD + Duration::from_secs(3)), "{took:?}");
+    assert!(took.iter().all(|took| *took < PERIOD + Duration::from_secs(10)), "{took:?}");
     assert_eq!(others(), before);
     no_kube_proxy();
 }

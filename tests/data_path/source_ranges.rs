@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::common::run;
 use crate::network::{CLUSTER_CIDR, Host, Network, masqueraded};
 use crate::objects::{file, manifests, ready, service};
-use crate::traffic::{Server, Try, tcp, udp};
+use crate::traffic::{PATIENCE, SILENCE, Server, Try, tcp_within, udp_within};
 use crate::{finds_nothing_to_change, serving};
 
 const LB_V4: &str = "203.0.113.10:80";
@@ -29,15 +29,19 @@ fn web(network: &Network, ranges: &[&str]) -> Vec<Value> {
 }
 
 /// What everybody gets, all asked at once: a refusal by silence takes its time.
-fn ask<'a>(askers: &'a [(&'a str, Option<&'a Host>)], targets: &'a [&'a str]) -> Vec<(String, Try)> {
+fn ask<'a>(
+    patience: Duration,
+    askers: &'a [(&'a str, Option<&'a Host>)],
+    targets: &'a [&'a str],
+) -> Vec<(String, Try)> {
     thread::scope(|scope| {
         let mut asked = Vec::new();
         for (name, host) in askers {
             for target in targets {
-                for (protocol, try_it) in [("TCP", tcp as fn(&str) -> Try), ("UDP", udp)] {
+                for (protocol, try_it) in [("TCP", tcp_within as fn(Duration, &str) -> Try), ("UDP", udp_within)] {
                     // The node is this thread's namespace, and that of the threads it starts.
-                    let asking =
-                        scope.spawn(move || host.map_or_else(|| try_it(target), |host| host.run(|| try_it(target))));
+                    let try_it = move || try_it(patience, target);
+                    let asking = scope.spawn(move || host.map_or_else(try_it, |host| host.run(try_it)));
                     asked.push((format!("{name}, {protocol} to {target}"), asking));
                 }
             }
@@ -59,31 +63,31 @@ fn source_ranges_let_in_whom_they_name_and_leave_others_without_an_answer() {
     let manifests = manifests(&web(&network, &["192.168.1.0/24", "fd00:192:1::/64"]));
     let mut agent = serving(&manifests, &[CLUSTER_CIDR]);
     let clients = [("client", Some(&network.clients[0])), ("node", None)];
-    for (what, result) in ask(&clients, &[LB_V4, LB_V6]) {
+    for (what, result) in ask(PATIENCE, &clients, &[LB_V4, LB_V6]) {
         let target = if what.ends_with(LB_V4) { LB_V4 } else { LB_V6 };
         assert_eq!(result, masqueraded("web", target), "{what}");
     }
     let others = [("stranger", Some(&network.clients[1])), ("pod", Some(&network.pods[1]))];
-    for (what, result) in ask(&others, &[LB_V4, LB_V6]) {
+    for (what, result) in ask(SILENCE, &others, &[LB_V4, LB_V6]) {
         assert_eq!(result, Err("timeout".to_owned()), "{what}");
     }
-    for (what, result) in ask(&others, &[CLUSTER_V4, CLUSTER_V6]) {
+    for (what, result) in ask(PATIENCE, &others, &[CLUSTER_V4, CLUSTER_V6]) {
         assert!(result.is_ok(), "{what}: {result:?}: ranges are about load-balancer IPs");
     }
     // The other way round.
     let ranges = ["192.168.2.2/32", "fd00:192:2::2/128", "10.244.1.2/32", "fd00:244::/64"];
     manifests.write("objects.json", &file(&web(&network, &ranges)));
     agent.until("take in other ranges", |_| network.clients[1].tcp(LB_V6).is_ok());
-    for (what, result) in ask(&others, &[LB_V4, LB_V6]) {
+    for (what, result) in ask(PATIENCE, &others, &[LB_V4, LB_V6]) {
         assert!(result.is_ok(), "{what}: {result:?}");
     }
-    for (what, result) in ask(&clients, &[LB_V4, LB_V6]) {
+    for (what, result) in ask(SILENCE, &clients, &[LB_V4, LB_V6]) {
         assert!(is_silence(&result), "{what}: {result:?}");
     }
     // Without ranges everybody may.
     manifests.write("objects.json", &file(&web(&network, &[])));
     agent.until("take ranges away", |_| network.clients[0].tcp(LB_V6).is_ok());
-    for (what, result) in ask(&[clients, others].concat(), &[LB_V4, LB_V6]) {
+    for (what, result) in ask(PATIENCE, &[clients, others].concat(), &[LB_V4, LB_V6]) {
         assert!(result.is_ok(), "{what}: {result:?}");
     }
 }
@@ -96,10 +100,10 @@ fn source_ranges_of_one_family_close_the_other() {
     let manifests = manifests(&web(&network, &["192.168.1.0/24", "10.244.0.0/16"]));
     let _agent = serving(&manifests, &[CLUSTER_CIDR]);
     let everybody = [("client", Some(&network.clients[0])), ("pod", Some(&network.pods[1])), ("node", None)];
-    for (what, result) in ask(&everybody, &[LB_V4]) {
+    for (what, result) in ask(PATIENCE, &everybody, &[LB_V4]) {
         assert!(result.is_ok(), "{what}: {result:?}");
     }
-    for (what, result) in ask(&everybody, &[LB_V6]) {
+    for (what, result) in ask(SILENCE, &everybody, &[LB_V6]) {
         assert!(is_silence(&result), "{what}: {result:?}");
     }
 }

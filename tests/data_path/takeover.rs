@@ -159,7 +159,7 @@ fn taken_over_and_back(iptables: Iptables, tool: &str) {
     // Nothing was made anew: it goes on counting. (The kernel sums up every two seconds.)
     let start = Instant::now();
     while connections() < served_before + begun as u64 {
-        assert!(start.elapsed() < Duration::from_secs(10), "{begun}: {}", run("ipvsadm -Ln --stats"));
+        assert!(start.elapsed() < PATIENCE, "{begun}: {}", run("ipvsadm -Ln --stats"));
         thread::sleep(Duration::from_millis(100));
     }
     assert_eq!(ipvs(), before);

@@ -10,8 +10,11 @@ use std::time::Duration;
 use lab::netns::Namespace;
 use rustix::net::{Shutdown, shutdown};
 
-/// How long a client waits for an answer or a refusal. The tests share one processor, and some keep it busy.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a client waits for an answer or a refusal that must come. The tests share one processor, some keep it busy,
+/// and the machine around them may stand still for seconds.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a client waits before it says that nothing came: time for three of its packets.
+pub(crate) const SILENCE: Duration = Duration::from_secs(4);
 
 /// Who answered, and the source it saw.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -142,12 +145,20 @@ impl Flow {
 
 /// One connection that is closed again.
 pub(crate) fn tcp(target: &str) -> Try {
-    Connection::open(target, PATIENCE)?.ask()
+    tcp_within(PATIENCE, target)
+}
+
+pub(crate) fn tcp_within(patience: Duration, target: &str) -> Try {
+    Connection::open(target, patience)?.ask()
 }
 
 /// One datagram from a port of its own.
 pub(crate) fn udp(target: &str) -> Try {
-    Flow::open(target, PATIENCE)?.ask()
+    udp_within(PATIENCE, target)
+}
+
+pub(crate) fn udp_within(patience: Duration, target: &str) -> Try {
+    Flow::open(target, patience)?.ask()
 }
 
 fn parse(line: &str) -> Try {
