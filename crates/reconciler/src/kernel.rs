@@ -83,6 +83,30 @@ pub struct Account {
     pub sent: Sent,
     /// Readings of connection tracking for flows that lead nowhere.
     pub flushes: Vec<Flush>,
+    /// Where the time went.
+    pub spent: Spent,
+}
+
+/// Time spent on what is said to the kernel and heard from it, by what it is about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Spent {
+    /// Reading, whatever it is.
+    pub reading: Duration,
+    /// Writing the packet filter.
+    pub filter: Duration,
+    /// Writing virtual and real servers.
+    pub ipvs: Duration,
+    /// Binding VIPs, and the device they are on.
+    pub addresses: Duration,
+    /// Looking after flows in connection tracking.
+    pub flows: Duration,
+}
+
+impl Spent {
+    /// All of it.
+    pub fn total(&self) -> Duration {
+        self.reading + self.filter + self.ipvs + self.addresses + self.flows
+    }
 }
 
 /// One reading of a family's flows.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
+use std::time::Instant;
 
 use ipvs_netlink::{Client, ErrorKind, Message};
 use netlink_batch::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
@@ -15,7 +16,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use crate::filter::{self, ObservedFilter};
 use crate::flows;
 use crate::front_end::FrontEnd;
-use crate::kernel::{Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedServer, Scope};
+use crate::kernel::{Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedServer, Scope, Spent};
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
 
@@ -44,6 +45,8 @@ pub struct LinuxKernel {
     sent_before: Sent,
     /// Since the last account.
     flushes: Vec<Flush>,
+    /// Since the last account.
+    spent: Spent,
     /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
     is_broken: bool,
 }
@@ -63,6 +66,7 @@ impl LinuxKernel {
             accounted: Sent::default(),
             sent_before: Sent::default(),
             flushes: Vec::new(),
+            spent: Spent::default(),
             is_broken: false,
         })
     }
@@ -287,16 +291,22 @@ impl Kernel for LinuxKernel {
     fn account(&mut self) -> Account {
         let sent = self.sent();
         let before = std::mem::replace(&mut self.accounted, sent);
-        Account { sent: sent - before, flushes: std::mem::take(&mut self.flushes) }
+        Account {
+            sent: sent - before,
+            flushes: std::mem::take(&mut self.flushes),
+            spent: std::mem::take(&mut self.spent),
+        }
     }
 
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
         if self.is_broken {
-            let (sent_before, accounted) = (self.sent(), self.accounted);
+            let (sent_before, accounted, spent) = (self.sent(), self.accounted, self.spent);
             let flushes = std::mem::take(&mut self.flushes);
-            *self = Self { accounted, sent_before, flushes, ..Self::connect(self.families)? };
+            *self = Self { accounted, sent_before, flushes, spent, ..Self::connect(self.families)? };
         }
+        let start = Instant::now();
         let observed = self.read(scope);
+        self.spent.reading += start.elapsed();
         self.is_broken = observed.is_err();
         observed
     }
@@ -305,13 +315,22 @@ impl Kernel for LinuxKernel {
         let mut results = Vec::with_capacity(plan.operations().len());
         // Neighbours in the plan that go to one socket go in one batch: batches keep their order.
         for run in plan.operations().chunk_by(|a, b| Target::of(a) == Target::of(b)) {
-            match Target::of(&run[0]) {
+            let target = Target::of(&run[0]);
+            let start = Instant::now();
+            match target {
                 Target::Device => results.extend(run.iter().map(|_| self.ensure_device())),
                 Target::Filter => self.apply_filter(run, &mut results),
                 Target::Flows => self.apply_flows(run, &mut results),
                 Target::Ipvs => self.apply_ipvs(run, &mut results),
                 Target::Addresses => self.apply_addresses(run, &mut results),
             }
+            let spent = match target {
+                Target::Device | Target::Addresses => &mut self.spent.addresses,
+                Target::Filter => &mut self.spent.filter,
+                Target::Flows => &mut self.spent.flows,
+                Target::Ipvs => &mut self.spent.ipvs,
+            };
+            *spent += start.elapsed();
         }
         results
     }

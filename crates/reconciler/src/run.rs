@@ -218,7 +218,7 @@ pub fn run<K: Kernel>(
                 outcome.took = end - start;
                 failed.clone_from(&outcome.failures);
                 unreadable = None;
-                tell(outcome);
+                tell(outcome, taken.heard.first().map(|first| end - *first));
                 observer.done(outcome, start, &taken);
                 taken = Taken::default();
             }
@@ -238,7 +238,8 @@ pub fn run<K: Kernel>(
 }
 
 /// One line for a sync that did something, and one for each problem that is new.
-fn tell(outcome: &Outcome) {
+/// `latency` is the time since the first of the changes was heard of.
+fn tell(outcome: &Outcome, latency: Option<Duration>) {
     for clash in &outcome.clashes {
         warn!(
             service = %clash.loser, front_end = %clash.front_end,
@@ -266,6 +267,14 @@ fn tell(outcome: &Outcome) {
         }
     }
     let done = &outcome.done;
+    if outcome.is_first {
+        let spent = &outcome.account.spent;
+        info!(
+            reading = ?spent.reading, filter = ?spent.filter, ipvs = ?spent.ipvs, addresses = ?spent.addresses,
+            flows = ?spent.flows, computing = ?outcome.took.saturating_sub(spent.total()),
+            "where the time of the first audit went"
+        );
+    }
     if done.total() > 0 || outcome.is_first {
         info!(
             virtual_servers = changes(done.servers_added, done.servers_changed, done.servers_deleted),
@@ -276,6 +285,7 @@ fn tell(outcome: &Outcome) {
             failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
             total = outcome.totals.virtual_servers,
             took = ?outcome.took,
+            latency = latency.filter(|_| !outcome.is_first).map(tracing::field::debug),
             "{}{}",
             if outcome.audited { "audited" } else { "synced" },
             if done.total() == 0 { ", nothing to change" } else { "" }

@@ -95,6 +95,13 @@ pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf
     parse_binary(&stdout(&mut command)?, "kube-ipvs")
 }
 
+/// Builds these chores as an executable that is not in the way of what it measures, and says where it is.
+pub(crate) fn release_xtask() -> Result<PathBuf> {
+    let arguments = ["build", "--locked", "--release", "--package=lab", "--bin=xtask"];
+    let messages = "--message-format=json-render-diagnostics";
+    parse_binary(&stdout(cargo().args(arguments).arg(messages))?, "xtask")
+}
+
 /// The target that cargo builds for when it is told none.
 fn host() -> Result<String> {
     let version = stdout(cargo().args(["--version", "--verbose"]))?;

@@ -2,6 +2,7 @@
 //!
 //! One file per subcommand. The executable is also the first process of the lab's guest.
 
+mod bench;
 mod cargo;
 mod conformance;
 mod contained;
@@ -30,8 +31,11 @@ enum Command {
     Test(test::Args),
     Conformance(conformance::Args),
     Dataplane(dataplane::Args),
+    Bench(bench::Args),
     Lab(in_lab::Args),
     Image(image::Args),
+    #[command(hide = true)]
+    GuestBench(bench::GuestArgs),
     #[command(hide = true)]
     GuestConformance(conformance::GuestArgs),
     #[command(hide = true)]
@@ -49,6 +53,8 @@ fn main() -> ExitCode {
         lab::init::main();
     }
     let outcome = match Cli::parse().command {
+        Command::Bench(args) => bench::run(&args),
+        Command::GuestBench(args) => bench::run_guest(&args),
         Command::Lab(args) => in_lab::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Conformance(args) => conformance::run(&args),

@@ -1,0 +1,166 @@
+//! What one change costs, of each kind.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use super::super::agent::{Agent, Line};
+use super::super::load::{Size, endpoint, service, service_name, slice, slice_name};
+use super::super::wiretap::{Wiretap, count};
+use super::Bench;
+
+/// How many changes are recorded, to count what each sends.
+const RECORDED: usize = 20;
+/// Within this time after an endpoint went, the agent has seen that its real server has drained, and deleted it.
+const DRAINED: Duration = Duration::from_millis(400);
+/// What controllers put into one slice.
+const PER_SLICE: usize = 100;
+
+/// What changes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Kind {
+    EndpointIn,
+    EndpointOut,
+    ServiceIn,
+    ServiceOut,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 4] = [Self::EndpointIn, Self::EndpointOut, Self::ServiceIn, Self::ServiceOut];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::EndpointIn => "one endpoint in",
+            Self::EndpointOut => "one endpoint out",
+            Self::ServiceIn => "one Service in",
+            Self::ServiceOut => "one Service out",
+        }
+    }
+
+    /// Whether a line of the log says that the kernel has it.
+    fn is_done(self, line: &Line) -> bool {
+        line.has("synced")
+            && line.has(match self {
+                Self::EndpointIn => "real_servers=+1",
+                Self::EndpointOut => "draining=1",
+                Self::ServiceIn => "virtual_servers=+1",
+                Self::ServiceOut => "virtual_servers=-1",
+            })
+    }
+}
+
+/// What there is beside the load: one more endpoint here and there, and Services.
+#[derive(Debug)]
+pub(super) struct Extras {
+    size: Size,
+    /// How many more endpoints each Service has.
+    endpoints: Vec<usize>,
+    /// How many there are over all.
+    total: usize,
+    services: usize,
+}
+
+impl Extras {
+    pub(super) fn new(size: Size) -> Self {
+        Self { size, endpoints: vec![0; size.services], total: 0, services: 0 }
+    }
+}
+
+impl Bench {
+    /// Makes one change. What is taken out is what was put in last.
+    pub(super) fn change(&self, kind: Kind, extras: &mut Extras) {
+        let size = extras.size;
+        match kind {
+            Kind::EndpointIn => {
+                let at = extras.total % size.services;
+                extras.endpoints[at] += 1;
+                extras.total += 1;
+                self.write_extras(at, extras.endpoints[at] - 1, extras.endpoints[at]);
+            }
+            Kind::EndpointOut => {
+                extras.total -= 1;
+                let at = extras.total % size.services;
+                extras.endpoints[at] -= 1;
+                self.write_extras(at, extras.endpoints[at], extras.endpoints[at]);
+            }
+            Kind::ServiceIn => {
+                let number = extras.services;
+                extras.services += 1;
+                let new = size.services + number;
+                let endpoints = (0..size.endpoints.min(10)).map(|it| endpoint(3_000_000 + number * 10 + it));
+                // Slices come later, or sooner; a Service that comes last is there at once.
+                self.server.apply(slice(new, "s0", endpoints));
+                self.server.apply(service(new));
+            }
+            Kind::ServiceOut => {
+                extras.services -= 1;
+                let gone = size.services + extras.services;
+                let (namespace, name) = service_name(gone);
+                self.server.delete("Service", &namespace, &name);
+                let (namespace, name) = slice_name(gone, "s0");
+                self.server.delete("EndpointSlice", &namespace, &name);
+            }
+        }
+    }
+
+    /// Writes the slice that has the extra endpoint of this place.
+    fn write_extras(&self, service: usize, place: usize, through: usize) {
+        let number = place / PER_SLICE;
+        // Beyond what the load has.
+        let address = |it: usize| endpoint(1_000_000 + it * self.order.size.services + service);
+        let endpoints = (number * PER_SLICE..through).map(address);
+        self.server.apply(slice(service, &format!("x{number}"), endpoints));
+    }
+
+    /// Changes of each kind, each begun when the last has arrived.
+    pub(super) fn changes(&mut self, agent: &mut Agent) -> Result<()> {
+        let mut extras = Extras::new(self.order.size);
+        for kind in Kind::ALL {
+            let (mut latencies, mut end_to_end) = (Vec::new(), Vec::new());
+            for _ in 0..self.order.changes {
+                let start = Instant::now();
+                self.change(kind, &mut extras);
+                let line = agent.until(|line| kind.is_done(line))?;
+                end_to_end.push(line.at - start);
+                latencies.push(line.duration("latency").context("a sync without a latency")?);
+            }
+            std::thread::sleep(DRAINED);
+            let name = format!("change/{}", kind.name());
+            self.figures.spread(&name, latencies);
+            self.figures.spread(&format!("{name}/from the API server"), end_to_end);
+        }
+        for kind in Kind::ALL {
+            self.recorded(kind, &mut extras, agent)?;
+        }
+        Ok(())
+    }
+
+    /// What changes of a kind send: until they are in the kernel, as the agent counts, and with all that follows, as the
+    /// kernel sees it.
+    fn recorded(&mut self, kind: Kind, extras: &mut Extras, agent: &mut Agent) -> Result<()> {
+        const SENT: [(&str, &str); 3] = [("messages", "messages"), ("batches", "batches"), ("bytes", "sent_bytes")];
+        let mut sent = [0.0; 3];
+        let wiretap = Wiretap::start()?;
+        for _ in 0..RECORDED {
+            let before = Agent::metrics()?;
+            self.change(kind, extras);
+            agent.until(|line| kind.is_done(line))?;
+            let after = Agent::metrics()?;
+            for (sum, (_, metric)) in sent.iter_mut().zip(SENT) {
+                let metric = format!("kube_ipvs_netlink_{metric}_total");
+                *sum += after.get(&metric) - before.get(&metric);
+            }
+            std::thread::sleep(DRAINED);
+        }
+        let all = count(&wiretap.stop()?);
+        let each = |total: f64| total / f64::from(u32::try_from(RECORDED).unwrap_or(1));
+        let name = format!("change/{}", kind.name());
+        for ((what, _), sum) in SENT.into_iter().zip(sent) {
+            self.figures.average(&format!("{name}/{what}"), each(sum));
+        }
+        let counted = |number: usize| each(f64::from(u32::try_from(number).unwrap_or(u32::MAX)));
+        self.figures.average(&format!("{name}/messages with what follows"), counted(all.messages));
+        self.figures.average(&format!("{name}/dumps with what follows"), counted(all.dumps));
+        Ok(())
+    }
+}

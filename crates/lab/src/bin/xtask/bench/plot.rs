@@ -1,0 +1,1 @@
+//! Plots of a quantity over the size, as SVG.
