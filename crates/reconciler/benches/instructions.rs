@@ -5,7 +5,7 @@
 //! $ cargo bench -p reconciler --bench instructions
 //! ```
 //!
-//! A check also fails where a change takes more among 10,000 Services than among 1,000.
+//! A check also fails where a change takes more among 10,000 Services than among 1,000, or while others drain.
 
 #![expect(clippy::unwrap_used, reason = "a benchmark that cannot go on stops")]
 
@@ -48,8 +48,9 @@ fn main() -> ExitCode {
     let contributions = [contribution(1, ENDPOINTS), contribution(10, SLICE)];
     let keys = [update(), diff_one(), diff_all(), cold_start(), transaction()];
     let changes = [100, 1000, 10_000].into_iter().flat_map(|services| [one_in(services), one_out(services)]);
-    let works = contributions.into_iter().chain(keys).chain(changes).collect();
-    let steady = [one_in_name, one_out_name].map(|name| (name(1000), name(10_000))).into();
+    let works = contributions.into_iter().chain(keys).chain(changes).chain([one_in_beside_drains()]).collect();
+    let sizes = [one_in_name, one_out_name].map(|name| (name(1000), name(10_000)));
+    let steady = sizes.into_iter().chain([(one_in_name(10_000), ONE_IN_BESIDE_DRAINS.into())]).collect();
     Suite { works, file, steady }.main()
 }
 
@@ -172,6 +173,20 @@ fn one_in(services: u32) -> Work {
     Work::new(one_in_name(services), CHANGES.into(), move || {
         let mut cluster = Cluster::of(services);
         for number in (0..CHANGES).map(|it| it * (services / CHANGES)) {
+            let change = Change::Slice(slice(number, ENDPOINTS + 1));
+            let outcome = count(|| cluster.take_in(change));
+            assert_eq!((outcome.done.real_servers_added, outcome.done.total()), (1, 1));
+        }
+    })
+}
+
+const ONE_IN_BESIDE_DRAINS: &str = "one endpoint in, 10000 x 10, of which 1000 drain";
+
+fn one_in_beside_drains() -> Work {
+    Work::new(ONE_IN_BESIDE_DRAINS, CHANGES.into(), || {
+        let mut cluster = Cluster::of(10_000);
+        cluster.drain(1000, 10_000);
+        for number in (0..CHANGES).map(|it| it * 90) {
             let change = Change::Slice(slice(number, ENDPOINTS + 1));
             let outcome = count(|| cluster.take_in(change));
             assert_eq!((outcome.done.real_servers_added, outcome.done.total()), (1, 1));

@@ -74,6 +74,15 @@ impl Cluster {
         self.sync()
     }
 
+    /// Has one real server drain at each of the last so many of so many Services.
+    pub(crate) fn drain(&mut self, draining: u32, services: u32) {
+        for number in services - draining..services {
+            self.reconciler.apply(Change::Slice(slice(number, ENDPOINTS - 1)));
+        }
+        let outcome = self.sync();
+        assert_eq!(outcome.totals.draining, draining as usize);
+    }
+
     /// The look at a Service that has been told to have one endpoint less. Its real servers are found idle.
     pub(crate) fn look(&mut self) -> Outcome {
         self.now += LOOK;
