@@ -186,6 +186,27 @@ fn totals_count_what_there_is() {
 }
 
 #[test]
+fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() {
+    let mut world = World::new();
+    world.apply(Change::Service(service("web", &["10.96.0.10"])));
+    world.apply(Change::Slice(ready("a", "web", &["10.0.0.1", "10.0.0.2"]))).settle();
+    world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 1);
+    world.apply(Change::Slice(ready("a", "web", &["10.0.0.1"])));
+    assert_eq!(world.sync().totals.draining, 1);
+
+    world.kernel().fault = Some(Box::new(|_| Some(Cause::Unknown)));
+    world.apply(Change::Slice(ready("a", "web", &["10.0.0.1", "10.0.0.3"])));
+    assert_eq!(world.sync().totals.draining, 0, "who knows");
+
+    world.kernel().fault = None;
+    world.kernel().servers.clear();
+    world.kernel().filter.front_ends.clear();
+    world.apply(Change::ServiceGone(name("web")));
+    assert_eq!(world.sync().totals.draining, 0);
+    assert_eq!(world.reconciler.next_look(), None);
+}
+
+#[test]
 fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
     let mut world = World::new();
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);

@@ -36,6 +36,7 @@ impl<K: Kernel> Reconciler<K> {
                 for key in keys.iter().filter(|key| !found.concern(key)) {
                     self.pending.remove(key);
                 }
+                self.count_drains(&keys);
                 findings.extend(found);
             }
             if is_last {
@@ -171,7 +172,7 @@ impl<K: Kernel> Reconciler<K> {
             self.drain_since.remove(&front_end);
             return;
         }
-        let again = match self.draining.get(&front_end) {
+        let again = match self.draining.again(&front_end) {
             Some(again) if !has_begun && again.due > now => again.clone(),
             Some(again) if !has_begun => again.longer(now),
             _ => Again::after(DRAIN_FIRST, now),
@@ -179,6 +180,18 @@ impl<K: Kernel> Reconciler<K> {
         let end = self.policy.drain_timeout.and_then(|timeout| self.drain_end(front_end, timeout, now));
         let due = end.map_or(again.due, |end| end.clamp(now, again.due));
         self.draining.insert(front_end, Again { due, ..again });
+    }
+
+    /// Counts the real servers that drain, at the keys where something may have changed.
+    fn count_drains(&mut self, keys: &BTreeSet<Key>) {
+        for key in keys {
+            if let Key::Server(front_end) = key
+                && self.draining.contains(front_end)
+            {
+                let count = self.unwanted_count(front_end);
+                self.draining.set_count(front_end, count);
+            }
+        }
     }
 
     /// Notes since when the real servers of a front end drain, and says when the first of them has done so for too long.

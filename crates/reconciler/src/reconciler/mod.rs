@@ -1,6 +1,7 @@
 //! The reconciler: takes changes in, and brings the kernel to what they ask for. Synchronous, and without a clock of its
 //! own: the caller says what time it is.
 
+mod draining;
 mod execute;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ use crate::plan::Key;
 use crate::policy::{DetectLocal, NodePortAddresses, Policy};
 use crate::table::{Dirty, ServiceTable};
 use crate::urgent::is_urgent;
+use draining::Draining;
 
 /// A key whose last operation failed.
 #[derive(Clone, Debug)]
@@ -55,7 +57,7 @@ pub struct Reconciler<K> {
     is_node_dirty: bool,
     dirty: BTreeSet<Key>,
     pending: BTreeMap<Key, Pending>,
-    draining: BTreeMap<FrontEnd, Again>,
+    draining: Draining,
     /// Since when real servers are known to drain, where there is a limit to it. After a restart it begins anew.
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
     /// When the slices that changed since the last sync began to say what they say.
@@ -80,7 +82,7 @@ impl<K: Kernel> Reconciler<K> {
             is_node_dirty: true,
             dirty: BTreeSet::new(),
             pending: BTreeMap::new(),
-            draining: BTreeMap::new(),
+            draining: Draining::default(),
             drain_since: BTreeMap::new(),
             triggers: Vec::new(),
         }
@@ -131,7 +133,7 @@ impl<K: Kernel> Reconciler<K> {
     /// When a failed operation or a draining real server is due for another look.
     pub fn next_look(&self) -> Option<Instant> {
         let pending = self.pending.values().map(|pending| pending.again.due);
-        pending.chain(self.draining.values().map(|again| again.due)).min()
+        pending.chain(self.draining.next_look()).min()
     }
 
     /// Whether what is configured takes something of the own Node that is not known yet: its addresses for NodePorts, or
@@ -164,9 +166,13 @@ impl<K: Kernel> Reconciler<K> {
         let mut keys = std::mem::take(&mut self.dirty);
         keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| key.clone()));
         // What drains is read before it is looked at, when its time has come and when something else about it is due.
-        let is_due = |front_end: &FrontEnd, again: &Again| again.due <= now || keys.contains(&Key::Server(*front_end));
-        let drained: Vec<FrontEnd> =
-            self.draining.iter().filter(|(key, again)| is_due(key, again)).map(|(key, _)| *key).collect();
+        let named = keys.iter().filter_map(|key| match key {
+            Key::Server(front_end) if self.draining.contains(front_end) => Some(*front_end),
+            _ => None,
+        });
+        let mut drained: Vec<FrontEnd> = named.chain(self.draining.due(now)).collect();
+        drained.sort_unstable();
+        drained.dedup();
         let looked = self.refresh(&drained);
         keys.extend(drained.into_iter().map(Key::Server));
         if let Err(error) = looked {
@@ -188,7 +194,9 @@ impl<K: Kernel> Reconciler<K> {
         self.recompute(&mut outcome);
         let mirror = Mirror::from_dump(observed);
         let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
-        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain(whole).collect();
+        // What drained may be gone from both.
+        let drained = self.draining.front_ends().copied().map(Key::Server);
+        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain(drained).chain(whole).collect();
         self.mirror = Some(mirror);
         let mut changed = std::mem::take(&mut self.dirty);
         let first = if is_first {
@@ -228,6 +236,8 @@ impl<K: Kernel> Reconciler<K> {
                 outcome.unrepaired.extend(self.policy.families.iter().filter(|family| key.is_of(*family)));
             }
         }
+        let draining = if self.mirror.is_some() { self.draining.count() } else { 0 };
+        debug_assert_eq!(draining, self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum());
         let without_local =
             |direction| [Family::Ipv4, Family::Ipv6].map(|family| self.desired.without_local(direction, family));
         outcome.totals = Totals {
@@ -235,7 +245,7 @@ impl<K: Kernel> Reconciler<K> {
             virtual_servers: self.desired.server_count(),
             real_servers: self.mirror.as_ref().map_or(0, Mirror::real_server_count),
             vips: self.desired.address_count(),
-            draining: self.draining.keys().map(|front_end| self.unwanted_count(front_end)).sum(),
+            draining,
             failing: self.pending.len(),
             internal_without_local: without_local(Direction::Internal),
             external_without_local: without_local(Direction::External),
@@ -306,7 +316,7 @@ impl<K: Kernel> Reconciler<K> {
         let is_known = |key: &Key| {
             expected.contains(key)
                 || self.pending.contains_key(key)
-                || matches!(key, Key::Server(front_end) if self.draining.contains_key(front_end))
+                || matches!(key, Key::Server(front_end) if self.draining.contains(front_end))
         };
         let mut operations = Vec::new();
         keys.iter()
