@@ -118,7 +118,7 @@ impl Core {
 /// What a Service wants with so many endpoints.
 fn wanted(number: u32, endpoints: u32) -> Contribution {
     let slice = slice(number, endpoints);
-    let slices = [(slice.name.name.clone(), slice)].into();
+    let slices = [(slice.name.name.clone(), slice)].into_iter().collect();
     Contribution::of(&TableEntry { service: Some(Arc::new(service(number))), slices }, &NodeView::default(), &policy())
 }
 

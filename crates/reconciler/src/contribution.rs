@@ -6,6 +6,7 @@ use std::num::NonZeroU16;
 use std::sync::Arc;
 
 use ipvs_netlink::{Family, Persistence};
+use litemap::LiteMap;
 use service_watch::{Endpoint, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
@@ -29,7 +30,7 @@ pub struct WantedServer {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contribution {
     /// Virtual servers by front end.
-    pub servers: BTreeMap<FrontEnd, WantedServer>,
+    pub servers: LiteMap<FrontEnd, WantedServer>,
     /// VIPs to be bound to `kube-ipvs0`, sorted, each once.
     pub addresses: Vec<IpAddr>,
     /// What the packet filter is to know beside front ends and VIPs, sorted, each once.
@@ -106,6 +107,12 @@ impl Contribution {
         contribution.addresses.dedup();
         contribution.entries.sort_unstable();
         contribution.entries.dedup();
+        // It is kept for as long as the Service is as it is.
+        let mut servers = std::mem::take(&mut contribution.servers).into_tuple_vec();
+        servers.shrink_to_fit();
+        contribution.servers = LiteMap::from_sorted_store_unchecked(servers);
+        contribution.addresses.shrink_to_fit();
+        contribution.entries.shrink_to_fit();
         contribution
     }
 

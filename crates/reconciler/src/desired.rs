@@ -171,6 +171,17 @@ impl Desired {
         servers.chain(addresses).chain(self.entries.keys().copied().map(Key::Entry)).chain(sources)
     }
 
+    /// Whether [`Desired::keys`] has this one.
+    pub fn wants(&self, key: &Key) -> bool {
+        match key {
+            Key::Server(front_end) => self.claims.contains_key(front_end),
+            Key::Address(address) => self.wants_address(*address),
+            Key::Entry(entry) => self.wants_entry(entry),
+            Key::Sources(service, family) => self.sources(service, *family).is_some(),
+            Key::Filter(_) | Key::Device | Key::Flows(_) => false,
+        }
+    }
+
     /// Every front end that is desired.
     pub fn front_ends(&self) -> impl Iterator<Item = &FrontEnd> {
         self.claims.keys()
@@ -197,7 +208,7 @@ impl Desired {
     }
 
     fn claim(&mut self, front_end: FrontEnd, claim: Claim, clashes: &mut Vec<Clash>) {
-        let claims = self.claims.entry(front_end).or_default();
+        let claims = self.claims.entry(front_end).or_insert_with(|| Vec::with_capacity(1));
         let place = claims.partition_point(|held| *held < claim);
         claims.insert(place, claim);
         if let [winner, .., _] = claims.as_slice() {
@@ -235,7 +246,7 @@ fn replace_claims<T: Copy + Ord + Hash>(
         }
     }
     for it in &new {
-        claims.entry(*it).or_default().push(name.clone());
+        claims.entry(*it).or_insert_with(|| Vec::with_capacity(1)).push(name.clone());
     }
     [gone, new].concat()
 }

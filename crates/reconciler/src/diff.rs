@@ -160,14 +160,14 @@ fn diff_real_servers(
 ) -> bool {
     let mut draining = false;
     let wanted = wanted.real_servers.iter().copied().map(RealServer::new);
-    for change in Change::between(held.real_servers.values().map(|held| held.server), wanted) {
+    for change in Change::between(held.real_servers.iter().map(|held| held.server), wanted) {
         match change {
             Change::Add(server) => out.push(Operation::AddRealServer(front_end, server)),
             Change::Set(server) => out.push(Operation::SetRealServer(front_end, server)),
             // Weight 0 says that its removal was decided before.
             Change::Surplus(server) if !context.keeps.is_everything() || server.weight == 0 => {
                 let address = server.socket_address();
-                let is_drained = held.real_servers.get(&address).is_some_and(|held| held.is_drained);
+                let is_drained = held.real_servers.get(address).is_some_and(|held| held.is_drained);
                 let is_overdue = (context.is_overdue)(&front_end, address);
                 draining |= remove(front_end, server, is_drained || is_overdue, out);
             }

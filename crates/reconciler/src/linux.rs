@@ -29,6 +29,9 @@ const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
 const EADDRNOTAVAIL: i32 = 99;
 
+/// So many operations are turned into messages at a time: some full batches.
+const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
+
 /// The kernel of one network namespace: that of the thread that connected.
 #[derive(Debug)]
 pub struct LinuxKernel {
@@ -226,6 +229,13 @@ impl LinuxKernel {
     }
 
     fn apply_ipvs(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
+        // Not all at once: the messages of thousands of Services are more memory than the agent has for all else.
+        for some in operations.chunks(IPVS_OPERATIONS) {
+            self.apply_some_ipvs(some, results);
+        }
+    }
+
+    fn apply_some_ipvs(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
         let messages: Vec<Message> = operations.iter().filter_map(ipvs_message).collect();
         match self.ipvs.apply(&messages) {
             Ok(answers) => results.extend(answers.into_iter().map(|answer| answer.map_err(|error| ipvs_error(&error)))),

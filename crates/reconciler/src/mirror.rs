@@ -1,6 +1,6 @@
 //! The mirror: what the kernel holds, as far as known. Filled by dumps, kept by acknowledged operations.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 
 use ipvs_netlink::{Family, RealServer};
@@ -19,7 +19,7 @@ pub struct MirrorServer {
     /// Its attributes.
     pub config: ServerConfig,
     /// Its real servers.
-    pub real_servers: BTreeMap<SocketAddr, MirrorRealServer>,
+    pub real_servers: RealServers,
 }
 
 /// A real server in the kernel.
@@ -30,6 +30,94 @@ pub struct MirrorRealServer {
     /// Whether it was seen at weight 0 without a connection. None comes after that but from a client with affinity, and only
     /// where the sysctl `expire_quiescent_template` is 0; what drains is read again before each look for that reason too.
     pub is_drained: bool,
+}
+
+/// The real servers of a virtual server, sorted by address and port. There may be very many, so what is the same of almost
+/// all is not kept for each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RealServers(Vec<Held>);
+
+/// A real server: whole where it is otherwise than this agent writes them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Held {
+    address: IpAddr,
+    port: u16,
+    otherwise: Option<Box<MirrorRealServer>>,
+}
+
+impl Held {
+    fn new(real_server: MirrorRealServer) -> Self {
+        let at = real_server.server.socket_address();
+        let is_usual = real_server.server == RealServer::new(at) && !real_server.is_drained;
+        Self { address: at.ip(), port: at.port(), otherwise: (!is_usual).then(|| Box::new(real_server)) }
+    }
+
+    fn at(&self) -> SocketAddr {
+        SocketAddr::new(self.address, self.port)
+    }
+
+    fn whole(&self) -> MirrorRealServer {
+        let usual = || MirrorRealServer { server: RealServer::new(self.at()), is_drained: false };
+        self.otherwise.as_deref().copied().unwrap_or_else(usual)
+    }
+}
+
+impl RealServers {
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = MirrorRealServer> {
+        self.0.iter().map(Held::whole)
+    }
+
+    /// Where they are, in order.
+    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
+        self.0.iter().map(Held::at)
+    }
+
+    /// The one at an address.
+    pub fn get(&self, at: SocketAddr) -> Option<MirrorRealServer> {
+        self.place(at).ok().map(|place| self.0[place].whole())
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    fn place(&self, at: SocketAddr) -> Result<usize, usize> {
+        self.0.binary_search_by_key(&(at.ip(), at.port()), |held| (held.address, held.port))
+    }
+
+    /// Puts one in its place, and says whether there was none at its address.
+    fn insert(&mut self, real_server: MirrorRealServer) -> bool {
+        let held = Held::new(real_server);
+        match self.place(held.at()) {
+            Ok(place) => self.0[place] = held,
+            Err(place) => {
+                self.0.insert(place, held);
+                return true;
+            }
+        }
+        false
+    }
+
+    /// Takes one out, and says whether it was there.
+    fn remove(&mut self, at: SocketAddr) -> bool {
+        let place = self.place(at);
+        place.is_ok_and(|place| {
+            self.0.remove(place);
+            true
+        })
+    }
+}
+
+impl FromIterator<MirrorRealServer> for RealServers {
+    fn from_iter<T: IntoIterator<Item = MirrorRealServer>>(real_servers: T) -> Self {
+        let mut all: Vec<Held> = real_servers.into_iter().map(Held::new).collect();
+        all.sort_unstable_by_key(|held| (held.address, held.port));
+        all.dedup_by_key(|held| (held.address, held.port));
+        all.shrink_to_fit();
+        Self(all)
+    }
 }
 
 /// What the kernel holds.
@@ -175,7 +263,7 @@ impl Mirror {
                 self.addresses.remove(&address);
             }
             Operation::AddVirtualServer(front_end, config) => {
-                self.insert(front_end, MirrorServer { config, real_servers: BTreeMap::new() });
+                self.insert(front_end, MirrorServer { config, real_servers: RealServers::default() });
             }
             Operation::SetVirtualServer(front_end, config) => {
                 if let Some(server) = self.servers.get_mut(&front_end) {
@@ -190,14 +278,12 @@ impl Mirror {
             | Operation::DrainRealServer(front_end, server) => {
                 if let Some(held) = self.servers.get_mut(&front_end) {
                     let real_server = MirrorRealServer { server, is_drained: false };
-                    let before = held.real_servers.insert(server.socket_address(), real_server);
-                    self.real_server_count += usize::from(before.is_none());
+                    self.real_server_count += usize::from(held.real_servers.insert(real_server));
                 }
             }
             Operation::DeleteRealServer(front_end, address) => {
                 if let Some(held) = self.servers.get_mut(&front_end) {
-                    let before = held.real_servers.remove(&address);
-                    self.real_server_count -= usize::from(before.is_some());
+                    self.real_server_count -= usize::from(held.real_servers.remove(address));
                 }
             }
         }
@@ -222,26 +308,22 @@ impl Mirror {
     }
 
     fn see(&mut self, observed: ObservedServer) {
-        let real_servers = observed
-            .real_servers
-            .into_iter()
-            .map(|(server, is_idle)| {
-                let is_drained = is_idle && server.weight == 0;
-                (server.socket_address(), MirrorRealServer { server, is_drained })
-            })
+        let real_servers = observed.real_servers.into_iter();
+        let real_servers = real_servers
+            .map(|(server, is_idle)| MirrorRealServer { server, is_drained: is_idle && server.weight == 0 })
             .collect();
         self.insert(observed.front_end, MirrorServer { config: observed.config, real_servers });
     }
 
     fn insert(&mut self, front_end: FrontEnd, server: MirrorServer) {
         self.remove(&front_end);
-        self.real_server_count += server.real_servers.len();
+        self.real_server_count += server.real_servers.0.len();
         self.servers.insert(front_end, server);
     }
 
     fn remove(&mut self, front_end: &FrontEnd) {
         if let Some(server) = self.servers.remove(front_end) {
-            self.real_server_count -= server.real_servers.len();
+            self.real_server_count -= server.real_servers.0.len();
         }
     }
 }

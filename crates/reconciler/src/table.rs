@@ -1,9 +1,10 @@
 //! The Service table: every Service with its EndpointSlices, and which Services a change concerns.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use litemap::LiteMap;
 use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
 
 /// A Service and the slices that name it. Either may come first.
@@ -12,7 +13,7 @@ pub struct Entry {
     /// The Service, once it is known.
     pub service: Option<Arc<Service>>,
     /// Its slices by name, so that what follows from them does not depend on the order they came in.
-    pub slices: BTreeMap<Arc<str>, EndpointSlice>,
+    pub slices: LiteMap<Arc<str>, EndpointSlice>,
 }
 
 /// What a change makes necessary.
@@ -69,6 +70,10 @@ impl ServiceTable {
                 }
                 let slices = &mut self.entries.entry(owner.clone()).or_default().slices;
                 if slices.get(&slice.name.name) != Some(&slice) {
+                    if slices.is_empty() {
+                        // Mostly there is one.
+                        slices.reserve(1);
+                    }
                     slices.insert(slice.name.name.clone(), slice);
                     dirty.insert(owner);
                 }

@@ -46,9 +46,20 @@ impl Watch {
 
     pub(crate) fn event(&self, kind: &str, object: &Value) {
         if !self.silent {
-            // In the order of the real one: readers may decode as it comes.
-            let _ = self.send.send(Ok(format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n").into()));
+            let _ = self.send.send(Ok(event(kind, object).into()));
         }
+    }
+
+    /// Says at once that all these are there.
+    fn added<'a>(&self, objects: impl Iterator<Item = &'a str>) {
+        let mut some = String::new();
+        for object in objects {
+            some += &event("ADDED", object);
+            if some.len() > CHUNK {
+                let _ = self.send.send(Ok(std::mem::take(&mut some).into()));
+            }
+        }
+        let _ = self.send.send(Ok(some.into()));
     }
 
     pub(crate) fn bookmark(&self, version: u64, ends_list: bool) {
@@ -80,6 +91,14 @@ impl Watch {
             (None, None) => {}
         }
     }
+}
+
+/// About so much of a list is sent at a time.
+const CHUNK: usize = 64 << 10;
+
+/// A line of a watch, in the order of the real one: readers may decode as it comes.
+fn event(kind: &str, object: impl std::fmt::Display) -> String {
+    format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
 }
 
 impl Server {
@@ -204,9 +223,7 @@ impl Server {
         let bookmarks = query.get("allowWatchBookmarks") == Some("true");
         let watch = Watch { resource, wanted: query.selector(), bookmarks, silent: false, send };
         if from == 0 {
-            for object in state.store.page(resource, &watch.wanted, 0, None).into_iter().flat_map(|page| page.items) {
-                watch.event("ADDED", &object);
-            }
+            watch.added(state.store.texts(resource, &watch.wanted));
             if verb == Verb::StreamingList && state.streaming == Streaming::Yes {
                 watch.bookmark(state.store.version(), true);
             }

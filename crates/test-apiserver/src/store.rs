@@ -18,10 +18,17 @@ type Key = (&'static str, String, String);
 
 #[derive(Debug, Default)]
 pub(crate) struct Store {
-    objects: BTreeMap<Key, Value>,
+    objects: BTreeMap<Key, Object>,
     history: Vec<Change>,
     version: u64,
     compacted: u64,
+}
+
+/// An object, and how it is sent.
+#[derive(Debug)]
+struct Object {
+    value: Value,
+    text: String,
 }
 
 /// A change of one object.
@@ -56,13 +63,15 @@ impl Store {
         }
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
-        let before = self.objects.insert(key, object.clone());
+        let stored = Object { text: object.to_string(), value: object.clone() };
+        let before = self.objects.insert(key, stored).map(|before| before.value);
         self.record(resource, before, Some(object))
     }
 
     pub(crate) fn delete(&mut self, kind: &str, namespace: &str, name: &str) -> Change {
         let resource = SERVED.iter().find(|(_, served, _)| *served == kind).map_or("", |served| served.0);
-        let Some(mut before) = self.objects.remove(&(resource, namespace.to_owned(), name.to_owned())) else {
+        let key = (resource, namespace.to_owned(), name.to_owned());
+        let Some(mut before) = self.objects.remove(&key).map(|before| before.value) else {
             wrong(&format!("there is no {kind} {namespace}/{name} to delete"));
         };
         self.version += 1;
@@ -90,6 +99,12 @@ impl Store {
         known
     }
 
+    /// All objects that match, as they are sent.
+    pub(crate) fn texts(&self, resource: &str, wanted: &Selector) -> impl Iterator<Item = &str> {
+        let matching = self.objects.iter().filter(move |(key, it)| key.0 == resource && wanted.matches(&it.value));
+        matching.map(|(_, object)| object.text.as_str())
+    }
+
     /// Up to `limit` objects, going on after `token`; `None` if the token is too old.
     pub(crate) fn page(&self, resource: &str, wanted: &Selector, limit: usize, token: Option<&str>) -> Option<Page> {
         let after = match token.and_then(|token| token.split_once('~')) {
@@ -101,14 +116,14 @@ impl Store {
         let mut matching = self
             .objects
             .iter()
-            .filter(|(key, object)| key.0 == resource && wanted.matches(object))
+            .filter(|(key, object)| key.0 == resource && wanted.matches(&object.value))
             .filter(|(key, _)| after.is_none_or(|after| place(key).as_str() > after))
             .peekable();
         let mut items = Vec::new();
         let mut last = String::new();
         while let Some((key, object)) = matching.next_if(|_| limit == 0 || items.len() < limit) {
             last = place(key);
-            items.push(object.clone());
+            items.push(object.value.clone());
         }
         let next = matching.peek().map(|_| format!("{}~{last}", self.version));
         Some(Page { items, next })

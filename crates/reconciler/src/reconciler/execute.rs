@@ -1,7 +1,7 @@
 //! From keys to the kernel: plans, in the parts that are decided one after the other, and what comes of them.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use service_watch::Protocol;
@@ -22,6 +22,9 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// kube-proxy looks after draining real servers once a minute; the first looks come sooner, as most are idle by then.
 const DRAIN_FIRST: Duration = Duration::from_millis(100);
 
+/// About so many keys are planned together.
+const PART: usize = 2000;
+
 impl<K: Kernel> Reconciler<K> {
     /// Plans and applies, at most twice: where the mirror turns out to be wrong about a key, that key is read and planned
     /// again.
@@ -30,7 +33,7 @@ impl<K: Kernel> Reconciler<K> {
             // A table that is made anew has all that belongs in it: what else is to be done shows afterwards.
             let (tables, others) = keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
             let mut findings = Findings::default();
-            for mut keys in [tables, others] {
+            for mut keys in std::iter::once(tables).chain(self.parts(others)) {
                 // After a socket that failed it is open what the kernel holds: the rest waits for the next reading.
                 let Some(found) = self.carry_out(&mut keys, origin, now, &findings, outcome) else { break };
                 for key in keys.iter().filter(|key| !found.concern(key)) {
@@ -58,6 +61,38 @@ impl<K: Kernel> Reconciler<K> {
                 }
             }
         }
+    }
+
+    /// What is planned at a time. The plan for a whole cluster would be larger than all the agent knows; and in a plan only
+    /// what is said of one address depends on each other. What else front ends refer to comes before all of them, and goes
+    /// after all of them.
+    fn parts(&self, keys: BTreeSet<Key>) -> Vec<BTreeSet<Key>> {
+        if keys.len() <= PART {
+            return vec![keys];
+        }
+        let (mut first, mut last) = (BTreeSet::new(), BTreeSet::new());
+        let mut by_address: BTreeMap<IpAddr, Vec<Key>> = BTreeMap::new();
+        for key in keys {
+            let is_wanted = match &key {
+                Key::Server(FrontEnd { address, .. }) | Key::Flows(FrontEnd { address, .. }) | Key::Address(address) => {
+                    by_address.entry(*address).or_insert_with(|| Vec::with_capacity(2)).push(key);
+                    continue;
+                }
+                Key::Filter(_) | Key::Device => true,
+                Key::Sources(service, family) => self.desired.sources(service, *family).is_some(),
+                Key::Entry(entry) => self.desired.wants_entry(entry),
+            };
+            if is_wanted { &mut first } else { &mut last }.insert(key);
+        }
+        let mut parts = vec![first];
+        for keys in by_address.into_values() {
+            match parts.last_mut() {
+                Some(part) if part.len() < PART => part.extend(keys),
+                _ => parts.push(keys.into_iter().collect()),
+            }
+        }
+        parts.push(last);
+        parts
     }
 
     /// Plans and applies once: first what the packet filter must know, then what it guards, and last what it may forget.
@@ -199,9 +234,9 @@ impl<K: Kernel> Reconciler<K> {
         let held = self.mirror.as_ref()?.server(&front_end)?;
         let wanted = self.desired.real_servers(&front_end);
         let before = self.drain_since.remove(&front_end).unwrap_or_default();
-        let draining = held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err());
+        let draining = held.real_servers.addresses().filter(|address| wanted.binary_search(address).is_err());
         let since: BTreeMap<SocketAddr, Instant> =
-            draining.map(|address| (*address, before.get(address).copied().unwrap_or(now))).collect();
+            draining.map(|address| (address, before.get(&address).copied().unwrap_or(now))).collect();
         let first = since.values().min().map(|since| *since + timeout);
         self.drain_since.insert(front_end, since);
         first

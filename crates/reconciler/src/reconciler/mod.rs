@@ -192,15 +192,13 @@ impl<K: Kernel> Reconciler<K> {
         let mut observed = self.kernel.dump(Scope::All)?;
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.recompute(&mut outcome);
-        let mirror = Mirror::from_dump(observed);
-        let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
-        // What drained may be gone from both.
-        let drained = self.draining.front_ends().copied().map(Key::Server);
-        let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain(drained).chain(whole).collect();
-        self.mirror = Some(mirror);
+        self.mirror = Some(Mirror::from_dump(observed));
         let mut changed = std::mem::take(&mut self.dirty);
-        let first = if is_first {
+        if is_first {
             changed.clear();
+        }
+        let (mut keys, drifted) = self.to_repair(&changed, now);
+        let first = if is_first {
             // An agent that was killed may have deleted a real server and not its flows.
             let udp = self.desired.front_ends().filter(|front_end| front_end.protocol == Protocol::Udp);
             keys.extend(udp.copied().map(Key::Flows));
@@ -208,8 +206,7 @@ impl<K: Kernel> Reconciler<K> {
             keys = rest;
             (urgent, Origin::Reading)
         } else {
-            outcome.drifted = self.drifted(&keys, &changed, now);
-            keys.retain(|key| !changed.contains(key));
+            outcome.drifted = drifted;
             (changed, Origin::Change)
         };
         self.execute(first.0, first.1, now, &mut outcome);
@@ -237,7 +234,7 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         let draining = if self.mirror.is_some() { self.draining.count() } else { 0 };
-        debug_assert_eq!(draining, self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum());
+        debug_assert_eq!(draining, self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum::<usize>());
         let without_local =
             |direction| [Family::Ipv4, Family::Ipv6].map(|family| self.desired.without_local(direction, family));
         outcome.totals = Totals {
@@ -256,7 +253,7 @@ impl<K: Kernel> Reconciler<K> {
     fn unwanted_count(&self, front_end: &FrontEnd) -> usize {
         let Some(held) = self.mirror.as_ref().and_then(|mirror| mirror.server(front_end)) else { return 0 };
         let wanted = self.desired.real_servers(front_end);
-        held.real_servers.keys().filter(|address| wanted.binary_search(address).is_err()).count()
+        held.real_servers.addresses().filter(|address| wanted.binary_search(address).is_err()).count()
     }
 
     fn set_interfaces(&mut self, interfaces: BTreeSet<IpAddr>) {
@@ -310,27 +307,35 @@ impl<K: Kernel> Reconciler<K> {
         Ok(())
     }
 
-    /// The keys that need operations although nothing changed them and nothing about them was pending.
-    fn drifted(&self, keys: &BTreeSet<Key>, expected: &BTreeSet<Key>, now: Instant) -> Vec<Key> {
-        let Some(mirror) = &self.mirror else { return Vec::new() };
-        let is_known = |key: &Key| {
-            expected.contains(key)
-                || self.pending.contains_key(key)
-                || matches!(key, Key::Server(front_end) if self.draining.contains(front_end))
-        };
+    /// Of everything that is held or desired, the keys that something is to be done about, or that are to be looked at
+    /// anyway; and those of them that need operations although nothing changed them and nothing about them was pending.
+    fn to_repair(&self, changed: &BTreeSet<Key>, now: Instant) -> (BTreeSet<Key>, Vec<Key>) {
+        let (mut keys, mut drifted) = (BTreeSet::new(), BTreeSet::new());
+        let Some(mirror) = &self.mirror else { return (keys, Vec::new()) };
+        let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
+        let keeps = keeps(Origin::Reading, &self.table, &self.policy);
+        let context = Context { keeps, rulesets: &self.rulesets, is_overdue: &is_overdue };
         let mut operations = Vec::new();
-        keys.iter()
-            .filter(|key| !is_known(key))
-            .filter(|key| {
-                operations.clear();
-                let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
-                let keeps = keeps(Origin::Reading, &self.table, &self.policy);
-                let context = Context { keeps, rulesets: &self.rulesets, is_overdue: &is_overdue };
-                diff(key, mirror, &self.desired, context, &mut operations);
-                !operations.is_empty()
-            })
-            .cloned()
-            .collect()
+        let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
+        let surplus = mirror.keys().filter(|key| !self.desired.wants(key));
+        // Of a draining virtual server that neither the kernel nor anybody has any more nothing else tells.
+        let draining = self.draining.front_ends().copied().map(Key::Server);
+        for key in self.desired.keys().chain(surplus).chain(whole).chain(draining) {
+            if changed.contains(&key) {
+                continue;
+            }
+            let is_known = self.pending.contains_key(&key)
+                || matches!(&key, Key::Server(front_end) if self.draining.contains(front_end));
+            operations.clear();
+            let is_draining = diff(&key, mirror, &self.desired, context, &mut operations);
+            if !is_known && !operations.is_empty() {
+                drifted.insert(key.clone());
+            }
+            if is_known || is_draining || !operations.is_empty() {
+                keys.insert(key);
+            }
+        }
+        (keys, drifted.into_iter().collect())
     }
 
     /// Whether a real server has drained for as long as it may.

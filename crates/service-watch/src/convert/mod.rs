@@ -211,10 +211,11 @@ impl Converter {
                 .filter_map(|(at, ip)| problems.ip(problems.value(ip, at, ADDRESS_OUT)?, at, ADDRESS_OUT))
                 .collect(),
             load_balancer_ips: load_balancer_ips(object, problems),
-            ports: problems
-                .items(&spec.ports, "spec.ports", "no port is served")
-                .filter_map(|(at, port)| self.service_port(port, at, problems))
-                .collect(),
+            ports: to_keep(
+                problems
+                    .items(&spec.ports, "spec.ports", "no port is served")
+                    .filter_map(|(at, port)| self.service_port(port, at, problems)),
+            ),
             affinity_seconds: affinity(spec, problems),
             internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
             external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
@@ -307,14 +308,16 @@ impl Converter {
             name: name.clone(),
             service: ObjectName { namespace: name.namespace.clone(), name: self.names.get(service) },
             is_ipv6: family == Family::V6,
-            ports: problems
-                .items(&object.ports, "ports", "no port is served")
-                .filter_map(|(at, port)| self.slice_port(port, at, problems))
-                .collect(),
-            endpoints: problems
-                .items(&object.endpoints, "endpoints", "no endpoint gets traffic")
-                .filter_map(|(at, endpoint)| self.endpoint(endpoint, at, family, problems))
-                .collect(),
+            ports: to_keep(
+                problems
+                    .items(&object.ports, "ports", "no port is served")
+                    .filter_map(|(at, port)| self.slice_port(port, at, problems)),
+            ),
+            endpoints: to_keep(
+                problems
+                    .items(&object.endpoints, "endpoints", "no endpoint gets traffic")
+                    .filter_map(|(at, endpoint)| self.endpoint(endpoint, at, family, problems)),
+            ),
             triggered: triggered(&object.metadata),
         })
     }
@@ -412,6 +415,13 @@ fn neighbour(object: &wire::Node) -> Converted<Vec<IpAddr>> {
     let problems = Problems::default();
     let addresses = node_addresses(object, &problems);
     problems.with(Outcome::Serve(addresses))
+}
+
+/// A list without room to spare: it lives as long as the object is as it is.
+fn to_keep<T>(items: impl Iterator<Item = T>) -> Vec<T> {
+    let mut items: Vec<T> = items.collect();
+    items.shrink_to_fit();
+    items
 }
 
 /// The internal addresses of a Node, and then its external ones.

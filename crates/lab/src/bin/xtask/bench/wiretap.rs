@@ -2,7 +2,7 @@
 //!
 //! The recording is the floor: the same messages in the same batches from a program that does nothing else.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::num::NonZero;
 use std::os::fd::OwnedFd;
 use std::process::Command;
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
-use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, Protocol, RecvFlags, SendFlags, SocketAddrAny, SocketFlags, SocketType};
 
 /// The netlink protocols that the agent speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,12 +25,10 @@ pub(crate) enum Family {
 }
 
 impl Family {
-    /// Those that a packet socket can ask for; to be told from the rest, which is rtnetlink: its number is 0, and that
-    /// asks for nothing.
-    const ASKED: [(Self, u16); 2] = [(Self::Netfilter, 12), (Self::Generic, 16)];
+    const NUMBERS: [(Self, u16); 3] = [(Self::Route, 0), (Self::Netfilter, 12), (Self::Generic, 16)];
 
     fn number(self) -> u32 {
-        Self::ASKED.iter().find(|(family, _)| *family == self).map_or(0, |(_, number)| u32::from(*number))
+        Self::NUMBERS.iter().find(|(family, _)| *family == self).map_or(0, |(_, number)| u32::from(*number))
     }
 }
 
@@ -117,13 +115,10 @@ impl Wiretap {
     pub(crate) fn start() -> Result<Self> {
         run("ip", &["link", "add", "nlmon0", "type", "nlmon"])?;
         run("ip", &["link", "set", "nlmon0", "up"])?;
-        let asked = Family::ASKED.map(|(family, number)| Ok((family, listen(number)?, VecDeque::new())));
-        let asked = asked.into_iter().collect::<Result<Vec<_>>>()?;
-        // ETH_P_ALL.
-        let all = listen(3)?;
+        let socket = listen()?;
         let is_over = Arc::new(AtomicBool::new(false));
         let end = is_over.clone();
-        let thread = std::thread::spawn(move || record(&all, asked, &end));
+        let thread = std::thread::spawn(move || record(&socket, &end));
         Ok(Self { is_over, thread })
     }
 
@@ -137,70 +132,52 @@ impl Wiretap {
     }
 }
 
-fn listen(number: u16) -> Result<OwnedFd> {
-    let protocol = NonZero::new(u32::from(number.to_be())).map(Protocol::from_raw);
+/// A socket that hears all that goes out by the devices of this namespace, which is what nlmon makes of netlink.
+fn listen() -> Result<OwnedFd> {
+    const ETH_P_ALL: u16 = 3;
+    let protocol = NonZero::new(u32::from(ETH_P_ALL.to_be())).map(Protocol::from_raw);
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::PACKET, SocketType::DGRAM, flags, protocol)
         .context("cannot open a packet socket")?;
-    rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 400 << 20)
+    rustix::net::sockopt::set_socket_recv_buffer_size_force(&socket, 1 << 30)
         .context("cannot make a packet socket's buffer larger")?;
     Ok(socket)
 }
 
-/// Everything comes on the first socket in order; the others say of what protocol some of it is.
-fn record(
-    all: &OwnedFd,
-    mut asked: Vec<(Family, OwnedFd, VecDeque<Vec<u8>>)>,
-    is_over: &AtomicBool,
-) -> Result<Vec<Datagram>> {
+/// What is asked of the kernel until it is over; what the kernel says is left out.
+fn record(socket: &OwnedFd, is_over: &AtomicBool) -> Result<Vec<Datagram>> {
     let mut heard = Vec::new();
     let mut buffer = vec![0; 4 << 20];
     loop {
-        let last = is_over.load(Ordering::Relaxed);
-        let mut received = 0;
-        while let Some(bytes) = receive(all, &mut buffer)? {
-            received += 1;
-            heard.push(bytes);
-        }
-        for (_, socket, queue) in &mut asked {
-            while let Some(bytes) = receive(socket, &mut buffer)? {
-                queue.push_back(bytes);
+        let is_last = is_over.load(Ordering::Relaxed);
+        loop {
+            match rustix::net::recvfrom(socket, &mut *buffer, RecvFlags::empty()) {
+                Ok((_, length, from)) => {
+                    let bytes = &buffer[..length.min(buffer.len())];
+                    let is_request = bytes.get(6..8).is_some_and(|it| u16::from_ne_bytes([it[0], it[1]]) & REQUEST != 0);
+                    if let (true, Some(family)) = (is_request, from.as_ref().and_then(family_of)) {
+                        heard.push(Datagram { family, bytes: bytes.to_vec() });
+                    }
+                }
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error).context("cannot record what is said over netlink"),
             }
         }
-        if last && received == 0 {
-            break;
+        if is_last {
+            return Ok(heard);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    let datagrams = heard.into_iter().map(|bytes| {
-        let found = asked.iter_mut().find_map(|(family, _, queue)| {
-            let is_its = queue.front().is_some_and(|front| *front == bytes);
-            is_its.then(|| {
-                queue.pop_front();
-                *family
-            })
-        });
-        Datagram { family: found.unwrap_or(Family::Route), bytes }
-    });
-    Ok(datagrams.collect())
 }
 
-/// The next request, if there is one; what the kernel says is left out.
-fn receive(socket: &OwnedFd, buffer: &mut [u8]) -> Result<Option<Vec<u8>>> {
-    loop {
-        match rustix::net::recv(socket, &mut *buffer, RecvFlags::empty()) {
-            Ok((_, length)) => {
-                let bytes = &buffer[..length.min(buffer.len())];
-                let is_request = bytes.get(6..8).is_some_and(|it| u16::from_ne_bytes([it[0], it[1]]) & REQUEST != 0);
-                if is_request {
-                    return Ok(Some(bytes.to_vec()));
-                }
-            }
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(Errno::INTR) => {}
-            Err(error) => return Err(error).context("cannot record what is said over netlink"),
-        }
-    }
+/// Of a `sockaddr_ll`, the protocol: for nlmon that is the netlink protocol (packet(7); rustix does not know the type).
+#[expect(unsafe_code, reason = "an address of a family that rustix does not know can only be read as bytes")]
+fn family_of(address: &SocketAddrAny) -> Option<Family> {
+    // SAFETY: rustix keeps the address in this value, with as many bytes as it says.
+    let bytes = unsafe { std::slice::from_raw_parts(address.as_ptr().cast::<u8>(), address.addr_len() as usize) };
+    let protocol = bytes.get(2..4).map(|it| u16::from_be_bytes([it[0], it[1]]))?;
+    Family::NUMBERS.iter().find(|(_, number)| *number == protocol).map(|(family, _)| *family)
 }
 
 /// What it took to say something again.
