@@ -201,6 +201,7 @@ pub fn run<K: Kernel>(
             Err(RecvTimeoutError::Disconnected) => return failed,
         }
         if !reconciler.is_ready() {
+            serve_ahead(reconciler, &taken);
             continue;
         }
         let start = Instant::now();
@@ -234,6 +235,20 @@ pub fn run<K: Kernel>(
         if once && result.is_ok() {
             return failed;
         }
+    }
+}
+
+/// What everything waits for is served before all else is known.
+fn serve_ahead<K: Kernel>(reconciler: &mut Reconciler<K>, taken: &Taken) {
+    let last = taken.heard.last();
+    match reconciler.serve_ahead(Instant::now()) {
+        Ok(None) => {}
+        Ok(Some(outcome)) => info!(
+            virtual_servers = changes(outcome.done.servers_added, outcome.done.servers_changed, 0),
+            latency = last.map(|last| tracing::field::debug(last.elapsed())),
+            "serving the API server and DNS, ahead of the rest"
+        ),
+        Err(error) => warn!("cannot serve the API server and DNS ahead of the rest: {error}"),
     }
 }
 

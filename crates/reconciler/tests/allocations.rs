@@ -50,10 +50,10 @@ fn check(what: &str, limit: u64, change: fn(&mut Cluster, u32) -> u64) {
 
 #[test]
 fn an_endpoint_that_comes_allocates_as_often_among_many_services_as_among_few() {
-    check("one endpoint in", 21, one_in);
+    check("one endpoint in", 24, one_in);
 }
 
 #[test]
 fn an_endpoint_that_goes_allocates_as_often_among_many_services_as_among_few() {
-    check("one endpoint drained and out", 31, one_out);
+    check("one endpoint drained and out", 36, one_out);
 }

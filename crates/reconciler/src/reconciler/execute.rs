@@ -74,7 +74,9 @@ impl<K: Kernel> Reconciler<K> {
         let mut by_address: BTreeMap<IpAddr, Vec<Key>> = BTreeMap::new();
         for key in keys {
             let is_wanted = match &key {
-                Key::Server(FrontEnd { address, .. }) | Key::Flows(FrontEnd { address, .. }) | Key::Address(address) => {
+                Key::Server(FrontEnd { address, .. })
+                | Key::Flows(FrontEnd { address, .. })
+                | Key::Address(address) => {
                     by_address.entry(*address).or_insert_with(|| Vec::with_capacity(2)).push(key);
                     continue;
                 }

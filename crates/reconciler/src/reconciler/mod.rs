@@ -21,7 +21,7 @@ use crate::front_end::FrontEnd;
 use crate::kernel::{Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::node::NodeView;
-use crate::outcome::{Outcome, Totals};
+use crate::outcome::{Done, Outcome, Totals};
 use crate::plan::Key;
 use crate::policy::{DetectLocal, NodePortAddresses, Policy};
 use crate::table::{Dirty, ServiceTable};
@@ -62,6 +62,17 @@ pub struct Reconciler<K> {
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
     /// When the slices that changed since the last sync began to say what they say.
     triggers: Vec<(Family, SystemTime)>,
+    ahead: Ahead,
+}
+
+/// What is done before the source has said everything.
+#[derive(Debug, Default)]
+struct Ahead {
+    /// Urgent Services that changed.
+    changed: BTreeSet<ObjectName>,
+    /// Whether the kernel has been read: the first audit then compares with that.
+    is_read: bool,
+    done: Done,
 }
 
 impl<K: Kernel> Reconciler<K> {
@@ -85,6 +96,7 @@ impl<K: Kernel> Reconciler<K> {
             draining: Draining::default(),
             drain_since: BTreeMap::new(),
             triggers: Vec::new(),
+            ahead: Ahead::default(),
         }
     }
 
@@ -100,6 +112,10 @@ impl<K: Kernel> Reconciler<K> {
         match self.table.apply(change) {
             Dirty::Services(names) => {
                 self.triggers.extend(trigger.filter(|_| !names.is_empty()));
+                if !self.table.is_synced() {
+                    let urgent: Vec<_> = names.iter().filter(|name| self.is_urgent_service(name)).cloned().collect();
+                    self.ahead.changed.extend(urgent);
+                }
                 self.dirty_services.extend(names);
             }
             Dirty::Node => self.is_node_dirty = true,
@@ -154,7 +170,7 @@ impl<K: Kernel> Reconciler<K> {
     /// Brings to the kernel what changed, what failed and is due again, and what has drained. Reads nothing but the
     /// virtual servers that drain. The first sync is an audit.
     pub fn sync(&mut self, now: Instant) -> Result<Outcome, KernelError> {
-        if self.mirror.is_none() {
+        if self.mirror.is_none() || self.ahead.is_read {
             return self.audit(now);
         }
         let mut outcome = Outcome::default();
@@ -162,7 +178,7 @@ impl<K: Kernel> Reconciler<K> {
             let observed = self.kernel.dump(Scope::Interfaces)?;
             self.set_interfaces(observed.interfaces);
         }
-        self.recompute(&mut outcome);
+        self.recompute_changed(&mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
         keys.extend(self.pending.iter().filter(|(_, pending)| pending.again.due <= now).map(|(key, _)| key.clone()));
         // What drains is read before it is looked at, when its time has come and when something else about it is due.
@@ -185,14 +201,55 @@ impl<K: Kernel> Reconciler<K> {
         Ok(outcome)
     }
 
-    /// Reads everything from the kernel and repairs what is otherwise than desired.
-    pub fn audit(&mut self, now: Instant) -> Result<Outcome, KernelError> {
-        let is_first = self.mirror.is_none();
-        let mut outcome = Outcome { audited: true, is_first, ..Outcome::default() };
+    /// Serves the API server and DNS while the source is still saying what there is, which takes its time in a large
+    /// cluster. Nothing is taken away for that: what is missing may come. `None` where there is nothing to be done.
+    pub fn serve_ahead(&mut self, now: Instant) -> Result<Option<Outcome>, KernelError> {
+        if self.is_ready() || self.table.node().is_none() || self.lacks_node() {
+            return Ok(None);
+        }
+        let has_endpoints = |name: &ObjectName| {
+            let entry = self.table.get(name).filter(|entry| entry.service.is_some());
+            entry.is_some_and(|entry| entry.slices.values().any(|slice| slice.endpoints.iter().any(|it| it.ready)))
+        };
+        let names: BTreeSet<ObjectName> =
+            self.ahead.changed.iter().filter(|name| has_endpoints(name)).cloned().collect();
+        if names.is_empty() {
+            return Ok(None);
+        }
+        self.ahead.changed.retain(|name| !names.contains(name));
+        if self.mirror.is_none() {
+            self.read()?;
+            self.ahead.is_read = true;
+        }
+        let mut outcome = Outcome::default();
+        self.look_at_node();
+        self.recompute(&names, &mut outcome);
+        let mut keys = std::mem::take(&mut self.dirty);
+        keys.extend(self.policy.families.iter().map(Key::Filter).chain([Key::Device]));
+        self.execute(keys, Origin::Reading, now, &mut outcome);
+        self.ahead.done = outcome.done;
+        Ok(Some(outcome))
+    }
+
+    /// Reads everything from the kernel.
+    fn read(&mut self) -> Result<(), KernelError> {
         let mut observed = self.kernel.dump(Scope::All)?;
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
-        self.recompute(&mut outcome);
         self.mirror = Some(Mirror::from_dump(observed));
+        Ok(())
+    }
+
+    /// Reads everything from the kernel and repairs what is otherwise than desired.
+    pub fn audit(&mut self, now: Instant) -> Result<Outcome, KernelError> {
+        // A reading for those who were served ahead is as old as the listing is long.
+        let is_read = std::mem::take(&mut self.ahead.is_read) && self.mirror.is_some();
+        let is_first = is_read || self.mirror.is_none();
+        let done = std::mem::take(&mut self.ahead).done;
+        let mut outcome = Outcome { audited: true, is_first, done, ..Outcome::default() };
+        if !is_read {
+            self.read()?;
+        }
+        self.recompute_changed(&mut outcome);
         let mut changed = std::mem::take(&mut self.dirty);
         if is_first {
             changed.clear();
@@ -234,7 +291,10 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         let draining = if self.mirror.is_some() { self.draining.count() } else { 0 };
-        debug_assert_eq!(draining, self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum::<usize>());
+        debug_assert_eq!(
+            draining,
+            self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum::<usize>()
+        );
         let without_local =
             |direction| [Family::Ipv4, Family::Ipv6].map(|family| self.desired.without_local(direction, family));
         outcome.totals = Totals {
@@ -265,22 +325,35 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// Recomputes the contributions of all Services that changed.
-    fn recompute(&mut self, outcome: &mut Outcome) {
+    fn recompute_changed(&mut self, outcome: &mut Outcome) {
         let mut names = std::mem::take(&mut self.dirty_services);
-        if std::mem::take(&mut self.is_node_dirty) {
-            let node = NodeView::new(self.table.node(), self.table.neighbours(), &self.interfaces, &self.policy);
-            if node != self.node {
-                self.node = node;
-                let rulesets = rulesets(&self.policy, &self.node);
-                if rulesets != self.rulesets {
-                    self.rulesets = rulesets;
-                    self.dirty.extend(self.policy.families.iter().map(Key::Filter));
-                }
-                // Beside those that are gone from the table.
-                names.extend(self.table.names().cloned());
-            }
+        if self.look_at_node() {
+            // Beside those that are gone from the table.
+            names.extend(self.table.names().cloned());
         }
-        for name in &names {
+        self.recompute(&names, outcome);
+    }
+
+    /// Takes in what is known of the node, and says whether that changed anything.
+    fn look_at_node(&mut self) -> bool {
+        if !std::mem::take(&mut self.is_node_dirty) {
+            return false;
+        }
+        let node = NodeView::new(self.table.node(), self.table.neighbours(), &self.interfaces, &self.policy);
+        if node == self.node {
+            return false;
+        }
+        self.node = node;
+        let rulesets = rulesets(&self.policy, &self.node);
+        if rulesets != self.rulesets {
+            self.rulesets = rulesets;
+            self.dirty.extend(self.policy.families.iter().map(Key::Filter));
+        }
+        true
+    }
+
+    fn recompute(&mut self, names: &BTreeSet<ObjectName>, outcome: &mut Outcome) {
+        for name in names {
             let entry = self.table.get(name);
             let contribution = entry.map(|entry| Contribution::of(entry, &self.node, &self.policy)).unwrap_or_default();
             let service = entry.and_then(|entry| entry.service.as_deref());
@@ -344,10 +417,12 @@ impl<K: Kernel> Reconciler<K> {
         self.policy.drain_timeout.zip(since).is_some_and(|(timeout, since)| now >= *since + timeout)
     }
 
+    fn is_urgent_service(&self, name: &ObjectName) -> bool {
+        self.table.get(name).and_then(|entry| entry.service.as_ref()).is_some_and(|service| is_urgent(service))
+    }
+
     fn is_urgent(&self, key: &Key) -> bool {
-        let is_urgent = |name: &ObjectName| {
-            self.table.get(name).and_then(|entry| entry.service.as_ref()).is_some_and(|service| is_urgent(service))
-        };
+        let is_urgent = |name: &ObjectName| self.is_urgent_service(name);
         match key {
             Key::Device | Key::Filter(_) => true,
             Key::Sources(service, _) => is_urgent(service),
@@ -371,7 +446,7 @@ enum Origin {
 /// kernel may be in the rest. What a change took away was understood.
 fn keeps<'a>(origin: Origin, table: &ServiceTable, policy: &'a Policy) -> Keeps<'a> {
     match origin {
-        Origin::Reading if table.is_incomplete() => Keeps::Everything,
+        Origin::Reading if table.is_incomplete() || !table.is_synced() => Keeps::Everything,
         Origin::Reading | Origin::Change => Keeps::Within(&policy.exclude),
     }
 }

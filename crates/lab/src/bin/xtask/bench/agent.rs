@@ -98,7 +98,9 @@ impl Agent {
                 }
                 Ok(line)
             }
-            Err(RecvTimeoutError::Timeout) => bail!("the agent says nothing; its last words:\n{}", self.last.join("\n")),
+            Err(RecvTimeoutError::Timeout) => {
+                bail!("the agent says nothing; its last words:\n{}", self.last.join("\n"))
+            }
             Err(RecvTimeoutError::Disconnected) => bail!("the agent has ended:\n{}", self.last.join("\n")),
         }
     }

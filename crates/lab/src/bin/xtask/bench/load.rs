@@ -187,8 +187,7 @@ mod tests {
         let kinds: Vec<&str> = objects.iter().map(|it| it["kind"].as_str().unwrap()).collect();
         let one = ["Service", "EndpointSlice", "EndpointSlice", "EndpointSlice"];
         assert_eq!(kinds, [one, one].concat());
-        let lengths: Vec<usize> =
-            objects.iter().filter_map(|it| it["endpoints"].as_array()).map(Vec::len).collect();
+        let lengths: Vec<usize> = objects.iter().filter_map(|it| it["endpoints"].as_array()).map(Vec::len).collect();
         assert_eq!(lengths, [100, 100, 50, 100, 100, 50]);
         assert_eq!(objects[0]["metadata"]["name"], "kubernetes");
     }

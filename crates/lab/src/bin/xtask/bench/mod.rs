@@ -25,6 +25,7 @@ use figures::{Figure, Figures};
 pub(crate) use guest::{GuestArgs, run_guest};
 use guest::{Measure, Order};
 use load::Size;
+use report::Results;
 
 /// Where the report goes.
 const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/performance");
@@ -73,9 +74,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if let Some(file) = &args.from {
-        let figures = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let figures: Vec<Figure> = serde_json::from_slice(&figures).context("these are no figures")?;
-        report::write(Path::new(REPORT), &figures)?;
+        let results = fs::read(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let results: Results = serde_json::from_slice(&results).context("these are no figures")?;
+        report::write(Path::new(REPORT), &results)?;
         return Ok(ExitCode::SUCCESS);
     }
     let start = Instant::now();
@@ -84,7 +85,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
         None => cargo::static_agent(None, cargo::Build::Release)?,
     };
-    let runner = cargo::release_xtask()?;
+    let runner = if cfg!(debug_assertions) { cargo::release_xtask()? } else { std::env::current_exe()? };
     lab::prepare()?;
     let mut figures = Vec::new();
     for size in sizes(args) {
@@ -108,16 +109,31 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         };
         figures.extend(measure(&runner, &order).with_context(|| format!("at {size}"))?);
     }
+    let results = Results { machine: machine(), kernel: kernel()?, figures };
     if let Some(path) = &args.json {
-        fs::write(path, serde_json::to_vec_pretty(&figures)?)
+        fs::write(path, serde_json::to_vec_pretty(&results)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
     let is_all = args.services.is_none() && args.endpoints.is_none() && args.filter.is_empty();
     if is_all && args.agent_flag.is_empty() {
-        report::write(Path::new(REPORT), &figures)?;
+        report::write(Path::new(REPORT), &results)?;
     }
-    eprintln!("{} figures in {:.0} s", figures.len(), start.elapsed().as_secs_f64());
+    eprintln!("{} figures in {:.0} s", results.figures.len(), start.elapsed().as_secs_f64());
     Ok(ExitCode::SUCCESS)
+}
+
+/// The processor of this machine and how many there are.
+fn machine() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let count = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    format!("{count} processors ({})", model.map_or("unknown", |(_, model)| model))
+}
+
+/// The version of the lab's kernel.
+fn kernel() -> Result<String> {
+    let output = lab::output(&Job::new("uname").arg("--kernel-release"))?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn sizes(args: &Args) -> Vec<Size> {

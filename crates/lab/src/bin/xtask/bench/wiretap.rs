@@ -154,7 +154,8 @@ fn record(socket: &OwnedFd, is_over: &AtomicBool) -> Result<Vec<Datagram>> {
             match rustix::net::recvfrom(socket, &mut *buffer, RecvFlags::empty()) {
                 Ok((_, length, from)) => {
                     let bytes = &buffer[..length.min(buffer.len())];
-                    let is_request = bytes.get(6..8).is_some_and(|it| u16::from_ne_bytes([it[0], it[1]]) & REQUEST != 0);
+                    let is_request =
+                        bytes.get(6..8).is_some_and(|it| u16::from_ne_bytes([it[0], it[1]]) & REQUEST != 0);
                     if let (true, Some(family)) = (is_request, from.as_ref().and_then(family_of)) {
                         heard.push(Datagram { family, bytes: bytes.to_vec() });
                     }

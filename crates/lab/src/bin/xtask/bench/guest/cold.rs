@@ -43,9 +43,13 @@ impl First {
         Ok(Self { said_something, total: end.at - agent.started, parts, end })
     }
 
-    /// From the start of the process until the first audit.
+    /// The first audit: all but the start and the listing.
+    fn audit(&self) -> Duration {
+        self.end.duration("took").unwrap_or_default()
+    }
+
     fn listing(&self) -> Duration {
-        self.total.saturating_sub(self.end.duration("took").unwrap_or_default())
+        self.total.saturating_sub(self.audit())
     }
 }
 
@@ -63,6 +67,7 @@ impl Bench {
             figures.time("cold/total", first.total);
             figures.time("cold/listing", first.listing());
             figures.time("cold/of it the API server", server);
+            figures.time("cold/first audit", first.audit());
             for (field, name) in PARTS {
                 figures.time(&format!("cold/{name}"), first.parts.duration(field).unwrap_or_default());
             }
@@ -101,6 +106,7 @@ impl Bench {
             }
             if let Some((took, [ipvs, addresses, filter])) = best {
                 self.figures.floor("cold/total", took);
+                self.figures.floor("cold/first audit", took);
                 self.figures.floor("cold/writing IPVS", ipvs);
                 self.figures.floor("cold/binding VIPs", addresses);
                 self.figures.floor("cold/writing the packet filter", filter);
@@ -153,9 +159,8 @@ impl Bench {
         for (number, some) in objects.chunks(100).enumerate() {
             fs::write(directory.join(format!("{number}.json")), some.join("\n")).context("cannot write a manifest")?;
         }
-        let flags: Vec<String> = std::iter::once(format!("--manifests={}", directory.display()))
-            .chain(self.order.flags.clone())
-            .collect();
+        let flags: Vec<String> =
+            std::iter::once(format!("--manifests={}", directory.display())).chain(self.order.flags.clone()).collect();
         self.in_namespace(|bench| {
             let mut agent = bench.start(&flags)?;
             let first = First::of(&mut agent)?;
@@ -195,6 +200,7 @@ impl Bench {
             let figures = &mut self.figures;
             figures.time("restart/total", first.total);
             figures.time("restart/listing", first.listing());
+            figures.time("restart/first audit", first.audit());
             for (field, name) in PARTS {
                 figures.time(&format!("restart/{name}"), first.parts.duration(field).unwrap_or_default());
             }
@@ -213,6 +219,7 @@ impl Bench {
             let written: Vec<&Datagram> = datagrams.iter().filter(|it| !it.is_reading()).collect();
             self.figures.count("restart/datagrams that write", written.len());
             self.figures.floor("restart/total", best);
+            self.figures.floor("restart/first audit", best);
             self.figures.floor("restart/reading the kernel", best);
         }
         if self.wants(Measure::Audit) {
