@@ -156,6 +156,11 @@ impl Desired {
         }
     }
 
+    /// Every VIP that is to be bound.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.keys().copied()
+    }
+
     /// The Services that want a VIP bound.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         self.addresses.get(&address).into_iter().flatten()

@@ -8,10 +8,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use ipnet::IpNet;
 use ipvs_netlink::Family;
 use service_watch::{Change, ObjectName, Protocol};
 
 use crate::again::Again;
+use crate::binding;
 use crate::contribution::{Contribution, Direction};
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
@@ -48,6 +50,8 @@ pub struct Reconciler<K> {
     node: NodeView,
     /// The constant part of the packet filter, one for each family.
     rulesets: Vec<Arc<Ruleset>>,
+    /// Ranges that have a route and are to have none: they are guarded for as long as they have.
+    stray_ranges: Vec<IpNet>,
     desired: Desired,
     /// `None` before the first dump, and after a failure that leaves open what the kernel holds.
     mirror: Option<Mirror>,
@@ -68,7 +72,8 @@ impl<K: Kernel> Reconciler<K> {
         let node = NodeView::default();
         Self {
             kernel,
-            rulesets: rulesets(&policy, &node),
+            rulesets: rulesets(&policy, &node, &[]),
+            stray_ranges: Vec::new(),
             policy,
             table: ServiceTable::default(),
             interfaces: BTreeSet::new(),
@@ -187,9 +192,10 @@ impl<K: Kernel> Reconciler<K> {
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.recompute(&mut outcome);
         let mirror = Mirror::from_dump(observed);
-        let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
+        let whole = self.filters().chain([Key::Device]).chain(self.ranges());
         let mut keys: BTreeSet<Key> = mirror.keys().chain(self.desired.keys()).chain(whole).collect();
         self.mirror = Some(mirror);
+        self.look_for_stray_ranges();
         let mut changed = std::mem::take(&mut self.dirty);
         let first = if is_first {
             changed.clear();
@@ -223,7 +229,7 @@ impl<K: Kernel> Reconciler<K> {
         outcome.triggers = std::mem::take(&mut self.triggers);
         outcome.account = self.kernel.account();
         for (key, pending) in &self.pending {
-            let is_whole = matches!(key, Key::Device | Key::Filter(_));
+            let is_whole = key.is_whole();
             if is_whole || pending.is_drift {
                 outcome.unrepaired.extend(self.policy.families.iter().filter(|family| key.is_of(*family)));
             }
@@ -264,9 +270,7 @@ impl<K: Kernel> Reconciler<K> {
             let node = NodeView::new(self.table.node(), self.table.neighbours(), &self.interfaces, &self.policy);
             if node != self.node {
                 self.node = node;
-                let rulesets = rulesets(&self.policy, &self.node);
-                if rulesets != self.rulesets {
-                    self.rulesets = rulesets;
+                if self.remake_rulesets() {
                     self.dirty.extend(self.policy.families.iter().map(Key::Filter));
                 }
                 // Beside those that are gone from the table.
@@ -289,6 +293,34 @@ impl<K: Kernel> Reconciler<K> {
             }
             self.desired.update(name, service, contribution, &mut self.dirty, &mut outcome.clashes);
         }
+    }
+
+    /// Whether the constant part of the packet filter is otherwise than before.
+    fn remake_rulesets(&mut self) -> bool {
+        let rulesets = rulesets(&self.policy, &self.node, &self.stray_ranges);
+        let is_otherwise = rulesets != self.rulesets;
+        if is_otherwise {
+            self.rulesets = rulesets;
+        }
+        is_otherwise
+    }
+
+    /// Finds the ranges whose routes are to go. Returns whether the packet filter is to change with that.
+    fn look_for_stray_ranges(&mut self) -> bool {
+        let wanted = self.policy.binding.ranges();
+        let held = self.mirror.iter().flat_map(Mirror::routed_ranges);
+        self.stray_ranges = held.filter(|range| !wanted.contains(range)).copied().collect();
+        self.remake_rulesets()
+    }
+
+    fn filters(&self) -> impl Iterator<Item = Key> {
+        self.policy.families.iter().map(Key::Filter)
+    }
+
+    /// The ranges that are to have routes.
+    fn ranges(&self) -> impl Iterator<Item = Key> {
+        let ranges = self.policy.binding.ranges().iter();
+        ranges.filter(|range| self.policy.families.contain(binding::family(range))).copied().map(Key::Range)
     }
 
     fn refresh(&mut self, front_ends: &[FrontEnd]) -> Result<(), KernelError> {
@@ -315,7 +347,8 @@ impl<K: Kernel> Reconciler<K> {
                 operations.clear();
                 let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
                 let keeps = keeps(Origin::Reading, &self.table, &self.policy);
-                let context = Context { keeps, rulesets: &self.rulesets, is_overdue: &is_overdue };
+                let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
+                let context = Context { keeps, rulesets, binding, is_overdue: &is_overdue };
                 diff(key, mirror, &self.desired, context, &mut operations);
                 !operations.is_empty()
             })
@@ -335,6 +368,7 @@ impl<K: Kernel> Reconciler<K> {
         };
         match key {
             Key::Device | Key::Filter(_) => true,
+            Key::Range(range) => self.policy.binding.ranges().contains(range),
             Key::Sources(service, _) => is_urgent(service),
             Key::Server(front_end) => self.desired.owner(front_end).is_some_and(is_urgent),
             Key::Address(address) => self.desired.claimants(*address).any(is_urgent),
@@ -361,6 +395,7 @@ fn keeps<'a>(origin: Origin, table: &ServiceTable, policy: &'a Policy) -> Keeps<
     }
 }
 
-fn rulesets(policy: &Policy, node: &NodeView) -> Vec<Arc<Ruleset>> {
-    policy.families.iter().map(|family| Arc::new(Ruleset::new(family, policy, node))).collect()
+fn rulesets(policy: &Policy, node: &NodeView, others: &[IpNet]) -> Vec<Arc<Ruleset>> {
+    let of = |family| Arc::new(Ruleset::new(family, policy, node).guarding(others));
+    policy.families.iter().map(of).collect()
 }
