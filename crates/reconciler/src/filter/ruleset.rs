@@ -402,16 +402,20 @@ impl Ruleset {
         if self.masquerades_all {
             return vec![from_elsewhere];
         }
+        let from_the_node = |it| Rule::new("from the node", [it, Self::goto("nat-masquerade")]);
+        // Its source may be an address that it has towards pods, which may be one of theirs by its range.
+        let mut rules: Vec<Rule> =
+            (!self.has_vip_sources).then(|| from_the_node(Self::is_from_the_node())).into_iter().collect();
         if let Some(is_insider) = self.is_insider() {
-            return vec![Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere];
+            rules.extend([Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere]);
+            return rules;
         }
         // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
-        let is_from_the_node = if self.has_vip_sources {
-            vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))]
-        } else {
-            Self::is_from_the_node()
-        };
-        vec![Rule::new("from the node", [is_from_the_node, Self::goto("nat-masquerade")]), self.keep()]
+        if self.has_vip_sources {
+            rules.push(from_the_node(vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))]));
+        }
+        rules.push(self.keep());
+        rules
     }
 
     fn nat_begin(&self) -> Vec<Rule> {
