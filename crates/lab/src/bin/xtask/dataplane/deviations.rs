@@ -111,7 +111,8 @@ fn node_is_seen_with_its_own_address(cell: &Cell, recorded: &Expected, at: &Circ
         return None;
     };
     let has_vip_source = !seen.is_empty() && seen.iter().all(|(_, source)| *source == vip.ip());
-    if !is_by_routes || !vip.is_ipv6() || !has_vip_source || cell.client.as_deref() != Some("node") {
+    let is_vip = matches!(cell.front_end.as_deref(), Some("externalIP" | "loadBalancerIP"));
+    if !is_by_routes || !is_vip || !vip.is_ipv6() || !has_vip_source || cell.client.as_deref() != Some("node") {
         return None;
     }
     let node = at.names.address("node", true)?;
