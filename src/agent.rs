@@ -14,7 +14,6 @@ use reconciler::Reconciler;
 use reconciler::interface_watch::{Changed, InterfaceWatch};
 use reconciler::kernel::KernelError;
 use reconciler::outcome::{Failure, Outcome};
-use reconciler::plan::Key;
 use reconciler::policy::Families;
 use reconciler::run::{Input, Observer, Taken};
 use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Source};
@@ -80,7 +79,7 @@ fn prepare(settings: &mut Settings) -> Result<reconciler::linux::LinuxKernel> {
     sysctl::set_oom_score(settings.oom_score_adj);
     let mut kernel = preflight::kernel(&settings.policy)?;
     // Only now: settings of IPVS exist once the kernel has loaded it.
-    sysctl::set(settings.strict_arp, &settings.conntrack)?;
+    sysctl::set(settings.strict_arp, settings.estimation, &settings.conntrack)?;
     preflight::set_timeouts(kernel.ipvs(), settings.timeouts);
     Ok(kernel)
 }
@@ -226,7 +225,7 @@ async fn ended_by(
 }
 
 fn synced_once(mode: Mode, failed: &[Failure], is_incomplete: bool) -> Result<End> {
-    let is_of_one_service = |failure: &Failure| !matches!(failure.key, Key::Device | Key::Filter(_));
+    let is_of_one_service = |failure: &Failure| !failure.key.is_whole();
     if mode == Mode::Takeover && !failed.is_empty() && failed.iter().all(is_of_one_service) {
         warn!("the kernel refused {} operations, of some Services: see above; the others are in place", failed.len());
     } else if !failed.is_empty() {

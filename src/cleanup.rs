@@ -100,7 +100,8 @@ fn plan(observed: Observed) -> (Plan, Left) {
     let mut left = Left::default();
     let known: BTreeSet<_> = observed.filter.front_ends.keys().copied().collect();
     let servers: Vec<_> = observed.servers.iter().map(|server| server.front_end).collect();
-    let on_device: Vec<(IpAddr, u8)> = observed.addresses.clone().unwrap_or_default();
+    let device = observed.device.clone().unwrap_or_default();
+    let on_device: Vec<(IpAddr, u8)> = device.addresses;
     let mirror = Mirror::from_dump(observed);
     let mut operations = Vec::new();
     for (address, prefix) in on_device {
@@ -110,6 +111,7 @@ fn plan(observed: Observed) -> (Plan, Left) {
             left.addresses.push(format!("{address}/{prefix}"));
         }
     }
+    operations.extend(device.routes.into_iter().map(Operation::RemoveRoute));
     for front_end in servers {
         if known.contains(&front_end) || mirror.has_own_address(front_end.address) {
             operations.push(Operation::DeleteVirtualServer(front_end));

@@ -4,6 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Family, Scheduler, Timeouts};
+use reconciler::binding::VipBinding;
+use reconciler::kernel::{Kernel as _, Scope};
 use reconciler::linux::LinuxKernel;
 use reconciler::policy::{DetectLocal, Families, Policy};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -18,6 +20,7 @@ pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
     if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {
         has_scheduler(kernel.ipvs(), scheduler)?;
     }
+    ranges_have_no_own_address(&mut kernel, &policy.binding)?;
     kernel.probe_filter(policy)?;
     kernel.ensure_device()?;
     match kernel.forward_drops() {
@@ -32,6 +35,22 @@ pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
         Err(error) => warn!("{error}"),
     }
     Ok(kernel)
+}
+
+/// In a range of VIPs everything else is refused: the node's own addresses, and whoever they lead to, are not to be among it.
+fn ranges_have_no_own_address(kernel: &mut LinuxKernel, binding: &VipBinding) -> Result<()> {
+    if binding.ranges().is_empty() {
+        return Ok(());
+    }
+    for own in kernel.dump(Scope::Interfaces)?.interfaces {
+        if let Some(range) = binding.ranges().iter().find(|range| range.contains(&own)) {
+            bail!(
+                "--vip-ranges (kubeIPVS.vipRanges): {range} has {own}, an address of an interface of this node: give ranges of \
+                 ClusterIPs alone, take the address from the interface, or leave the range out. Nothing was changed"
+            );
+        }
+    }
+    Ok(())
 }
 
 /// Asking for a scheduler makes the kernel load its module, and changes nothing else.

@@ -47,6 +47,8 @@ enum Need {
     /// (outside the initial network namespace they can only be read: as in kind, where a node is a container) would have
     /// to find out which flags switch them off before any Service works. So it is an error in the log and no more.
     Tuning,
+    /// The kernel would do more, or less, than was asked for beside serving.
+    Thrift,
 }
 
 /// A version of the kernel, as in 6.1.
@@ -75,7 +77,7 @@ pub(crate) fn set_oom_score(score: i32) {
 }
 
 /// Makes all settings on the calling thread's network namespace.
-pub(crate) fn set(strict_arp: bool, conntrack: &Conntrack) -> Result<()> {
+pub(crate) fn set(strict_arp: bool, estimation: Option<bool>, conntrack: &Conntrack) -> Result<()> {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let version = KernelVersion::parse(&release);
@@ -85,7 +87,7 @@ pub(crate) fn set(strict_arp: bool, conntrack: &Conntrack) -> Result<()> {
         None => warn!("cannot understand the kernel's version {release:?}: conn_reuse_mode stays as it is"),
     }
     let root = Path::new("/");
-    apply(root, &wanted(strict_arp, conntrack, version, cpus(root)))
+    apply(root, &wanted(strict_arp, estimation, conntrack, version, cpus(root)))
 }
 
 /// From this version on the kernel has `conn_reuse_mode`, and up to [`REUSE_FIXED`] it has to be off: it made the first
@@ -96,6 +98,7 @@ const REUSE_FIXED: KernelVersion = KernelVersion(5, 9);
 /// What the settings should be.
 pub(crate) fn wanted(
     strict_arp: bool,
+    estimation: Option<bool>,
     conntrack: &Conntrack,
     version: Option<KernelVersion>,
     cpus: u64,
@@ -116,6 +119,11 @@ pub(crate) fn wanted(
     if strict_arp {
         wanted.push(service("net/ipv4/conf/all/arp_ignore", 1));
         wanted.push(service("net/ipv4/conf/all/arp_announce", 2));
+    }
+    // Who wrote what is found there cannot be told, so what was not asked for is left alone, also after it was asked for.
+    if let Some(estimation) = estimation {
+        let value = Value::Exactly(estimation.into());
+        wanted.push(Setting { key: Key::Sysctl("net/ipv4/vs/run_estimation"), value, need: Need::Thrift });
     }
     if let Some(max) = conntrack.max(cpus) {
         wanted.push(tuning("net/netfilter/nf_conntrack_max", max));
@@ -143,8 +151,11 @@ fn apply(root: &Path, settings: &[Setting]) -> Result<()> {
     for setting in settings {
         match setting.apply(root) {
             Ok(()) => {}
-            Err(problem) if setting.need == Need::Services => fatal.push(problem),
-            Err(problem) => error!("{problem}"),
+            Err(problem) => match setting.need {
+                Need::Services => fatal.push(problem),
+                Need::Tuning => error!("{problem}"),
+                Need::Thrift => warn!("{problem}"),
+            },
         }
     }
     if !fatal.is_empty() {
@@ -157,7 +168,12 @@ impl Setting {
     fn apply(self, root: &Path) -> Result<(), String> {
         let path = self.key.path(root);
         let found = fs::read_to_string(&path);
-        let found = found.map_err(|error| self.problem(None, &error))?;
+        let found = match found {
+            Ok(found) => found,
+            // A kernel without the switch is as with it switched on.
+            Err(error) if self.is_on_anyway() && error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(self.problem(None, &error)),
+        };
         let found = found.trim();
         let is_right = found.parse().is_ok_and(|found: u64| match self.value {
             Value::Exactly(value) => found == value,
@@ -170,6 +186,10 @@ impl Setting {
         fs::write(&path, value.to_string()).map_err(|error| self.problem(Some(found), &error))?;
         info!(key = %self.key, old = %found, new = value, "set");
         Ok(())
+    }
+
+    fn is_on_anyway(self) -> bool {
+        self.need == Need::Thrift && self.value == Value::Exactly(1)
     }
 
     /// What is wrong and what to do.
@@ -282,9 +302,9 @@ mod tests {
     #[test]
     fn what_services_need_is_always_wanted_and_the_rest_when_asked_for() {
         let modern = Some(KernelVersion(6, 1));
-        assert_eq!(texts(&wanted(false, &conntrack(), modern, 4)), ALWAYS);
+        assert_eq!(texts(&wanted(false, None, &conntrack(), modern, 4)), ALWAYS);
         let arp = ["net.ipv4.conf.all.arp_ignore=1", "net.ipv4.conf.all.arp_announce=2"];
-        assert_eq!(texts(&wanted(true, &conntrack(), modern, 4)), [&ALWAYS[..], &arp[..]].concat());
+        assert_eq!(texts(&wanted(true, None, &conntrack(), modern, 4)), [&ALWAYS[..], &arp[..]].concat());
         let all = Conntrack {
             max_per_core: 32_768,
             tcp_timeout_established: Duration::from_secs(86_400),
@@ -295,7 +315,7 @@ mod tests {
             ..conntrack()
         };
         assert_eq!(
-            texts(&wanted(false, &all, modern, 8))[4..],
+            texts(&wanted(false, None, &all, modern, 8))[4..],
             [
                 "net.netfilter.nf_conntrack_max=262144",
                 "/sys/module/nf_conntrack/parameters/hashsize=at least 65536",
@@ -306,8 +326,36 @@ mod tests {
             ]
         );
         let (needed, tuning): (Vec<Setting>, Vec<Setting>) =
-            wanted(true, &all, modern, 8).into_iter().partition(|setting| setting.need == Need::Services);
+            wanted(true, None, &all, modern, 8).into_iter().partition(|setting| setting.need == Need::Services);
         assert_eq!((needed.len(), tuning.len()), (6, 6));
+    }
+
+    #[test]
+    fn estimation_is_switched_where_it_is_asked_for_and_no_obstacle_where_it_is_not_to_be_had() {
+        const ESTIMATION: &str = "proc/sys/net/ipv4/vs/run_estimation";
+        let wanted = |estimation| wanted(false, estimation, &conntrack(), None, 1);
+        assert_eq!(texts(&wanted(None)), ALWAYS);
+        assert_eq!(texts(&wanted(Some(false)))[4..], ["net.ipv4.vs.run_estimation=0"]);
+        let needed = [(VS, "1"), (NODEST, "1"), (TEMPLATE, "1"), (FORWARD, "1")];
+        for (found, asked, left) in [
+            ("1", Some(false), "0"),
+            ("0", Some(false), "0\n"),
+            ("0", Some(true), "1"),
+            ("0", None, "0\n"),
+            ("1", None, "1\n"),
+        ] {
+            let root = root(&[&needed[..], &[(ESTIMATION, found)]].concat());
+            apply(root.path(), &wanted(asked)).unwrap();
+            assert_eq!(read(&root, ESTIMATION), left, "{found} {asked:?}");
+        }
+        let root = root(&needed);
+        for asked in [Some(false), Some(true), None] {
+            apply(root.path(), &wanted(asked)).unwrap();
+        }
+        assert!(!root.path().join(ESTIMATION).exists());
+        let problem = |asked| wanted(asked).pop().unwrap().apply(root.path());
+        assert!(problem(Some(false)).unwrap_err().contains("run_estimation must be 0, and this kernel"));
+        assert_eq!(problem(Some(true)), Ok(()));
     }
 
     #[test]
@@ -325,7 +373,7 @@ mod tests {
             ("unknown", false),
             ("6", false),
         ] {
-            let settings = texts(&wanted(false, &conntrack(), KernelVersion::parse(release), 1));
+            let settings = texts(&wanted(false, None, &conntrack(), KernelVersion::parse(release), 1));
             assert_eq!(settings.contains(&"net.ipv4.vs.conn_reuse_mode=0".to_owned()), is_wanted, "{release}");
         }
     }
@@ -383,7 +431,7 @@ mod tests {
     #[test]
     fn only_what_differs_is_written_and_a_larger_hash_table_stays() {
         let conntrack = Conntrack { max_per_core: 32_768, ..conntrack() };
-        let settings = wanted(false, &conntrack, None, 1);
+        let settings = wanted(false, None, &conntrack, None, 1);
         for (hash, after) in [("16384\n", "32768"), ("32768\n", "32768\n"), ("65536\n", "65536\n")] {
             let hash = hash.trim();
             let root =
@@ -405,7 +453,7 @@ mod tests {
         fs::remove_file(root.path().join(NODEST)).unwrap();
         symlink("/proc/sys/kernel/ngroups_max", root.path().join(NODEST)).unwrap();
         let found = fs::read_to_string("/proc/sys/kernel/ngroups_max").unwrap();
-        let error = apply(root.path(), &wanted(false, &conntrack(), None, 1)).unwrap_err().to_string();
+        let error = apply(root.path(), &wanted(false, None, &conntrack(), None, 1)).unwrap_err().to_string();
         for part in [
             "net.ipv4.vs.conntrack must be 1, and this kernel or network namespace does not have it",
             &format!("net.ipv4.vs.expire_nodest_conn must be 1, is {}, and cannot be written", found.trim()),
@@ -421,7 +469,7 @@ mod tests {
         let conntrack =
             Conntrack { max_per_core: 32_768, tcp_timeout_established: Duration::from_secs(86_400), ..conntrack() };
         let root = root(&[(VS, "0"), (NODEST, "1"), (TEMPLATE, "1"), (FORWARD, "1")]);
-        apply(root.path(), &wanted(false, &conntrack, None, 1)).unwrap();
+        apply(root.path(), &wanted(false, None, &conntrack, None, 1)).unwrap();
         assert_eq!(read(&root, VS), "1");
     }
 }

@@ -77,10 +77,10 @@ fn a_restart_with_nothing_changed_writes_nothing() {
 }
 
 /// Whether a message in a trace of strace only reads: the look-up of the family, IPVS's `GET_SERVICE`, `GET_DEST`,
-/// `GET_CONFIG` and `GET_INFO`, or rtnetlink's `RTM_GETLINK` and `RTM_GETADDR`.
+/// `GET_CONFIG` and `GET_INFO`, or rtnetlink's `RTM_GETLINK`, `RTM_GETADDR` and `RTM_GETROUTE`.
 fn is_read(message: &str) -> bool {
-    // RTM_GETLINK, RTM_GETADDR; NFT_MSG_GETTABLE, GETCHAIN, GETRULE, GETSET and GETSETELEM; IPCTNL_MSG_CT_GET.
-    let kinds = ["0x12", "0x16", "0xa01", "0xa04", "0xa07", "0xa0a", "0xa0d", "0x101"];
+    // RTM_GETLINK, RTM_GETADDR, RTM_GETROUTE; NFT_MSG_GETTABLE, GETCHAIN, GETRULE, GETSET and GETSETELEM; IPCTNL_MSG_CT_GET.
+    let kinds = ["0x12", "0x16", "0x1a", "0xa01", "0xa04", "0xa07", "0xa0a", "0xa0d", "0x101"];
     let is_get = kinds.iter().any(|kind| message.contains(&format!("nlmsg_type={kind} ")));
     let payload = message.split("}, \"").nth(1).unwrap_or_default();
     let reads =

@@ -137,3 +137,22 @@ fn read_only_sysctls_stop_the_start_with_all_keys_and_values_unless_they_are_rig
     assert!(agent.ends().success(), "{}", agent.log());
     assert_eq!(ipvs(), [WEB]);
 }
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn estimation_is_switched_only_where_it_is_asked_for() {
+    const ESTIMATION: &str = "net/ipv4/vs/run_estimation";
+    isolate().unwrap();
+    let manifests = web();
+    for (flags, left) in [
+        (&["--once"][..], "1"),
+        (&["--once", "--ipvs-estimation=false"], "0"),
+        (&["--once"], "0"),
+        (&["--once", "--ipvs-estimation"], "1"),
+    ] {
+        let mut agent = manifests.agent(&[&["--conntrack-max-per-core=0"], flags].concat());
+        assert!(agent.ends().success(), "{}", agent.log());
+        assert_eq!(read(ESTIMATION), left, "{flags:?}");
+        assert!(!agent.log().contains("WARN"), "{}", agent.log());
+    }
+}

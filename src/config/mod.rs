@@ -141,6 +141,9 @@ pub(crate) const FLAGS_OF_FIELDS: &[(&str, &str)] = &[
     ("log-json-info-buffer-size", "logging.options.json.infoBufferSize"),
     ("ipvs-drain-timeout", "kubeIPVS.drainTimeout"),
     ("watch-all-nodes", "kubeIPVS.watchAllNodes"),
+    ("vip-binding", "kubeIPVS.vipBinding"),
+    ("vip-ranges", "kubeIPVS.vipRanges"),
+    ("ipvs-estimation", "kubeIPVS.estimation"),
 ];
 
 fn flag_of(field: &str) -> Option<&'static str> {

@@ -176,6 +176,15 @@ pub(crate) struct Own {
     pub(crate) drain_timeout: go::Duration,
     /// Whether to know the addresses of all Nodes.
     pub(crate) watch_all_nodes: bool,
+    /// How the kernel learns that VIPs are this node's: address or route; empty for the first.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) vip_binding: String,
+    /// Ranges of which each is one route.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) vip_ranges: Vec<String>,
+    /// Whether the kernel is to sum up what it counts; what is not said leaves it as it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) estimation: Option<bool>,
 }
 
 impl Own {

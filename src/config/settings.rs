@@ -8,6 +8,7 @@ use std::time::Duration;
 use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, Timeouts};
 use reconciler::Policy;
+use reconciler::binding::{self, VipBinding, VipRanges};
 use reconciler::policy::{DetectLocal, NodePortAddresses};
 use reconciler::run::Periods;
 use service_watch::{parse_ip, parse_range};
@@ -35,6 +36,8 @@ pub(crate) struct Settings {
     /// 0 leaves one as it is.
     pub(crate) timeouts: Timeouts,
     pub(crate) strict_arp: bool,
+    /// Whether the kernel is to sum up counters and rates; `None` leaves it as it is.
+    pub(crate) estimation: Option<bool>,
     pub(crate) conntrack: Conntrack,
     /// Where to tell about health; `None`: nowhere.
     pub(crate) healthz: Option<SocketAddr>,
@@ -110,6 +113,7 @@ impl Settings {
                 udp: check.whole_seconds("ipvs.udpTimeout", c.ipvs.udp_timeout),
             },
             strict_arp: c.ipvs.strict_arp,
+            estimation: c.own.estimation,
             conntrack: conntrack(c, &mut check),
             healthz: check.listen("healthzBindAddress", &c.healthz_bind_address),
             metrics: check.listen("metricsBindAddress", &c.metrics_bind_address),
@@ -137,7 +141,9 @@ fn policy(c: &Configuration, host: &str, check: &mut Check) -> Policy {
         Scheduler::RoundRobin
     });
     let drain_timeout = check.duration("kubeIPVS.drainTimeout", c.own.drain_timeout);
+    let detect_local = detect_local(c, check);
     Policy {
+        binding: vip_binding(c, &detect_local, check),
         scheduler,
         exclude: check.ranges("ipvs.excludeCIDRs", &c.ipvs.exclude_cidrs),
         node_port_addresses: node_port_addresses(c, check),
@@ -146,10 +152,46 @@ fn policy(c: &Configuration, host: &str, check: &mut Check) -> Policy {
         // As in kube-proxy, what is masqueraded stands in the stanza of iptables whatever the mode is.
         masquerade_all: c.iptables.masquerade_all,
         masquerade_bit: check.within("iptables.masqueradeBit", c.iptables.masquerade_bit, 0..=31),
-        detect_local: detect_local(c, check),
+        detect_local,
         drain_timeout: Some(drain_timeout).filter(|timeout| !timeout.is_zero()),
         ..Policy::new(name.trim().to_lowercase())
     }
+}
+
+/// What does not depend on the node.
+fn vip_binding(c: &Configuration, pods: &DetectLocal, check: &mut Check) -> VipBinding {
+    let path = "kubeIPVS.vipRanges";
+    let is_route = match c.own.vip_binding.as_str() {
+        "" | "address" => false,
+        "route" => true,
+        other => {
+            check.problem("kubeIPVS.vipBinding", format!("{other:?}: give address or route"));
+            return VipBinding::Addresses;
+        }
+    };
+    let ranges = check.ranges(path, &c.own.vip_ranges);
+    check.that(is_route || c.own.vip_ranges.is_empty(), path, || {
+        "takes kubeIPVS.vipBinding (--vip-binding) to be route".to_owned()
+    });
+    for (index, range) in ranges.iter().enumerate() {
+        if let Err(problem) = binding::check_range(range) {
+            check.problem(
+                &format!("{path}[{index}]"),
+                format!(
+                    "{range} {problem}; give the ranges of ClusterIPs, as --service-cluster-ip-range of the API server"
+                ),
+            );
+        }
+        if let DetectLocal::ClusterCidr(pods) = pods
+            && let Some(pods) = pods.iter().find(|pods| binding::overlap(pods, range))
+        {
+            check.problem(
+                &format!("{path}[{index}]"),
+                format!("{range} has addresses of pods, whose range is {pods}: they could not be reached"),
+            );
+        }
+    }
+    if is_route { VipBinding::Routes(VipRanges::new(&ranges).unwrap_or_default()) } else { VipBinding::Addresses }
 }
 
 fn periods(c: &Configuration, check: &mut Check) -> Periods {

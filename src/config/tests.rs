@@ -181,6 +181,22 @@ fn rows() -> Vec<Row> {
         row("windowsRunAsService", json!(false), ("", json!(true))),
         row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).duration_of_0_and_more(),
         row("kubeIPVS.watchAllNodes", Value::Null, yes()).truth_value(),
+        row("kubeIPVS.vipBinding", Value::Null, ("route", json!("route"))).refuses(
+            "routes",
+            "routes",
+            "give address or route",
+        ),
+        row("kubeIPVS.vipRanges", Value::Null, ("10.96.0.0/12,fd00::/108", json!(["10.96.0.0/12", "fd00::/108"])))
+            .beside("kubeIPVS.vipBinding", "route")
+            .refuses("10.96.0.0/12", json!(["10.96.0.0/12"]), "takes kubeIPVS.vipBinding (--vip-binding) to be route")
+            .refuses("10.96.0.0", json!(["10.96.0.0"]), no_range)
+            .refuses("0.0.0.0/0", json!(["0.0.0.0/0"]), "0.0.0.0/0 is everything: the node would keep all packets")
+            .refuses(
+                "fe80::/64",
+                json!(["fe80::/64"]),
+                "fe80::/64 has addresses of fe80::/10, none of which can be a VIP",
+            ),
+        row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).truth_value(),
     ]
 }
 
@@ -199,14 +215,21 @@ fn with_file(content: &str) -> Result<Effective, String> {
 
 /// A file with a field in it, and perhaps one more.
 fn file(field: &str, value: &Value, beside: &Value) -> String {
-    let nested = field.rsplit('.').fold(value.clone(), |inner, key| json!({ key: inner }));
     let mut object = json!({"apiVersion": API_VERSION, "kind": KIND});
-    for more in [&nested, beside] {
-        for (key, value) in more.as_object().into_iter().flatten() {
-            object[key] = value.clone();
-        }
+    let beside = beside.as_object().into_iter().flatten().map(|(field, value)| (field.as_str(), value));
+    for (field, value) in [(field, value)].into_iter().chain(beside) {
+        let place = field.split('.').fold(&mut object, |object, key| &mut object[key]);
+        *place = value.clone();
     }
     object.to_string()
+}
+
+/// The flags of the fields that a value makes sense beside.
+fn flags_beside(beside: &Value) -> impl Iterator<Item = String> {
+    beside.as_object().into_iter().flatten().map(|(field, value)| {
+        let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| path == field).unwrap().0;
+        format!("--{flag}={}", value.as_str().unwrap())
+    })
 }
 
 fn field<'a>(configuration: &'a Value, path: &str) -> &'a Value {
@@ -235,10 +258,7 @@ fn every_field_and_its_flag_take_a_value() {
         assert_eq!(effective.warnings, [""; 0], "{} in a file", row.field);
         let Some(flag) = row.flag else { continue };
         let mut words = vec![format!("--{flag}={text}")];
-        for (field, value) in beside.as_object().into_iter().flatten() {
-            let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| path == field).unwrap().0;
-            words.push(format!("--{flag}={}", value.as_str().unwrap()));
-        }
+        words.extend(flags_beside(beside));
         let effective = with_flags(&words).unwrap();
         assert_eq!(field(&shown(&effective.configuration), row.field), value, "--{flag}");
         // As kube-proxy has it, names may have underscores.
@@ -254,13 +274,12 @@ fn every_flag_beside_a_file_takes_effect_or_is_named() {
     fs::write(&path, file("mode", &json!("ipvs"), &Value::Null)).unwrap();
     for row in rows() {
         let Some(flag) = row.flag else { continue };
-        let words = [format!("--config={}", path.display()), format!("--{flag}={}", row.takes.0)];
+        let mut words = vec![format!("--config={}", path.display()), format!("--{flag}={}", row.takes.0)];
+        words.extend(flags_beside(&row.takes.2));
         let effective = with_flags(&words).unwrap();
         let has_effect = field(&shown(&effective.configuration), row.field) != &row.default;
-        let is_named = effective
-            .warnings
-            .iter()
-            .any(|warning| warning.starts_with(&format!("--{flag}: not heeded beside --config")));
+        let named = effective.warnings.iter().filter_map(|warning| warning.split_once(": not heeded beside --config"));
+        let is_named = named.flat_map(|(flags, _)| flags.split(' ')).any(|named| named == format!("--{flag}"));
         assert_ne!(has_effect, is_named, "--{flag}: {:?}", effective.warnings);
     }
 }

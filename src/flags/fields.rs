@@ -256,6 +256,21 @@ pub(super) struct FieldFlags {
     /// Know the addresses of all Nodes, to refuse VIPs that are one of them: costs the API server each Node status update
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
     watch_all_nodes: Option<bool>,
+
+    /// How the kernel learns that VIPs are this node's: `address` on kube-ipvs0 for each, or `route`, a local route for each,
+    /// which costs less where there are thousands [default: address]
+    #[arg(long, value_name = "address|route", help_heading = "What kube-proxy does not have")]
+    vip_binding: Option<String>,
+
+    /// With --vip-binding=route, ranges that get one route each instead of one for each VIP: the cluster's ranges of ClusterIPs.
+    /// All of their addresses are the node's then; those that are no VIP are refused
+    #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "What kube-proxy does not have")]
+    vip_ranges: Option<Vec<String>>,
+
+    /// Whether the kernel sums up counters and rates of each virtual and real server, every 2 seconds: false saves that time,
+    /// and what `ipvsadm --stats` and `--rate` show stands still [default: as the kernel has it, which is true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    ipvs_estimation: Option<bool>,
 }
 
 impl FieldFlags {
@@ -273,6 +288,9 @@ impl FieldFlags {
             log_json_info_buffer_size: self.log_json_info_buffer_size,
             ipvs_drain_timeout: self.ipvs_drain_timeout,
             watch_all_nodes: self.watch_all_nodes,
+            vip_binding: self.vip_binding,
+            vip_ranges: self.vip_ranges,
+            ipvs_estimation: self.ipvs_estimation,
             ..Self::default()
         }
     }
@@ -348,6 +366,9 @@ impl FieldFlags {
         set(&mut c.iptables.min_sync_period, self.iptables_min_sync_period);
         set(&mut c.own.drain_timeout, self.ipvs_drain_timeout);
         set(&mut c.own.watch_all_nodes, self.watch_all_nodes);
+        set(&mut c.own.vip_binding, self.vip_binding);
+        set(&mut c.own.vip_ranges, self.vip_ranges.map(without_empty));
+        set_some(&mut c.own.estimation, self.ipvs_estimation);
     }
 }
 

@@ -107,9 +107,10 @@ pub(crate) enum Command {
 }
 
 /// Flags of fields that count beside a file. (Those without a field do anyway.)
-const BESIDE_FILE: [&str; 11] = [
+const BESIDE_FILE: [&str; 14] = [
     "hostname-override",
     "ipvs-drain-timeout",
+    "ipvs-estimation",
     "log-flush-frequency",
     "log-json-info-buffer-size",
     "log-json-split-stream",
@@ -117,6 +118,8 @@ const BESIDE_FILE: [&str; 11] = [
     "log-text-split-stream",
     "logging-format",
     "v",
+    "vip-binding",
+    "vip-ranges",
     "vmodule",
     "watch-all-nodes",
 ];

@@ -22,6 +22,7 @@ mod ruleset;
 mod source_ranges;
 mod takeover;
 mod udp;
+mod vip_binding;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -52,6 +52,12 @@ impl Socket {
         Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], is_dumping: false }
     }
 
+    /// Asks the kernel to heed what a request for a dump says it wants, for dumps that have such filters, and to refuse what it
+    /// does not understand. (`NETLINK_GET_STRICT_CHK`, since Linux 4.20; an older kernel goes on telling everything.)
+    pub fn heed_filters(&mut self) {
+        let _ = self.raw.set_netlink_get_strict_chk(true);
+    }
+
     /// What was sent so far.
     pub fn sent(&self) -> Sent {
         self.outgoing.sent()

@@ -21,6 +21,7 @@ use std::sync::Arc;
 use cluster::{Cluster, ENDPOINTS, cluster_ip, name, policy, service, slice, slice_of};
 use instruction_count::{Suite, Work, count};
 use netlink_packet_core::NetlinkSerializable;
+use reconciler::binding::VipBinding;
 use reconciler::contribution::Contribution;
 use reconciler::desired::Desired;
 use reconciler::diff::{Context, Keeps, diff};
@@ -110,7 +111,8 @@ impl Core {
     }
 
     fn diff(&self, key: &Key, operations: &mut Vec<Operation>) {
-        let context = Context { keeps: Keeps::Within(&[]), rulesets: &self.rulesets, is_overdue: &|_, _| false };
+        let (keeps, binding) = (Keeps::Within(&[]), &VipBinding::Addresses);
+        let context = Context { keeps, rulesets: &self.rulesets, binding, is_overdue: &|_, _| false };
         black_box(diff(key, &self.mirror, &self.desired, context, operations));
     }
 }

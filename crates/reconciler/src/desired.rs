@@ -156,6 +156,11 @@ impl Desired {
         }
     }
 
+    /// Every VIP that is to be bound.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.keys().copied()
+    }
+
     /// The Services that want a VIP bound.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
         self.addresses.get(&address).into_iter().flatten()
@@ -178,7 +183,7 @@ impl Desired {
             Key::Address(address) => self.wants_address(*address),
             Key::Entry(entry) => self.wants_entry(entry),
             Key::Sources(service, family) => self.sources(service, *family).is_some(),
-            Key::Filter(_) | Key::Device | Key::Flows(_) => false,
+            Key::Filter(_) | Key::Device | Key::Range(_) | Key::Flows(_) => false,
         }
     }
 

@@ -1,12 +1,13 @@
 //! The operations that lead from what the kernel holds to what is desired, one key at a time.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ipvs_netlink::{Change, RealServer};
+use ipvs_netlink::{Change, Family, RealServer};
 use service_watch::Protocol;
 
+use crate::binding::{self, VipBinding};
 use crate::contribution::WantedServer;
 use crate::desired::Desired;
 use crate::filter::ruleset::Ruleset;
@@ -44,8 +45,21 @@ pub struct Context<'a> {
     pub keeps: Keeps<'a>,
     /// The constant part of each family's table.
     pub rulesets: &'a [Arc<Ruleset>],
+    /// How the kernel learns that VIPs are this node's.
+    pub binding: &'a VipBinding,
     /// Whether a real server has drained for as long as it may.
     pub is_overdue: &'a dyn Fn(&FrontEnd, SocketAddr) -> bool,
+}
+
+impl Context<'_> {
+    fn ruleset(&self, family: Family) -> Option<&Arc<Ruleset>> {
+        self.rulesets.iter().find(|ruleset| ruleset.family() == family)
+    }
+
+    /// Whether the packet filter refuses what goes to no VIP of the ranges.
+    fn has_guard(&self, family: Family, mirror: &Mirror) -> bool {
+        self.ruleset(family).is_some_and(|ruleset| mirror.ruleset(family) == Some(ruleset.fingerprint()))
+    }
 }
 
 /// Appends the operations a key needs. Returns whether it has real servers that drain: they need another look later,
@@ -54,7 +68,7 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
     let keeps = context.keeps;
     match key {
         Key::Filter(family) => {
-            let ruleset = context.rulesets.iter().find(|ruleset| ruleset.family() == *family);
+            let ruleset = context.ruleset(*family);
             let held = mirror.ruleset(*family);
             // A table cannot be replaced while what is in it must be kept: of source ranges only a fingerprint is known.
             let must_stay = keeps.is_everything() && held.is_some();
@@ -87,17 +101,15 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
             if !mirror.has_device() {
                 out.push(Operation::AddDevice);
             }
-        }
-        Key::Address(address) => {
-            diff_entry(Entry::Vip(*address), desired.wants_address(*address), mirror, keeps, out);
-            match (mirror.has_address(*address), desired.wants_address(*address)) {
-                (false, true) => out.push(Operation::BindAddress(*address)),
-                (true, false) if mirror.has_own_address(*address) && !keeps.is_everything() => {
-                    out.push(Operation::UnbindAddress(*address));
-                }
-                _ => {}
+            if context.binding.is_routes() && !mirror.takes_routes() {
+                out.push(Operation::RaiseDevice);
             }
         }
+        Key::Address(address) => {
+            diff_vip(*address, mirror, desired, context, out);
+            diff_binding(*address, mirror, desired, context, out);
+        }
+        Key::Range(range) => diff_range(range, mirror, desired, context, out),
         Key::Server(front_end) => return diff_server(*front_end, mirror, desired, context, out),
         Key::Flows(front_end) => out.push(Operation::FlushFlows(*front_end, desired.real_servers(front_end))),
     }
@@ -109,6 +121,70 @@ fn diff_entry(entry: Entry, is_wanted: bool, mirror: &Mirror, keeps: Keeps<'_>, 
         (false, true) => out.push(Operation::AddEntry(entry)),
         (true, false) if !keeps.is_everything() => out.push(Operation::RemoveEntry(entry)),
         _ => {}
+    }
+}
+
+/// What the packet filter is to know of a VIP: before it is bound and after, or where its range has a route, last and first.
+fn diff_vip(address: IpAddr, mirror: &Mirror, desired: &Desired, context: Context<'_>, out: &mut Vec<Operation>) {
+    let entry = Entry::Vip(address);
+    let is_routed = || mirror.routed_ranges().any(|range| range.contains(&address));
+    let is_to_be_routed =
+        || context.binding.range_of(address).is_some() && context.has_guard(Family::of(address), mirror);
+    match (mirror.has_entry(&entry), desired.wants_address(address)) {
+        (false, true) if is_routed() || is_to_be_routed() => out.push(Operation::OpenVip(address)),
+        (true, false) if is_routed() && !context.keeps.is_everything() => out.push(Operation::CloseVip(address)),
+        (_, is_wanted) => diff_entry(entry, is_wanted, mirror, context.keeps, out),
+    }
+}
+
+/// What makes a VIP this node's. It changes by way of being so twice: what is no longer needed goes once something else is
+/// known to do, so it takes a second look.
+fn diff_binding(address: IpAddr, mirror: &Mirror, desired: &Desired, context: Context<'_>, out: &mut Vec<Operation>) {
+    let route = binding::single(address);
+    let has_guard = || context.has_guard(Family::of(address), mirror);
+    // Whether it is to have an address, whether a route of its own, and whether what else it has may go.
+    let (is_address_wanted, is_route_wanted, may_go) = match context.binding {
+        _ if !desired.wants_address(address) => (false, false, !context.keeps.is_everything()),
+        VipBinding::Addresses => (true, false, mirror.has_address(address)),
+        VipBinding::Routes(_) => match context.binding.range_of(address) {
+            Some(range) if mirror.has_route(range) => (false, false, true),
+            Some(_) if has_guard() => (false, false, false),
+            _ => (false, true, mirror.has_route(&route)),
+        },
+    };
+    if is_address_wanted && !mirror.has_address(address) {
+        out.push(Operation::BindAddress(address));
+    }
+    if is_route_wanted && !mirror.has_route(&route) {
+        out.push(Operation::AddRoute(route));
+    }
+    if !is_address_wanted && may_go && mirror.has_own_address(address) {
+        out.push(Operation::UnbindAddress(address));
+    }
+    if !is_route_wanted && may_go && mirror.has_route(&route) {
+        out.push(Operation::RemoveRoute(route));
+    }
+}
+
+/// The route of a range. It comes once the packet filter refuses what goes to no VIP in it, and goes once each VIP in it is
+/// bound by something else.
+fn diff_range(range: &IpNet, mirror: &Mirror, desired: &Desired, context: Context<'_>, out: &mut Vec<Operation>) {
+    if context.binding.ranges().contains(range) {
+        if !mirror.has_route(range) && context.has_guard(binding::family(range), mirror) {
+            out.push(Operation::AddRoute(*range));
+        }
+        return;
+    }
+    let is_bound = |address: IpAddr| match context.binding {
+        VipBinding::Addresses => mirror.has_address(address),
+        VipBinding::Routes(_) => {
+            let other = context.binding.range_of(address);
+            other.is_some_and(|other| mirror.has_route(other)) || mirror.has_route(&binding::single(address))
+        }
+    };
+    let mut within = desired.addresses().filter(|address| range.contains(address));
+    if mirror.has_route(range) && !context.keeps.is_everything() && within.all(is_bound) {
+        out.push(Operation::RemoveRoute(*range));
     }
 }
 

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer, Scheduler};
 
-use crate::filter::{Elements, ObservedFilter};
+use crate::filter::{Elements, Entry, ObservedFilter};
 use crate::front_end::{FrontEnd, ServerConfig};
-use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedServer, Scope};
+use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
 use crate::mirror::Mirror;
 use crate::plan::{Operation, Plan};
 
@@ -53,6 +54,10 @@ pub struct FakeKernel {
     pub servers: BTreeMap<FrontEnd, FakeServer>,
     /// Addresses on `kube-ipvs0` with their prefix lengths; `None` without the device.
     pub addresses: Option<BTreeMap<IpAddr, u8>>,
+    /// Whether the device takes routes.
+    pub takes_routes: bool,
+    /// Our local routes to it; of no account without it.
+    pub routes: BTreeSet<IpNet>,
     /// Addresses of the other interfaces.
     pub interfaces: BTreeSet<IpAddr>,
     /// Schedulers this kernel lacks.
@@ -92,10 +97,31 @@ impl FakeKernel {
             Operation::ClearFlows(front_end, ref alive) | Operation::FlushFlows(front_end, ref alive) => {
                 self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
             }
-            Operation::AddDevice => match self.addresses {
-                Some(_) => return Err(Cause::Exists),
-                None => self.addresses = Some(BTreeMap::new()),
-            },
+            Operation::AddDevice => {
+                if self.addresses.is_some() {
+                    return Err(Cause::Exists);
+                }
+                self.addresses = Some(BTreeMap::new());
+                self.takes_routes = false;
+                self.routes.clear();
+            }
+            Operation::RaiseDevice => {
+                self.takes_routes = self.addresses.as_ref().map(|_| true).ok_or(Cause::NoDevice)?;
+            }
+            Operation::AddRoute(range) => {
+                if self.addresses.is_none() || !self.takes_routes {
+                    return Err(Cause::NoDevice);
+                }
+                if !self.routes.insert(range) {
+                    return Err(Cause::Exists);
+                }
+            }
+            Operation::RemoveRoute(range) => {
+                let has_device = self.addresses.is_some();
+                if !self.routes.remove(&range) {
+                    return Err(if has_device { Cause::NotFound } else { Cause::NoDevice });
+                }
+            }
             Operation::BindAddress(address) => {
                 let addresses = self.addresses.as_mut().ok_or(Cause::NoDevice)?;
                 if addresses.contains_key(&address) {
@@ -193,6 +219,12 @@ impl FakeKernel {
             Operation::AddEntry(entry) => {
                 self.table(entry.family())?.entries.insert(entry);
             }
+            Operation::OpenVip(address) => {
+                self.table(Family::of(address))?.entries.insert(Entry::Vip(address));
+            }
+            Operation::CloseVip(address) if !self.filter.entries.remove(&Entry::Vip(address)) => {
+                return Err(Cause::NotFound);
+            }
             Operation::RemoveEntry(entry) if !self.filter.entries.remove(&entry) => return Err(Cause::NotFound),
             _ => {}
         }
@@ -227,10 +259,11 @@ impl Kernel for FakeKernel {
                     interfaces: self.interfaces.clone(),
                     filter: self.filter.clone(),
                     servers: self.servers.iter().map(observe).collect(),
-                    addresses: self
-                        .addresses
-                        .as_ref()
-                        .map(|addresses| addresses.iter().map(|(address, prefix)| (*address, *prefix)).collect()),
+                    device: self.addresses.as_ref().map(|addresses| ObservedDevice {
+                        takes_routes: self.takes_routes,
+                        addresses: addresses.iter().map(|(address, prefix)| (*address, *prefix)).collect(),
+                        routes: self.routes.iter().copied().collect(),
+                    }),
                 }
             }
             Scope::Servers(front_ends) => {

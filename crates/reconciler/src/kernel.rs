@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer};
 use netlink_batch::Sent;
 
@@ -32,12 +33,23 @@ pub enum Scope<'a> {
 pub struct Observed {
     /// Virtual servers that a Service could have.
     pub servers: Vec<ObservedServer>,
-    /// The addresses on `kube-ipvs0` with their prefix lengths; `None` without the device. Read with everything only.
-    pub addresses: Option<Vec<(IpAddr, u8)>>,
+    /// `kube-ipvs0`, where it exists. Read with everything only.
+    pub device: Option<ObservedDevice>,
     /// The addresses of all interfaces but `kube-ipvs0`. Read with everything, and alone.
     pub interfaces: BTreeSet<IpAddr>,
     /// The packet filter. Read with everything, and alone.
     pub filter: ObservedFilter,
+}
+
+/// `kube-ipvs0` as it was read.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ObservedDevice {
+    /// Whether routes to it can be made and stay.
+    pub takes_routes: bool,
+    /// The addresses on it with their prefix lengths.
+    pub addresses: Vec<(IpAddr, u8)>,
+    /// The local routes to it that this program has made.
+    pub routes: Vec<IpNet>,
 }
 
 /// A virtual server as it was read.
@@ -58,7 +70,7 @@ pub enum Cause {
     Exists,
     /// What was to be changed or deleted does not.
     NotFound,
-    /// `kube-ipvs0` does not exist.
+    /// `kube-ipvs0` does not exist, or is down.
     NoDevice,
     /// The kernel said no for another reason; the mirror is right.
     Refused,

@@ -11,6 +11,7 @@
 //! * [`desired`]: the sum of all contributions, with one owner for each front end.
 //! * [`mirror`]: what the kernel holds, as far as known.
 //! * [`diff`]: the operations that lead from the mirror to what is desired, for the keys that are dirty.
+//! * [`binding`]: how the kernel learns that VIPs are this node's.
 //! * [`front_end`]: what clients connect to; [`filter`]: who may, and who is masqueraded.
 //! * [`plan`]: operations, in phases whose order keeps traffic right at every instant.
 //! * [`kernel`]: the trait through which plans reach a kernel; [`linux`] is the real one, [`fake`] a model in memory.
@@ -22,6 +23,7 @@
 #![forbid(unsafe_code)]
 
 mod again;
+pub mod binding;
 pub mod contribution;
 pub mod desired;
 pub mod diff;
@@ -38,6 +40,7 @@ pub mod outcome;
 pub mod plan;
 pub mod policy;
 pub mod reconciler;
+mod routes;
 pub mod run;
 pub mod table;
 mod urgent;

@@ -5,29 +5,36 @@ use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Instant;
 
+use ipnet::IpNet;
 use ipvs_netlink::{Client, ErrorKind, Message};
 use netlink_batch::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE};
 use netlink_batch::{Refusal, Request, Sent, Socket};
 use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL};
 use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
-use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
+use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use crate::filter::{self, ObservedFilter};
 use crate::flows;
 use crate::front_end::FrontEnd;
-use crate::kernel::{Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedServer, Scope, Spent};
+use crate::kernel::{
+    Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope, Spent,
+};
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
+use crate::routes;
 
 // errno.h
 const EPERM: i32 = 1;
+const ESRCH: i32 = 3;
 const EACCES: i32 = 13;
 const EEXIST: i32 = 17;
 const ENODEV: i32 = 19;
 const EINVAL: i32 = 22;
 const EOPNOTSUPP: i32 = 95;
+const EAFNOSUPPORT: i32 = 97;
 const EADDRNOTAVAIL: i32 = 99;
+const ENETDOWN: i32 = 100;
 
 /// So many operations are turned into messages at a time: some full batches.
 const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
@@ -37,6 +44,8 @@ const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
 pub struct LinuxKernel {
     ipvs: Client,
     route: Socket,
+    /// For reading routes alone.
+    routes: Socket,
     netfilter: Socket,
     /// Which families have a table of the packet filter.
     families: Families,
@@ -59,10 +68,12 @@ impl LinuxKernel {
     pub fn connect(families: Families) -> Result<Self, KernelError> {
         let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
+        let routes = routes::open().map_err(|error| refused(error.to_string()))?;
         let netfilter = Socket::open(NETLINK_NETFILTER).map_err(|error| refused(error.to_string()))?;
         Ok(Self {
             ipvs,
             route,
+            routes,
             netfilter,
             families,
             device: None,
@@ -76,7 +87,7 @@ impl LinuxKernel {
 
     /// What was sent since the first connection.
     fn sent(&self) -> Sent {
-        self.sent_before + self.ipvs.sent() + self.route.sent() + self.netfilter.sent()
+        self.sent_before + self.ipvs.sent() + self.route.sent() + self.routes.sent() + self.netfilter.sent()
     }
 
     /// Reads the packet filter, for who wants nothing else.
@@ -92,7 +103,7 @@ impl LinuxKernel {
     /// Makes `kube-ipvs0`, unless it exists. An interface of that name that is no dummy is refused.
     pub fn ensure_device(&mut self) -> Result<(), KernelError> {
         match self.find_device()? {
-            Some(index) => self.device = Some(index),
+            Some((index, _)) => self.device = Some(index),
             None => self.add_device()?,
         }
         Ok(())
@@ -112,7 +123,7 @@ impl LinuxKernel {
 
     /// Deletes `kube-ipvs0`. Returns whether it was there; an interface of that name that is no dummy is refused.
     pub fn delete_device(&mut self) -> Result<bool, KernelError> {
-        let Some(index) = self.find_device()? else { return Ok(false) };
+        let Some((index, _)) = self.find_device()? else { return Ok(false) };
         let mut message = LinkMessage::default();
         message.header.index = index;
         let deleted = self.route.request(&RouteNetlinkMessage::DelLink(message).into(), |_: RouteNetlinkMessage| {});
@@ -142,12 +153,31 @@ impl LinuxKernel {
             };
             KernelError { cause, text: format!("cannot add device {DEVICE}: {error}{hint}") }
         })?;
-        self.device = self.find_device()?;
+        self.device = self.find_device()?.map(|(index, _)| index);
         Ok(())
     }
 
-    /// The index of `kube-ipvs0`.
-    fn find_device(&mut self) -> Result<Option<u32>, KernelError> {
+    /// Has `kube-ipvs0` take routes: IPv6 lets none lead to a device that is down.
+    fn raise_device(&mut self) -> Result<(), KernelError> {
+        let operation = Operation::RaiseDevice;
+        let Some(device) = self.device else { return Err(no_device(&operation)) };
+        for request in routes::raise(device) {
+            match self.route.request(&request, |_: RouteNetlinkMessage| {}) {
+                Ok(()) => {}
+                // Without IPv6 there is no link-local address to be kept away. The anchor may be there already.
+                Err(error)
+                    if error.refusal().is_some_and(|refusal| [EAFNOSUPPORT, EEXIST].contains(&refusal.errno)) => {}
+                Err(error) => {
+                    let refusal = error.refusal().ok_or_else(|| unknown(error.to_string()))?;
+                    return Err(address_error(&operation, refusal));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The index of `kube-ipvs0`, and whether it is up.
+    fn find_device(&mut self) -> Result<Option<(u32, bool)>, KernelError> {
         let mut message = LinkMessage::default();
         message.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
         let mut found = None;
@@ -157,7 +187,8 @@ impl LinuxKernel {
                     matches!(attribute, LinkAttribute::LinkInfo(info)
                         if info.contains(&LinkInfo::Kind(InfoKind::Dummy)))
                 });
-                found = Some((link.header.index, is_dummy));
+                let is_up = link.header.flags.contains(LinkFlags::Up);
+                found = Some(((link.header.index, is_up), is_dummy));
             }
         });
         match (result, found) {
@@ -166,13 +197,14 @@ impl LinuxKernel {
             (Ok(()), Some((_, false))) => Err(refused(format!(
                 "the interface {DEVICE} is no dummy device: rename or delete it, it is in the place of ours"
             ))),
-            (Ok(()), found) => Ok(found.map(|(index, _)| index)),
+            (Ok(()), found) => Ok(found.map(|(device, _)| device)),
         }
     }
 
     /// Reads the addresses of all interfaces: those of `kube-ipvs0`, and the others.
     fn read_addresses(&mut self, observed: &mut Observed) -> Result<(), KernelError> {
-        self.device = self.find_device()?;
+        let device = self.find_device()?;
+        self.device = device.map(|(index, _)| index);
         let mut on_device = Vec::new();
         let mut interfaces = BTreeSet::new();
         self.route
@@ -188,7 +220,11 @@ impl LinuxKernel {
                 }
             })
             .map_err(|error| refused(format!("cannot list the addresses of the node: {error}")))?;
-        observed.addresses = self.device.map(|_| on_device);
+        observed.device = device.map(|(_, is_up)| ObservedDevice {
+            takes_routes: is_up && on_device.iter().any(|(address, _)| *address == routes::ANCHOR),
+            addresses: on_device,
+            routes: Vec::new(),
+        });
         observed.interfaces = interfaces;
         Ok(())
     }
@@ -208,6 +244,10 @@ impl LinuxKernel {
         match scope {
             Scope::All => {
                 self.read_addresses(&mut observed)?;
+                if let Some((index, device)) = self.device.zip(observed.device.as_mut()) {
+                    device.routes = routes::read(&mut self.routes, index)
+                        .map_err(|error| refused(format!("cannot list the routes to {DEVICE}: {error}")))?;
+                }
                 observed.filter = self.filter()?;
                 for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
                     observed.servers.extend(self.observe(entry.server)?);
@@ -271,10 +311,7 @@ impl LinuxKernel {
 
     fn apply_addresses(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
         let Some(device) = self.device else {
-            let text = |operation| format!("cannot {operation}: the device does not exist");
-            results.extend(
-                operations.iter().map(|operation| Err(KernelError { cause: Cause::NoDevice, text: text(operation) })),
-            );
+            results.extend(operations.iter().map(|operation| Err(no_device(operation))));
             return;
         };
         let requests = operations.iter().filter_map(|operation| address_message(operation, device));
@@ -328,7 +365,10 @@ impl Kernel for LinuxKernel {
             let target = Target::of(&run[0]);
             let start = Instant::now();
             match target {
-                Target::Device => results.extend(run.iter().map(|_| self.ensure_device())),
+                Target::Device => results.extend(run.iter().map(|operation| match operation {
+                    Operation::RaiseDevice => self.raise_device(),
+                    _ => self.ensure_device(),
+                })),
                 Target::Filter => self.apply_filter(run, &mut results),
                 Target::Flows => self.apply_flows(run, &mut results),
                 Target::Ipvs => self.apply_ipvs(run, &mut results),
@@ -361,8 +401,11 @@ impl Target {
         match operation {
             operation if operation.filter_family().is_some() => Self::Filter,
             Operation::ClearFlows(..) | Operation::FlushFlows(..) => Self::Flows,
-            Operation::AddDevice => Self::Device,
-            Operation::BindAddress(_) | Operation::UnbindAddress(_) => Self::Addresses,
+            Operation::AddDevice | Operation::RaiseDevice => Self::Device,
+            Operation::BindAddress(_)
+            | Operation::UnbindAddress(_)
+            | Operation::AddRoute(_)
+            | Operation::RemoveRoute(_) => Self::Addresses,
             _ => Self::Ipvs,
         }
     }
@@ -386,6 +429,8 @@ fn address_message(operation: &Operation, device: u32) -> Option<Request<RouteNe
     let (address, is_new) = match *operation {
         Operation::BindAddress(address) => (address, true),
         Operation::UnbindAddress(address) => (address, false),
+        Operation::AddRoute(range) => return Some(routes::add(&range, device)),
+        Operation::RemoveRoute(range) => return Some(routes::remove(&range, device)),
         _ => return None,
     };
     let mut message = AddressMessage::default();
@@ -431,17 +476,21 @@ fn ipvs_error(error: &ipvs_netlink::Error) -> KernelError {
 fn address_error(operation: &Operation, refusal: &Refusal) -> KernelError {
     let (cause, hint) = match (refusal.errno, operation) {
         (EEXIST, _) => (Cause::Exists, ""),
-        (ENODEV, _) => (Cause::NoDevice, ""),
-        (EADDRNOTAVAIL, Operation::UnbindAddress(_)) => (Cause::NotFound, ""),
+        (ENODEV | ENETDOWN, _) => (Cause::NoDevice, ""),
+        (EADDRNOTAVAIL, Operation::UnbindAddress(_)) | (ESRCH, Operation::RemoveRoute(_)) => (Cause::NotFound, ""),
         (EADDRNOTAVAIL, _) => (Cause::Refused, ": no interface can have such an address; correct the Service"),
         (EPERM, _) => (Cause::Refused, ": it takes CAP_NET_ADMIN"),
-        (EACCES | EINVAL, Operation::BindAddress(IpAddr::V6(_))) => (
+        (EACCES | EINVAL, Operation::BindAddress(IpAddr::V6(_)) | Operation::AddRoute(IpNet::V6(_))) => (
             Cause::Refused,
             ": IPv6 is off on kube-ipvs0 (sysctl net.ipv6.conf.kube-ipvs0.disable_ipv6, or an MTU under 1280)",
         ),
         _ => (Cause::Refused, ""),
     };
     KernelError { cause, text: format!("cannot {operation}: {refusal}{hint}") }
+}
+
+fn no_device(operation: &Operation) -> KernelError {
+    KernelError { cause: Cause::NoDevice, text: format!("cannot {operation}: the device does not exist") }
 }
 
 fn refused(text: String) -> KernelError {

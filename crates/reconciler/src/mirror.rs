@@ -1,11 +1,13 @@
 //! The mirror: what the kernel holds, as far as known. Filled by dumps, kept by acknowledged operations.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, SocketAddr};
 
+use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer};
 use service_watch::ObjectName;
 
+use crate::binding;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry, ObservedFilter};
 use crate::front_end::{FrontEnd, ServerConfig};
@@ -124,21 +126,32 @@ impl FromIterator<MirrorRealServer> for RealServers {
 #[derive(Clone, Debug, Default)]
 pub struct Mirror {
     has_device: bool,
+    /// Whether it takes routes.
+    takes_routes: bool,
     servers: HashMap<FrontEnd, MirrorServer>,
     /// How many real servers they have together.
     real_server_count: usize,
     /// Addresses on `kube-ipvs0`, and whether each is one we would have bound: a /32 or /128.
     addresses: HashMap<IpAddr, bool>,
+    /// Our local routes to `kube-ipvs0`.
+    routes: BTreeSet<IpNet>,
     filter: ObservedFilter,
 }
 
 impl Mirror {
     /// What a dump of everything saw.
     pub fn from_dump(observed: Observed) -> Self {
-        let has_device = observed.addresses.is_some();
-        let mut mirror = Self { has_device, filter: observed.filter, ..Self::default() };
-        for (address, prefix) in observed.addresses.unwrap_or_default() {
-            // Never ours: the kernel puts fe80:: addresses on a device that is up.
+        let has_device = observed.device.is_some();
+        let device = observed.device.unwrap_or_default();
+        let mut mirror = Self {
+            has_device,
+            takes_routes: device.takes_routes,
+            routes: device.routes.into_iter().collect(),
+            filter: observed.filter,
+            ..Self::default()
+        };
+        for (address, prefix) in device.addresses {
+            // Never ours: the kernel puts fe80:: addresses on a device that is up, and routes need a loopback one there.
             if !address.is_loopback() && !is_link_local_v6(address) {
                 mirror.addresses.insert(address, prefix == if address.is_ipv4() { 32 } else { 128 });
             }
@@ -173,6 +186,26 @@ impl Mirror {
     /// Whether `kube-ipvs0` exists.
     pub fn has_device(&self) -> bool {
         self.has_device
+    }
+
+    /// Whether it is there and takes routes.
+    pub fn takes_routes(&self) -> bool {
+        self.takes_routes
+    }
+
+    /// Whether a route is there that this program has made.
+    pub fn has_route(&self, range: &IpNet) -> bool {
+        self.routes.contains(range)
+    }
+
+    /// Whether there is any such route.
+    pub fn has_routes(&self) -> bool {
+        !self.routes.is_empty()
+    }
+
+    /// The ranges of more than one address that have a route.
+    pub fn routed_ranges(&self) -> impl Iterator<Item = &IpNet> {
+        self.routes.iter().filter(|range| !binding::is_single(range))
     }
 
     /// Whether there is any virtual server.
@@ -229,7 +262,8 @@ impl Mirror {
             entry => Key::Entry(*entry),
         });
         let sources = self.filter.sources.keys().map(|(service, family)| Key::Sources(service.clone(), *family));
-        front_ends.chain(addresses).chain(entries).chain(sources)
+        let routes = self.routes.iter().map(Key::of_route);
+        front_ends.chain(addresses).chain(routes).chain(entries).chain(sources)
     }
 
     /// Takes in an operation that the kernel has carried out.
@@ -254,8 +288,21 @@ impl Mirror {
             Operation::RemoveEntry(entry) => {
                 self.filter.entries.remove(&entry);
             }
+            Operation::OpenVip(address) => {
+                self.filter.entries.insert(Entry::Vip(address));
+            }
+            Operation::CloseVip(address) => {
+                self.filter.entries.remove(&Entry::Vip(address));
+            }
             Operation::ClearFlows(..) | Operation::FlushFlows(..) => {}
             Operation::AddDevice => self.has_device = true,
+            Operation::RaiseDevice => self.takes_routes = true,
+            Operation::AddRoute(range) => {
+                self.routes.insert(range);
+            }
+            Operation::RemoveRoute(range) => {
+                self.routes.remove(&range);
+            }
             Operation::BindAddress(address) => {
                 self.addresses.insert(address, true);
             }
@@ -289,10 +336,12 @@ impl Mirror {
         }
     }
 
-    /// Forgets the device and what was on it: an operation found it gone.
+    /// Forgets the device and what was on it and led to it: an operation found it gone, or down.
     pub fn lose_device(&mut self) {
         self.has_device = false;
+        self.takes_routes = false;
         self.addresses.clear();
+        self.routes.clear();
     }
 
     fn filter_built(&mut self, ruleset: &Ruleset, contents: &Contents) {

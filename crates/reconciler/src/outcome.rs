@@ -99,7 +99,11 @@ pub struct Done {
     pub addresses_bound: usize,
     /// VIPs taken from the device.
     pub addresses_unbound: usize,
-    /// Devices made.
+    /// Local routes made, of VIPs and of ranges.
+    pub routes_added: usize,
+    /// Local routes deleted.
+    pub routes_removed: usize,
+    /// Devices made, or set up.
     pub device_added: usize,
     /// Tables of the packet filter made.
     pub filters_built: usize,
@@ -116,7 +120,7 @@ impl Done {
     }
 
     /// The numbers with the names of their kinds.
-    pub fn by_kind(&self) -> [(&'static str, usize); 13] {
+    pub fn by_kind(&self) -> [(&'static str, usize); 15] {
         [
             ("add_virtual_server", self.servers_added),
             ("set_virtual_server", self.servers_changed),
@@ -127,6 +131,8 @@ impl Done {
             ("delete_real_server", self.real_servers_deleted),
             ("bind_address", self.addresses_bound),
             ("unbind_address", self.addresses_unbound),
+            ("add_route", self.routes_added),
+            ("remove_route", self.routes_removed),
             ("add_device", self.device_added),
             ("build_filter", self.filters_built),
             ("add_to_filter", self.filter_added),
@@ -139,11 +145,14 @@ impl Done {
             // Most of them find nothing to delete.
             Operation::ClearFlows(..) | Operation::FlushFlows(..) => return,
             Operation::BuildFilter { .. } => &mut self.filters_built,
-            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) => &mut self.filter_added,
-            Operation::RemoveSources(..) | Operation::ForgetFrontEnd(..) | Operation::RemoveEntry(_) => {
-                &mut self.filter_removed
+            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) | Operation::OpenVip(_) => {
+                &mut self.filter_added
             }
-            Operation::AddDevice => &mut self.device_added,
+            Operation::RemoveSources(..)
+            | Operation::ForgetFrontEnd(..)
+            | Operation::RemoveEntry(_)
+            | Operation::CloseVip(_) => &mut self.filter_removed,
+            Operation::AddDevice | Operation::RaiseDevice => &mut self.device_added,
             Operation::AddVirtualServer(..) => &mut self.servers_added,
             Operation::SetVirtualServer(..) => &mut self.servers_changed,
             Operation::DeleteVirtualServer(_) => &mut self.servers_deleted,
@@ -153,6 +162,8 @@ impl Done {
             Operation::DeleteRealServer(..) => &mut self.real_servers_deleted,
             Operation::BindAddress(_) => &mut self.addresses_bound,
             Operation::UnbindAddress(_) => &mut self.addresses_unbound,
+            Operation::AddRoute(_) => &mut self.routes_added,
+            Operation::RemoveRoute(_) => &mut self.routes_removed,
         } += 1;
     }
 }

@@ -4,9 +4,11 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer};
 use service_watch::ObjectName;
 
+use crate::binding;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry, Ranges};
 use crate::front_end::{FrontEnd, ServerConfig};
@@ -31,6 +33,8 @@ pub enum Operation {
     AddEntry(Entry),
     /// Makes `kube-ipvs0`.
     AddDevice,
+    /// Has `kube-ipvs0` take routes.
+    RaiseDevice,
     /// Makes a virtual server.
     AddVirtualServer(FrontEnd, ServerConfig),
     /// Corrects the attributes of a virtual server.
@@ -44,12 +48,16 @@ pub enum Operation {
     ClearFlows(FrontEnd, Arc<[SocketAddr]>),
     /// Binds a VIP to `kube-ipvs0`, as /32 or /128.
     BindAddress(IpAddr),
+    /// Makes a local route to `kube-ipvs0`, for a VIP or a range of them.
+    AddRoute(IpNet),
     /// Sets the weight of a real server that is not wanted to 0: connections stay, new ones go elsewhere.
     DrainRealServer(FrontEnd, RealServer),
     /// Deletes a real server.
     DeleteRealServer(FrontEnd, SocketAddr),
     /// Takes a VIP from `kube-ipvs0`.
     UnbindAddress(IpAddr),
+    /// Deletes a local route to `kube-ipvs0`.
+    RemoveRoute(IpNet),
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
     /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
@@ -58,6 +66,10 @@ pub enum Operation {
     ForgetFrontEnd(FrontEnd, Elements),
     /// Takes a member from one of the packet filter's sets.
     RemoveEntry(Entry),
+    /// Adds a VIP to the packet filter that is this node's already: its range has a route.
+    OpenVip(IpAddr),
+    /// Takes such a VIP from the packet filter.
+    CloseVip(IpAddr),
     /// Deletes the source ranges of a Service.
     RemoveSources(ObjectName, Family),
 }
@@ -69,7 +81,7 @@ pub enum Phase {
     FilterTables,
     /// What the packet filter is to know: a VIP is guarded before it can be reached.
     FilterIn,
-    /// The device that carries the VIPs.
+    /// The device that carries the VIPs, or takes their routes.
     Device,
     /// Virtual servers in or changed.
     VirtualServersIn,
@@ -77,12 +89,14 @@ pub enum Phase {
     RealServersIn,
     /// What clients tried before.
     FlowsIn,
-    /// VIPs, now that something answers behind them.
+    /// VIPs, as addresses or by routes, now that something answers behind them.
     AddressesIn,
     /// Real servers drained or out, now that their successors take connections.
     RealServersOut,
     /// Front ends opened, now that there is somebody behind them and nobody else.
     FilterWider,
+    /// VIPs closed that stay this node's: who asks now is told that nobody is there.
+    FilterNarrower,
     /// VIPs out: who asks now is told that nobody is there.
     AddressesOut,
     /// Virtual servers out.
@@ -102,17 +116,19 @@ impl Operation {
         match self {
             Self::BuildFilter { .. } => Phase::FilterTables,
             Self::SetFrontEnd(_, before, after) if after.is_wider_than(before) => Phase::FilterWider,
+            Self::OpenVip(_) => Phase::FilterWider,
+            Self::CloseVip(_) => Phase::FilterNarrower,
             Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
             Self::ClearFlows(..) => Phase::FlowsIn,
             Self::FlushFlows(..) => Phase::FlowsOut,
             Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) => Phase::FilterOut,
             Self::RemoveSources(..) => Phase::SourcesOut,
-            Self::AddDevice => Phase::Device,
+            Self::AddDevice | Self::RaiseDevice => Phase::Device,
             Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
             Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,
-            Self::BindAddress(_) => Phase::AddressesIn,
+            Self::BindAddress(_) | Self::AddRoute(_) => Phase::AddressesIn,
             Self::DrainRealServer(..) | Self::DeleteRealServer(..) => Phase::RealServersOut,
-            Self::UnbindAddress(_) => Phase::AddressesOut,
+            Self::UnbindAddress(_) | Self::RemoveRoute(_) => Phase::AddressesOut,
             Self::DeleteVirtualServer(_) => Phase::VirtualServersOut,
         }
     }
@@ -126,6 +142,7 @@ impl Operation {
                 Some(Family::of(front_end.address))
             }
             Self::AddEntry(entry) | Self::RemoveEntry(entry) => Some(entry.family()),
+            Self::OpenVip(address) | Self::CloseVip(address) => Some(Family::of(*address)),
             _ => None,
         }
     }
@@ -138,11 +155,14 @@ impl Operation {
                 Key::Sources(service.clone(), *family)
             }
             Self::ClearFlows(front_end, _) | Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
-            Self::AddDevice => Key::Device,
+            Self::AddDevice | Self::RaiseDevice => Key::Device,
             Self::AddEntry(Entry::Vip(address))
             | Self::RemoveEntry(Entry::Vip(address))
+            | Self::OpenVip(address)
+            | Self::CloseVip(address)
             | Self::BindAddress(address)
             | Self::UnbindAddress(address) => Key::Address(*address),
+            Self::AddRoute(range) | Self::RemoveRoute(range) => Key::of_route(range),
             Self::AddEntry(entry) | Self::RemoveEntry(entry) => Key::Entry(*entry),
             Self::SetFrontEnd(front_end, ..)
             | Self::ForgetFrontEnd(front_end, _)
@@ -168,10 +188,13 @@ impl fmt::Display for Operation {
             Self::AddEntry(entry) => write!(f, "add {entry} to the packet filter"),
             Self::ForgetFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
             Self::RemoveEntry(entry) => write!(f, "delete {entry} from the packet filter"),
+            Self::OpenVip(address) => write!(f, "add VIP {address} to the packet filter"),
+            Self::CloseVip(address) => write!(f, "delete VIP {address} from the packet filter"),
             Self::RemoveSources(service, family) => write!(f, "delete the {family} source ranges of Service {service}"),
             Self::ClearFlows(front_end, _) => write!(f, "delete what was tracked of {front_end} before it was served"),
             Self::FlushFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
             Self::AddDevice => write!(f, "add device kube-ipvs0"),
+            Self::RaiseDevice => write!(f, "set kube-ipvs0 up"),
             Self::AddVirtualServer(front_end, _) => write!(f, "add virtual server {front_end}"),
             Self::SetVirtualServer(front_end, _) => write!(f, "change virtual server {front_end}"),
             Self::AddRealServer(front_end, server) => {
@@ -181,11 +204,13 @@ impl fmt::Display for Operation {
                 write!(f, "change real server {} of {front_end}", server.socket_address())
             }
             Self::BindAddress(address) => write!(f, "add address {address} to kube-ipvs0"),
+            Self::AddRoute(range) => write!(f, "add local route {range} to kube-ipvs0"),
             Self::DrainRealServer(front_end, server) => {
                 write!(f, "drain real server {} of {front_end}", server.socket_address())
             }
             Self::DeleteRealServer(front_end, address) => write!(f, "delete real server {address} of {front_end}"),
             Self::UnbindAddress(address) => write!(f, "delete address {address} of kube-ipvs0"),
+            Self::RemoveRoute(range) => write!(f, "delete local route {range} to kube-ipvs0"),
             Self::DeleteVirtualServer(front_end) => write!(f, "delete virtual server {front_end}"),
         }
     }
@@ -204,13 +229,20 @@ pub enum Key {
     Device,
     /// A virtual server with its real servers, and what the packet filter has for its front end.
     Server(FrontEnd),
-    /// A VIP, on the device and in the packet filter.
+    /// A VIP: its address or its own route, and its place in the packet filter.
     Address(IpAddr),
+    /// The route of a range of VIPs; that of a single one is part of its address.
+    Range(IpNet),
     /// What connection tracking knows of a front end.
     Flows(FrontEnd),
 }
 
 impl Key {
+    /// That of a route.
+    pub(crate) fn of_route(range: &IpNet) -> Self {
+        if binding::is_single(range) { Self::Address(range.addr()) } else { Self::Range(*range) }
+    }
+
     /// What kind of thing it is, in a word.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -220,8 +252,14 @@ impl Key {
             Self::Device => "device",
             Self::Server(_) => "virtual_server",
             Self::Address(_) => "address",
+            Self::Range(_) => "range",
             Self::Flows(_) => "flows",
         }
+    }
+
+    /// Whether all Services of a family depend on it, and not only one.
+    pub fn is_whole(&self) -> bool {
+        matches!(self, Self::Device | Self::Filter(_) | Self::Range(_))
     }
 
     /// Whether it is of a family; the device is of both.
@@ -232,6 +270,7 @@ impl Key {
             Self::Device => true,
             Self::Server(front_end) | Self::Flows(front_end) => Family::of(front_end.address) == family,
             Self::Address(address) => Family::of(*address) == family,
+            Self::Range(range) => binding::family(range) == family,
         }
     }
 }
@@ -246,6 +285,7 @@ impl fmt::Display for Key {
             Self::Device => f.write_str("device kube-ipvs0"),
             Self::Server(front_end) => write!(f, "virtual server {front_end}"),
             Self::Address(address) => write!(f, "address {address}"),
+            Self::Range(range) => write!(f, "range {range}"),
         }
     }
 }

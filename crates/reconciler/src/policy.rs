@@ -6,6 +6,8 @@ use std::time::Duration;
 use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, SchedulerFlags};
 
+use crate::binding::VipBinding;
+
 /// On which of the node's addresses NodePorts listen (`--nodeport-addresses`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NodePortAddresses {
@@ -85,6 +87,8 @@ pub struct Policy {
     /// How long a real server may drain before it is deleted with the connections it has (`--ipvs-drain-timeout`);
     /// `None` for as long as they last.
     pub drain_timeout: Option<Duration>,
+    /// How the kernel learns that VIPs are this node's (`--vip-binding`, `--vip-ranges`).
+    pub binding: VipBinding,
 }
 
 impl Policy {
@@ -102,6 +106,7 @@ impl Policy {
             masquerade_bit: 14,
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             drain_timeout: None,
+            binding: VipBinding::Addresses,
         }
     }
 

@@ -296,6 +296,7 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
             real_servers = changes(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
             draining = (done.real_servers_drained > 0).then_some(done.real_servers_drained),
             addresses = changes(done.addresses_bound, 0, done.addresses_unbound),
+            routes = changes(done.routes_added, 0, done.routes_removed),
             filter = changes(done.filter_added, 0, done.filter_removed),
             failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
             total = outcome.totals.virtual_servers,

@@ -5,7 +5,7 @@ use netlink_batch::{Error, Refusal, Socket};
 use super::message::Transaction;
 use super::read;
 use super::ruleset::Ruleset;
-use super::{Contents, ObservedFilter};
+use super::{Contents, Entry, ObservedFilter};
 use crate::kernel::{Cause, KernelError};
 use crate::node::NodeView;
 use crate::plan::Operation;
@@ -113,6 +113,8 @@ fn put(operation: &Operation, transaction: &mut Transaction) {
         }
         Operation::AddEntry(entry) => transaction.add_entry(*entry),
         Operation::RemoveEntry(entry) => transaction.remove_entry(*entry),
+        Operation::OpenVip(address) => transaction.add_entry(Entry::Vip(*address)),
+        Operation::CloseVip(address) => transaction.remove_entry(Entry::Vip(*address)),
         // Of other parts of the kernel.
         _ => {}
     }

@@ -130,14 +130,27 @@ pub(crate) fn bitwise(register: Register, mask: &[u8], xor: &[u8]) -> Expression
     )
 }
 
+const NFT_LOOKUP_F_INV: u32 = 1;
+
 /// Goes on only if the registers from this one on are in a set.
 pub(crate) fn is_in(set: &str, from: Register) -> Expression {
     expression("lookup", Expressions::Lookup(vec![Lookup::Set(set.to_owned()), Lookup::SourceRegister(from)]))
 }
 
+/// Goes on only if the registers are not in a set.
+pub(crate) fn is_not_in(set: &str, from: Register) -> Expression {
+    expression(
+        "lookup",
+        Expressions::Lookup(vec![
+            Lookup::Set(set.to_owned()),
+            Lookup::SourceRegister(from),
+            Lookup::Flags(NFT_LOOKUP_F_INV),
+        ]),
+    )
+}
+
 /// Goes on only if the registers are not in a set that is made in the same transaction.
 pub(crate) fn is_not_in_anonymous(set: &str, id: u32, from: Register) -> Expression {
-    const NFT_LOOKUP_F_INV: u32 = 1;
     expression(
         "lookup",
         Expressions::Lookup(vec![

@@ -8,6 +8,7 @@
 
 pub(crate) mod client;
 pub(crate) mod expression;
+mod inventory;
 pub mod message;
 pub mod read;
 pub mod ruleset;

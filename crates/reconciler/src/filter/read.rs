@@ -17,8 +17,9 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProto
 use service_watch::{ObjectName, Protocol};
 
 use super::expression::protocol_number;
+use super::inventory::Inventory;
 use super::message::{UDATA_FINGERPRINT, header};
-use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, Inventory, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
+use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
 use super::{Entry, ObservedFilter, TABLE, set};
 use crate::front_end::FrontEnd;
 use crate::policy::Families;

@@ -13,8 +13,7 @@
 //!
 //! The rules keep to what nft's language can say, so that `nft list ruleset` can be loaded again.
 
-use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::OnceLock;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -25,10 +24,12 @@ use service_watch::Protocol;
 
 use super::expression::{
     Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare,
-    immediate, is_in, load, load_meta, load_source_type, load_tracked, map, masquerade, octets, port_unreachable,
-    protocol_number, register, reset, set_mark, translate_destination, verdict,
+    immediate, is_in, is_not_in, load, load_meta, load_source_type, load_tracked, map, masquerade, octets,
+    port_unreachable, protocol_number, register, reset, set_mark, translate_destination, verdict,
 };
+use super::inventory::Inventory;
 use super::{Fingerprint, set};
+use crate::binding;
 use crate::node::NodeView;
 use crate::policy::{DetectLocal, Policy};
 
@@ -78,14 +79,21 @@ pub struct Ruleset {
     mark: u32,
     masquerades_all: bool,
     insiders: Insiders,
+    /// Ranges of VIPs that are this node's as a whole, sorted: what is no VIP in them is refused.
+    ranges: Vec<IpNet>,
+    /// Whether the node's connections to VIPs have them as their source too, and so can be told.
+    has_vip_sources: bool,
+    /// The node's own addresses in them. None was there at the start; one that came since must not cut the node off.
+    own: Vec<IpAddr>,
     /// Worked out when it is first asked for, from the rest.
     fingerprint: OnceLock<u64>,
 }
 
 impl PartialEq for Ruleset {
     fn eq(&self, other: &Self) -> bool {
-        let facts = |it: &Self| (it.family, it.mark, it.masquerades_all);
-        facts(self) == facts(other) && self.insiders == other.insiders
+        let facts = |it: &Self| (it.family, it.mark, it.masquerades_all, it.has_vip_sources);
+        let more = |it: &Self| (it.insiders.clone(), it.ranges.clone(), it.own.clone());
+        facts(self) == facts(other) && more(self) == more(other)
     }
 }
 
@@ -161,6 +169,10 @@ impl Ruleset {
             range.map_or(Insiders::Unknown, |range| Insiders::Range(range.trunc()))
         };
         Self {
+            ranges: policy.binding.ranges().iter().filter(|range| binding::family(range) == family).copied().collect(),
+            // IPv6 takes only addresses on devices for sources.
+            has_vip_sources: !(family == Family::Ipv6 && policy.binding.is_routes()),
+            own: node.local.iter().filter(|own| policy.binding.range_of(**own).is_some()).copied().collect(),
             family,
             mark: 1 << policy.masquerade_bit,
             masquerades_all: policy.masquerade_all,
@@ -172,6 +184,16 @@ impl Ruleset {
             },
             fingerprint: OnceLock::new(),
         }
+    }
+
+    /// The same, for a node that has routes of other ranges too.
+    #[must_use]
+    pub fn guarding(mut self, others: &[IpNet]) -> Self {
+        self.ranges.extend(others.iter().filter(|range| binding::family(range) == self.family));
+        self.ranges.sort_unstable();
+        self.ranges.dedup();
+        self.fingerprint = OnceLock::new();
+        self
     }
 
     /// Of which family it is.
@@ -283,13 +305,31 @@ impl Ruleset {
     }
 
     fn is_source_in(&self, range: &IpNet) -> Vec<Expression> {
+        Self::is_in_range(Field::source(self.family), range)
+    }
+
+    fn is_in_range(field: Field, range: &IpNet) -> Vec<Expression> {
         let (mask, network) = (octets(range.netmask()), octets(range.network()));
         let zeros = vec![0; mask.len()];
-        vec![
-            load(Field::source(self.family), register(0)),
-            bitwise(register(0), &mask, &zeros),
-            compare(register(0), true, &network),
-        ]
+        vec![load(field, register(0)), bitwise(register(0), &mask, &zeros), compare(register(0), true, &network)]
+    }
+
+    /// What goes to no VIP although the whole range is this node's.
+    fn to_no_vip(&self, comment: &str, fate: &[Expression]) -> impl Iterator<Item = Rule> {
+        let destination = Field::destination(self.family);
+        self.ranges.iter().map(move |range| {
+            let is_no_vip = vec![load(destination, register(0)), is_not_in(VIPS, register(0))];
+            Rule::new(comment, [Self::is_in_range(destination, range), is_no_vip, fate.to_vec()])
+        })
+    }
+
+    /// The node's own addresses are no VIPs, and its own all the same.
+    fn to_own(&self, fate: &Fate) -> impl Iterator<Item = Rule> {
+        let destination = Field::destination(self.family);
+        self.own.iter().map(move |own| {
+            let is_own = vec![load(destination, register(0)), compare(register(0), true, &octets(*own))];
+            Rule::new("the node's own", [is_own, vec![verdict(fate)]])
+        })
     }
 
     /// Goes on only for packets from pods; `None` where that cannot be told.
@@ -362,12 +402,20 @@ impl Ruleset {
         if self.masquerades_all {
             return vec![from_elsewhere];
         }
+        let from_the_node = |it| Rule::new("from the node", [it, Self::goto("nat-masquerade")]);
+        // Its source may be an address that it has towards pods, which may be one of theirs by its range.
+        let mut rules: Vec<Rule> =
+            (!self.has_vip_sources).then(|| from_the_node(Self::is_from_the_node())).into_iter().collect();
         if let Some(is_insider) = self.is_insider() {
-            return vec![Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere];
+            rules.extend([Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere]);
+            return rules;
         }
         // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
-        let is_vip = vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))];
-        vec![Rule::new("from the node", [is_vip, Self::goto("nat-masquerade")]), self.keep()]
+        if self.has_vip_sources {
+            rules.push(from_the_node(vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))]));
+        }
+        rules.push(self.keep());
+        rules
     }
 
     fn nat_begin(&self) -> Vec<Rule> {
@@ -391,7 +439,7 @@ impl Ruleset {
         let from_the_node = |comment, set, chain| {
             Rule::new(comment, [self.is_front_end(set), Self::is_from_the_node(), Self::goto(chain)])
         };
-        vec![
+        let mut rules = vec![
             from_the_node("closed to the node", set::CLOSED_TO_NODE, "nat-closed"),
             to("ClusterIP", set::MASQUERADE_OUTSIDERS, "nat-cluster-ip"),
             to("policy Cluster", set::MASQUERADE_EVERYBODY, "nat-masquerade"),
@@ -408,7 +456,11 @@ impl Ruleset {
                 ],
             ),
             to("no endpoint", set::UDP_REFUSED_TO_NODE, "nat-keep"),
-        ]
+        ];
+        // A hostPort is on every address of the node, and so on all of a range.
+        rules.extend(self.to_own(&Fate::Return));
+        rules.extend(self.to_no_vip("to no VIP", &self.keep().expressions));
+        rules
     }
 
     fn nat_postrouting(&self) -> Vec<Rule> {
@@ -457,7 +509,10 @@ impl Ruleset {
         };
         let is_to_loopback =
             vec![load(Field::destination(self.family), register(0)), compare(register(0), true, &self.loopback())];
-        vec![
+        // First: a VIP of a range is this node's before it is known, and after. So front ends are served once it is in the set.
+        let mut rules: Vec<Rule> = self.to_own(&Fate::Accept).collect();
+        rules.extend(self.to_no_vip("to no VIP", &Self::goto("refuse")));
+        rules.extend([
             Rule::new(
                 "source ranges",
                 [self.load_front_end(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]],
@@ -491,7 +546,8 @@ impl Ruleset {
                     Self::goto("refuse"),
                 ],
             ),
-        ]
+        ]);
+        rules
     }
 
     fn insiders_only(&self) -> Vec<Rule> {
@@ -520,40 +576,15 @@ impl Ruleset {
     /// tracking would take note of connections that nobody translates.
     fn filter_forward(&self) -> Vec<Rule> {
         let is_to_vip = vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))];
-        vec![Rule::new("to a VIP that is not bound yet", [is_to_vip, vec![verdict(&Fate::Drop)]])]
+        let drop = || vec![verdict(&Fate::Drop)];
+        let mut rules = vec![Rule::new("to a VIP that is not bound yet", [is_to_vip, drop()])];
+        let destination = Field::destination(self.family);
+        rules.extend(self.ranges.iter().map(|range| {
+            Rule::new("to a range that has no route yet", [Self::is_in_range(destination, range), drop()])
+        }));
+        rules
     }
 }
 
 /// `NFT_DATA_VERDICT`.
 pub(crate) const VERDICT: u32 = 0xffff_ff00;
-
-/// The sets, chains and rules of a table, wanted or found, in whatever order they come.
-#[derive(Debug, Default)]
-pub(crate) struct Inventory(BTreeSet<String>);
-
-impl Inventory {
-    /// What is switched on for the table as a whole; 0 if nothing is.
-    pub(crate) fn table(&mut self, flags: u32) {
-        self.0.insert(format!("table {flags:x}"));
-    }
-
-    pub(crate) fn set(&mut self, name: &str, key_bytes: u32, data: u32) {
-        self.0.insert(format!("set {name} {key_bytes} {data:x}"));
-    }
-
-    pub(crate) fn has_set(&self, name: &str) -> bool {
-        self.0.iter().any(|line| line.strip_prefix("set ").is_some_and(|rest| rest.split(' ').next() == Some(name)))
-    }
-
-    pub(crate) fn chain(&mut self, name: &str, base: Option<(&str, u32, i32)>, rules: &[u64]) {
-        self.0.insert(format!("chain {name} {base:?} {rules:x?}"));
-    }
-
-    pub(crate) fn fingerprint(&self) -> u64 {
-        let mut fingerprint = Fingerprint::default();
-        for line in &self.0 {
-            fingerprint.add(line.as_bytes());
-        }
-        fingerprint.finish()
-    }
-}

@@ -31,9 +31,16 @@ impl<K: Kernel> Reconciler<K> {
     pub(super) fn execute(&mut self, mut keys: BTreeSet<Key>, origin: Origin, now: Instant, outcome: &mut Outcome) {
         for is_last in [false, true] {
             // A table that is made anew has all that belongs in it: what else is to be done shows afterwards.
-            let (tables, others) = keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
+            let (tables, others): (BTreeSet<_>, BTreeSet<_>) =
+                keys.into_iter().partition(|key| matches!(key, Key::Filter(_)));
+            let bindings = if self.may_be_bound_twice() { only_bindings(&others) } else { BTreeSet::new() };
             let mut findings = Findings::default();
-            for mut keys in std::iter::once(tables).chain(self.parts(others)) {
+            let others = self.parts(others).into_iter().map(Part::Others);
+            for part in std::iter::once(Part::Tables(tables))
+                .chain(others)
+                .chain([Part::Superseded(bindings), Part::TablesAgain])
+            {
+                let Some(mut keys) = self.keys_of(part, &findings) else { continue };
                 // After a socket that failed it is open what the kernel holds: the rest waits for the next reading.
                 let Some(found) = self.carry_out(&mut keys, origin, now, &findings, outcome) else { break };
                 for key in keys.iter().filter(|key| !found.concern(key)) {
@@ -83,6 +90,7 @@ impl<K: Kernel> Reconciler<K> {
                 Key::Filter(_) | Key::Device => true,
                 Key::Sources(service, family) => self.desired.sources(service, *family).is_some(),
                 Key::Entry(entry) => self.desired.wants_entry(entry),
+                Key::Range(range) => self.policy.binding.ranges().contains(range),
             };
             if is_wanted { &mut first } else { &mut last }.insert(key);
         }
@@ -95,6 +103,28 @@ impl<K: Kernel> Reconciler<K> {
         }
         parts.push(last);
         parts
+    }
+
+    /// Whether there may be VIPs that are bound by more than is wanted.
+    fn may_be_bound_twice(&self) -> bool {
+        self.policy.binding.is_routes() || self.mirror.as_ref().is_some_and(Mirror::has_routes)
+    }
+
+    /// What is to be looked at in a part; `None` where there is nothing to do.
+    fn keys_of(&mut self, part: Part, findings: &Findings) -> Option<BTreeSet<Key>> {
+        match part {
+            Part::Tables(keys) | Part::Others(keys) => Some(keys),
+            Part::Superseded(mut keys) => {
+                // What failed has its own time.
+                keys.retain(|key| !findings.concern(key));
+                (!keys.is_empty()).then_some(keys)
+            }
+            Part::TablesAgain => {
+                let had_stray = !self.stray_ranges.is_empty();
+                let is_otherwise = had_stray && self.mirror.is_some() && self.look_for_stray_ranges();
+                is_otherwise.then(|| self.filters().filter(|table| !findings.concern(table)).collect())
+            }
+        }
     }
 
     /// Plans and applies once: first what the packet filter must know, then what it guards, and last what it may forget.
@@ -130,7 +160,7 @@ impl<K: Kernel> Reconciler<K> {
         let is_unguarded = |key: &Key| findings.concern(key) || hopeless.contains(key);
         let mut closed = BTreeSet::new();
         rest.retain(|operation| match operation {
-            Operation::BindAddress(_) => !is_unguarded(&operation.key()),
+            Operation::BindAddress(_) | Operation::AddRoute(_) => !is_unguarded(&operation.key()),
             Operation::AddVirtualServer(front_end, _) if is_unguarded(&operation.key()) => {
                 closed.insert(*front_end);
                 false
@@ -173,14 +203,16 @@ impl<K: Kernel> Reconciler<K> {
     /// What the keys need, and when those that drain are to be looked at. Without a device, that is among the keys.
     fn plan(&mut self, keys: &mut BTreeSet<Key>, origin: Origin, now: Instant) -> Option<Plan> {
         let mirror = self.mirror.as_ref()?;
-        if !mirror.has_device() && keys.iter().any(|key| matches!(key, Key::Address(_))) {
+        let has_device = if self.policy.binding.is_routes() { mirror.takes_routes() } else { mirror.has_device() };
+        if !has_device && keys.iter().any(|key| matches!(key, Key::Address(_) | Key::Range(_))) {
             keys.insert(Key::Device);
         }
         let mut operations = Vec::new();
         let mut drains = Vec::new();
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
         let kept = keeps(origin, &self.table, &self.policy);
-        let context = Context { keeps: kept, rulesets: &self.rulesets, is_overdue: &is_overdue };
+        let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
+        let context = Context { keeps: kept, rulesets, binding, is_overdue: &is_overdue };
         for key in &*keys {
             let start = operations.len();
             let is_draining = diff(key, mirror, &self.desired, context, &mut operations);
@@ -260,11 +292,18 @@ impl<K: Kernel> Reconciler<K> {
             };
             match (operation, error.cause) {
                 // Somebody was faster, to the same end.
-                (Operation::AddDevice | Operation::BindAddress(_), Cause::Exists)
-                | (Operation::UnbindAddress(_), Cause::NotFound | Cause::NoDevice)
+                (Operation::AddDevice | Operation::BindAddress(_) | Operation::AddRoute(_), Cause::Exists)
+                | (Operation::UnbindAddress(_) | Operation::RemoveRoute(_), Cause::NotFound | Cause::NoDevice)
                 | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
-                // Making a device or an address does not fail for want of it.
-                (Operation::AddDevice | Operation::BindAddress(_) | Operation::BuildFilter { .. }, Cause::NotFound)
+                // Making a device, an address or a route does not fail for want of it.
+                (
+                    Operation::AddDevice
+                    | Operation::RaiseDevice
+                    | Operation::BindAddress(_)
+                    | Operation::AddRoute(_)
+                    | Operation::BuildFilter { .. },
+                    Cause::NotFound,
+                )
                 | (_, Cause::Refused | Cause::Unknown) => {
                     findings.failed.entry(operation.key()).or_insert(error);
                 }
@@ -272,7 +311,8 @@ impl<K: Kernel> Reconciler<K> {
                     let key = operation.key();
                     let is_filter = operation.filter_family().is_some();
                     findings.is_filter_stale |= is_filter;
-                    findings.is_device_lost |= !is_filter && matches!(key, Key::Device | Key::Address(_));
+                    findings.is_device_lost |=
+                        !is_filter && matches!(key, Key::Device | Key::Address(_) | Key::Range(_));
                     findings.stale.entry(key).or_insert(error);
                 }
             }
@@ -315,7 +355,7 @@ impl<K: Kernel> Reconciler<K> {
         {
             mirror.lose_device();
             keys.insert(Key::Device);
-            keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))));
+            keys.extend(self.desired.keys().filter(|key| matches!(key, Key::Address(_))).chain(self.ranges()));
         }
         Ok(keys)
     }
@@ -325,7 +365,7 @@ impl<K: Kernel> Reconciler<K> {
         let is_repeated = before.is_some_and(|pending| pending.error == error);
         let again = before.map_or_else(|| Again::after(RETRY_FIRST, now), |pending| pending.again.longer(now));
         let service = match &key {
-            Key::Device | Key::Filter(_) | Key::Entry(_) => None,
+            Key::Device | Key::Filter(_) | Key::Range(_) | Key::Entry(_) => None,
             Key::Sources(service, _) => Some(service.clone()),
             Key::Server(front_end) | Key::Flows(front_end) => self.desired.owner(front_end).cloned(),
             Key::Address(address) => self.desired.claimants(*address).next().cloned(),
@@ -334,6 +374,20 @@ impl<K: Kernel> Reconciler<K> {
         let is_drift = before.is_some_and(|pending| pending.is_drift);
         self.pending.insert(key, Pending { again, error, is_drift });
     }
+}
+
+/// What is looked at together, each part after the last.
+enum Part {
+    Tables(BTreeSet<Key>),
+    Others(BTreeSet<Key>),
+    /// What bound VIPs before, now that something else does.
+    Superseded(BTreeSet<Key>),
+    /// Ranges whose routes are gone need no guard any more.
+    TablesAgain,
+}
+
+fn only_bindings(keys: &BTreeSet<Key>) -> BTreeSet<Key> {
+    keys.iter().filter(|key| matches!(key, Key::Address(_) | Key::Range(_))).cloned().collect()
 }
 
 /// Whether operations on a virtual server leave UDP flows in connection tracking that lead to where nobody answers any

@@ -9,10 +9,12 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
+use ipnet::IpNet;
 use ipvs_netlink::Family;
 use service_watch::{Change, ObjectName, Protocol};
 
 use crate::again::Again;
+use crate::binding;
 use crate::contribution::{Contribution, Direction};
 use crate::desired::Desired;
 use crate::diff::{Context, Keeps, diff};
@@ -50,6 +52,8 @@ pub struct Reconciler<K> {
     node: NodeView,
     /// The constant part of the packet filter, one for each family.
     rulesets: Vec<Arc<Ruleset>>,
+    /// Ranges that have a route and are to have none: they are guarded for as long as they have.
+    stray_ranges: Vec<IpNet>,
     desired: Desired,
     /// `None` before the first dump, and after a failure that leaves open what the kernel holds.
     mirror: Option<Mirror>,
@@ -81,7 +85,8 @@ impl<K: Kernel> Reconciler<K> {
         let node = NodeView::default();
         Self {
             kernel,
-            rulesets: rulesets(&policy, &node),
+            rulesets: rulesets(&policy, &node, &[]),
+            stray_ranges: Vec::new(),
             policy,
             table: ServiceTable::default(),
             interfaces: BTreeSet::new(),
@@ -225,7 +230,7 @@ impl<K: Kernel> Reconciler<K> {
         self.look_at_node();
         self.recompute(&names, &mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
-        keys.extend(self.policy.families.iter().map(Key::Filter).chain([Key::Device]));
+        keys.extend(self.filters().chain([Key::Device]).chain(self.ranges()));
         self.execute(keys, Origin::Reading, now, &mut outcome);
         self.ahead.done = outcome.done;
         Ok(Some(outcome))
@@ -236,6 +241,7 @@ impl<K: Kernel> Reconciler<K> {
         let mut observed = self.kernel.dump(Scope::All)?;
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.mirror = Some(Mirror::from_dump(observed));
+        self.look_for_stray_ranges();
         Ok(())
     }
 
@@ -285,7 +291,7 @@ impl<K: Kernel> Reconciler<K> {
         outcome.triggers = std::mem::take(&mut self.triggers);
         outcome.account = self.kernel.account();
         for (key, pending) in &self.pending {
-            let is_whole = matches!(key, Key::Device | Key::Filter(_));
+            let is_whole = key.is_whole();
             if is_whole || pending.is_drift {
                 outcome.unrepaired.extend(self.policy.families.iter().filter(|family| key.is_of(*family)));
             }
@@ -344,9 +350,7 @@ impl<K: Kernel> Reconciler<K> {
             return false;
         }
         self.node = node;
-        let rulesets = rulesets(&self.policy, &self.node);
-        if rulesets != self.rulesets {
-            self.rulesets = rulesets;
+        if self.remake_rulesets() {
             self.dirty.extend(self.policy.families.iter().map(Key::Filter));
         }
         true
@@ -371,6 +375,34 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
+    /// Whether the constant part of the packet filter is otherwise than before.
+    fn remake_rulesets(&mut self) -> bool {
+        let rulesets = rulesets(&self.policy, &self.node, &self.stray_ranges);
+        let is_otherwise = rulesets != self.rulesets;
+        if is_otherwise {
+            self.rulesets = rulesets;
+        }
+        is_otherwise
+    }
+
+    /// Finds the ranges whose routes are to go. Returns whether the packet filter is to change with that.
+    fn look_for_stray_ranges(&mut self) -> bool {
+        let wanted = self.policy.binding.ranges();
+        let held = self.mirror.iter().flat_map(Mirror::routed_ranges);
+        self.stray_ranges = held.filter(|range| !wanted.contains(range)).copied().collect();
+        self.remake_rulesets()
+    }
+
+    fn filters(&self) -> impl Iterator<Item = Key> {
+        self.policy.families.iter().map(Key::Filter)
+    }
+
+    /// The ranges that are to have routes.
+    fn ranges(&self) -> impl Iterator<Item = Key> {
+        let ranges = self.policy.binding.ranges().iter();
+        ranges.filter(|range| self.policy.families.contain(binding::family(range))).copied().map(Key::Range)
+    }
+
     fn refresh(&mut self, front_ends: &[FrontEnd]) -> Result<(), KernelError> {
         if let Some(mirror) = &mut self.mirror
             && !front_ends.is_empty()
@@ -387,16 +419,20 @@ impl<K: Kernel> Reconciler<K> {
         let Some(mirror) = &self.mirror else { return (keys, Vec::new()) };
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
         let keeps = keeps(Origin::Reading, &self.table, &self.policy);
-        let context = Context { keeps, rulesets: &self.rulesets, is_overdue: &is_overdue };
+        let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
+        let context = Context { keeps, rulesets, binding, is_overdue: &is_overdue };
         let mut operations = Vec::new();
-        let whole = self.policy.families.iter().map(Key::Filter).chain([Key::Device]);
+        let whole = self.filters().chain([Key::Device]).chain(self.ranges());
         let surplus = mirror.keys().filter(|key| !self.desired.wants(key));
         // Of a draining virtual server that neither the kernel nor anybody has any more nothing else tells.
         let draining = self.draining.front_ends().copied().map(Key::Server);
-        for key in self.desired.keys().chain(surplus).chain(whole).chain(draining) {
+        // Where a table, the device or a range is to change, what follows for all else shows only then.
+        let mut is_all = false;
+        for key in whole.chain(self.desired.keys()).chain(surplus).chain(draining) {
             if changed.contains(&key) {
                 continue;
             }
+            let is_whole = matches!(key, Key::Filter(_) | Key::Device | Key::Range(_));
             let is_known = self.pending.contains_key(&key)
                 || matches!(&key, Key::Server(front_end) if self.draining.contains(front_end));
             operations.clear();
@@ -404,7 +440,8 @@ impl<K: Kernel> Reconciler<K> {
             if !is_known && !operations.is_empty() {
                 drifted.insert(key.clone());
             }
-            if is_known || is_draining || !operations.is_empty() {
+            is_all |= is_whole && !operations.is_empty();
+            if is_all || is_whole || is_known || is_draining || !operations.is_empty() {
                 keys.insert(key);
             }
         }
@@ -425,6 +462,7 @@ impl<K: Kernel> Reconciler<K> {
         let is_urgent = |name: &ObjectName| self.is_urgent_service(name);
         match key {
             Key::Device | Key::Filter(_) => true,
+            Key::Range(range) => self.policy.binding.ranges().contains(range),
             Key::Sources(service, _) => is_urgent(service),
             Key::Server(front_end) => self.desired.owner(front_end).is_some_and(is_urgent),
             Key::Address(address) => self.desired.claimants(*address).any(is_urgent),
@@ -451,6 +489,7 @@ fn keeps<'a>(origin: Origin, table: &ServiceTable, policy: &'a Policy) -> Keeps<
     }
 }
 
-fn rulesets(policy: &Policy, node: &NodeView) -> Vec<Arc<Ruleset>> {
-    policy.families.iter().map(|family| Arc::new(Ruleset::new(family, policy, node))).collect()
+fn rulesets(policy: &Policy, node: &NodeView, others: &[IpNet]) -> Vec<Arc<Ruleset>> {
+    let of = |family| Arc::new(Ruleset::new(family, policy, node).guarding(others));
+    policy.families.iter().map(of).collect()
 }

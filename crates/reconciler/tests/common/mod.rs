@@ -127,6 +127,13 @@ impl World {
         self
     }
 
+    pub fn apply_all(&mut self, changes: Vec<Change>) -> &mut Self {
+        for change in changes {
+            self.apply(change);
+        }
+        self
+    }
+
     /// Gives the node's interfaces these addresses, of which the reconciler is told.
     pub fn interfaces(&mut self, addresses: BTreeSet<IpAddr>) -> &mut Self {
         self.kernel().interfaces = addresses;

@@ -91,6 +91,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             parts.push(Part::run("conformance, from manifests", || conformance::test(false)));
             parts.push(Part::run("conformance, from an API server", || conformance::test(true)));
             parts.push(Part::run("data plane", dataplane::test));
+            parts.push(Part::run("data plane, VIPs by routes", dataplane::test_routes));
         }
     }
     let summary: Vec<String> = parts.iter().map(Part::summary).collect();

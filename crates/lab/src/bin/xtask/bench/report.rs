@@ -59,8 +59,11 @@ const PARTS: [(&str, &str, &str); 11] = [
     ("binary/", "The program", "Static, stripped."),
 ];
 
+/// A figure, its name in the plot, and whether its floor is shown too.
+type Curve = (&'static str, &'static str, bool);
+
 /// What the plots show: file, title, unit, and figures with their names in the plot; of some the floor too.
-const PLOTS: [(&str, &str, Unit, &[(&str, &str, bool)]); 6] = [
+const PLOTS: [(&str, &str, Unit, &[Curve]); 6] = [
     (
         "cold-start",
         "Cold start (10 endpoints a Service)",
@@ -139,7 +142,7 @@ pub(crate) fn write(directory: &Path, results: &Results) -> Result<()> {
 }
 
 /// A figure over the number of Services, and its floor.
-fn lines_of(results: &Results, (figure, name, with_floor): (&str, &str, bool)) -> Vec<Line> {
+fn lines_of(results: &Results, (figure, name, with_floor): Curve) -> Vec<Line> {
     let mut found: Vec<&Figure> =
         results.figures.iter().filter(|it| it.name == figure && it.size.endpoints == 10).collect();
     found.sort_by_key(|it| it.size);

@@ -8,7 +8,7 @@ use std::net::IpAddr;
 
 use super::compare::{CONNECTED, Expected, Names};
 use super::objects::{NODE, Objects};
-use super::recording::Cell;
+use super::recording::{Cell, Question};
 
 /// What the rules look at besides the cell.
 pub(crate) struct Circumstances<'a> {
@@ -20,10 +20,11 @@ pub(crate) struct Circumstances<'a> {
 /// A rule: its name in the document, and what it wants of a cell that it is about.
 type Rule = (&'static str, fn(&Cell, &Expected, &Circumstances<'_>) -> Option<Expected>);
 
-const RULES: [Rule; 3] = [
+const RULES: [Rule; 4] = [
     ("external-client-refused-without-local-endpoint", external_client_refused_without_local_endpoint),
     ("node-reaches-local-policy-without-local-endpoint", node_reaches_local_policy_without_local_endpoint),
     ("no-endpoints-is-refused-everywhere", no_endpoints_is_refused_everywhere),
+    ("node-is-seen-with-its-own-address", node_is_seen_with_its_own_address),
 ];
 
 /// The rule that is about a cell, and what it wants.
@@ -103,6 +104,22 @@ fn no_endpoints_is_refused_everywhere(cell: &Cell, recorded: &Expected, _: &Circ
     (cell.client.as_deref() == Some("node") && is_udp && recorded.is("not permitted")).then(refused)
 }
 
+/// With VIPs by routes IPv6 gives the node's own connections one of its addresses, not the VIP.
+fn node_is_seen_with_its_own_address(cell: &Cell, recorded: &Expected, at: &Circumstances<'_>) -> Option<Expected> {
+    let is_by_routes = at.flags.iter().any(|flag| flag == "--vip-binding=route");
+    let (Ok(Question::Tcp(vip) | Question::Udp(vip)), Some(seen)) = (cell.question(), &recorded.seen) else {
+        return None;
+    };
+    let has_vip_source = !seen.is_empty() && seen.iter().all(|(_, source)| *source == vip.ip());
+    let is_vip = matches!(cell.front_end.as_deref(), Some("externalIP" | "loadBalancerIP"));
+    if !is_by_routes || !is_vip || !vip.is_ipv6() || !has_vip_source || cell.client.as_deref() != Some("node") {
+        return None;
+    }
+    let node = at.names.address("node", true)?;
+    let seen = seen.iter().map(|(backend, _)| (backend.clone(), node)).collect();
+    Some(Expected { seen: Some(seen), ..recorded.clone() })
+}
+
 fn refused() -> Expected {
     Expected { outcomes: ["refused".to_owned()].into(), backends: Some([].into()), seen: Some([].into()) }
 }
@@ -132,6 +149,8 @@ mod tests {
         let objects = Objects::new(list, &[]).unwrap();
         let topology = json!({"addresses": {"node": ["192.168.10.11"], "remote-pod": ["10.244.2.6"]}});
         let names = Names::new(&serde_json::from_value(topology).unwrap(), &objects);
+        let six = json!({"addresses": {"node": ["fd00:192::11"]}});
+        let six = Names::new(&serde_json::from_value(six).unwrap(), &objects);
         let under = |flag: &str, service: &str, front_end: &str, client: &str, result: &str| {
             let cell = json!({"service": service, "front_end": front_end, "client": client, "target": "1.2.3.4:80",
                 "protocol": "UDP", "result": result});
@@ -153,6 +172,18 @@ mod tests {
         assert_eq!(under(cidr, "far", "externalIP", "node", "timeout"), Some((RULES[1].0, served)));
         assert_eq!(under(cidr, "far", "NodePort", "node", "timeout"), None);
         assert_eq!(under(cidr, "none", "ClusterIP", "node", "not permitted"), Some((RULES[2].0, refused)));
+        let by_routes = |target: &str, source: &str, flag: &str| {
+            let cell = json!({"service": "near", "front_end": "externalIP", "client": "node", "target": target, "protocol": "TCP",
+                "result": "connected", "seen": [{"backend": "remote-pod", "source_address": source}]});
+            let cell: Cell = serde_json::from_value(cell).unwrap();
+            let flags = [flag.to_owned()];
+            let at = Circumstances { flags: &flags, objects: &objects, names: &six };
+            wanted(&cell, &Expected::new(&cell, &six).unwrap(), &at).map(|(rule, _)| rule)
+        };
+        assert_eq!(by_routes("[fd00::1]:80", "fd00::1", "--vip-binding=route"), Some(RULES[3].0));
+        assert_eq!(by_routes("[fd00::1]:80", "fd00::1", "--vip-binding=address"), None);
+        assert_eq!(by_routes("[fd00::2]:80", "fd00::1", "--vip-binding=route"), None);
+        assert_eq!(by_routes("10.96.0.1:80", "10.96.0.1", "--vip-binding=route"), None);
     }
 
     #[test]

@@ -62,6 +62,9 @@ pub(crate) struct Args {
     /// The agent, instead of the one built from this workspace
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// Give the agent this flag too; may be repeated
+    #[arg(long, value_name = "FLAG", allow_hyphen_values = true)]
+    agent_flag: Vec<String>,
     /// Only cells, and sequences of events, with all of these in their file and name
     filter: Vec<String>,
 }
@@ -78,6 +81,8 @@ pub(crate) struct GuestArgs {
 struct Share {
     agent: PathBuf,
     flags: Vec<String>,
+    /// What the agent is told beside what was recorded.
+    more_flags: Vec<String>,
     topology: Value,
     objects: Value,
     cells: Vec<Recorded>,
@@ -91,7 +96,17 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
 
 /// All recordings of the repository, as a part of `cargo xtask test`.
 pub(crate) fn test() -> Result<Counts> {
-    let args = Args { matrix: RECORDINGS.into(), json: None, agent: None, filter: Vec::new() };
+    test_with(&[], &[])
+}
+
+/// A part of them with VIPs that are bound by routes.
+pub(crate) fn test_routes() -> Result<Counts> {
+    test_with(&["--vip-binding=route", "--vip-ranges=10.96.0.0/12,fd00:10:96::/108"], &["matrix-default"])
+}
+
+fn test_with(flags: &[&str], filter: &[&str]) -> Result<Counts> {
+    let [agent_flag, filter] = [flags, filter].map(|words| words.iter().map(|word| (*word).to_owned()).collect());
+    let args = Args { matrix: RECORDINGS.into(), json: None, agent: None, agent_flag, filter };
     let results = play_all(&args)?;
     let faults = report::faults(&results);
     if !faults.is_empty() {
@@ -153,6 +168,7 @@ fn shares(args: &Args) -> Result<Vec<Share>> {
     let new = |flags: &[String], cells, events| Share {
         agent: agent.clone(),
         flags: flags.to_vec(),
+        more_flags: args.agent_flag.clone(),
         topology: topology.clone(),
         objects: objects.clone(),
         cells,
@@ -233,7 +249,8 @@ fn play(share: &Share) -> Result<Vec<Played>> {
     let names = Names::new(&topology, &objects);
     let network = Network::build(topology).context("cannot build the network")?;
     servers::start(&network)?;
-    let mut agent = Agent::new(&share.agent, &share.flags, network.node()?, &objects)?;
+    let flags = [&share.flags[..], &share.more_flags].concat();
+    let mut agent = Agent::new(&share.agent, &flags, network.node()?, &objects)?;
     agent.start()?;
     let tell = |what: &str| {
         let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
@@ -242,7 +259,7 @@ fn play(share: &Share) -> Result<Vec<Played>> {
     tell("the network and the agent are there");
     let mut results = Vec::new();
     if !share.cells.is_empty() {
-        let table = Table { network: &network, objects: &objects, flags: &share.flags, names: names.clone() };
+        let table = Table { network: &network, objects: &objects, flags: &flags, names: names.clone() };
         results.extend(cells::play(&table, &share.cells));
         tell(&format!("{} cells are played", share.cells.len()));
     }

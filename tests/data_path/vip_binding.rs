@@ -1,0 +1,293 @@
+//! VIPs by routes: they are served as those that are addresses, what is no VIP reaches nobody, one way takes the other's place
+//! without a gap, and what somebody takes away comes back.
+
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use lab::netns::Namespace;
+use serde_json::json;
+
+use crate::common::{Agent, Manifests, addresses, run};
+use crate::network::{CLUSTER_CIDR, Network, masqueraded};
+use crate::objects::{manifests, ready, service};
+use crate::traffic::{Flow, Server, tcp, tcp_within};
+use crate::{FLAGS, Over, serving};
+
+const BY_ROUTES: &str = "--vip-binding=route";
+const RANGES: &str = "--vip-ranges=10.96.0.0/12,fd00:96::/108";
+/// What the device has by routes.
+const ANCHOR: &str = "127.105.112.118/32";
+const TARGETS: [&str; 4] = ["10.96.0.10:80", "203.0.113.10:80", "[fd00:96::10]:80", "[2001:db8::10]:80"];
+const OWN_ROUTES: [&str; 4] = ["10.96.0.10", "203.0.113.10", "2001:db8::10", "fd00:96::10"];
+const WITH_RANGES: [&str; 4] = ["10.96.0.0/12", "203.0.113.10", "2001:db8::10", "fd00:96::/108"];
+
+fn web() -> Manifests {
+    let spec = json!({
+        "clusterIPs": ["10.96.0.10", "fd00:96::10"],
+        "externalIPs": ["203.0.113.10", "2001:db8::10"],
+    });
+    manifests(&[service("web", spec), ready("web", ["10.244.1.1"]), ready("web", ["fd00:244::1"])])
+}
+
+/// The destinations of our routes.
+fn routes() -> Vec<String> {
+    let listed =
+        ["-4", "-6"].map(|family| run(&format!("ip {family} route show table local proto 105 dev kube-ipvs0")));
+    let mut routes: Vec<String> = listed
+        .iter()
+        .flat_map(|listed| listed.lines())
+        .map(|line| line.split_whitespace().nth(1).unwrap_or_default().to_owned())
+        .collect();
+    routes.sort_by_key(|route| (route.contains(':'), route.clone()));
+    routes
+}
+
+fn is_bound_by_routes(expected: [&str; 4]) {
+    assert_eq!((routes(), addresses()), (expected.map(str::to_owned).to_vec(), vec![ANCHOR.to_owned()]));
+}
+
+/// Everybody is served: outside, a pod, and the node.
+fn is_served(network: &Network) {
+    for target in TARGETS {
+        let web = masqueraded("web", target);
+        assert_eq!(network.clients[0].tcp(target), web, "{target}");
+        assert_eq!(network.clients[0].udp(target), web, "{target}");
+        assert_eq!(network.pods[1].tcp(target).map(|answer| answer.backend), Ok("web".to_owned()), "{target}");
+        assert_eq!(tcp(target).map(|answer| answer.backend), Ok("web".to_owned()), "{target}");
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn vips_by_routes_are_served_and_there_is_no_address() {
+    let network = Network::new(1, 2);
+    let _server = Server::start(&network.pods[0].namespace, "web", 8080);
+    let manifests = web();
+    for (flags, expected) in
+        [(&[CLUSTER_CIDR, BY_ROUTES][..], OWN_ROUTES), (&[CLUSTER_CIDR, BY_ROUTES, RANGES], WITH_RANGES)]
+    {
+        let agent = serving(&manifests, flags);
+        is_bound_by_routes(expected);
+        is_served(&network);
+        agent.kill();
+        let mut again = manifests.agent(&[&FLAGS[..], flags, &["--once"]].concat());
+        assert!(again.ends().success(), "{}", again.log());
+        assert!(again.log().contains("audited, nothing to change"), "{}", again.log());
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_is_no_vip_of_a_range_reaches_nobody() {
+    const TO_NOBODY: [&str; 4] = ["10.96.0.99:22", "10.111.255.254:22", "[fd00:96::99]:22", "10.96.0.10:22"];
+    let network = Network::new(1, 3);
+    let _servers = [
+        Server::start(&network.pods[0].namespace, "web", 8080),
+        Server::start(&Namespace::own().unwrap(), "node", 22),
+        Server::start(&Namespace::own().unwrap(), "node", 9),
+        Server::start(&network.pods[2].namespace, "host-port", 80),
+    ];
+    // As a network plugin makes a hostPort: for every address that is the node's.
+    run("nft 'table ip hostport { chain prerouting { type nat hook prerouting priority -100; \
+         fib daddr type local tcp dport 9 dnat to 10.244.1.3:80; }; \
+         chain output { type nat hook output priority -100; fib daddr type local tcp dport 9 dnat to 10.244.1.3:80; }; }'");
+    let manifests = web();
+    let mut agent = serving(&manifests, &[CLUSTER_CIDR, BY_ROUTES, RANGES, "--ipvs-sync-period=300ms"]);
+    let client = &network.clients[0];
+    assert_eq!(client.tcp("192.168.1.1:22").map(|answer| answer.backend), Ok("node".to_owned()));
+    assert_eq!(client.tcp("192.168.1.1:9").map(|answer| answer.backend), Ok("host-port".to_owned()));
+    let refused = Err("refused".to_owned());
+    for target in TO_NOBODY {
+        assert_eq!(client.tcp(target), refused, "{target}");
+        assert_eq!(client.udp(target), refused, "{target}");
+        assert_eq!(network.pods[1].tcp(target), refused, "{target}");
+        assert_eq!(tcp(target), refused, "{target} from the node");
+    }
+    for target in ["10.96.0.99:9", "10.96.0.99:80", "[fd00:96::99]:9"] {
+        assert_eq!(client.tcp(target), refused, "{target}");
+        assert_eq!(tcp(target), refused, "{target} from the node");
+    }
+    // An address that comes later is the node's all the same.
+    run("ip address add 10.97.0.1/32 dev eth0");
+    agent.until("know the address", |_| {
+        client.tcp("10.97.0.1:22").map(|answer| answer.backend) == Ok("node".to_owned())
+    });
+    run("ip address del 10.97.0.1/32 dev eth0");
+    // A Service that goes leaves nobody; and one that comes is served as the first.
+    manifests.remove("objects.json");
+    agent.until("delete the Service", |_| client.tcp("10.96.0.10:80") == refused);
+    assert_eq!(routes(), ["10.96.0.0/12", "fd00:96::/108"]);
+    assert_eq!(client.tcp("10.96.0.10:22"), refused);
+    assert_eq!(client.udp("10.96.0.10:80"), refused);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn one_way_takes_the_others_place_without_a_gap() {
+    const WAYS: [&[&str]; 5] = [&[], &[BY_ROUTES], &[BY_ROUTES, RANGES], &[], &[BY_ROUTES, RANGES]];
+    let network = Network::new(1, 2);
+    let client = &network.clients[0];
+    let _server = Server::start(&network.pods[0].namespace, "web", 8080);
+    let manifests = web();
+    let agent = serving(&manifests, &[CLUSTER_CIDR]);
+    agent.kill();
+    // Each packet to a VIP asks whether that is the node's, before anything else is done with it.
+    run("nft 'table inet watch { chain prerouting { type filter hook prerouting priority -400; \
+         ip daddr { 10.96.0.10, 203.0.113.10 } fib daddr type != local counter; \
+         ip6 daddr { fd00:96::10, 2001:db8::10 } fib daddr type != local counter; }; }'");
+    let are_none_lost = || run("nft list table inet watch").matches("counter packets 0 ").count() == 2;
+    let (is_over, tries) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        let over = Over(&is_over);
+        for target in TARGETS {
+            let (is_over, tries) = (&is_over, &tries);
+            scope.spawn(move || {
+                client.run(|| {
+                    while !is_over.load(Ordering::Relaxed) {
+                        assert_eq!(tcp(target), masqueraded("web", target), "{target}");
+                        tries.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            });
+            scope.spawn(move || {
+                client.run(|| {
+                    let flow = Flow::open(target, Duration::from_millis(1)).unwrap();
+                    while !is_over.load(Ordering::Relaxed) {
+                        let _ = flow.ask();
+                        thread::sleep(Duration::from_millis(5));
+                    }
+                });
+            });
+        }
+        for way in WAYS {
+            let flags = [&FLAGS[..], &[CLUSTER_CIDR, "--once"], way].concat();
+            let mut agent = manifests.agent(&flags);
+            assert!(agent.ends().success(), "{}", agent.log());
+            match way {
+                [] => assert_eq!(routes(), [""; 0]),
+                [_] => is_bound_by_routes(OWN_ROUTES),
+                _ => is_bound_by_routes(WITH_RANGES),
+            }
+            let mut again = manifests.agent(&flags);
+            assert!(again.ends().success(), "{}", again.log());
+            assert!(again.log().contains("audited, nothing to change"), "{}", again.log());
+        }
+        drop(over);
+    });
+    assert!(tries.load(Ordering::Relaxed) > 20, "{tries:?}");
+    assert!(are_none_lost(), "{}", run("nft list table inet watch"));
+    // The counter counts, where there is something.
+    run("ip link del kube-ipvs0");
+    assert!(client.udp(TARGETS[0]).is_err() && !are_none_lost());
+    assert!(manifests.agent(&[&FLAGS[..], &[CLUSTER_CIDR, "--once"]].concat()).ends().success());
+    is_served(&network);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_audit_brings_back_what_somebody_took_away() {
+    let network = Network::new(1, 2);
+    let _server = Server::start(&network.pods[0].namespace, "web", 8080);
+    let manifests = web();
+    let mut agent = serving(&manifests, &[CLUSTER_CIDR, BY_ROUTES, RANGES, "--ipvs-sync-period=300ms"]);
+    let expected = WITH_RANGES.map(str::to_owned);
+    for taken in [
+        "ip route del local 203.0.113.10 dev kube-ipvs0 table local",
+        "ip route del local 10.96.0.0/12 dev kube-ipvs0 table local",
+        "ip -6 route del local fd00:96::/108 dev kube-ipvs0 table local",
+        // IPv6 takes all routes of a device that is down.
+        "ip link set kube-ipvs0 down",
+        // IPv4 takes all routes of a device whose last address goes.
+        "ip address del 127.105.112.118/32 dev kube-ipvs0",
+        "ip link del kube-ipvs0",
+    ] {
+        run(taken);
+        agent.until(&format!("repair what was done by {taken}"), |_| {
+            let is_there = std::process::Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap();
+            is_there.status.success() && routes() == expected && addresses() == [ANCHOR]
+        });
+        is_served(&network);
+    }
+    // Routes of somebody else stay.
+    run(
+        "ip route add local 10.96.0.0/12 dev lo table local proto static && ip route add local 192.0.2.1 dev kube-ipvs0 proto 4",
+    );
+    // An address that comes and goes takes nothing along.
+    run("ip address add 192.0.2.9/24 dev kube-ipvs0 && ip address del 192.0.2.9/24 dev kube-ipvs0");
+    assert_eq!(routes(), expected);
+    thread::sleep(Duration::from_secs(1));
+    assert!(run("ip route show table local proto static").contains("10.96.0.0/12 dev lo"));
+    assert!(
+        run("ip route show table local proto static").contains("192.0.2.1"),
+        "{}",
+        run("ip route show table local")
+    );
+    assert_eq!(routes(), expected);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn cleanup_takes_the_routes_too() {
+    let _network = Network::new(1, 1);
+    let manifests = web();
+    for foreign in ["", "ip address add 10.77.0.1/24 dev kube-ipvs0"] {
+        assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
+        run(foreign);
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+        let mut cleanup = Agent::start_command(command.arg("cleanup"));
+        assert!(cleanup.ends().success(), "{}", cleanup.log());
+        assert!(!run("ip route show table local; ip -6 route show table local").contains("proto 105"));
+        assert_eq!(run("ip -br link").contains("kube-ipvs0"), !foreign.is_empty());
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_range_with_an_address_of_the_node_is_refused_at_the_start() {
+    let _network = Network::new(1, 1);
+    let manifests = web();
+    let flags = [&FLAGS[..], &[BY_ROUTES, "--vip-ranges=10.96.0.0/12,192.168.0.0/16", "--once"]].concat();
+    let mut agent = manifests.agent(&flags);
+    assert!(!agent.ends().success());
+    let log = agent.log();
+    for part in [
+        "192.168.0.0/16 has 192.168.1.1, an address of an interface of this node",
+        "leave the range out",
+        "Nothing was changed",
+    ] {
+        assert!(log.contains(part), "{log}");
+    }
+    assert!(!run("ip -br link").contains("kube-ipvs0"));
+}
+
+/// On a cable, as load balancers do that announce VIPs: who answers to whom.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn arp_is_answered_for_vips_and_by_ranges_for_all_in_them_unless_it_is_strict() {
+    let network = Network::new(1, 1);
+    let client = &network.clients[0];
+    let _server = Server::start(&network.pods[0].namespace, "web", 8080);
+    let manifests = web();
+    for address in ["10.96.0.10", "10.96.0.99", "203.0.113.10"] {
+        client.namespace.exec(&format!("ip route add {address} dev eth0")).unwrap();
+    }
+    client.namespace.exec("ip -6 route add fd00:96::10 dev eth0").unwrap();
+    let try_all = || {
+        client.namespace.exec("ip neighbour flush dev eth0 nud all").unwrap();
+        let try_one = |target| client.run(|| tcp_within(Duration::from_secs(5), target)).map(|answer| answer.backend);
+        let all = ["10.96.0.10:80", "203.0.113.10:80", "10.96.0.99:80", "[fd00:96::10]:80"];
+        all.map(|target| try_one(target).unwrap_or_else(|error| error))
+    };
+    for (flags, expected) in [
+        (&[][..], ["web", "web", "unreachable", "unreachable"]),
+        (&[BY_ROUTES], ["web", "web", "unreachable", "unreachable"]),
+        (&[BY_ROUTES, RANGES], ["web", "web", "refused", "unreachable"]),
+        (&["--ipvs-strict-arp"], ["unreachable"; 4]),
+        (&[BY_ROUTES, RANGES, "--ipvs-strict-arp"], ["unreachable"; 4]),
+    ] {
+        let agent = serving(&manifests, &[&[CLUSTER_CIDR], flags].concat());
+        assert_eq!(try_all(), expected, "{flags:?}");
+        agent.kill();
+    }
+}
