@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ipvs_netlink::{Family, Persistence};
 use litemap::LiteMap;
-use service_watch::{Endpoint, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
 use crate::front_end::{FrontEnd, ServerConfig};
@@ -311,14 +311,17 @@ fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) ->
     let all = |has_hint: fn(&Endpoint) -> bool| ready.iter().all(|candidate| has_hint(candidate.endpoint));
     // A hint counts only where every ready endpoint has one of its kind and one of them names us; nodes before zones.
     let same_node = || {
-        all(|endpoint| !endpoint.node_hints.is_empty())
-            .then(|| hinted(&|endpoint| endpoint.node_hints.iter().any(|name| **name == *policy.node_name)))
+        all(|endpoint| endpoint.hints.as_ref().is_some_and(|hints| !hints.nodes.is_empty()))
+            .then(|| {
+                let names_us = |hints: &Hints| hints.nodes.iter().any(|name| **name == *policy.node_name);
+                hinted(&|endpoint| endpoint.hints.as_deref().is_some_and(names_us))
+            })
             .flatten()
     };
     let same_zone = || {
         let zone = node.zone.as_ref()?;
-        all(|endpoint| !endpoint.zone_hints.is_empty())
-            .then(|| hinted(&|endpoint| endpoint.zone_hints.contains(zone)))
+        all(|endpoint| endpoint.hints.as_ref().is_some_and(|hints| !hints.zones.is_empty()))
+            .then(|| hinted(&|endpoint| endpoint.hints.as_ref().is_some_and(|hints| hints.zones.contains(zone))))
             .flatten()
     };
     same_node().or_else(same_zone).unwrap_or_else(|| addresses(ready.iter().copied()))

@@ -8,13 +8,13 @@
 
 mod common;
 
-use common::{NODE, endpoint, ip, port, service, slice, tcp};
+use common::{NODE, endpoint, for_zone, ip, port, service, slice, tcp};
 use reconciler::Policy;
 use reconciler::contribution::Contribution;
 use reconciler::front_end::FrontEnd;
 use reconciler::node::NodeView;
 use reconciler::table::Entry;
-use service_watch::{Endpoint, Service, ServiceKind, TrafficPolicy};
+use service_watch::{Endpoint, Hints, Service, ServiceKind, TrafficPolicy};
 
 const CLUSTER: TrafficPolicy = TrafficPolicy::Cluster;
 const LOCAL: TrafficPolicy = TrafficPolicy::Local;
@@ -82,6 +82,10 @@ const CASES: &[Case] = &[
     Case { internal: LOCAL, ..case("internal only and Local, the local one terminates", "1 2lut", &[2]) },
 ];
 
+fn hints(endpoint: &mut Endpoint) -> &mut Hints {
+    endpoint.hints.get_or_insert_default()
+}
+
 fn parse(text: &str) -> Endpoint {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (octet, conditions) = text.split_at(digits);
@@ -93,9 +97,9 @@ fn parse(text: &str) -> Endpoint {
             'u' => endpoint.ready = false,
             'n' => endpoint.serving = false,
             't' => endpoint.terminating = true,
-            'z' => endpoint.zone_hints.push(conditions.next().unwrap().to_string().into()),
-            'h' => endpoint.node_hints.push(NODE.into()),
-            'o' => endpoint.node_hints.push("node-b".into()),
+            'z' => hints(&mut endpoint).zones.push(conditions.next().unwrap().to_string().into()),
+            'h' => hints(&mut endpoint).nodes.push(NODE.into()),
+            'o' => hints(&mut endpoint).nodes.push("node-b".into()),
             other => panic!("{other}"),
         }
     }
@@ -143,7 +147,7 @@ fn the_external_policy_means_nothing_for_a_service_that_is_not_external() {
 fn families_choose_each_for_itself() {
     let mut slice = slice("web-1", "web", vec![parse("1z1"), parse("2z2")]);
     for (address, zone) in [("fd00::1", "2"), ("fd00::2", "2")] {
-        slice.endpoints.push(Endpoint { zone_hints: vec![zone.into()], ..endpoint(address) });
+        slice.endpoints.push(for_zone(zone, endpoint(address)));
     }
     let entry = Entry {
         service: Some(service("web", &["10.96.0.10", "fd96::10"]).into()),

@@ -21,7 +21,7 @@ use reconciler::front_end::{FrontEnd, ServerConfig};
 use reconciler::kernel::Cause;
 use reconciler::policy::{DetectLocal, NodePortAddresses};
 use service_watch::{
-    Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
+    Change, Endpoint, EndpointSlice, Hints, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
     TrafficPolicy,
 };
 
@@ -197,8 +197,10 @@ fn endpoint() -> impl Strategy<Value = Endpoint> {
             serving,
             terminating,
             node: node.map(Into::into),
-            zone_hints: zones.into_iter().map(Into::into).collect(),
-            node_hints: nodes.into_iter().map(Into::into).collect(),
+            hints: Some(Box::new(Hints {
+                zones: zones.into_iter().map(Into::into).collect(),
+                nodes: nodes.into_iter().map(Into::into).collect(),
+            })),
         })
 }
 

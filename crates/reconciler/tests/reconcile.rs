@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
+use common::{NODE, World, endpoint, for_zone, ip, ips, name, port, ready, service, slice, tcp};
 use ipvs_netlink::{Forwarding, Scheduler};
 use reconciler::Policy;
 use reconciler::fake::FakeKernel;
@@ -511,7 +511,7 @@ fn on_a_cold_start_the_api_server_and_dns_come_first() {
 
 #[test]
 fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
-    let hinted = |address: &str, zone: &str| Endpoint { zone_hints: vec![zone.into()], ..endpoint(address) };
+    let hinted = |address: &str, zone: &str| for_zone(zone, endpoint(address));
     let mut world = World::new();
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
     world.apply(Change::Slice(slice("web-1", "web", vec![hinted("10.0.0.1", "a"), hinted("10.0.0.2", "b")])));

@@ -153,10 +153,17 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
+    /// `hints`. Boxed, since most endpoints have none and there may be very many.
+    pub hints: Option<Box<Hints>>,
+}
+
+/// Who is to use an endpoint.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Hints {
     /// `hints.forZones`.
-    pub zone_hints: Vec<Arc<str>>,
+    pub zones: Vec<Arc<str>>,
     /// `hints.forNodes`.
-    pub node_hints: Vec<Arc<str>>,
+    pub nodes: Vec<Arc<str>>,
 }
 
 /// The agent's own Node object.

@@ -148,8 +148,7 @@ pub(crate) fn slice_of(service: u32, number: u32, addresses: impl Iterator<Item 
         serving: true,
         terminating: false,
         node: Some("node-b".into()),
-        zone_hints: vec![],
-        node_hints: vec![],
+        hints: None,
     };
     EndpointSlice {
         name: ObjectName::new("default", format!("service-{service}-{number}")),

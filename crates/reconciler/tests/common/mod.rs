@@ -19,7 +19,8 @@ use reconciler::front_end::FrontEnd;
 use reconciler::outcome::Outcome;
 use reconciler::{Policy, Reconciler};
 use service_watch::{
-    Change, Endpoint, EndpointSlice, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
+    Change, Endpoint, EndpointSlice, Hints, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
+    TrafficPolicy,
 };
 
 /// The own node.
@@ -67,9 +68,13 @@ pub fn endpoint(address: &str) -> Endpoint {
         serving: true,
         terminating: false,
         node: Some("node-b".into()),
-        zone_hints: vec![],
-        node_hints: vec![],
+        hints: None,
     }
+}
+
+/// An endpoint that is for one zone.
+pub fn for_zone(zone: &str, endpoint: Endpoint) -> Endpoint {
+    Endpoint { hints: Some(Box::new(Hints { zones: vec![zone.into()], nodes: Vec::new() })), ..endpoint }
 }
 
 /// A slice with a TCP port 8080 named `http`.

@@ -19,7 +19,7 @@ use self::problems::{In, Interner, Item, Problems, Told};
 use self::service::{Given, affinity, cluster_ips, health_check_node_port, load_balancer_ips, policy, source_ranges};
 use crate::lenient::Lenient;
 use crate::model::{
-    Change, Endpoint, EndpointSlice, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
+    Change, Endpoint, EndpointSlice, Hints, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
 };
 use crate::report::{Kind, Subject};
 use crate::wire;
@@ -363,12 +363,12 @@ impl Converter {
             serving,
             terminating,
             node: node.map(|node| self.names.get(node)),
-            zone_hints: hints
-                .map(|hints| self.hints(&hints.for_zones, In(at, "hints.forZones"), problems))
-                .unwrap_or_default(),
-            node_hints: hints
-                .map(|hints| self.hints(&hints.for_nodes, In(at, "hints.forNodes"), problems))
-                .unwrap_or_default(),
+            hints: hints.map(|hints| {
+                Box::new(Hints {
+                    zones: self.hints(&hints.for_zones, In(at, "hints.forZones"), problems),
+                    nodes: self.hints(&hints.for_nodes, In(at, "hints.forNodes"), problems),
+                })
+            }),
         })
     }
 

@@ -481,9 +481,9 @@ fn hints_are_read_and_wrong_ones_are_left_out() {
     ] }));
     let endpoints = slice.unwrap().endpoints;
     let texts = |names: &[std::sync::Arc<str>]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
-    assert_eq!(texts(&endpoints[0].zone_hints), ["z1", "z2"]);
-    assert_eq!(texts(&endpoints[0].node_hints), ["n1"]);
-    assert_eq!((endpoints[1].zone_hints.len(), endpoints[1].node.as_ref()), (0, None));
+    assert_eq!(texts(&endpoints[0].hints.as_ref().unwrap().zones), ["z1", "z2"]);
+    assert_eq!(texts(&endpoints[0].hints.as_ref().unwrap().nodes), ["n1"]);
+    assert_eq!((&endpoints[1].hints, endpoints[1].node.as_ref()), (&None, None));
     assert_eq!(problems.len(), 1, "{problems:?}");
     assert!(problems[0].contains("endpoints[1].hints.forZones[0]"), "{problems:?}");
 }
