@@ -363,12 +363,13 @@ impl Converter {
             serving,
             terminating,
             node: node.map(|node| self.names.get(node)),
-            hints: hints.map(|hints| {
-                Box::new(Hints {
+            hints: hints
+                .map(|hints| Hints {
                     zones: self.hints(&hints.for_zones, In(at, "hints.forZones"), problems),
                     nodes: self.hints(&hints.for_nodes, In(at, "hints.forNodes"), problems),
                 })
-            }),
+                .filter(|hints| *hints != Hints::default())
+                .map(Box::new),
         })
     }
 
