@@ -234,6 +234,9 @@ fn diff_real_servers(
     context: Context<'_>,
     out: &mut Vec<Operation>,
 ) -> bool {
+    if held.real_servers.are(&wanted.real_servers) {
+        return false;
+    }
     let mut draining = false;
     let wanted = wanted.real_servers.iter().copied().map(RealServer::new);
     for change in Change::between(held.real_servers.iter().map(|held| held.server), wanted) {

@@ -80,6 +80,14 @@ impl RealServers {
         self.place(at).ok().map(|place| self.0[place].whole())
     }
 
+    /// Whether they are these, and each as this agent writes them. Both are sorted.
+    pub fn are(&self, wanted: &[SocketAddr]) -> bool {
+        let is_same = |(held, wanted): (&Held, &SocketAddr)| {
+            held.otherwise.is_none() && held.address == wanted.ip() && held.port == wanted.port()
+        };
+        self.0.len() == wanted.len() && self.0.iter().zip(wanted).all(is_same)
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
