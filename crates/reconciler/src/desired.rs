@@ -41,7 +41,8 @@ struct Contributor {
 /// The sum of all contributions.
 #[derive(Debug, Default)]
 pub struct Desired {
-    contributors: HashMap<ObjectName, Contributor>,
+    /// Boxed: a third of the table is room to spare.
+    contributors: HashMap<ObjectName, Box<Contributor>>,
     /// Who claims a front end, the owner first; never empty.
     claims: HashMap<FrontEnd, Vec<Claim>>,
     /// Who wants a VIP bound; never empty.
@@ -103,7 +104,7 @@ impl Desired {
             }
         }
         if contribution != Contribution::default() {
-            self.contributors.insert(name.clone(), Contributor { created, contribution });
+            self.contributors.insert(name.clone(), Box::new(Contributor { created, contribution }));
         }
     }
 

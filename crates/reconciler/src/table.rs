@@ -71,8 +71,8 @@ impl ServiceTable {
                 let slices = &mut self.entries.entry(owner.clone()).or_default().slices;
                 if slices.get(&slice.name.name) != Some(&slice) {
                     if slices.is_empty() {
-                        // Mostly there is one.
-                        slices.reserve(1);
+                        // Mostly there is one; by itself a vector would begin with room for four.
+                        *slices = LiteMap::with_capacity(1);
                     }
                     slices.insert(slice.name.name.clone(), slice);
                     dirty.insert(owner);

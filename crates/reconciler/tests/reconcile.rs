@@ -11,7 +11,7 @@ use reconciler::Policy;
 use reconciler::fake::FakeKernel;
 use reconciler::kernel::Cause;
 use reconciler::plan::{Key, Operation, Phase};
-use service_watch::{Change, Endpoint, Protocol, Service, ServiceKind, TrafficPolicy};
+use service_watch::{Change, Endpoint, Node, Protocol, Service, ServiceKind, TrafficPolicy};
 
 fn weights(expected: &[(&str, u32)]) -> BTreeMap<String, u32> {
     expected.iter().map(|(address, weight)| ((*address).to_owned(), *weight)).collect()
@@ -51,6 +51,42 @@ fn nothing_is_ready_before_the_source_has_said_all() {
     assert!(!world.reconciler.is_ready());
     world.apply(Change::Synced);
     assert!(world.reconciler.is_ready());
+}
+
+#[test]
+fn the_api_server_is_served_before_the_rest_is_known_and_nothing_is_taken_away_for_that() {
+    // What an agent before this one has left: more endpoints than are known yet, and Services of which nothing has come.
+    let mut world = World::with(
+        FakeKernel::default(),
+        Policy::new(NODE),
+        vec![
+            Change::Service(service("web", &["10.96.0.10"])),
+            Change::Slice(ready("web-1", "web", &["10.0.0.1"])),
+            Change::Service(service("kubernetes", &["10.96.0.1"])),
+            Change::Slice(ready("kubernetes-1", "kubernetes", &["10.0.0.7", "10.0.0.8"])),
+        ],
+    );
+    world.kernel().servers.get_mut(&tcp("10.96.0.1", 80)).unwrap().real_servers.clear();
+    let mut world = World::unsynced(world.kill(), Policy::new(NODE));
+    world.apply(Change::Node(Node::default()));
+    world.apply(Change::Service(service("web", &["10.96.0.11"])));
+    world.apply(Change::Service(service("kubernetes", &["10.96.0.1"])));
+    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None, "without an endpoint there is nothing to serve");
+    world.apply(Change::Slice(ready("kubernetes-1", "kubernetes", &["10.0.0.7"])));
+    let ahead = world.reconciler.serve_ahead(world.now).unwrap().unwrap();
+    assert_eq!(ahead.done.real_servers_added, 1);
+    assert_eq!(world.weights("10.96.0.1", 80), weights(&[("10.0.0.7:8080", 1)]));
+    assert_eq!(world.weights("10.96.0.10", 80).len(), 1, "what may still come stays");
+    assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.11", 80)), "others have their time");
+    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None, "once is enough");
+
+    world.apply(Change::Synced);
+    let first = world.sync();
+    assert!(first.audited && first.is_first);
+    assert_eq!(first.done.real_servers_added, 1, "what was done ahead is told with the rest");
+    world.settle();
+    assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.10", 80)));
+    assert!(world.kernel().servers.contains_key(&tcp("10.96.0.11", 80)));
 }
 
 #[test]

@@ -23,7 +23,7 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 const DRAIN_FIRST: Duration = Duration::from_millis(100);
 
 /// About so many keys are planned together.
-const PART: usize = 2000;
+const PART: usize = 1000;
 
 impl<K: Kernel> Reconciler<K> {
     /// Plans and applies, at most twice: where the mirror turns out to be wrong about a key, that key is read and planned

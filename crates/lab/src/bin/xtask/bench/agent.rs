@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use super::load::NODE;
+
 /// How long anything may take. It is for a hang, not for a slow machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 const METRICS: &str = "127.0.0.1:10249";
@@ -57,7 +59,8 @@ impl Agent {
     pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
         let started = Instant::now();
         let mut process = command
-            .args(["--hostname-override=node-0001", "--conntrack-max-per-core=0", "--cluster-cidr=10.128.0.0/9"])
+            .arg(format!("--hostname-override={NODE}"))
+            .args(["--conntrack-max-per-core=0", "--cluster-cidr=10.128.0.0/9"])
             .env("NO_COLOR", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -19,19 +19,26 @@ impl std::fmt::Display for Size {
 }
 
 impl Size {
-    /// All Services with their slices. The first is `default/kubernetes`.
+    /// The own Node, and all Services with their slices. The first is `default/kubernetes`.
     pub(crate) fn objects(self) -> impl Iterator<Item = Value> {
-        (0..self.services).flat_map(move |number| {
+        let node = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE},
+            "spec": {"podCIDR": "10.128.1.0/24", "podCIDRs": ["10.128.1.0/24"]},
+            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.1"}]},
+        });
+        std::iter::once(node).chain((0..self.services).flat_map(move |number| {
             let slices = (0..self.endpoints).step_by(PER_SLICE).map(move |first| {
                 let endpoints = first..self.endpoints.min(first + PER_SLICE);
                 let addresses = endpoints.map(|it| endpoint(number * self.endpoints + it));
                 slice(number, &format!("s{}", first / PER_SLICE), addresses)
             });
             std::iter::once(service(number)).chain(slices)
-        })
+        }))
     }
 }
 
+/// The name of the own Node.
+pub(crate) const NODE: &str = "node-0001";
 /// What controllers put into one slice.
 const PER_SLICE: usize = 100;
 const PORT: u16 = 80;
@@ -186,10 +193,10 @@ mod tests {
         let objects: Vec<Value> = Size { services: 2, endpoints: 250 }.objects().collect();
         let kinds: Vec<&str> = objects.iter().map(|it| it["kind"].as_str().unwrap()).collect();
         let one = ["Service", "EndpointSlice", "EndpointSlice", "EndpointSlice"];
-        assert_eq!(kinds, [one, one].concat());
+        assert_eq!(kinds, [&["Node"], &one[..], &one[..]].concat());
         let lengths: Vec<usize> = objects.iter().filter_map(|it| it["endpoints"].as_array()).map(Vec::len).collect();
         assert_eq!(lengths, [100, 100, 50, 100, 100, 50]);
-        assert_eq!(objects[0]["metadata"]["name"], "kubernetes");
+        assert_eq!(objects[1]["metadata"]["name"], "kubernetes");
     }
 
     #[test]

@@ -30,6 +30,8 @@ const PARTS: [(&str, &str); 6] = [
 struct First {
     /// When the first line of the log came.
     said_something: Duration,
+    /// From when the last of what is known of `default/kubernetes` was heard until it was served.
+    ahead: Option<Duration>,
     total: Duration,
     parts: Line,
     end: Line,
@@ -38,9 +40,16 @@ struct First {
 impl First {
     fn of(agent: &mut Agent) -> Result<Self> {
         let said_something = agent.line()?.at - agent.started;
-        let parts = agent.until(|line| line.has("where the time"))?;
+        let mut ahead = None;
+        let parts = loop {
+            let line = agent.until(|line| line.has("ahead of the rest") || line.has("where the time"))?;
+            if line.has("where the time") {
+                break line;
+            }
+            ahead = ahead.or(line.duration("latency"));
+        };
         let end = agent.until(|line| line.has("audited"))?;
-        Ok(Self { said_something, total: end.at - agent.started, parts, end })
+        Ok(Self { said_something, ahead, total: end.at - agent.started, parts, end })
     }
 
     /// The first audit: all but the start and the listing.
@@ -64,6 +73,9 @@ impl Bench {
         if self.wants(Measure::Cold) {
             let figures = &mut self.figures;
             figures.time("cold/first log line", first.said_something);
+            if let Some(ahead) = first.ahead {
+                figures.time("cold/kubernetes served after", ahead);
+            }
             figures.time("cold/total", first.total);
             figures.time("cold/listing", first.listing());
             figures.time("cold/of it the API server", server);
