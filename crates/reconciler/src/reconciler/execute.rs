@@ -22,8 +22,8 @@ const RETRY_FIRST: Duration = Duration::from_secs(1);
 /// kube-proxy looks after draining real servers once a minute; the first looks come sooner, as most are idle by then.
 const DRAIN_FIRST: Duration = Duration::from_millis(100);
 
-/// About so many keys are planned together. Each part is a transaction or two of `nf_tables`, for each of which the kernel waits
-/// until nobody reads what was before: some milliseconds, so a part is not small.
+/// About so many keys are planned together. Each part is a transaction of `nf_tables` and a look at connection tracking of its
+/// own, so it is not small either.
 const PART: usize = 2000;
 
 impl<K: Kernel> Reconciler<K> {
