@@ -243,11 +243,14 @@ fn serve_ahead<K: Kernel>(reconciler: &mut Reconciler<K>, taken: &Taken) {
     let last = taken.heard.last();
     match reconciler.serve_ahead(Instant::now()) {
         Ok(None) => {}
-        Ok(Some(outcome)) => info!(
-            virtual_servers = changes(outcome.done.servers_added, outcome.done.servers_changed, 0),
-            latency = last.map(|last| tracing::field::debug(last.elapsed())),
-            "serving the API server and DNS, ahead of the rest"
-        ),
+        Ok(Some(outcome)) => {
+            info!(
+                virtual_servers = changes(outcome.done.servers_added, outcome.done.servers_changed, 0),
+                latency = last.map(|last| tracing::field::debug(last.elapsed())),
+                "serving the API server and DNS, ahead of the rest"
+            );
+            tell_failures(&outcome);
+        }
         Err(error) => warn!("cannot serve the API server and DNS ahead of the rest: {error}"),
     }
 }
@@ -273,14 +276,7 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
         let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
         warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
     }
-    for failure in &outcome.failures {
-        let service = failure.service.as_ref().map(tracing::field::display);
-        if failure.is_repeated {
-            debug!(service, "still fails: {}", failure.error);
-        } else {
-            warn!(service, "{}; will try again", failure.error);
-        }
-    }
+    tell_failures(outcome);
     let done = &outcome.done;
     if outcome.is_first {
         let spent = &outcome.account.spent;
@@ -306,6 +302,18 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
             if outcome.audited { "audited" } else { "synced" },
             if done.total() == 0 { ", nothing to change" } else { "" }
         );
+    }
+}
+
+/// One line for each failure that is new.
+fn tell_failures(outcome: &Outcome) {
+    for failure in &outcome.failures {
+        let service = failure.service.as_ref().map(tracing::field::display);
+        if failure.is_repeated {
+            debug!(service, "still fails: {}", failure.error);
+        } else {
+            warn!(service, "{}; will try again", failure.error);
+        }
     }
 }
 

@@ -552,7 +552,7 @@ fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
     world.apply(Change::Slice(slice("web-1", "web", vec![hinted("10.0.0.1", "a"), hinted("10.0.0.2", "b")])));
     for (zone, expected) in [("a", "10.0.0.1:8080"), ("b", "10.0.0.2:8080")] {
-        world.apply(Change::Node(service_watch::Node { zone: Some(zone.into()), ..Default::default() })).settle();
+        world.apply(Change::Node(Node { zone: Some(zone.into()), ..Default::default() })).settle();
         assert_eq!(world.weights("10.96.0.10", 80), weights(&[(expected, 1)]));
     }
 }
@@ -561,7 +561,7 @@ fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
 fn a_service_that_goes_together_with_a_change_of_the_node_goes() {
     let mut world = web();
     world.apply(Change::ServiceGone(name("web")));
-    world.apply(Change::Node(service_watch::Node { zone: Some("b".into()), ..Default::default() })).settle();
+    world.apply(Change::Node(Node { zone: Some("b".into()), ..Default::default() })).settle();
     assert!(world.kernel().servers.is_empty());
 }
 

@@ -226,7 +226,7 @@ impl<K: Kernel> Reconciler<K> {
             self.read()?;
             self.ahead.is_read = true;
         }
-        let mut outcome = Outcome::default();
+        let mut outcome = Outcome { done: self.ahead.done, ..Outcome::default() };
         self.look_at_node();
         self.recompute(&names, &mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
@@ -254,6 +254,9 @@ impl<K: Kernel> Reconciler<K> {
         let mut outcome = Outcome { audited: true, is_first, done, ..Outcome::default() };
         if !is_read {
             self.read()?;
+        } else if self.are_interfaces_stale {
+            let observed = self.kernel.dump(Scope::Interfaces)?;
+            self.set_interfaces(observed.interfaces);
         }
         self.recompute_changed(&mut outcome);
         let mut changed = std::mem::take(&mut self.dirty);
