@@ -215,7 +215,7 @@ fn targets(results: &Results, out: &mut String) {
     row(
         "one endpoint in: no list is read",
         Unit::Count,
-        value("change/one endpoint in/dumps with what follows", AT),
+        value("change/one endpoint in/lists read with what follows", AT),
         0.0,
     );
     row("Restart: nothing written", Unit::Count, value("restart/datagrams that write", AT), 0.0);

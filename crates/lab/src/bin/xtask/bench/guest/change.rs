@@ -13,6 +13,8 @@ use super::Bench;
 const RECORDED: usize = 20;
 /// Within this time after an endpoint went, the agent has seen that its real server has drained, and deleted it.
 const DRAINED: Duration = Duration::from_millis(400);
+/// Less than it takes until the agent looks at what drains.
+const COUNTED: Duration = Duration::from_millis(30);
 /// What controllers put into one slice.
 const PER_SLICE: usize = 100;
 
@@ -136,31 +138,39 @@ impl Bench {
     }
 
     /// What changes of a kind send: until they are in the kernel, as the agent counts, and with all that follows, as the
-    /// kernel sees it.
+    /// kernel sees it. Medians: now and then an audit falls in between.
     fn recorded(&mut self, kind: Kind, extras: &mut Extras, agent: &mut Agent) -> Result<()> {
         const SENT: [(&str, &str); 3] = [("messages", "messages"), ("batches", "batches"), ("bytes", "sent_bytes")];
-        let mut sent = [0.0; 3];
-        let wiretap = Wiretap::start()?;
+        let mut sent = [const { Vec::new() }; 3];
+        let (mut messages, mut dumps) = (Vec::new(), Vec::new());
         for _ in 0..RECORDED {
+            let wiretap = Wiretap::start()?;
             let before = Agent::metrics()?;
             self.change(kind, extras);
             agent.until(|line| kind.is_done(line))?;
+            // The agent counts after it has said so.
+            std::thread::sleep(COUNTED);
             let after = Agent::metrics()?;
-            for (sum, (_, metric)) in sent.iter_mut().zip(SENT) {
+            for (counts, (_, metric)) in sent.iter_mut().zip(SENT) {
                 let metric = format!("kube_ipvs_netlink_{metric}_total");
-                *sum += after.get(&metric) - before.get(&metric);
+                counts.push(after.get(&metric) - before.get(&metric));
             }
             std::thread::sleep(DRAINED);
+            let all = count(&wiretap.stop()?);
+            messages.push(f64::from(u32::try_from(all.messages).unwrap_or(u32::MAX)));
+            dumps.push(f64::from(u32::try_from(all.dumps).unwrap_or(u32::MAX)));
         }
-        let all = count(&wiretap.stop()?);
-        let each = |total: f64| total / f64::from(u32::try_from(RECORDED).unwrap_or(1));
         let name = format!("change/{}", kind.name());
-        for ((what, _), sum) in SENT.into_iter().zip(sent) {
-            self.figures.average(&format!("{name}/{what}"), each(sum));
+        for ((what, _), counts) in SENT.into_iter().zip(sent) {
+            self.figures.average(&format!("{name}/{what}"), median(counts));
         }
-        let counted = |number: usize| each(f64::from(u32::try_from(number).unwrap_or(u32::MAX)));
-        self.figures.average(&format!("{name}/messages with what follows"), counted(all.messages));
-        self.figures.average(&format!("{name}/dumps with what follows"), counted(all.dumps));
+        self.figures.average(&format!("{name}/messages with what follows"), median(messages));
+        self.figures.average(&format!("{name}/lists read with what follows"), median(dumps));
         Ok(())
     }
+}
+
+fn median(mut values: Vec<f64>) -> f64 {
+    values.sort_unstable_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
