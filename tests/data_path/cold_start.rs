@@ -1,8 +1,8 @@
 //! A client that asks all the time while an agent starts with many Services: nothing goes wrong on the way, not once.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -15,8 +15,11 @@ use crate::{FLAGS, Over};
 const SERVICES: usize = 1000;
 /// Among them those with endpoints that live: one that is served before all others, and the last by name.
 const LIVING: [(&str, u8); 2] = [("kubernetes", 1), ("z-last", 2)];
-/// How long a client waits for a VIP that may not be there yet: the kernel sends few unreachables to one peer.
+/// How long a client at first waits for a VIP that may not be there yet: the kernel sends few unreachables to one peer.
+/// It waits longer each time, or on a busy machine it would never hear an answer.
 const FIRST_PATIENCE: Duration = Duration::from_millis(40);
+/// How often a client is to be served.
+const ENOUGH: usize = 5;
 
 /// A thousand Services with endpoints nobody has, but for a few with the first pod. All are served from outside, where
 /// everybody is masqueraded.
@@ -53,12 +56,16 @@ pub(crate) fn targets() -> Vec<String> {
     LIVING.iter().flat_map(|(_, number)| of(*number)).collect()
 }
 
-/// Asks a target until it is over. Returns what came of it, in order.
-fn hammer(is_over: &AtomicBool, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
+/// Asks a target until it is over, and counts how often it was served. Returns what came of it, in order.
+fn hammer(is_over: &AtomicBool, served: &AtomicUsize, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
     let mut results: Vec<Try> = Vec::new();
+    let mut patience = FIRST_PATIENCE;
     while !is_over.load(Ordering::Relaxed) {
         let is_served = results.last().is_some_and(Result::is_ok);
-        results.push(ask(if is_served { PATIENCE } else { FIRST_PATIENCE }));
+        let result = ask(if is_served { PATIENCE } else { patience });
+        served.fetch_add(usize::from(result.is_ok()), Ordering::Relaxed);
+        results.push(result);
+        patience += Duration::from_millis(2);
         thread::sleep(Duration::from_millis(50));
     }
     results
@@ -74,24 +81,29 @@ fn during_a_cold_start_of_1000_services_a_client_is_served_right_or_not_at_all()
     let _host = Server::start(&lab::netns::Namespace::own().unwrap(), "host", 80);
     let manifests = manifests(&objects(&network));
     let (targets, is_over) = (targets(), AtomicBool::new(false));
+    let served: Vec<[AtomicUsize; 2]> = targets.iter().map(|_| Default::default()).collect();
     let results = thread::scope(|scope| {
         let over = Over(&is_over);
         let is_over = &is_over;
         let asking: Vec<_> = targets
             .iter()
-            .flat_map(|target| {
+            .zip(&served)
+            .flat_map(|(target, [tcp, udp])| {
                 let by_tcp = move |patience| Connection::open(target, patience)?.ask();
                 let by_udp = move |patience| Flow::open(target, patience)?.ask();
                 [
-                    ("TCP", target, scope.spawn(move || client.run(|| hammer(is_over, by_tcp)))),
-                    ("UDP", target, scope.spawn(move || client.run(|| hammer(is_over, by_udp)))),
+                    ("TCP", target, scope.spawn(move || client.run(|| hammer(is_over, tcp, by_tcp)))),
+                    ("UDP", target, scope.spawn(move || client.run(|| hammer(is_over, udp, by_udp)))),
                 ]
             })
             .collect();
         thread::sleep(Duration::from_millis(200));
         let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
         agent.says("audited");
-        thread::sleep(Duration::from_millis(500));
+        let start = Instant::now();
+        while served.iter().flatten().any(|it| it.load(Ordering::Relaxed) < ENOUGH) && start.elapsed() < PATIENCE {
+            thread::sleep(Duration::from_millis(50));
+        }
         drop(over);
         asking
             .into_iter()
