@@ -40,7 +40,7 @@ const PARTS: [(&str, &str, &str); 11] = [
     (
         "restart/",
         "Restart",
-        "A start where everything is in the kernel already. The floor is to read the same and look at nothing.",
+        "A start where everything is in the kernel already. It is read while the list is still coming. The floor is to read the same and look at nothing.",
     ),
     (
         "audit/",
@@ -220,7 +220,10 @@ fn targets(results: &Results, out: &mut String) {
     );
     row("Restart: nothing written", Unit::Count, value("restart/datagrams that write", AT), 0.0);
     row("Restart: at most 1.5 x a plain reading", Unit::Times, ratio("restart/total", AT), 1.5);
-    row("Restart without listing: at most 1.5 x a plain reading", Unit::Times, ratio("restart/first audit", AT), 1.5);
+    let parts = ["restart/reading the kernel", "restart/first audit"].map(|name| value(name, AT));
+    let floor = results.figure("restart/total", AT).and_then(|figure| figure.floor);
+    let after_listing = parts.into_iter().sum::<Option<f64>>().zip(floor).map(|(both, floor)| both / floor);
+    row("Restart without listing: at most 1.5 x a plain reading", Unit::Times, after_listing, 1.5);
     row("Nothing happens: under 1 % of a processor", Unit::Percent, value("steady/cpu", AT), 1.0);
     row("Memory: at most 48 MiB", Unit::Bytes, value("memory/resident", AT), 48.0 * 1024.0 * 1024.0);
     let endpoint =

@@ -231,7 +231,6 @@ impl Bench {
             let written: Vec<&Datagram> = datagrams.iter().filter(|it| !it.is_reading()).collect();
             self.figures.count("restart/datagrams that write", written.len());
             self.figures.floor("restart/total", best);
-            self.figures.floor("restart/first audit", best);
             self.figures.floor("restart/reading the kernel", best);
         }
         if self.wants(Measure::Audit) {
