@@ -18,13 +18,14 @@ pub(crate) struct Line {
 
 const SIZE: (u32, u32) = (760, 420);
 /// Told apart by people who see colours otherwise, too (Okabe and Ito).
-const COLOURS: [RGBColor; 6] = [
+const COLOURS: [RGBColor; 7] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
     RGBColor(86, 180, 233),
     RGBColor(230, 159, 0),
+    RGBColor(0, 0, 0),
 ];
 const GREY: RGBColor = RGBColor(120, 120, 120);
 
@@ -72,7 +73,7 @@ fn plot(path: &Path, title: &str, unit: Unit, lines: &[Line]) -> Result<(), Box<
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::LowerRight)
         .background_style(WHITE.mix(0.85))
         .label_font(("sans-serif", 12))
         .draw()?;
