@@ -90,6 +90,21 @@ fn the_api_server_is_served_before_the_rest_is_known_and_nothing_is_taken_away_f
 }
 
 #[test]
+fn where_somebody_is_served_without_our_tables_nothing_goes_ahead() {
+    let mut world = web();
+    world.kernel().filter = FakeKernel::default().filter;
+    let mut world = World::unsynced(world.kill(), Policy::new(NODE));
+    world.apply(Change::Node(Node::default()));
+    world.apply(Change::Service(service("kubernetes", &["10.96.0.1"])));
+    world.apply(Change::Slice(ready("kubernetes-1", "kubernetes", &["10.0.0.7"])));
+    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None);
+    assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.1", 80)));
+    world.apply(Change::Synced);
+    assert!(world.sync().is_first);
+    assert!(world.kernel().servers.contains_key(&tcp("10.96.0.1", 80)));
+}
+
+#[test]
 fn while_something_cannot_be_understood_nothing_that_was_found_is_taken_away() {
     let mut world = web();
     world.apply(Change::Service(service("other", &["10.96.0.12"])));

@@ -92,8 +92,8 @@ pub struct Ruleset {
 impl PartialEq for Ruleset {
     fn eq(&self, other: &Self) -> bool {
         let facts = |it: &Self| (it.family, it.mark, it.masquerades_all, it.has_vip_sources);
-        let more = |it: &Self| (it.insiders.clone(), it.ranges.clone(), it.own.clone());
-        facts(self) == facts(other) && more(self) == more(other)
+        let is_same = self.insiders == other.insiders && self.ranges == other.ranges && self.own == other.own;
+        is_same && facts(self) == facts(other)
     }
 }
 

@@ -226,14 +226,27 @@ impl<K: Kernel> Reconciler<K> {
             self.read()?;
             self.ahead.is_read = true;
         }
-        let mut outcome = Outcome { done: self.ahead.done, ..Outcome::default() };
         self.look_at_node();
+        if !self.may_be_ahead() {
+            return Ok(None);
+        }
+        let mut outcome = Outcome { done: self.ahead.done, ..Outcome::default() };
         self.recompute(&names, &mut outcome);
         let mut keys = std::mem::take(&mut self.dirty);
         keys.extend(self.filters().chain([Key::Device]).chain(self.ranges()));
         self.execute(keys, Origin::Reading, now, &mut outcome);
         self.ahead.done = outcome.done;
         Ok(Some(outcome))
+    }
+
+    /// Whether one Service can be put in before the others are known: on a cold node, or beside tables that are as they should
+    /// be. Where somebody is served without them, they come with all that belongs in them: a guarded range would refuse the rest.
+    fn may_be_ahead(&self) -> bool {
+        let Some(mirror) = &self.mirror else { return false };
+        self.rulesets.iter().all(|ruleset| match mirror.ruleset(ruleset.family()) {
+            None => !mirror.has_servers(),
+            held => held == Some(ruleset.fingerprint()),
+        })
     }
 
     /// Reads everything from the kernel.
