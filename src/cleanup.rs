@@ -72,9 +72,19 @@ pub(crate) fn run() -> Result<End> {
     Ok(End::Done)
 }
 
-/// Removes the tables of the packet filter alone. Whoever serves the VIPs by now guards them too.
+/// Removes the tables of the packet filter, and before them the routes, which nobody else would guard: kube-proxy binds each
+/// VIP by an address. Whoever serves the VIPs by now guards them too.
 pub(crate) fn remove_filter() -> Result<End> {
-    let was_there = LinuxKernel::connect(Families::BOTH)?.delete_filter()?;
+    let mut kernel = LinuxKernel::connect(Families::BOTH)?;
+    let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
+    let plan: Plan = routes.into_iter().map(Operation::RemoveRoute).collect();
+    for (operation, result) in plan.operations().iter().zip(kernel.apply(&plan)) {
+        match result {
+            Err(error) if !matches!(error.cause, Cause::NotFound | Cause::NoDevice) => return Err(error.into()),
+            _ => info!("done: {operation}"),
+        }
+    }
+    let was_there = kernel.delete_filter()?;
     info!("{}", if was_there { "done: delete the tables kube-ipvs of nf_tables" } else { "there was nothing of ours" });
     Ok(End::Done)
 }

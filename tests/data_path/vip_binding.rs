@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::common::{Agent, Manifests, addresses, run};
 use crate::network::{CLUSTER_CIDR, Network, masqueraded};
 use crate::objects::{manifests, ready, service};
-use crate::traffic::{Flow, Server, tcp, tcp_within};
+use crate::traffic::{Flow, SILENCE, Server, tcp, tcp_within, udp_within};
 use crate::{FLAGS, Over, serving};
 
 const BY_ROUTES: &str = "--vip-binding=route";
@@ -179,7 +179,7 @@ fn one_way_takes_the_others_place_without_a_gap() {
     assert!(are_none_lost(), "{}", run("nft list table inet watch"));
     // The counter counts, where there is something.
     run("ip link del kube-ipvs0");
-    assert!(client.udp(TARGETS[0]).is_err() && !are_none_lost());
+    assert!(client.run(|| udp_within(SILENCE, TARGETS[0])).is_err() && !are_none_lost());
     assert!(manifests.agent(&[&FLAGS[..], &[CLUSTER_CIDR, "--once"]].concat()).ends().success());
     is_served(&network);
 }
@@ -240,6 +240,25 @@ fn cleanup_takes_the_routes_too() {
         assert!(!run("ip route show table local; ip -6 route show table local").contains("proto 105"));
         assert_eq!(run("ip -br link").contains("kube-ipvs0"), !foreign.is_empty());
     }
+}
+
+/// The way back to kube-proxy, which binds by addresses: no range may stay open without its guard.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_routes_go_before_the_tables_that_guard_them() {
+    let _network = Network::new(1, 1);
+    let manifests = web();
+    assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
+    run("ip address add 10.96.0.10/32 dev kube-ipvs0");
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+    let mut cleanup = Agent::start_command(command.args(["cleanup", "--filter-only"]));
+    assert!(cleanup.ends().success(), "{}", cleanup.log());
+    let log = cleanup.log();
+    let (route, tables) = (log.find("10.96.0.0/12").unwrap(), log.find("delete the tables").unwrap());
+    assert!(route < tables, "{log}");
+    assert_eq!(routes(), [""; 0]);
+    assert!(run("ip -br address show dev kube-ipvs0").contains("10.96.0.10/32"), "what kube-proxy binds stays");
+    assert!(!run("nft list tables").contains("kube-ipvs"));
 }
 
 #[test]
