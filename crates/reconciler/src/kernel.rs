@@ -5,12 +5,13 @@ use std::net::IpAddr;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use ipvs_netlink::{Family, RealServer};
+use ipvs_netlink::Family;
 use netlink_batch::Sent;
 
 use crate::filter::ObservedFilter;
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::plan::Plan;
+use crate::real_servers::RealServers;
 
 /// The name of the device that carries the VIPs.
 pub const DEVICE: &str = "kube-ipvs0";
@@ -59,8 +60,8 @@ pub struct ObservedServer {
     pub front_end: FrontEnd,
     /// Its attributes.
     pub config: ServerConfig,
-    /// Its real servers, and whether each was without connections.
-    pub real_servers: Vec<(RealServer, bool)>,
+    /// Its real servers.
+    pub real_servers: RealServers,
 }
 
 /// What a failed operation means for the mirror.

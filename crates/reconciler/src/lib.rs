@@ -9,7 +9,7 @@
 //! * [`table`]: every Service with its EndpointSlices; says which Services a change concerns.
 //! * [`contribution`]: a pure function of a Service, its endpoints, the node and the policy to what that Service wants.
 //! * [`desired`]: the sum of all contributions, with one owner for each front end.
-//! * [`mirror`]: what the kernel holds, as far as known.
+//! * [`mirror`]: what the kernel holds, as far as known; [`real_servers`]: most of it.
 //! * [`diff`]: the operations that lead from the mirror to what is desired, for the keys that are dirty.
 //! * [`binding`]: how the kernel learns that VIPs are this node's.
 //! * [`front_end`]: what clients connect to; [`filter`]: who may, and who is masqueraded.
@@ -39,6 +39,7 @@ pub mod node;
 pub mod outcome;
 pub mod plan;
 pub mod policy;
+pub mod real_servers;
 pub mod reconciler;
 mod routes;
 pub mod run;

@@ -1,10 +1,10 @@
 //! The mirror: what the kernel holds, as far as known. Filled by dumps, kept by acknowledged operations.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 
 use ipnet::IpNet;
-use ipvs_netlink::{Family, RealServer};
+use ipvs_netlink::Family;
 use service_watch::ObjectName;
 
 use crate::binding;
@@ -14,6 +14,7 @@ use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Observed, ObservedServer};
 use crate::node::is_link_local_v6;
 use crate::plan::{Key, Operation};
+use crate::real_servers::{MirrorRealServer, RealServers};
 
 /// A virtual server in the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,116 +23,6 @@ pub struct MirrorServer {
     pub config: ServerConfig,
     /// Its real servers.
     pub real_servers: RealServers,
-}
-
-/// A real server in the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MirrorRealServer {
-    /// Its attributes.
-    pub server: RealServer,
-    /// Whether it was seen at weight 0 without a connection. None comes after that but from a client with affinity, and only
-    /// where the sysctl `expire_quiescent_template` is 0; what drains is read again before each look for that reason too.
-    pub is_drained: bool,
-}
-
-/// The real servers of a virtual server, sorted by address and port. There may be very many, so what is the same of almost
-/// all is not kept for each.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RealServers(Vec<Held>);
-
-/// A real server: whole where it is otherwise than this agent writes them.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Held {
-    address: IpAddr,
-    port: u16,
-    otherwise: Option<Box<MirrorRealServer>>,
-}
-
-impl Held {
-    fn new(real_server: MirrorRealServer) -> Self {
-        let at = real_server.server.socket_address();
-        let is_usual = real_server.server == RealServer::new(at) && !real_server.is_drained;
-        Self { address: at.ip(), port: at.port(), otherwise: (!is_usual).then(|| Box::new(real_server)) }
-    }
-
-    fn at(&self) -> SocketAddr {
-        SocketAddr::new(self.address, self.port)
-    }
-
-    fn whole(&self) -> MirrorRealServer {
-        let usual = || MirrorRealServer { server: RealServer::new(self.at()), is_drained: false };
-        self.otherwise.as_deref().copied().unwrap_or_else(usual)
-    }
-}
-
-impl RealServers {
-    /// All of them, in order.
-    pub fn iter(&self) -> impl Iterator<Item = MirrorRealServer> {
-        self.0.iter().map(Held::whole)
-    }
-
-    /// Where they are, in order.
-    pub fn addresses(&self) -> impl Iterator<Item = SocketAddr> {
-        self.0.iter().map(Held::at)
-    }
-
-    /// The one at an address.
-    pub fn get(&self, at: SocketAddr) -> Option<MirrorRealServer> {
-        self.place(at).ok().map(|place| self.0[place].whole())
-    }
-
-    /// Whether they are these, and each as this agent writes them. Both are sorted.
-    pub fn are(&self, wanted: &[SocketAddr]) -> bool {
-        let is_same = |(held, wanted): (&Held, &SocketAddr)| {
-            held.otherwise.is_none() && held.address == wanted.ip() && held.port == wanted.port()
-        };
-        self.0.len() == wanted.len() && self.0.iter().zip(wanted).all(is_same)
-    }
-
-    /// Whether there is none.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn place(&self, at: SocketAddr) -> Result<usize, usize> {
-        self.0.binary_search_by_key(&(at.ip(), at.port()), |held| (held.address, held.port))
-    }
-
-    /// Puts one in its place, and says whether there was none at its address.
-    fn insert(&mut self, real_server: MirrorRealServer) -> bool {
-        let held = Held::new(real_server);
-        match self.place(held.at()) {
-            Ok(place) => self.0[place] = held,
-            Err(place) => {
-                // By a quarter: doubled, a third of all would be room to spare.
-                if self.0.len() == self.0.capacity() {
-                    self.0.reserve_exact((self.0.len() / 4).max(2));
-                }
-                self.0.insert(place, held);
-                return true;
-            }
-        }
-        false
-    }
-
-    /// Takes one out, and says whether it was there.
-    fn remove(&mut self, at: SocketAddr) -> bool {
-        let place = self.place(at);
-        place.is_ok_and(|place| {
-            self.0.remove(place);
-            true
-        })
-    }
-}
-
-impl FromIterator<MirrorRealServer> for RealServers {
-    fn from_iter<T: IntoIterator<Item = MirrorRealServer>>(real_servers: T) -> Self {
-        let mut all: Vec<Held> = real_servers.into_iter().map(Held::new).collect();
-        all.sort_unstable_by_key(|held| (held.address, held.port));
-        all.dedup_by_key(|held| (held.address, held.port));
-        all.shrink_to_fit();
-        Self(all)
-    }
 }
 
 /// What the kernel holds.
@@ -369,22 +260,19 @@ impl Mirror {
     }
 
     fn see(&mut self, observed: ObservedServer) {
-        let real_servers = observed.real_servers.into_iter();
-        let real_servers = real_servers
-            .map(|(server, is_idle)| MirrorRealServer { server, is_drained: is_idle && server.weight == 0 })
-            .collect();
-        self.insert(observed.front_end, MirrorServer { config: observed.config, real_servers });
+        let ObservedServer { front_end, config, real_servers } = observed;
+        self.insert(front_end, MirrorServer { config, real_servers });
     }
 
     fn insert(&mut self, front_end: FrontEnd, server: MirrorServer) {
         self.remove(&front_end);
-        self.real_server_count += server.real_servers.0.len();
+        self.real_server_count += server.real_servers.len();
         self.servers.insert(front_end, server);
     }
 
     fn remove(&mut self, front_end: &FrontEnd) {
         if let Some(server) = self.servers.remove(front_end) {
-            self.real_server_count -= server.real_servers.0.len();
+            self.real_server_count -= server.real_servers.len();
         }
     }
 }

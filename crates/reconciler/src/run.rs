@@ -16,6 +16,10 @@ const READ_AGAIN: Duration = Duration::from_secs(1);
 /// How long the first sync waits for what it takes of the Node. kube-proxy waits as long for its addresses.
 const NODE_PATIENCE: Duration = Duration::from_secs(30);
 
+/// While the source is saying what there is, more is waited for so long: to be woken for each object would cost more than to
+/// take it in.
+const GATHERING: Duration = Duration::from_millis(1);
+
 /// What the thread is told.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -181,6 +185,9 @@ pub fn run<K: Kernel>(
         };
         match received {
             Ok(input) => {
+                if !reconciler.is_ready() {
+                    std::thread::sleep(GATHERING);
+                }
                 // All that has come by now is one change of state, not many.
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {

@@ -94,6 +94,7 @@ impl Cluster {
         let server = |endpoint| RealServer::new(SocketAddr::new(address(service, endpoint), 8080));
         let mut real_servers: Vec<_> = (0..ENDPOINTS).map(|endpoint| (server(endpoint), true)).collect();
         real_servers.last_mut().unwrap().0.weight = 0;
+        let real_servers = real_servers.into_iter().collect();
         let front_end = FrontEnd { address: cluster_ip(service), port: 80, protocol: Protocol::Tcp };
         let scheduler = policy().scheduler;
         let config = ipvs_netlink::VirtualServer::new(front_end.id(), scheduler).into();

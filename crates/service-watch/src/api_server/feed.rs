@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use futures_util::stream::{BoxStream, StreamExt as _};
 use kube::runtime::watcher::{self, Config, DefaultBackoff, Event, InitialListStrategy, watcher};
 use kube::{Api, Resource};
@@ -91,6 +92,9 @@ impl<K: Object> Feed<K> {
                 if self.phase == Phase::Following {
                     // Silence is `watcher`'s concern here, and bookmarks do not come out of it.
                     Ok(stream.next().await)
+                } else if let Some(event) = stream.next().now_or_never() {
+                    // Of a list most comes at once, and needs no timer of its own.
+                    Ok(event)
                 } else {
                     timeout(SILENCE, stream.next()).await
                 }

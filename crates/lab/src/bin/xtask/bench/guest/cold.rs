@@ -16,6 +16,9 @@ use super::{Bench, Measure, word};
 /// How often the floor is measured; the best counts.
 const TRIES: usize = 3;
 
+/// So many of the most frequent system calls are named.
+const COMMON: usize = 8;
+
 /// The parts of the first audit, as the agent's log names them.
 const PARTS: [(&str, &str); 6] = [
     ("reading", "reading the kernel"),
@@ -193,9 +196,11 @@ impl Bench {
             agent.until(|line| line.has("audited"))?;
             // It ends by itself; then strace writes.
             while agent.line().is_ok() {}
-            let (all, netlink) = read_counts(&counts)?;
-            bench.figures.count("cold/system calls", all);
-            bench.figures.count("cold/system calls to send and receive", netlink);
+            let counts = read_counts(&counts)?;
+            bench.figures.count("cold/system calls", counts.iter().map(|(_, calls)| calls).sum());
+            for (name, calls) in counts.iter().take(COMMON) {
+                bench.figures.count(&format!("cold/system calls/{name}"), *calls);
+            }
             Ok(())
         })
     }
@@ -266,20 +271,15 @@ impl Bench {
     }
 }
 
-/// The total, and that of the calls that netlink takes.
-fn read_counts(path: &Path) -> Result<(usize, usize)> {
+/// How often each system call was made, the most frequent first.
+fn read_counts(path: &Path) -> Result<Vec<(String, usize)>> {
     let text = fs::read_to_string(path).context("strace has counted nothing")?;
     let rows = text.lines().filter_map(|line| {
         let mut words = line.split_whitespace();
-        Some((words.next()?.parse::<usize>().ok()?, words.next()?))
+        let calls = words.next()?.parse().ok()?;
+        Some((words.next().filter(|name| *name != "total")?.to_owned(), calls))
     });
-    let (mut all, mut netlink) = (0, 0);
-    for (calls, name) in rows {
-        match name {
-            "total" => all = calls,
-            "sendto" | "recvfrom" | "sendmsg" | "recvmsg" | "recvmmsg" | "sendmmsg" => netlink += calls,
-            _ => {}
-        }
-    }
-    Ok((all, netlink))
+    let mut counts: Vec<(String, usize)> = rows.collect();
+    counts.sort_by_key(|(_, calls)| std::cmp::Reverse(*calls));
+    Ok(counts)
 }
