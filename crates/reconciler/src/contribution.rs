@@ -1,7 +1,7 @@
 //! What one Service wants of the node: a pure function of the Service, its slices, the node and the policy.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::node::NodeView;
 use crate::policy::Policy;
+use crate::real_servers::Place;
 use crate::table::Entry as TableEntry;
 
 /// A virtual server with its real servers, each of weight 1 and reached by masquerading; and who may reach it.
@@ -21,7 +22,7 @@ pub struct WantedServer {
     /// The virtual server, beside its front end.
     pub config: ServerConfig,
     /// Addresses of the real servers, sorted. Front ends of one Service port mostly share them.
-    pub real_servers: Arc<[SocketAddr]>,
+    pub real_servers: Arc<[Place]>,
     /// What the packet filter does with connections to it.
     pub rule: FrontEndRule,
 }
@@ -82,7 +83,7 @@ impl Contribution {
                     let endpoints = endpoints(entry, port, family, policy);
                     contribution.add_port(service, port, &vips, &endpoints, ranges.as_ref(), node, policy);
                     let local = endpoints.iter().filter(|candidate| candidate.is_local);
-                    contribution.entries.extend(local.map(|it| Entry::Hairpin(it.address, port.protocol)));
+                    contribution.entries.extend(local.map(|it| Entry::Hairpin(it.place.into(), port.protocol)));
                 }
                 if !vips.load_balancer.is_empty()
                     && let Some(ranges) = ranges
@@ -133,7 +134,7 @@ impl Contribution {
 
         let uses_cluster = !internal_local || is_external;
         let uses_local = internal_local || (is_external && external_local);
-        let cluster: Arc<[SocketAddr]> =
+        let cluster: Arc<[Place]> =
             if uses_cluster { for_cluster(endpoints, node, policy).into() } else { Arc::default() };
         // Without a local endpoint the Local policy falls back to what the cluster set holds.
         let local = uses_local.then(|| for_local(endpoints)).filter(|local| !local.is_empty());
@@ -151,7 +152,7 @@ impl Contribution {
             let local = local.into_iter().filter(|(is_local, _)| *is_local);
             self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
         }
-        let local: Arc<[SocketAddr]> = local.map_or_else(|| cluster.clone(), Into::into);
+        let local: Arc<[Place]> = local.map_or_else(|| cluster.clone(), Into::into);
 
         let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
             (false, _) => FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None },
@@ -175,25 +176,24 @@ impl Contribution {
             };
             (real_servers, rule(masquerade, guard, real_servers.is_empty()))
         };
-        let mut add =
-            |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[SocketAddr]>, FrontEndRule)| {
-                let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
-                let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
-                    config: ServerConfig {
-                        scheduler: policy.scheduler,
-                        scheduler_flags: policy.scheduler_flags(),
-                        persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, vips.family)),
-                        engine: None,
-                        one_packet: false,
-                    },
-                    real_servers: real_servers.clone(),
-                    rule: rule.clone(),
-                });
-                // An address may be external IP and load-balancer IP at once; then it is restricted.
-                if rule.sources.is_some() {
-                    (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
-                }
-            };
+        let mut add = |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[Place]>, FrontEndRule)| {
+            let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
+            let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
+                config: ServerConfig {
+                    scheduler: policy.scheduler,
+                    scheduler_flags: policy.scheduler_flags(),
+                    persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, vips.family)),
+                    engine: None,
+                    one_packet: false,
+                },
+                real_servers: real_servers.clone(),
+                rule: rule.clone(),
+            });
+            // An address may be external IP and load-balancer IP at once; then it is restricted.
+            if rule.sources.is_some() {
+                (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
+            }
+        };
         if let Some(cluster_ip) = vips.cluster_ip {
             add(cluster_ip, port.port, from_inside);
             self.addresses.push(cluster_ip);
@@ -262,7 +262,7 @@ fn external_policy_is_local(service: &Service) -> bool {
 
 /// An endpoint of one Service port.
 struct Candidate<'a> {
-    address: SocketAddr,
+    place: Place,
     endpoint: &'a Endpoint,
     is_local: bool,
 }
@@ -272,13 +272,13 @@ struct Candidate<'a> {
 /// Where several slices hold the same address, one that is not terminating beats one that is; among equals the last
 /// slice by name counts.
 fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
-    let mut merged: BTreeMap<SocketAddr, &Endpoint> = BTreeMap::new();
+    let mut merged: BTreeMap<Place, &Endpoint> = BTreeMap::new();
     for slice in entry.slices.values() {
         for slice_port in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
             for endpoint in slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == family) {
-                let address = SocketAddr::new(endpoint.address, slice_port.port.get());
+                let place = (endpoint.address, slice_port.port.get());
                 merged
-                    .entry(address)
+                    .entry(place)
                     .and_modify(|held| {
                         if !endpoint.terminating {
                             *held = endpoint;
@@ -290,8 +290,8 @@ fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, poli
     }
     merged
         .into_iter()
-        .map(|(address, endpoint)| Candidate {
-            address,
+        .map(|(place, endpoint)| Candidate {
+            place,
             endpoint,
             is_local: endpoint.node.as_deref() == Some(policy.node_name.as_str()),
         })
@@ -299,13 +299,13 @@ fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, poli
 }
 
 /// Ready endpoints, as hints choose them; where none is ready, those that still serve while terminating.
-fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<SocketAddr> {
+fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<Place> {
     let ready: Vec<&Candidate<'_>> = endpoints.iter().filter(|candidate| candidate.endpoint.ready).collect();
     if ready.is_empty() {
-        return addresses(endpoints.iter().filter(|candidate| is_draining(candidate)));
+        return places(endpoints.iter().filter(|candidate| is_draining(candidate)));
     }
     let hinted = |names_us: &dyn Fn(&Endpoint) -> bool| {
-        let chosen = addresses(ready.iter().copied().filter(|candidate| names_us(candidate.endpoint)));
+        let chosen = places(ready.iter().copied().filter(|candidate| names_us(candidate.endpoint)));
         (!chosen.is_empty()).then_some(chosen)
     };
     let all = |has_hint: fn(&Endpoint) -> bool| ready.iter().all(|candidate| has_hint(candidate.endpoint));
@@ -324,14 +324,14 @@ fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) ->
             .then(|| hinted(&|endpoint| endpoint.hints.as_ref().is_some_and(|hints| hints.zones.contains(zone))))
             .flatten()
     };
-    same_node().or_else(same_zone).unwrap_or_else(|| addresses(ready.iter().copied()))
+    same_node().or_else(same_zone).unwrap_or_else(|| places(ready.iter().copied()))
 }
 
 /// Local endpoints that are ready; where none is, local ones that still serve while terminating. Hints do not count.
-fn for_local(endpoints: &[Candidate<'_>]) -> Vec<SocketAddr> {
+fn for_local(endpoints: &[Candidate<'_>]) -> Vec<Place> {
     let local = || endpoints.iter().filter(|candidate| candidate.is_local);
-    let ready = addresses(local().filter(|candidate| candidate.endpoint.ready));
-    if ready.is_empty() { addresses(local().filter(|candidate| is_draining(candidate))) } else { ready }
+    let ready = places(local().filter(|candidate| candidate.endpoint.ready));
+    if ready.is_empty() { places(local().filter(|candidate| is_draining(candidate))) } else { ready }
 }
 
 /// How many addresses of a family have a ready endpoint on this node, whichever ports it has.
@@ -350,6 +350,6 @@ fn is_draining(candidate: &Candidate<'_>) -> bool {
     candidate.endpoint.serving && candidate.endpoint.terminating
 }
 
-fn addresses<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<SocketAddr> {
-    candidates.map(|candidate| candidate.address).collect()
+fn places<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<Place> {
+    candidates.map(|candidate| candidate.place).collect()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::hash::Hash;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::Arc;
 
 use ipvs_netlink::Family;
@@ -12,6 +12,7 @@ use crate::contribution::{Contribution, Direction, WantedServer};
 use crate::filter::{Contents, Entry, Ranges};
 use crate::front_end::FrontEnd;
 use crate::plan::Key;
+use crate::real_servers::Place;
 
 /// The order in which Services that claim one front end come: the oldest first, then by name.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -119,7 +120,7 @@ impl Desired {
     }
 
     /// The real servers wanted at a front end, sorted; none where nobody wants it.
-    pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[SocketAddr]> {
+    pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[Place]> {
         self.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default()
     }
 

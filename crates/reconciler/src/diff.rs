@@ -210,7 +210,7 @@ fn diff_server(
         (None, Some(wanted)) => {
             out.push(Operation::AddVirtualServer(front_end, wanted.config));
             let real_servers = wanted.real_servers.iter();
-            out.extend(real_servers.map(|address| Operation::AddRealServer(front_end, RealServer::new(*address))));
+            out.extend(real_servers.map(|place| Operation::AddRealServer(front_end, RealServer::new((*place).into()))));
         }
         (Some(_), None) => {
             if !context.keeps.server(&front_end) {
@@ -238,7 +238,7 @@ fn diff_real_servers(
         return false;
     }
     let mut draining = false;
-    let wanted = wanted.real_servers.iter().copied().map(RealServer::new);
+    let wanted = wanted.real_servers.iter().map(|place| RealServer::new((*place).into()));
     for change in Change::between(held.real_servers.iter().map(|held| held.server), wanted) {
         match change {
             Change::Add(server) => out.push(Operation::AddRealServer(front_end, server)),

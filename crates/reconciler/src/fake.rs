@@ -12,6 +12,7 @@ use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
 use crate::mirror::Mirror;
 use crate::plan::{Operation, Plan};
+use crate::real_servers::place;
 
 /// A real server in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +96,7 @@ impl FakeKernel {
         }
         match *operation {
             Operation::ClearFlows(front_end, ref alive) | Operation::FlushFlows(front_end, ref alive) => {
-                self.flows.retain(|(to, from)| *to != front_end || alive.contains(from));
+                self.flows.retain(|(to, from)| *to != front_end || alive.contains(&place(*from)));
             }
             Operation::AddDevice => {
                 if self.addresses.is_some() {

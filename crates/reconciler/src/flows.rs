@@ -25,6 +25,7 @@ use crate::filter::message::header;
 use crate::front_end::FrontEnd;
 use crate::kernel::Flush;
 use crate::plan::Operation;
+use crate::real_servers::{Place, place};
 
 // linux/netfilter/nfnetlink_conntrack.h
 const CTA_ZONE: u16 = 18;
@@ -38,7 +39,7 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 const ENOENT: i32 = 2;
 
 /// Who answers for each front end, sorted.
-type Alive<'a> = HashMap<FrontEnd, &'a Arc<[SocketAddr]>>;
+type Alive<'a> = HashMap<FrontEnd, &'a Arc<[Place]>>;
 
 /// Deletes the stale flows of all front ends that operations name, with one reading for each family among them, of which
 /// `flushes` gets an account.
@@ -159,7 +160,7 @@ fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
         protocol,
     });
     let alive = front_end.and_then(|front_end| wanted.get(&front_end));
-    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&from).is_err()))
+    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&place(from)).is_err()))
 }
 
 fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {

@@ -12,6 +12,7 @@ use crate::binding;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{Contents, Elements, Entry, Ranges};
 use crate::front_end::{FrontEnd, ServerConfig};
+use crate::real_servers::Place;
 
 /// One step of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub enum Operation {
     SetRealServer(FrontEnd, RealServer),
     /// Deletes from connection tracking what was begun to a front end before it had a virtual server, but for what its real
     /// servers answer: nobody has translated that.
-    ClearFlows(FrontEnd, Arc<[SocketAddr]>),
+    ClearFlows(FrontEnd, Arc<[Place]>),
     /// Binds a VIP to `kube-ipvs0`, as /32 or /128.
     BindAddress(IpAddr),
     /// Makes a local route to `kube-ipvs0`, for a VIP or a range of them.
@@ -61,7 +62,7 @@ pub enum Operation {
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
     /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
-    FlushFlows(FrontEnd, Arc<[SocketAddr]>),
+    FlushFlows(FrontEnd, Arc<[Place]>),
     /// Takes from the packet filter what it has for a front end.
     ForgetFrontEnd(FrontEnd, Elements),
     /// Takes a member from one of the packet filter's sets.

@@ -112,8 +112,8 @@ fn entry(service: Service, endpoints: &str) -> Entry {
 }
 
 fn octets(contribution: &Contribution, front_end: &FrontEnd) -> Vec<u8> {
-    let addresses = contribution.servers.get(front_end).map(|server| server.real_servers.to_vec()).unwrap_or_default();
-    addresses.iter().map(|address| address.ip().to_string().rsplit('.').next().unwrap().parse().unwrap()).collect()
+    let places = contribution.servers.get(front_end).map(|server| server.real_servers.to_vec()).unwrap_or_default();
+    places.iter().map(|(address, _)| address.to_string().rsplit('.').next().unwrap().parse().unwrap()).collect()
 }
 
 #[test]

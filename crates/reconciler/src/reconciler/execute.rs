@@ -269,9 +269,11 @@ impl<K: Kernel> Reconciler<K> {
         let held = self.mirror.as_ref()?.server(&front_end)?;
         let wanted = self.desired.real_servers(&front_end);
         let before = self.drain_since.remove(&front_end).unwrap_or_default();
-        let draining = held.real_servers.addresses().filter(|address| wanted.binary_search(address).is_err());
-        let since: BTreeMap<SocketAddr, Instant> =
-            draining.map(|address| (address, before.get(&address).copied().unwrap_or(now))).collect();
+        let draining = held.real_servers.places().iter().filter(|place| wanted.binary_search(place).is_err());
+        let since: BTreeMap<SocketAddr, Instant> = draining
+            .map(|place| SocketAddr::from(*place))
+            .map(|address| (address, before.get(&address).copied().unwrap_or(now)))
+            .collect();
         let first = since.values().min().map(|since| *since + timeout);
         self.drain_since.insert(front_end, since);
         first

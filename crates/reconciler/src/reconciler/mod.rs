@@ -335,7 +335,7 @@ impl<K: Kernel> Reconciler<K> {
     fn unwanted_count(&self, front_end: &FrontEnd) -> usize {
         let Some(held) = self.mirror.as_ref().and_then(|mirror| mirror.server(front_end)) else { return 0 };
         let wanted = self.desired.real_servers(front_end);
-        held.real_servers.addresses().filter(|address| wanted.binary_search(address).is_err()).count()
+        held.real_servers.places().iter().filter(|place| wanted.binary_search(place).is_err()).count()
     }
 
     fn set_interfaces(&mut self, interfaces: BTreeSet<IpAddr>) {
