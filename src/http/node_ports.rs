@@ -172,7 +172,7 @@ fn answer(service: &ObjectName, local_endpoints: usize, health: &Health) -> Resp
     let is_healthy = health.report(Instant::now()).is_healthy();
     let status = if local_endpoints > 0 && is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let body = json!({
-        "service": {"namespace": &*service.namespace, "name": &*service.name},
+        "service": {"namespace": service.namespace(), "name": service.name()},
         "localEndpoints": local_endpoints,
         "serviceProxyHealthy": is_healthy,
     });

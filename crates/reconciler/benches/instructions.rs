@@ -72,7 +72,7 @@ fn contribution(slices: u32, endpoints: u32) -> Work {
 }
 
 fn entry(slices: Vec<EndpointSlice>) -> TableEntry {
-    let slices = slices.into_iter().map(|slice| (slice.name.name.clone(), slice));
+    let slices = slices.into_iter().map(|slice| (slice.name.clone(), slice));
     TableEntry { service: Some(Arc::new(service(0))), slices: slices.collect() }
 }
 
@@ -120,7 +120,7 @@ impl Core {
 /// What a Service wants with so many endpoints.
 fn wanted(number: u32, endpoints: u32) -> Contribution {
     let slice = slice(number, endpoints);
-    let slices = [(slice.name.name.clone(), slice)].into_iter().collect();
+    let slices = [(slice.name.clone(), slice)].into_iter().collect();
     Contribution::of(&TableEntry { service: Some(Arc::new(service(number))), slices }, &NodeView::default(), &policy())
 }
 

@@ -13,7 +13,7 @@ pub struct Entry {
     /// The Service, once it is known.
     pub service: Option<Arc<Service>>,
     /// Its slices by name, so that what follows from them does not depend on the order they came in.
-    pub slices: LiteMap<Arc<str>, EndpointSlice>,
+    pub slices: LiteMap<ObjectName, EndpointSlice>,
 }
 
 /// What a change makes necessary.
@@ -69,12 +69,12 @@ impl ServiceTable {
                     dirty.insert(before);
                 }
                 let slices = &mut self.entries.entry(owner.clone()).or_default().slices;
-                if slices.get(&slice.name.name) != Some(&slice) {
+                if slices.get(&slice.name) != Some(&slice) {
                     if slices.is_empty() {
                         // Mostly there is one; by itself a vector would begin with room for four.
                         *slices = LiteMap::with_capacity(1);
                     }
-                    slices.insert(slice.name.name.clone(), slice);
+                    slices.insert(slice.name.clone(), slice);
                     dirty.insert(owner);
                 }
             }
@@ -151,7 +151,7 @@ impl ServiceTable {
 
     fn remove_slice(&mut self, owner: &ObjectName, slice: &ObjectName) {
         if let Some(entry) = self.entries.get_mut(owner) {
-            entry.slices.remove(&slice.name);
+            entry.slices.remove(slice);
             self.forget_if_empty(owner);
         }
     }

@@ -6,6 +6,6 @@ const DNS_PORT: u16 = 53;
 
 /// The API server and DNS.
 pub(crate) fn is_urgent(service: &Service) -> bool {
-    let is_api_server = &*service.name.namespace == "default" && &*service.name.name == "kubernetes";
+    let is_api_server = service.name.namespace() == "default" && service.name.name() == "kubernetes";
     is_api_server || service.ports.iter().any(|port| port.port.get() == DNS_PORT)
 }

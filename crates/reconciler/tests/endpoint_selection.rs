@@ -108,7 +108,7 @@ fn parse(text: &str) -> Endpoint {
 
 fn entry(service: Service, endpoints: &str) -> Entry {
     let slice = slice("web-1", "web", endpoints.split_whitespace().map(parse).collect());
-    Entry { service: Some(service.into()), slices: [(slice.name.name.clone(), slice)].into_iter().collect() }
+    Entry { service: Some(service.into()), slices: [(slice.name.clone(), slice)].into_iter().collect() }
 }
 
 fn octets(contribution: &Contribution, front_end: &FrontEnd) -> Vec<u8> {
@@ -151,7 +151,7 @@ fn families_choose_each_for_itself() {
     }
     let entry = Entry {
         service: Some(service("web", &["10.96.0.10", "fd96::10"]).into()),
-        slices: [(slice.name.name.clone(), slice)].into_iter().collect(),
+        slices: [(slice.name.clone(), slice)].into_iter().collect(),
     };
     let node = NodeView { zone: Some("1".into()), ..NodeView::default() };
     let contribution = Contribution::of(&entry, &node, &Policy::new(NODE));
@@ -166,7 +166,7 @@ fn of_one_address_in_several_slices_the_one_that_does_not_terminate_counts() {
         let fresh = slice(order[1], "web", vec![parse("1")]);
         let entry = Entry {
             service: Some(service("web", &["10.96.0.10"]).into()),
-            slices: [draining, fresh].map(|slice| (slice.name.name.clone(), slice)).into_iter().collect(),
+            slices: [draining, fresh].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
         };
         let contribution = Contribution::of(&entry, &NodeView::default(), &Policy::new(NODE));
         assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [1], "{order:?}");
@@ -182,7 +182,7 @@ fn only_slice_ports_of_the_same_name_and_protocol_serve_a_port() {
     let same = slice("c", "web", vec![parse("3")]);
     let entry = Entry {
         service: Some(service("web", &["10.96.0.10"]).into()),
-        slices: [other_name, other_protocol, same].map(|slice| (slice.name.name.clone(), slice)).into_iter().collect(),
+        slices: [other_name, other_protocol, same].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
     };
     let contribution = Contribution::of(&entry, &NodeView::default(), &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [3]);

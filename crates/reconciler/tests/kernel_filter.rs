@@ -49,7 +49,7 @@ fn address(family: Family, number: u16) -> IpAddr {
 }
 
 fn name(number: u8) -> ObjectName {
-    ObjectName::new("some-namespace", format!("service-{number}"))
+    ObjectName::new("some-namespace", &format!("service-{number}"))
 }
 
 /// Contents of any kind; rules name only source ranges that are there.
@@ -225,7 +225,7 @@ fn names_as_long_as_they_may_be_fit() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let v6 = ruleset(Family::Ipv6, DetectLocal::NodeCidr);
-    let service = ObjectName::new("n".repeat(63), "s".repeat(63));
+    let service = ObjectName::new(&"n".repeat(63), &"s".repeat(63));
     let rule = FrontEndRule {
         masquerade: Masquerade::Nobody,
         guard: Guard::Open,

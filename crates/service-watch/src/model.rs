@@ -4,6 +4,7 @@
 //! checked: an address is an [`IpAddr`], a port is not zero, a name is not empty. What could not be understood never
 //! becomes a `Change`; the source reports it.
 
+use std::cmp::Ordering;
 use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU16;
@@ -23,25 +24,47 @@ pub enum Protocol {
     Sctp,
 }
 
-/// Namespace and name of an object, as in `default/web`.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct ObjectName {
-    /// The namespace; never empty.
-    pub namespace: Arc<str>,
-    /// The name; never empty.
-    pub name: Arc<str>,
-}
+/// Namespace and name of an object, as in `default/web`. Small, for each is kept in many places.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
-    /// `namespace/name`.
-    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>) -> Self {
-        Self { namespace: namespace.into(), name: name.into() }
+    /// `namespace/name`. Neither is empty, and a namespace has no `/` in it.
+    pub fn new(namespace: &str, name: &str) -> Self {
+        Self([namespace, "/", name].concat().into())
+    }
+
+    /// The namespace; never empty.
+    pub fn namespace(&self) -> &str {
+        self.parts().0
+    }
+
+    /// The name; never empty.
+    pub fn name(&self) -> &str {
+        self.parts().1
+    }
+
+    fn parts(&self) -> (&str, &str) {
+        self.0.split_once('/').unwrap_or(("default", &self.0))
+    }
+}
+
+/// By namespace, and then by name.
+impl Ord for ObjectName {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.parts().cmp(&other.parts())
+    }
+}
+
+impl PartialOrd for ObjectName {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
 impl fmt::Display for ObjectName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+        f.write_str(&self.0)
     }
 }
 

@@ -52,7 +52,7 @@ impl Subject {
         match kind {
             Kind::Service => Self::Service(name),
             Kind::EndpointSlice => Self::EndpointSlice(name),
-            Kind::Node => Self::Node(name.name),
+            Kind::Node => Self::Node(name.name().into()),
         }
     }
 }

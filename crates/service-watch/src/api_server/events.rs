@@ -192,8 +192,8 @@ impl Poster {
         let regarding = match &event.subject {
             EventSubject::Service(name) => {
                 let metadata = ObjectMeta {
-                    name: Some(name.name.to_string()),
-                    namespace: Some(name.namespace.to_string()),
+                    name: Some(name.name().to_owned()),
+                    namespace: Some(name.namespace().to_owned()),
                     uid: self.uid(name).await,
                     ..ObjectMeta::default()
                 };
@@ -239,7 +239,7 @@ impl Poster {
 
     /// The uid of a Service. `kubectl describe` shows only Events that have it; one without is better than none.
     async fn uid(&self, name: &ObjectName) -> Option<String> {
-        let fields = format!("metadata.name={},metadata.namespace={}", name.name, name.namespace);
+        let fields = format!("metadata.name={},metadata.namespace={}", name.name(), name.namespace());
         let services = Api::<wire::Service>::all(self.client.clone());
         // Of any age: from the server's cache.
         let wanted = ListParams::default().fields(&fields).match_any();

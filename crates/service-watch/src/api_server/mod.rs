@@ -174,7 +174,7 @@ impl Tracker {
                 self.apply(&object, converter, outlet);
             }
             Step::Event(watcher::Event::Delete(object)) => {
-                if let Some(name) = converter.name(object.meta()) {
+                if let Some(name) = Converter::name(object.meta()) {
                     self.gone(K::KIND, &name, converter, outlet);
                 }
             }
@@ -204,8 +204,8 @@ impl Tracker {
         converter: &mut Converter,
         outlet: &mut Outlet<F>,
     ) {
-        let Some(name) = converter.name(object.meta()) else { return };
-        if self.only.as_ref().is_some_and(|only| *only != name.name) {
+        let Some(name) = Converter::name(object.meta()) else { return };
+        if self.only.as_ref().is_some_and(|only| **only != *name.name()) {
             return;
         }
         let Converted { outcome, mut problems } = object.convert(&name, converter);

@@ -69,10 +69,10 @@ impl Object for wire::Node {
     const KIND: Kind = Kind::Node;
 
     fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
-        if name.name == converter.own {
+        if name.name() == &*converter.own {
             converter.node(self).map(Change::Node)
         } else {
-            neighbour(self).map(|addresses| Change::Neighbour(name.name.clone(), addresses))
+            neighbour(self).map(|addresses| Change::Neighbour(name.name().into(), addresses))
         }
     }
 }
@@ -147,7 +147,7 @@ impl Converter {
 
     /// Namespace and name; a manifest without namespace means `default`. `None` without usable names: the API allows at
     /// most 253 bytes of letters, digits, `-` and `.`, and others trust in that.
-    pub(crate) fn name(&mut self, meta: &ObjectMeta) -> Option<ObjectName> {
+    pub(crate) fn name(meta: &ObjectMeta) -> Option<ObjectName> {
         let is_usable =
             |name: &str| name.len() <= 253 && name.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
         let name = meta.name.as_deref().filter(|name| !name.is_empty())?;
@@ -155,7 +155,7 @@ impl Converter {
         if !is_usable(name) || !is_usable(namespace) {
             return None;
         }
-        Some(ObjectName::new(self.names.get(namespace), name))
+        Some(ObjectName::new(namespace, name))
     }
 
     fn service(&mut self, name: &ObjectName, object: &wire::Service) -> Converted<Service> {
@@ -306,7 +306,7 @@ impl Converter {
         };
         Outcome::Serve(EndpointSlice {
             name: name.clone(),
-            service: ObjectName { namespace: name.namespace.clone(), name: self.names.get(service) },
+            service: ObjectName::new(name.namespace(), service),
             is_ipv6: family == Family::V6,
             ports: to_keep(
                 problems

@@ -131,7 +131,7 @@ impl<A: fmt::Display> fmt::Display for In<A> {
     }
 }
 
-/// One copy of each text that many objects have in common: namespaces, port names, nodes, zones.
+/// One copy of each text that many objects have in common: port names, nodes, zones.
 #[derive(Debug, Default)]
 pub(crate) struct Interner {
     texts: HashSet<Arc<str>>,

@@ -10,7 +10,7 @@ fn convert<K: Object>(object: &Value) -> Converted<Change> {
     // As from the API server: text, not a value.
     let object: K = serde_json::from_str(&object.to_string()).unwrap();
     let mut converter = Converter::new("node-a".into());
-    let name = converter.name(object.meta()).unwrap();
+    let name = Converter::name(object.meta()).unwrap();
     object.convert(&name, &mut converter)
 }
 
@@ -108,7 +108,7 @@ fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
     let mut converter = Converter::by_hand("node-a".into());
     let mut read = |patch: &Value| {
         let object: wire::Service = serde_json::from_value(patched(service_json(), patch)).unwrap();
-        let name = converter.name(&object.metadata).unwrap();
+        let name = Converter::name(&object.metadata).unwrap();
         let Converted { outcome, problems } = object.convert(&name, &mut converter);
         assert_eq!(outcome, Outcome::Ignore, "{patch}");
         problems

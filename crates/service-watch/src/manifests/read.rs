@@ -169,7 +169,7 @@ impl Reader<'_> {
 
     fn keep<K: Object>(&mut self, object: Map<String, Value>) -> Result<(), String> {
         let object: K = serde_json::from_value(object.into()).map_err(|error| error.to_string())?;
-        let Some(name) = self.converter.name(object.meta()) else {
+        let Some(name) = Converter::name(object.meta()) else {
             return Err("has no usable metadata.name: skipped; give it one of letters, digits, - and .".into());
         };
         let Converted { outcome, problems } = object.convert(&name, self.converter);

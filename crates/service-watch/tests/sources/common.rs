@@ -97,13 +97,13 @@ impl Listener {
 /// A change in a few characters.
 pub(crate) fn short(change: &Change) -> String {
     match change {
-        Change::Service(service) => format!("{} {}", service.name.name, service.cluster_ips[0]),
-        Change::ServiceGone(name) => format!("-{}", name.name),
+        Change::Service(service) => format!("{} {}", service.name.name(), service.cluster_ips[0]),
+        Change::ServiceGone(name) => format!("-{}", name.name()),
         Change::Slice(slice) => {
             let addresses: Vec<String> = slice.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
-            format!("{} of {}: {}", slice.name.name, slice.service.name, addresses.join(","))
+            format!("{} of {}: {}", slice.name.name(), slice.service.name(), addresses.join(","))
         }
-        Change::SliceGone(name) => format!("-slice {}", name.name),
+        Change::SliceGone(name) => format!("-slice {}", name.name()),
         Change::Node(node) => format!("node {}", node.zone.as_deref().unwrap_or("-")),
         Change::NodeGone => "-node".into(),
         Change::Neighbour(name, _) => format!("neighbour {name}"),
@@ -146,5 +146,5 @@ pub(crate) fn labelled(mut object: Value, label: &str, value: &str) -> Value {
 }
 
 pub(crate) fn of_service(report: &Report, name: &str) -> bool {
-    matches!(&report.subject, Subject::Service(subject) if &*subject.name == name)
+    matches!(&report.subject, Subject::Service(subject) if subject.name() == name)
 }
