@@ -152,7 +152,7 @@ pub(crate) fn slice_of(service: u32, number: u32, addresses: impl Iterator<Item 
         hints: None,
     };
     EndpointSlice {
-        name: ObjectName::new("default", format!("service-{service}-{number}")),
+        name: ObjectName::new("default", &format!("service-{service}-{number}")),
         service: name(service),
         is_ipv6: false,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
@@ -162,7 +162,7 @@ pub(crate) fn slice_of(service: u32, number: u32, addresses: impl Iterator<Item 
 }
 
 pub(crate) fn name(service: u32) -> ObjectName {
-    ObjectName::new("default", format!("service-{service}"))
+    ObjectName::new("default", &format!("service-{service}"))
 }
 
 /// 10.96.0.0 and on.
