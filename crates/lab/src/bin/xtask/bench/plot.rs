@@ -73,7 +73,7 @@ fn plot(path: &Path, title: &str, unit: Unit, lines: &[Line]) -> Result<(), Box<
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(SeriesLabelPosition::UpperLeft)
         .background_style(WHITE.mix(0.85))
         .label_font(("sans-serif", 12))
         .draw()?;

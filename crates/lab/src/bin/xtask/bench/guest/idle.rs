@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 
 use super::super::agent::Agent;
 use super::Bench;
@@ -75,7 +75,7 @@ impl Bench {
         const ROUND: usize = 1000;
         let mut extras = Extras::new(self.order.size);
         let start = Instant::now();
-        let (mut done, mut early) = (0, None);
+        let (mut done, mut tenths) = (0, 1);
         while done < self.order.many {
             for kind in [Kind::EndpointIn, Kind::ServiceIn, Kind::EndpointOut, Kind::ServiceOut] {
                 for _ in 0..ROUND / 4 {
@@ -88,20 +88,19 @@ impl Bench {
             self.server.bookmark();
             std::thread::sleep(Duration::from_millis(5));
             self.server.compact();
-            if early.is_none() && done >= self.order.many / 10 {
-                early = Some(agent.usage()?.resident);
+            if tenths < 10 && done >= self.order.many / 10 * tenths {
+                let resident = agent.usage()?.resident;
+                self.figures.bytes(&format!("growth/resident after {tenths} tenths"), resident);
+                tenths += 1;
             }
             if done.is_multiple_of(100_000) {
                 println!("{:>16}  {done} changes in {:.0} s", "", start.elapsed().as_secs_f64());
             }
         }
         std::thread::sleep(SETTLED);
-        let late = agent.usage()?.resident;
-        let early = early.context("no change was made")?;
+        self.figures.bytes("growth/resident after all", agent.usage()?.resident);
         self.figures.count("growth/changes", done);
         self.figures.time("growth/time", start.elapsed());
-        self.figures.bytes("growth/resident after a tenth", early);
-        self.figures.bytes("growth/resident after all", late);
         Ok(())
     }
 
