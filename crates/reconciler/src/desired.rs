@@ -1,10 +1,11 @@
 //! What is desired: the sum of all contributions, with one owner for each front end.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::HashMap;
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
 

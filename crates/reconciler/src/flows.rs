@@ -5,11 +5,11 @@
 //! pauses. And what a client began before there was a virtual server, TCP too, is known as something nobody translates,
 //! and its next packet would not be masqueraded. So what no living real server answers is deleted.
 
-use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
+use foldhash::HashMap;
 use ipvs_netlink::Family;
 use netlink_batch::{Error, Request, Socket};
 use netlink_packet_core::{
@@ -44,7 +44,7 @@ type Alive<'a> = HashMap<FrontEnd, &'a Arc<[Place]>>;
 /// Deletes the stale flows of all front ends that operations name, with one reading for each family among them, of which
 /// `flushes` gets an account.
 pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut Vec<Flush>) -> Result<(), Error> {
-    let mut wanted = Alive::new();
+    let mut wanted = Alive::default();
     for operation in operations {
         if let Operation::ClearFlows(front_end, alive) | Operation::FlushFlows(front_end, alive) = operation {
             wanted.insert(*front_end, alive);

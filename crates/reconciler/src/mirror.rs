@@ -1,8 +1,9 @@
 //! The mirror: what the kernel holds, as far as known. Filled by dumps, kept by acknowledged operations.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 
+use foldhash::HashMap;
 use ipnet::IpNet;
 use ipvs_netlink::Family;
 use service_watch::ObjectName;

@@ -1,9 +1,10 @@
 //! The Service table: every Service with its EndpointSlices, and which Services a change concerns.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use foldhash::HashMap;
 use litemap::LiteMap;
 use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
 
