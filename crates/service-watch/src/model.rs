@@ -52,7 +52,9 @@ impl ObjectName {
 /// By namespace, and then by name.
 impl Ord for ObjectName {
     fn cmp(&self, other: &Self) -> Ordering {
-        self.parts().cmp(&other.parts())
+        // What ends a namespace comes before all that may be in one.
+        let rank = |byte| if byte == b'/' { 0 } else { byte };
+        self.0.bytes().map(rank).cmp(other.0.bytes().map(rank))
     }
 }
 
@@ -228,4 +230,23 @@ pub enum Change {
     Incomplete(bool),
     /// Said once: all that existed at the start has been said. Nothing is programmed before.
     Synced,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_ordered_by_namespace_and_then_by_name() {
+        let sorted = [("a", "z"), ("a-b", "a"), ("a.b", "a"), ("ab", "a"), ("ab", "a-b"), ("ab", "aa"), ("b", "a")]
+            .map(|(namespace, name)| ObjectName::new(namespace, name));
+        for (i, a) in sorted.iter().enumerate() {
+            for (j, b) in sorted.iter().enumerate() {
+                assert_eq!((a.cmp(b), a == b), (i.cmp(&j), i == j), "{a} {b}");
+                let parts = |it: &ObjectName| (it.namespace().to_owned(), it.name().to_owned());
+                assert_eq!(parts(a).cmp(&parts(b)), i.cmp(&j));
+            }
+        }
+        assert_eq!(sorted[1].to_string(), "a-b/a");
+    }
 }

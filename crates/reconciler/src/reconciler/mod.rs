@@ -431,8 +431,8 @@ impl<K: Kernel> Reconciler<K> {
     /// Of everything that is held or desired, the keys that something is to be done about, or that are to be looked at
     /// anyway; and those of them that need operations although nothing changed them and nothing about them was pending.
     fn to_repair(&self, changed: &BTreeSet<Key>, now: Instant) -> (BTreeSet<Key>, Vec<Key>) {
-        let (mut keys, mut drifted) = (BTreeSet::new(), BTreeSet::new());
-        let Some(mirror) = &self.mirror else { return (keys, Vec::new()) };
+        let (mut keys, mut drifted) = (Vec::new(), BTreeSet::new());
+        let Some(mirror) = &self.mirror else { return (BTreeSet::new(), Vec::new()) };
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
         let keeps = keeps(Origin::Reading, &self.table, &self.policy);
         let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
@@ -458,10 +458,11 @@ impl<K: Kernel> Reconciler<K> {
             }
             is_all |= is_whole && !operations.is_empty();
             if is_all || is_whole || is_known || is_draining || !operations.is_empty() {
-                keys.insert(key);
+                keys.push(key);
             }
         }
-        (keys, drifted.into_iter().collect())
+        // Sorted at once, which is quicker than one by one.
+        (keys.into_iter().collect(), drifted.into_iter().collect())
     }
 
     /// Whether a real server has drained for as long as it may.
