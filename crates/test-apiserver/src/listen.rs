@@ -31,6 +31,8 @@ impl Server {
 
     async fn accept(self, listener: TcpListener) {
         while let Ok((connection, _)) = listener.accept().await {
+            // As Go's servers do: an event does not wait for the last one to be acknowledged.
+            let _ = connection.set_nodelay(true);
             tokio::spawn(self.clone().serve(connection));
         }
     }

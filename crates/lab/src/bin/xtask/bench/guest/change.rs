@@ -118,17 +118,19 @@ impl Bench {
     pub(super) fn changes(&mut self, agent: &mut Agent) -> Result<()> {
         let mut extras = Extras::new(self.order.size);
         for kind in Kind::ALL {
-            let (mut latencies, mut end_to_end) = (Vec::new(), Vec::new());
+            let (mut latencies, mut syncs, mut end_to_end) = (Vec::new(), Vec::new(), Vec::new());
             for _ in 0..self.order.changes {
                 let start = Instant::now();
                 self.change(kind, &mut extras);
                 let line = agent.until(|line| kind.is_done(line))?;
                 end_to_end.push(line.at - start);
                 latencies.push(line.duration("latency").context("a sync without a latency")?);
+                syncs.push(line.duration("took").context("a sync that took no time")?);
             }
             std::thread::sleep(DRAINED);
             let name = format!("change/{}", kind.name());
             self.figures.spread(&name, latencies);
+            self.figures.spread(&format!("{name}/of it the sync"), syncs);
             self.figures.spread(&format!("{name}/from the API server"), end_to_end);
         }
         for kind in Kind::ALL {
