@@ -81,22 +81,7 @@ impl InterfaceWatch {
     pub fn open() -> Result<Self, Error> {
         let subscription =
             Subscription::open(NETLINK_ROUTE, &[RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR])?;
-        let mut ask = LinkMessage::default();
-        ask.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
-        let mut ours = None;
-        let asked =
-            Socket::open(NETLINK_ROUTE)?.request(&RouteNetlinkMessage::GetLink(ask).into(), |answer: Notification| {
-                if let Notification::Link { index, is_ours: true } = answer {
-                    ours = Some(index);
-                }
-            });
-        // The kernel says no where there is no such device; then its making will be told.
-        if let Err(error) = asked
-            && error.refusal().is_none()
-        {
-            return Err(error);
-        }
-        Ok(Self { subscription, ours })
+        Ok(Self { subscription, ours: device()? })
     }
 
     /// Waits until something happens.
@@ -115,10 +100,31 @@ impl InterfaceWatch {
             Notification::Other => {}
         })?;
         if received == Received::Overrun {
-            // Whatever it was, an audit finds it.
-            changed = Changed { addresses: true, device_lost: true };
+            // As when thousands of VIPs are bound, of each of which the kernel tells.
+            let now = device()?;
+            let before = std::mem::replace(&mut self.ours, now);
+            changed.addresses = true;
+            changed.device_lost |= before.is_some() && before != now;
         }
         Ok(changed)
+    }
+}
+
+/// The index of `kube-ipvs0`; `None` where there is no such device.
+fn device() -> Result<Option<u32>, Error> {
+    let mut ask = LinkMessage::default();
+    ask.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
+    let mut found = None;
+    let asked =
+        Socket::open(NETLINK_ROUTE)?.request(&RouteNetlinkMessage::GetLink(ask).into(), |answer: Notification| {
+            if let Notification::Link { index, is_ours: true } = answer {
+                found = Some(index);
+            }
+        });
+    match asked {
+        // The kernel says no.
+        Err(error) if error.refusal().is_none() => Err(error),
+        _ => Ok(found),
     }
 }
 

@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail};
 use super::load::NODE;
 
 /// How long anything may take. It is for a hang, not for a slow machine.
-const PATIENCE: Duration = Duration::from_secs(600);
+const PATIENCE: Duration = Duration::from_secs(60);
 const METRICS: &str = "127.0.0.1:10249";
 
 /// A line of the log, and when it was read.

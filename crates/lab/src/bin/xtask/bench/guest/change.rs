@@ -41,7 +41,8 @@ impl Kind {
 
     /// Whether a line of the log says that the kernel has it.
     fn is_done(self, line: &Line) -> bool {
-        line.has("synced")
+        // An audit takes in what it finds.
+        (line.has("synced") || line.has("audited"))
             && line.has(match self {
                 Self::EndpointIn => "real_servers=+1",
                 Self::EndpointOut => "draining=1",
