@@ -24,23 +24,7 @@ pub(crate) fn run() -> Result<End> {
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
     let (plan, left) = plan(observed);
-    let mut failed = 0;
-    let mut done = 0;
-    let results = if plan.is_empty() { Vec::new() } else { kernel.apply(&plan) };
-    for (operation, result) in plan.operations().iter().zip(results) {
-        match result {
-            Ok(()) => {
-                info!("done: {operation}");
-                done += 1;
-            }
-            // Somebody was faster.
-            Err(error) if matches!(error.cause, Cause::NotFound | Cause::NoDevice) => {}
-            Err(error) => {
-                error!("{error}");
-                failed += 1;
-            }
-        }
-    }
+    let (mut done, mut failed) = carry_out(&mut kernel, &plan);
     let is_device_empty = left.addresses.is_empty() && failed == 0;
     let mut whole = |what: &str, result: Result<bool, _>| match result {
         Ok(true) => {
@@ -72,20 +56,41 @@ pub(crate) fn run() -> Result<End> {
     Ok(End::Done)
 }
 
+/// Carries out a plan and says how much was done, and how much failed.
+fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> (usize, usize) {
+    let results = if plan.is_empty() { Vec::new() } else { kernel.apply(plan) };
+    let (mut done, mut failed) = (0, 0);
+    for (operation, result) in plan.operations().iter().zip(results) {
+        match result {
+            Ok(()) => {
+                info!("done: {operation}");
+                done += 1;
+            }
+            // Somebody was faster.
+            Err(error) if matches!(error.cause, Cause::NotFound | Cause::NoDevice) => {}
+            Err(error) => {
+                error!("{error}");
+                failed += 1;
+            }
+        }
+    }
+    (done, failed)
+}
+
 /// Removes the tables of the packet filter, and before them the routes, which nobody else would guard: kube-proxy binds each
 /// VIP by an address. Whoever serves the VIPs by now guards them too.
 pub(crate) fn remove_filter() -> Result<End> {
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
-    let plan: Plan = routes.into_iter().map(Operation::RemoveRoute).collect();
-    for (operation, result) in plan.operations().iter().zip(kernel.apply(&plan)) {
-        match result {
-            Err(error) if !matches!(error.cause, Cause::NotFound | Cause::NoDevice) => return Err(error.into()),
-            _ => info!("done: {operation}"),
-        }
+    let (done, failed) = carry_out(&mut kernel, &routes.into_iter().map(Operation::RemoveRoute).collect());
+    if failed > 0 {
+        bail!("{failed} routes could not be removed, so the tables that guard them stay: see above, and run it again");
     }
-    let was_there = kernel.delete_filter()?;
-    info!("{}", if was_there { "done: delete the tables kube-ipvs of nf_tables" } else { "there was nothing of ours" });
+    match kernel.delete_filter()? {
+        true => info!("done: delete the tables kube-ipvs of nf_tables"),
+        false if done == 0 => info!("there was nothing of ours"),
+        false => {}
+    }
     Ok(End::Done)
 }
 

@@ -221,8 +221,6 @@ pub fn run<K: Kernel>(
             Task::Audit => reconciler.audit(start),
         };
         let end = Instant::now();
-        // The first sync is one, whatever it was due for.
-        let task = if result.as_ref().is_ok_and(|outcome| outcome.audited) { Task::Audit } else { task };
         match &mut result {
             Ok(outcome) => {
                 outcome.took = end - start;

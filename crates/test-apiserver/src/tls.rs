@@ -39,6 +39,7 @@ impl Server {
         std::thread::spawn(move || {
             runtime.block_on(async {
                 while let Ok((connection, _)) = listener.accept().await {
+                    let _ = connection.set_nodelay(true);
                     let acceptor = TlsAcceptor::from(accepting.identity().config);
                     let server = server.clone();
                     tokio::spawn(async move {
