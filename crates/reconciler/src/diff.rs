@@ -11,7 +11,7 @@ use crate::binding::{self, VipBinding};
 use crate::contribution::WantedServer;
 use crate::desired::Desired;
 use crate::filter::ruleset::Ruleset;
-use crate::filter::{Contents, Elements, Entry};
+use crate::filter::{Contents, Elements, Entry, FrontEndRule};
 use crate::front_end::FrontEnd;
 use crate::mirror::{Mirror, MirrorServer};
 use crate::plan::{Key, Operation};
@@ -79,7 +79,11 @@ pub fn diff(key: &Key, mirror: &Mirror, desired: &Desired, context: Context<'_>,
                 // Where Services are served already, the table comes with all that belongs in it, in one step. On a cold node
                 // nothing is to be guarded yet, and who comes first is not to wait for the rest.
                 let is_cold = held.is_none() && !mirror.has_servers();
-                let contents = if is_cold { Contents::default() } else { desired.contents(*family) };
+                let mut contents = if is_cold { Contents::default() } else { desired.contents(*family) };
+                // That they are ours must be known as long as they are there, however soon the agent is killed.
+                for front_end in mirror.own(*family) {
+                    contents.front_ends.entry(*front_end).or_insert(FrontEndRule::OPEN);
+                }
                 let (ruleset, contents) = (ruleset.clone(), Arc::new(contents));
                 out.push(Operation::BuildFilter { ruleset, replaces: held.is_some(), contents });
             }
@@ -213,7 +217,7 @@ fn diff_server(
             out.extend(real_servers.map(|place| Operation::AddRealServer(front_end, RealServer::new((*place).into()))));
         }
         (Some(_), None) => {
-            if !context.keeps.server(&front_end) {
+            if mirror.is_own(&front_end) && !context.keeps.server(&front_end) {
                 out.push(Operation::DeleteVirtualServer(front_end));
             }
         }

@@ -142,6 +142,25 @@ impl Mirror {
         self.filter.rulesets.get(&family).copied()
     }
 
+    /// Whether a virtual server is this agent's, or was kube-proxy's, which it follows. What proves the first is what the packet
+    /// filter has for its front end: that comes before the virtual server and goes after it. Without a table, as on the first
+    /// start after kube-proxy, it is that the VIP is on `kube-ipvs0`, which nobody else has.
+    pub fn is_own(&self, front_end: &FrontEnd) -> bool {
+        let is_inherited =
+            || self.ruleset(Family::of(front_end.address)).is_none() && self.has_own_address(front_end.address);
+        self.front_end(front_end).is_some() || is_inherited()
+    }
+
+    /// The front ends of a family's virtual servers that are this agent's.
+    pub fn own(&self, family: Family) -> impl Iterator<Item = &FrontEnd> {
+        self.servers.keys().filter(move |it| Family::of(it.address) == family && self.is_own(it))
+    }
+
+    /// How many virtual servers are somebody else's.
+    pub fn foreign_count(&self) -> usize {
+        self.servers.keys().filter(|front_end| !self.is_own(front_end)).count()
+    }
+
     /// What the packet filter has for a front end.
     pub fn front_end(&self, front_end: &FrontEnd) -> Option<&Elements> {
         self.filter.front_ends.get(front_end)

@@ -18,7 +18,8 @@ use reconciler::Policy;
 use reconciler::fake::{FakeKernel, FakeRealServer, FakeServer};
 use reconciler::filter::ObservedFilter;
 use reconciler::front_end::{FrontEnd, ServerConfig};
-use reconciler::kernel::Cause;
+use reconciler::kernel::{Cause, Kernel as _, Scope};
+use reconciler::mirror::Mirror;
 use reconciler::policy::{DetectLocal, NodePortAddresses};
 use service_watch::{
     Change, Endpoint, EndpointSlice, Hints, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
@@ -283,6 +284,13 @@ fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>
     (&kernel.servers, addresses, &kernel.filter)
 }
 
+/// The virtual servers that nothing proves to be this agent's, and none is in the place of one that is wanted.
+fn foreign(kernel: &mut FakeKernel) -> BTreeMap<FrontEnd, FakeServer> {
+    let mirror = Mirror::from_dump(kernel.dump(Scope::All).unwrap());
+    let foreign = kernel.servers.iter().filter(|(front_end, _)| !mirror.is_own(front_end));
+    foreign.map(|(front_end, server)| (*front_end, server.clone())).collect()
+}
+
 /// A kernel in which somebody has been before: an earlier run, another version, or a person with ipvsadm.
 fn kernel() -> impl Strategy<Value = FakeKernel> {
     let real_server = (select(&ENDPOINTS[..]), 8080_u16..8082, 0_u32..3, any::<bool>(), 0_u32..2).prop_map(
@@ -346,9 +354,10 @@ proptest! {
 
     #[test]
     fn from_whatever_the_kernel_holds_the_objects_alone_lead_on(
-        kernel in kernel(),
+        mut kernel in kernel(),
         history in vec(event(), 1..16),
     ) {
+        let foreign = foreign(&mut kernel);
         let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
         for event in &history {
             objects.take_in(event);
@@ -357,7 +366,10 @@ proptest! {
         world.interfaces(objects.interfaces.clone());
         objects.changes().into_iter().for_each(|change| { world.apply(change); });
         world.apply(Change::Synced).settle();
-        let fresh = objects.fresh_kernel(&policy);
+        let mut fresh = objects.fresh_kernel(&policy);
+        for (front_end, server) in foreign {
+            fresh.servers.entry(front_end).or_insert(server);
+        }
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
         prop_assert_eq!(world.audit().done.total(), 0, "a second plan is empty");
     }
@@ -380,12 +392,65 @@ proptest! {
         }
         world.kernel().fault = None;
         world.settle();
+        let mut fresh = objects.fresh_kernel(&policy);
         if !is_honest {
             world.audit();
             world.settle();
+            // One that was said not to be there is nobody's.
+            fresh.servers.extend(foreign(world.kernel()));
         }
-        let fresh = objects.fresh_kernel(&policy);
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
+    }
+
+    #[test]
+    fn killed_after_any_operation_it_leaves_what_stays_and_goes_on_where_it_was(
+        policy in policy(),
+        before in vec(event(), 1..12),
+        after in vec(event(), 1..6),
+        operations in 0_usize..60,
+    ) {
+        let mut objects = Objects::default();
+        let mut world = World::unsynced(FakeKernel::default(), policy.clone());
+        world.apply(Change::Synced).settle();
+        for event in before {
+            objects.take_in(&event);
+            event.happen(&mut world);
+        }
+        world.settle();
+        let before = objects.fresh_kernel(&policy);
+        let mut left = operations;
+        world.kernel().fault = Some(Box::new(move |_| {
+            let is_alive = left > 0;
+            left = left.saturating_sub(1);
+            (!is_alive).then_some(Cause::Refused)
+        }));
+        for event in after {
+            objects.take_in(&event);
+            event.happen(&mut world);
+        }
+        world.sync();
+        let mut killed = world.kill();
+        killed.fault = None;
+
+        let after = objects.fresh_kernel(&policy);
+        for (front_end, server) in &before.servers {
+            let Some(to_be) = after.servers.get(front_end) else { continue };
+            let held = killed.servers.get(front_end);
+            prop_assert!(held.is_some(), "{} is missing", front_end);
+            for address in server.real_servers.keys().filter(|it| to_be.real_servers.contains_key(it)) {
+                let weight = held.and_then(|held| held.real_servers.get(address)).map(|held| held.server.weight);
+                prop_assert_eq!(weight, Some(1), "{} of {}", address, front_end);
+            }
+        }
+        for address in before.addresses.iter().flatten().filter(|it| after.addresses.iter().flatten().any(|to_be| to_be == *it)) {
+            prop_assert!(killed.addresses.iter().flatten().any(|held| held == address), "{:?} is not bound", address);
+        }
+
+        let mut world = World::unsynced(killed, policy.clone());
+        world.interfaces(objects.interfaces.clone());
+        objects.changes().into_iter().for_each(|change| { world.apply(change); });
+        world.apply(Change::Synced).settle();
+        prop_assert_eq!(visible(world.kernel()), visible(&after));
     }
 
     #[test]

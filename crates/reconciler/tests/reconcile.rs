@@ -408,12 +408,44 @@ fn an_audit_repairs_what_others_changed_and_says_so() {
     real_servers.next().unwrap().server.weight = 0;
     real_servers.next().unwrap().server.forwarding = Forwarding::DirectRoute;
     let outcome = world.audit();
-    assert_eq!(
-        outcome.drifted,
-        [Key::Server(tcp("10.77.0.1", 80)), Key::Server(tcp("10.96.0.10", 80)), Key::Address(ip("10.96.0.10")),]
-    );
+    assert_eq!(outcome.drifted, [Key::Server(tcp("10.96.0.10", 80)), Key::Address(ip("10.96.0.10"))]);
     assert_eq!(world.audit().done.total(), 0, "all is repaired");
     assert_eq!(world.audit().drifted, []);
+}
+
+/// keepalived's, or somebody's with ipvsadm: nothing in the kernel says that it is ours.
+#[test]
+fn a_virtual_server_that_is_nobodys_by_any_proof_stays() {
+    let mut world = web();
+    let other = world.server("10.96.0.10", 80).clone();
+    for front_end in [tcp("10.77.0.1", 80), tcp("10.96.0.10", 81)] {
+        world.kernel().servers.insert(front_end, other.clone());
+    }
+    assert_eq!(world.audit().drifted, []);
+    world.apply(Change::ServiceGone(name("web"))).settle();
+    assert_eq!(
+        world.kernel().servers.keys().copied().collect::<Vec<_>>(),
+        [tcp("10.77.0.1", 80), tcp("10.96.0.10", 81)]
+    );
+}
+
+#[test]
+fn on_the_first_start_after_kube_proxy_what_is_on_the_device_is_ours_and_stays_so_if_the_agent_is_killed() {
+    let before = web().kill();
+    let mut left =
+        FakeKernel { servers: before.servers.clone(), addresses: before.addresses.clone(), ..FakeKernel::default() };
+    let stranger = before.servers[&tcp("10.96.0.10", 80)].clone();
+    left.servers.insert(tcp("10.77.0.1", 80), stranger);
+    // It lives just long enough to make the tables.
+    left.fault =
+        Some(Box::new(|operation| (!matches!(operation, Operation::BuildFilter { .. })).then_some(Cause::Refused)));
+    let mut killed = World::with(left, Policy::new(NODE), vec![]).kill();
+    killed.fault = None;
+    assert!(killed.servers.contains_key(&tcp("10.96.0.10", 80)));
+
+    let world = World::with(killed, Policy::new(NODE), vec![]).kill();
+    assert_eq!(world.servers.keys().copied().collect::<Vec<_>>(), [tcp("10.77.0.1", 80)]);
+    assert_eq!(world.filter.front_ends.len(), 0);
 }
 
 #[test]

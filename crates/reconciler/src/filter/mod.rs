@@ -69,6 +69,10 @@ pub struct FrontEndRule {
 }
 
 impl FrontEndRule {
+    /// Everybody may connect, and stays who they are.
+    pub const OPEN: Self =
+        Self { masquerade: Masquerade::Nobody, guard: Guard::Open, is_closed_to_node: false, sources: None };
+
     /// The sets the front end is in, one bit each.
     pub fn sets(&self) -> u32 {
         let masquerade = match self.masquerade {
