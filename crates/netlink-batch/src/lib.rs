@@ -26,6 +26,8 @@
 mod async_socket;
 mod error;
 mod exchange;
+#[cfg(feature = "fault-points")]
+mod fault;
 mod socket;
 mod subscription;
 

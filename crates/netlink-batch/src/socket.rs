@@ -199,7 +199,11 @@ impl Socket {
             // What was not read of an earlier dump; it comes as fast as it is received.
             drop_queued(&self.raw, &mut self.incoming);
         }
+        #[cfg(feature = "fault-points")]
+        let number = crate::fault::begin();
         let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
+        #[cfg(feature = "fault-points")]
+        crate::fault::end(number);
         self.outgoing.count(bytes);
         Ok(())
     }
