@@ -109,6 +109,13 @@ pub(crate) struct VirtualServer {
     pub(crate) real_servers: Vec<RealServer>,
 }
 
+impl VirtualServer {
+    pub(crate) fn is_at_the_front_end_of(&self, other: &Self) -> bool {
+        let front_end = |it: &Self| (it.protocol.clone(), it.address, it.port, it.fwmark, it.family.clone());
+        front_end(self) == front_end(other)
+    }
+}
+
 /// A real server.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq, PartialOrd, Ord)]
 #[serde(deny_unknown_fields)]

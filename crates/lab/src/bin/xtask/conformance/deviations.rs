@@ -15,8 +15,9 @@ use super::state::State;
 /// A rule: its name in the document, and what it makes of an expectation.
 type Rule = (&'static str, fn(&mut Expectation, &Objects));
 
-const RULES: [Rule; 4] = [
+const RULES: [Rule; 5] = [
     ("drift-is-repaired", drift_is_repaired),
+    ("none-but-ours-is-deleted", none_but_ours_is_deleted),
     ("node-addresses-are-no-vips", node_addresses_are_no_vips),
     ("node-ports-not-on-vips", node_ports_not_on_vips),
     ("slice-follows-its-label", slice_follows_its_label),
@@ -42,10 +43,12 @@ pub(crate) fn is_documented(rule: &str, case: &str) -> bool {
     DOCUMENT.lines().any(|line| line.contains(&format!("`{rule}`")) && line.contains(&format!("`{case}`")))
 }
 
-/// The objects of the API at a step.
+/// The objects of the API at a step, and what else there is.
 #[derive(Default)]
 pub(crate) struct Objects {
     by_file: BTreeMap<String, Value>,
+    /// Virtual servers that others have made.
+    pub(crate) strangers: Vec<VirtualServer>,
 }
 
 impl Objects {
@@ -83,6 +86,15 @@ fn list(value: &Value) -> &[Value] {
 fn is_on_device(expected: &Expectation, address: IpAddr) -> bool {
     let on_device = expected.kube_ipvs0.iter().flatten().filter_map(|entry| entry.split('/').next());
     on_device.filter_map(|entry| entry.parse::<IpAddr>().ok()).any(|entry| entry == address)
+}
+
+/// A virtual server that others have made stays, where no Service wants its front end.
+fn none_but_ours_is_deleted(expected: &mut Expectation, objects: &Objects) {
+    for stranger in &objects.strangers {
+        if !expected.virtual_servers.iter().any(|server| server.is_at_the_front_end_of(stranger)) {
+            expected.virtual_servers.push(stranger.clone());
+        }
+    }
 }
 
 /// Everything the agent writes it also compares: forwarding methods, weights, thresholds and netmasks of what it manages.

@@ -19,9 +19,9 @@ use lab::netns::Namespace;
 use serde_json::Value;
 use test_apiserver::Server;
 
-use super::case::{Case, Expectation, Object, Step};
+use super::case::{Case, Expectation, Object, Step, VirtualServer};
 use super::deviations::{self, Objects};
-use super::state::State;
+use super::state::{State, virtual_servers};
 use super::{CaseResult, Failure};
 
 const MARKER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 255, 250));
@@ -66,9 +66,11 @@ pub(crate) fn play(agent: &Path, case: &Case, source: Source, result: &mut CaseR
         let mut node = Node { case, agent, dir: Scratch::new()?, server, process: None };
         node.set_up()?;
         let mut objects = Objects::default();
+        objects.strangers = node.strangers()?;
         for (index, step) in case.steps.iter().enumerate() {
             let number = index + 1;
             objects.take_in(case, step)?;
+            objects.strangers.extend(node.tamper(step)?);
             node.step(number, step).with_context(|| format!("step {number}"))?;
             let expected = case.expectation(step)?;
             result.not_compared.extend(expected.others.keys().cloned());
@@ -135,13 +137,30 @@ impl Node<'_> {
         Ok(())
     }
 
-    fn step(&mut self, number: usize, step: &Step) -> Result<()> {
+    /// What there is by now that was no kube-proxy's: that has its VIPs on the device.
+    fn strangers(&self) -> Result<Vec<VirtualServer>> {
+        let on_device = self.case.preexisting.kube_ipvs0.iter().flatten();
+        let vips: Vec<IpAddr> = on_device.filter_map(|it| it.split('/').next()?.parse().ok()).collect();
+        let mut strangers = virtual_servers()?;
+        strangers.retain(|it| it.address.is_none_or(|address| !vips.contains(&address)));
+        Ok(strangers)
+    }
+
+    /// Does what somebody else does, and says which virtual servers are new.
+    fn tamper(&mut self, step: &Step) -> Result<Vec<VirtualServer>> {
         if step.restart {
             self.kill();
         }
+        let before = virtual_servers()?;
         for command in &step.commands {
             shell(command)?;
         }
+        let mut new = virtual_servers()?;
+        new.retain(|it| !before.iter().any(|held| held.is_at_the_front_end_of(it)));
+        Ok(new)
+    }
+
+    fn step(&mut self, number: usize, step: &Step) -> Result<()> {
         for object in &step.delete {
             self.delete(object)?;
         }

@@ -46,15 +46,10 @@ struct Address {
 impl State {
     /// Reads the state of the calling thread's network namespace, as far as something is expected of it.
     pub(crate) fn read(expected: &Expectation) -> Result<Self> {
-        let mut ipvs = Client::connect()?;
-        let mut virtual_servers = Vec::new();
-        for entry in ipvs.virtual_servers()? {
-            virtual_servers.push(virtual_server(&mut ipvs, &entry.server)?);
-        }
-        let timeouts = ipvs.timeouts()?;
+        let timeouts = Client::connect()?.timeouts()?;
         let device = device()?;
         Ok(Self {
-            virtual_servers,
+            virtual_servers: virtual_servers()?,
             kube_ipvs0: device.as_ref().map(|device| {
                 let addresses = device.addr_info.iter().filter(|address| !address.local.starts_with("fe80:"));
                 addresses.map(|address| format!("{}/{}", address.local, address.prefixlen)).collect()
@@ -115,6 +110,13 @@ fn device() -> Result<Option<Device>> {
     }
     let devices: Vec<Device> = serde_json::from_slice(&output.stdout).context("cannot understand what ip says")?;
     Ok(devices.into_iter().next())
+}
+
+/// The virtual servers of the calling thread's network namespace.
+pub(crate) fn virtual_servers() -> Result<Vec<VirtualServer>> {
+    let mut ipvs = Client::connect()?;
+    let listed = ipvs.virtual_servers()?;
+    listed.iter().map(|entry| virtual_server(&mut ipvs, &entry.server)).collect()
 }
 
 fn virtual_server(ipvs: &mut Client, server: &ipvs_netlink::VirtualServer) -> Result<VirtualServer> {
