@@ -45,7 +45,7 @@ pub use model::{
 #[cfg(feature = "sources")]
 pub use self::{
     address::{parse_ip, parse_range},
-    api_server::{ApiServer, Connection, Event, EventKind, EventSubject, Events},
+    api_server::{ApiServer, Connection, Event, EventKind, EventSubject, Events, Serving},
     error::Error,
     manifests::Manifests,
     report::{Counters, Kind, Message, Report, Subject},

@@ -3,6 +3,8 @@
 //! [`watcher()`] lists, watches and resumes. What it leaves to its users is here: a server without streaming lists, a
 //! resource version that is too old to resume from, silence, and the pauses between attempts.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt as _;
@@ -13,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
+use super::doubt::AGAIN;
 use super::patience::NoAnswer;
 use crate::convert::Object;
 use crate::error::chain;
@@ -41,6 +44,8 @@ pub(super) struct Feed<K> {
     failing_since: Option<Instant>,
     pause: Option<Duration>,
     heard: watch::Receiver<()>,
+    /// Set where the last list is doubted.
+    again: Arc<AtomicBool>,
 }
 
 /// How far the stream has come.
@@ -62,7 +67,13 @@ pub(super) enum Step<K> {
 }
 
 impl<K: Object> Feed<K> {
-    pub(super) fn new(api: Api<K>, server: String, wanted: Config, heard: watch::Receiver<()>) -> Self {
+    pub(super) fn new(
+        api: Api<K>,
+        server: String,
+        wanted: Config,
+        heard: watch::Receiver<()>,
+        again: Arc<AtomicBool>,
+    ) -> Self {
         Self {
             api,
             server,
@@ -74,10 +85,15 @@ impl<K: Object> Feed<K> {
             failing_since: None,
             pause: None,
             heard,
+            again,
         }
     }
 
     pub(super) async fn next(&mut self) -> Step<K> {
+        if self.again.swap(false, Ordering::Relaxed) {
+            self.rebuild();
+            self.pause = Some(AGAIN);
+        }
         loop {
             if let Some(pause) = self.pause.take() {
                 sleep(pause).await;

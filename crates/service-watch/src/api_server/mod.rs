@@ -4,6 +4,7 @@
 //! longer has becomes gone.
 
 mod connect;
+mod doubt;
 mod events;
 mod feed;
 mod patience;
@@ -18,6 +19,8 @@ use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client};
 
 pub use self::connect::Connection;
+pub use self::doubt::Serving;
+use self::doubt::{AGAIN, Doubt, Lacking};
 pub use self::events::{Event, EventKind, EventSubject, Events};
 use self::feed::{Feed, Step};
 use crate::convert::{Converted, Converter, Object, Outcome, consequence};
@@ -32,6 +35,8 @@ pub struct ApiServer {
     server: String,
     node: Arc<str>,
     all_nodes: bool,
+    /// What the node serves already; `None` where every list is believed.
+    serving: Option<Serving>,
     counters: Arc<Counters>,
 }
 
@@ -52,7 +57,14 @@ impl ApiServer {
 
     /// An API server reached through `client`; `server` is what messages call it.
     pub fn with_client(client: Client, server: impl Into<String>, node: impl Into<Arc<str>>) -> Self {
-        Self { client, server: server.into(), node: node.into(), all_nodes: false, counters: Arc::default() }
+        Self {
+            client,
+            server: server.into(),
+            node: node.into(),
+            all_nodes: false,
+            serving: None,
+            counters: Arc::default(),
+        }
     }
 
     /// Whether to watch all Nodes, for [`Change::Neighbour`], instead of the own one alone. In a large cluster that is
@@ -60,6 +72,14 @@ impl ApiServer {
     #[must_use]
     pub fn watch_all_nodes(mut self, all: bool) -> Self {
         self.all_nodes = all;
+        self
+    }
+
+    /// Has lists that lack most of what there was read a second time, a few seconds later, before anything goes for their
+    /// sake. `serving` is what the node serves already. Without this every list is believed.
+    #[must_use]
+    pub fn confirm_disappearance(mut self, serving: Serving) -> Self {
+        self.serving = Some(serving);
         self
     }
 
@@ -85,11 +105,12 @@ impl ApiServer {
 
     /// As [`Source::run`](crate::Source::run). There is no error that ends it.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
-        let Self { client, server, node, all_nodes, counters } = self;
+        let Self { client, server, node, all_nodes, serving, counters } = self;
         let mut outlet = Outlet::new(sink, counters);
         let mut converter = Converter::new(node.clone());
-        let mut services = Tracker::default();
-        let mut slices = Tracker::default();
+        let doubt = |before: fn(Serving) -> usize| serving.map_or_else(Doubt::default, |it| Doubt::of(before(it)));
+        let mut services = Tracker { doubt: doubt(|serving| serving.vips), ..Tracker::default() };
+        let mut slices = Tracker { doubt: doubt(|serving| serving.servers), ..Tracker::default() };
         let mut nodes = Tracker { only: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
 
         // What kube-proxy asks for: nothing of other proxies, nothing headless.
@@ -99,10 +120,10 @@ impl ApiServer {
         let nodes_wanted =
             if all_nodes { Config::default() } else { Config::default().fields(&format!("metadata.name={node}")) };
         let feeds = stream::select(
-            feed(&client, &server, services_wanted).map(Said::Service),
+            feed(&client, &server, services_wanted, &services).map(Said::Service),
             stream::select(
-                feed(&client, &server, slices_wanted).map(Said::Slice),
-                feed(&client, &server, nodes_wanted).map(Said::Node),
+                feed(&client, &server, slices_wanted, &slices).map(Said::Slice),
+                feed(&client, &server, nodes_wanted, &nodes).map(Said::Node),
             ),
         );
         let mut feeds = std::pin::pin!(feeds);
@@ -132,9 +153,14 @@ enum Said {
     Node(Step<wire::Node>),
 }
 
-fn feed<K: Object>(client: &Client, server: &str, wanted: Config) -> impl stream::Stream<Item = Step<K>> + use<K> {
+fn feed<K: Object>(
+    client: &Client,
+    server: &str,
+    wanted: Config,
+    tracker: &Tracker,
+) -> impl stream::Stream<Item = Step<K>> + use<K> {
     let (client, heard) = patience::patient(client.clone());
-    let feed = Feed::new(Api::<K>::all(client), server.to_owned(), wanted, heard);
+    let feed = Feed::new(Api::<K>::all(client), server.to_owned(), wanted, heard, tracker.doubt.again());
     stream::unfold(feed, |mut feed| async {
         let step = feed.next().await;
         Some((step, feed))
@@ -153,6 +179,7 @@ struct Tracker {
     listed: bool,
     /// Only the object of this name counts.
     only: Option<Arc<str>>,
+    doubt: Doubt,
 }
 
 impl Tracker {
@@ -167,6 +194,7 @@ impl Tracker {
             Step::Failed(problem) => return outlet.error(watch, problem),
             Step::Event(watcher::Event::Init) => {
                 self.seen = Some(HashSet::new());
+                self.doubt.begin();
                 return;
             }
             Step::Well => {}
@@ -181,6 +209,17 @@ impl Tracker {
             Step::Event(watcher::Event::InitDone) => {
                 let seen = self.seen.take().unwrap_or_default();
                 let gone: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
+                let known_before = if self.listed { self.known.len() } else { 0 };
+                if let Some(Lacking { before, left }) = self.doubt.end(known_before, gone.len()) {
+                    let again = AGAIN.as_secs();
+                    return outlet.error(
+                        watch,
+                        format!(
+                            "the list has {left} where there were {before}: it is read again in {again} s before anything goes; if \
+                             so much was deleted, nothing need be done"
+                        ),
+                    );
+                }
                 for name in gone {
                     self.gone(K::KIND, &name, converter, outlet);
                 }
@@ -216,6 +255,9 @@ impl Tracker {
             Outcome::Serve(change) => {
                 self.known.insert(name.clone());
                 self.obscure.remove(&name);
+                if self.seen.is_some() {
+                    self.doubt.take(&change);
+                }
                 outlet.change(change);
             }
             Outcome::Ignore => self.gone(K::KIND, &name, converter, outlet),

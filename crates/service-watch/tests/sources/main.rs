@@ -4,5 +4,6 @@
 mod api_server;
 mod common;
 mod connect;
+mod doubt;
 mod events;
 mod manifests;

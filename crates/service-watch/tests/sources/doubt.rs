@@ -1,0 +1,114 @@
+//! Lists that lack most of what there was.
+
+use std::time::Duration;
+
+use service_watch::{ApiServer, Serving, Source, Subject};
+use test_apiserver::Server;
+use tokio::time::Instant;
+
+use crate::common::{Listener, listen, node, service, slice};
+
+const SERVICES: u8 = 12;
+
+fn source(server: &Server, serving: Option<Serving>) -> Source {
+    let client = kube::Client::new(server.service(), "default");
+    let source = ApiServer::with_client(client, "https://test", "node-a");
+    Source::ApiServer(match serving {
+        Some(serving) => source.confirm_disappearance(serving),
+        None => source,
+    })
+}
+
+fn fill(server: &Server) {
+    for number in 0..SERVICES {
+        server.apply(service(&format!("s{number:02}"), &format!("10.96.0.{number}")));
+        server.apply(slice(&format!("s{number:02}-1"), &format!("s{number:02}"), &["10.0.0.1"]));
+    }
+    server.apply(node("node-a", "z"));
+}
+
+fn empty(server: &Server) {
+    for number in 0..SERVICES {
+        server.delete("Service", "default", &format!("s{number:02}"));
+        server.delete("EndpointSlice", "default", &format!("s{number:02}-1"));
+    }
+}
+
+/// One whose server has lost everything while it could not be reached, and has just been listed anew.
+async fn after_the_first_empty_list(server: &Server, serving: Option<Serving>) -> Listener {
+    fill(server);
+    let mut listener = listen(source(server, serving));
+    listener.synced().await;
+    server.refuse();
+    tokio::time::sleep(Duration::from_secs(60)).await;
+    empty(server);
+    server.compact();
+    server.recover();
+    listener
+}
+
+/// How many objects are gone when everything has been listed anew. The Node is said again.
+async fn gone(listener: &mut Listener) -> usize {
+    let changes = listener.changes(2 * usize::from(SERVICES) + 1).await;
+    changes.iter().filter(|change| change.starts_with('-')).count()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_second_list_has_again_never_went() {
+    let server = Server::new();
+    let mut listener = after_the_first_empty_list(&server, Some(Serving::default())).await;
+    assert_eq!(listener.change().await, "node z");
+    loop {
+        let report = listener.report().await;
+        if report.problems.iter().any(|problem| problem.contains("0 where there were 12: it is read again in 5 s")) {
+            break;
+        }
+    }
+    listener.unchanged(Duration::from_secs(1)).await;
+    fill(&server);
+    let changes = listener.changes(2 * usize::from(SERVICES)).await;
+    assert!(!changes.iter().any(|change| change.starts_with('-')), "{changes:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_second_list_lacks_too_is_gone() {
+    let server = Server::new();
+    let mut listener = after_the_first_empty_list(&server, Some(Serving::default())).await;
+    let start = Instant::now();
+    assert_eq!(gone(&mut listener).await, 2 * usize::from(SERVICES));
+    assert!(start.elapsed() >= Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_wants_every_list_believed_has_it_so() {
+    let server = Server::new();
+    let mut listener = after_the_first_empty_list(&server, None).await;
+    assert_eq!(gone(&mut listener).await, 2 * usize::from(SERVICES));
+    let is_doubt = |problem: &String| problem.contains("read again");
+    assert!(!listener.reports.iter().any(|report| report.problems.iter().any(is_doubt)));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_start_on_a_node_that_serves_much_waits_for_a_second_list_where_the_first_is_empty() {
+    let server = Server::new();
+    let start = Instant::now();
+    let mut listener = listen(source(&server, Some(Serving { vips: 20, servers: 20 })));
+    for _ in 0..2 {
+        let report = listener.report().await;
+        assert!(matches!(report.subject, Subject::Watch(_)), "{report:?}");
+        assert!(report.problems[0].contains("0 where there were 20"), "{report:?}");
+    }
+    fill(&server);
+    assert_eq!(listener.synced().await.len(), 2 * usize::from(SERVICES) + 1);
+    assert!(start.elapsed() >= Duration::from_secs(5), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_few_that_go_are_gone_at_once() {
+    let server = Server::new();
+    fill(&server);
+    let mut listener = listen(source(&server, Some(Serving { vips: 12, servers: 12 })));
+    listener.synced().await;
+    server.delete("Service", "default", "s00");
+    assert_eq!(listener.change().await, "-s00");
+}
