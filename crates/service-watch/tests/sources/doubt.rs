@@ -40,7 +40,7 @@ async fn after_the_first_empty_list(server: &Server, serving: Option<Serving>) -
     let mut listener = listen(source(server, serving));
     listener.synced().await;
     server.refuse();
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
     empty(server);
     server.compact();
     server.recover();
