@@ -16,7 +16,7 @@ use reconciler::kernel::KernelError;
 use reconciler::outcome::{Failure, Outcome};
 use reconciler::policy::Families;
 use reconciler::run::{Input, Observer, Taken};
-use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Source};
+use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Serving, Source};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
@@ -102,7 +102,8 @@ pub(crate) fn run(start: Start) -> Result<End> {
     );
     preflight::raise_file_limit();
     let handle = metrics::install().context("cannot measure")?;
-    let kernel = prepare(&mut settings)?;
+    let mut kernel = prepare(&mut settings)?;
+    let serving = settings.confirm_disappearance.then(|| preflight::serving(kernel.ipvs()));
     let (policy, periods) = (settings.policy.clone(), settings.periods);
     let families = policy.families;
     let health = Arc::new(Health::new(families, periods.audit));
@@ -173,7 +174,7 @@ pub(crate) fn run(start: Start) -> Result<End> {
     let all_nodes = settings.watch_all_nodes;
     let credentials = origin.clone();
     let follow = async move {
-        let source = source(origin, &node_name, all_nodes, &posts, &counted).await?;
+        let source = source(origin, &node_name, all_nodes, serving, &posts, &counted).await?;
         source.run(sink).await.map_err(anyhow::Error::from)
     };
     let restart = async {
@@ -383,14 +384,24 @@ fn shown(
     })
 }
 
-async fn source(origin: Origin, node_name: &str, all_nodes: bool, posts: &Posts, counted: &Counted) -> Result<Source> {
+async fn source(
+    origin: Origin,
+    node_name: &str,
+    all_nodes: bool,
+    serving: Option<Serving>,
+    posts: &Posts,
+    counted: &Counted,
+) -> Result<Source> {
     let (source, kinds) = match origin {
         Origin::Manifests(directory) => {
             info!(directory = %directory.display(), "taking Services from manifests");
             (Source::Manifests(Manifests::new(directory, node_name)), 1)
         }
         Origin::ApiServer(connection) => {
-            let server = ApiServer::connect(&connection, node_name).await?.watch_all_nodes(all_nodes);
+            let mut server = ApiServer::connect(&connection, node_name).await?.watch_all_nodes(all_nodes);
+            if let Some(serving) = serving {
+                server = server.confirm_disappearance(serving);
+            }
             info!(server = server.server(), "taking Services from an API server");
             posts.0.get_or_init(|| server.events()).publish(events::starting());
             (Source::ApiServer(server), 3)

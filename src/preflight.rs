@@ -1,14 +1,18 @@
 //! Before anything is programmed: what this kernel has, and what to do where it lacks something.
 
+use std::collections::BTreeSet;
+use std::net::IpAddr;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Family, Scheduler, Timeouts};
 use reconciler::binding::VipBinding;
+use reconciler::front_end::FrontEnd;
 use reconciler::kernel::{Kernel as _, Scope};
 use reconciler::linux::LinuxKernel;
 use reconciler::policy::{DetectLocal, Families, Policy};
 use rustix::process::{Resource, getrlimit, setrlimit};
+use service_watch::Serving;
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
@@ -97,6 +101,14 @@ pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// What the node serves before anything is known of what it should. What cannot be read is nothing.
+pub(crate) fn serving(ipvs: &mut Client) -> Serving {
+    let listed = ipvs.virtual_servers().inspect_err(|error| warn!("{error}")).unwrap_or_default();
+    let front_ends: Vec<FrontEnd> = listed.iter().filter_map(|entry| FrontEnd::of(&entry.server.id)).collect();
+    let vips: BTreeSet<IpAddr> = front_ends.iter().map(|front_end| front_end.address).collect();
+    Serving { vips: vips.len(), servers: front_ends.len() }
 }
 
 /// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.

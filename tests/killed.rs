@@ -4,6 +4,7 @@
 //! How many histories: `KUBE_IPVS_HISTORIES`, or 40.
 
 #![cfg(feature = "fault-points")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -224,7 +225,7 @@ fn history(first: &Services, steps: &[(Services, Vec<String>)]) {
             let status = agent.ends();
             assert!(status.success() || status.code().is_none(), "{}", agent.log());
             if status.success() {
-                stays = to_be.clone();
+                stays.clone_from(&to_be);
             }
             let held: Vec<String> = ipvs().into_iter().chain(addresses()).collect();
             let is_there = |it: &&String| held.iter().any(|line| line.starts_with(it.as_str()));

@@ -144,6 +144,7 @@ pub(crate) const FLAGS_OF_FIELDS: &[(&str, &str)] = &[
     ("vip-binding", "kubeIPVS.vipBinding"),
     ("vip-ranges", "kubeIPVS.vipRanges"),
     ("ipvs-estimation", "kubeIPVS.estimation"),
+    ("confirm-disappearance", "kubeIPVS.confirmDisappearance"),
 ];
 
 fn flag_of(field: &str) -> Option<&'static str> {

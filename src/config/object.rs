@@ -185,6 +185,9 @@ pub(crate) struct Own {
     /// Whether the kernel is to sum up what it counts; what is not said leaves it as it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) estimation: Option<bool>,
+    /// Whether lists that lack most of what there was are read again before they are believed; not said means yes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) confirm_disappearance: Option<bool>,
 }
 
 impl Own {

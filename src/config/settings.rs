@@ -38,6 +38,8 @@ pub(crate) struct Settings {
     pub(crate) strict_arp: bool,
     /// Whether the kernel is to sum up counters and rates; `None` leaves it as it is.
     pub(crate) estimation: Option<bool>,
+    /// Whether a list that lacks most of what there was is read again before it is believed.
+    pub(crate) confirm_disappearance: bool,
     pub(crate) conntrack: Conntrack,
     /// Where to tell about health; `None`: nowhere.
     pub(crate) healthz: Option<SocketAddr>,
@@ -114,6 +116,7 @@ impl Settings {
             },
             strict_arp: c.ipvs.strict_arp,
             estimation: c.own.estimation,
+            confirm_disappearance: c.own.confirm_disappearance.unwrap_or(true),
             conntrack: conntrack(c, &mut check),
             healthz: check.listen("healthzBindAddress", &c.healthz_bind_address),
             metrics: check.listen("metricsBindAddress", &c.metrics_bind_address),

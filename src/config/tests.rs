@@ -197,6 +197,7 @@ fn rows() -> Vec<Row> {
                 "fe80::/64 has addresses of fe80::/10, none of which can be a VIP",
             ),
         row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).truth_value(),
+        row("kubeIPVS.confirmDisappearance", Value::Null, ("false", json!(false))).truth_value(),
     ]
 }
 

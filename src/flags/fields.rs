@@ -271,6 +271,11 @@ pub(super) struct FieldFlags {
     /// and what `ipvsadm --stats` and `--rate` show stands still [default: as the kernel has it, which is true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
     ipvs_estimation: Option<bool>,
+
+    /// Read a list of the API server that lacks most of what there was a second time, 5 seconds later, before anything is taken
+    /// away for its sake [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    confirm_disappearance: Option<bool>,
 }
 
 impl FieldFlags {
@@ -291,6 +296,7 @@ impl FieldFlags {
             vip_binding: self.vip_binding,
             vip_ranges: self.vip_ranges,
             ipvs_estimation: self.ipvs_estimation,
+            confirm_disappearance: self.confirm_disappearance,
             ..Self::default()
         }
     }
@@ -369,6 +375,7 @@ impl FieldFlags {
         set(&mut c.own.vip_binding, self.vip_binding);
         set(&mut c.own.vip_ranges, self.vip_ranges.map(without_empty));
         set_some(&mut c.own.estimation, self.ipvs_estimation);
+        set_some(&mut c.own.confirm_disappearance, self.confirm_disappearance);
     }
 }
 

@@ -107,7 +107,8 @@ pub(crate) enum Command {
 }
 
 /// Flags of fields that count beside a file. (Those without a field do anyway.)
-const BESIDE_FILE: [&str; 14] = [
+const BESIDE_FILE: [&str; 15] = [
+    "confirm-disappearance",
     "hostname-override",
     "ipvs-drain-timeout",
     "ipvs-estimation",
