@@ -130,6 +130,50 @@ fn what_was_deleted_during_a_disconnection_goes() {
     agent.has(&[WEB, WEB_2]);
 }
 
+/// An agent starts on a node that serves twelve Services, and the API server, fresh from an old backup, knows of none.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_server_that_lists_nothing_at_a_start_is_asked_again_before_anything_goes() {
+    isolate().unwrap();
+    let fill = |cluster: &Cluster| {
+        for number in 10..22 {
+            let name = format!("s{number}");
+            cluster.apply(&service(&name, &format!("10.96.0.{number}")));
+            cluster.apply(&slice(&format!("{name}-1"), &name, &["10.0.0.1"]));
+        }
+    };
+    let cluster = Cluster::new();
+    fill(cluster.apply(NODE));
+    assert!(cluster.agent(&["--once"]).ends().success());
+    let before = (ipvs(), addresses());
+    assert_eq!((before.0.len(), before.1.len()), (24, 12));
+
+    // It was an error.
+    let empty = Cluster::new();
+    let mut agent = empty.apply(NODE).agent(&[]);
+    agent.says("0 where there were 12: it is read again in 5 s before anything goes");
+    fill(&empty);
+    agent.says("audited, nothing to change");
+    assert_eq!((ipvs(), addresses()), before);
+    agent.kill();
+
+    // It was none.
+    let empty = Cluster::new();
+    let mut agent = empty.apply(NODE).agent(&[]);
+    agent.says("0 where there were 12");
+    assert_eq!((ipvs(), addresses()), before);
+    agent.has(&[]);
+    assert_eq!(addresses(), [""; 0]);
+    agent.kill();
+
+    fill(&empty);
+    assert!(empty.agent(&["--once"]).ends().success());
+    let empty = Cluster::new();
+    let mut agent = empty.apply(NODE).agent(&["--confirm-disappearance=false"]);
+    agent.has(&[]);
+    assert!(!agent.log().contains("where there were"), "{}", agent.log());
+}
+
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_server_that_forbids_or_speaks_html_is_named_and_nothing_is_lost() {
