@@ -1,7 +1,7 @@
 //! The agent is killed before or after any message to the kernel, again and again: what stays is served all along, and in
 //! the end everything is as a fresh start would have made it.
 //!
-//! How many histories: `KUBE_IPVS_HISTORIES`, or 40.
+//! How many histories: `KUBE_IPVS_HISTORIES`, or 15.
 
 #![cfg(feature = "fault-points")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
@@ -250,7 +250,7 @@ fn history(first: &Services, steps: &[(Services, Vec<String>)]) {
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn killed_at_any_message_it_goes_on_where_it_was() {
-    let histories = std::env::var("KUBE_IPVS_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(40);
+    let histories = std::env::var("KUBE_IPVS_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(15);
     let config = ProptestConfig {
         cases: histories,
         max_shrink_iters: 20,

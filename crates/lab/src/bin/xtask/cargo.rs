@@ -55,7 +55,8 @@ pub(crate) fn cargo() -> Command {
 
 /// Builds all tests of the workspace.
 pub(crate) fn test_executables() -> Result<Vec<TestExecutable>> {
-    let arguments = ["test", "--workspace", "--no-run", "--message-format=json-render-diagnostics"];
+    let arguments =
+        ["test", "--workspace", "--features=fault-points", "--no-run", "--message-format=json-render-diagnostics"];
     parse_test_executables(&stdout(cargo().args(arguments))?)
 }
 
