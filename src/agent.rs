@@ -22,6 +22,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
 use tracing::{error, info, warn};
 
+use crate::alone::Alone;
 use crate::config::follow::Files;
 use crate::config::{Configuration, Settings};
 use crate::flags::Flags;
@@ -100,11 +101,23 @@ pub(crate) fn run(start: Start) -> Result<End> {
         version = env!("CARGO_PKG_VERSION"), node = settings.policy.node_name, scheduler = %settings.policy.scheduler,
         "starting"
     );
+    let _alone = Alone::new()?;
     preflight::raise_file_limit();
     let handle = metrics::install().context("cannot measure")?;
     let mut kernel = prepare(&mut settings)?;
     let serving = settings.confirm_disappearance.then(|| preflight::serving(kernel.ipvs()));
-    let (policy, periods) = (settings.policy.clone(), settings.periods);
+    let origin = match &flags.manifests {
+        Some(directory) => Origin::Manifests(directory.clone()),
+        None => Origin::ApiServer(Connection {
+            kubeconfig: settings.kubeconfig.clone(),
+            master: flags.master.clone(),
+            user_agent: Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned()),
+        }),
+    };
+    let (mut policy, periods) = (settings.policy.clone(), settings.periods);
+    if let Origin::ApiServer(connection) = &origin {
+        policy.api_servers.extend(connection.server_address());
+    }
     let families = policy.families;
     let health = Arc::new(Health::new(families, periods.audit));
     // One thread for the source and the ports, and this one for signals: a kubeconfig may name a program for credentials,
@@ -162,14 +175,6 @@ pub(crate) fn run(start: Start) -> Result<End> {
         }
         // Said in the log by the source.
         Message::Report(_) => ControlFlow::Continue(()),
-    };
-    let origin = match &flags.manifests {
-        Some(directory) => Origin::Manifests(directory.clone()),
-        None => Origin::ApiServer(Connection {
-            kubeconfig: settings.kubeconfig.clone(),
-            master: flags.master.clone(),
-            user_agent: Some(concat!("kube-ipvs/", env!("CARGO_PKG_VERSION")).to_owned()),
-        }),
     };
     let all_nodes = settings.watch_all_nodes;
     let credentials = origin.clone();

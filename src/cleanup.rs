@@ -17,10 +17,12 @@ use service_watch::Protocol;
 use tracing::{error, info};
 
 use crate::agent::End;
+use crate::alone::Alone;
 use crate::takeover;
 
 /// Removes everything of ours. What fails does not keep the rest from going; then the exit status is 1.
 pub(crate) fn run() -> Result<End> {
+    let _alone = Alone::new()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
     let (plan, left) = plan(observed);
@@ -80,6 +82,7 @@ fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> (usize, usize) {
 /// Removes the tables of the packet filter, and before them the routes, which nobody else would guard: kube-proxy binds each
 /// VIP by an address. Whoever serves the VIPs by now guards them too.
 pub(crate) fn remove_filter() -> Result<End> {
+    let _alone = Alone::new()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
     let (done, failed) = carry_out(&mut kernel, &routes.into_iter().map(Operation::RemoveRoute).collect());

@@ -1,6 +1,7 @@
 //! What people should know of a sync, as Kubernetes Events: on the Service it concerns, else on the Node. How often the same
 //! is said, and how many at once, is the business of whoever posts them.
 
+use reconciler::contribution::Holder;
 use reconciler::outcome::Outcome;
 use service_watch::{Event, EventKind, EventSubject, ObjectName};
 
@@ -10,13 +11,14 @@ const FEW: usize = 5;
 /// What a sync or an audit gives to tell.
 pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
     let mut events = Vec::new();
-    for (service, vip) in &outcome.refused {
-        events.push(warning(
-            Some(service),
-            "AddressIsANodes",
-            "RefuseAddress",
-            format!("{vip} is the address of a Node and is not served: it would cut nodes off from that Node"),
-        ));
+    for (service, vip, holder) in &outcome.refused {
+        let reason = match holder {
+            Holder::Node => "AddressIsANodes",
+            Holder::ApiServer => "AddressIsTheApiServers",
+        };
+        let note =
+            format!("{vip} is the address of {} and is not served: it would cut nodes off from there", holder.words());
+        events.push(warning(Some(service), reason, "RefuseAddress", note));
     }
     for clash in &outcome.clashes {
         events.push(warning(

@@ -1,6 +1,7 @@
 //! kube-ipvs: makes Kubernetes Services work with the kernel's own load balancer, IPVS.
 //!
 //! * `flags` and `config`: the command line and the configuration file, spelled as kube-proxy spells them.
+//! * `alone`: that there is no other agent on this node.
 //! * `preflight`: what the kernel has, and what to do where it lacks something.
 //! * `sysctl`: the kernel's settings that Services depend on.
 //! * `agent`: the parts wired together, from start to signal.
@@ -12,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod agent;
+mod alone;
 mod cleanup;
 mod config;
 mod events;

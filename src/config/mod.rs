@@ -25,7 +25,12 @@ pub(crate) use self::settings::Settings;
 pub(crate) fn load(path: &Path) -> Result<Read, Problems> {
     let text = std::fs::read_to_string(path)
         .map_err(|error| Problems::of_file(path, vec![Problem::new("", format!("cannot be read: {error}"))]))?;
-    let mut read = read::read(&text).map_err(|problems| Problems::of_file(path, problems))?;
+    complete(&text).map_err(|problems| Problems::of_file(path, problems))
+}
+
+/// Reads the text of a file, and gives defaults to what it leaves out.
+pub(crate) fn complete(text: &str) -> Result<Read, Vec<Problem>> {
+    let mut read = read::read(text)?;
     read.configuration.complete();
     Ok(read)
 }

@@ -28,6 +28,8 @@ mod error;
 mod exchange;
 #[cfg(feature = "fault-points")]
 mod fault;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod socket;
 mod subscription;
 

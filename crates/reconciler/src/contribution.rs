@@ -25,6 +25,9 @@ pub struct WantedServer {
     pub real_servers: Arc<[Place]>,
     /// What the packet filter does with connections to it.
     pub rule: FrontEndRule,
+    /// Whether its address is one that the Service asked for or was given by a load balancer, and none that the cluster
+    /// handed out, as ClusterIPs and NodePorts are.
+    pub is_asked_for: bool,
 }
 
 /// What a Service wants.
@@ -38,12 +41,31 @@ pub struct Contribution {
     pub entries: Vec<Entry>,
     /// The source ranges of load-balancer IPs; none for a family that everybody may connect to.
     pub sources: BTreeMap<Family, Ranges>,
-    /// VIPs that are addresses of Nodes and so are not served.
-    pub refused: Vec<IpAddr>,
+    /// VIPs that are somebody's whose traffic the Service must not get, and so are not served.
+    pub refused: Vec<(IpAddr, Holder)>,
     /// What load balancers are told that ask whether the node has endpoints; at most one a family.
     pub health_checks: Vec<HealthCheck>,
     /// Which of its Local policies find no local endpoint although there are others, in which families.
     pub without_local: BTreeSet<(Direction, Family)>,
+}
+
+/// Whose address a VIP is that is not served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Holder {
+    /// A Node's: bound here, it would cut this node off from that one.
+    Node,
+    /// The API server's: this node would be told by a Service what Services there are.
+    ApiServer,
+}
+
+impl Holder {
+    /// In words: "the address of …".
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Node => "a Node",
+            Self::ApiServer => "the API server",
+        }
+    }
 }
 
 /// Where the node answers load balancers, and what (`spec.healthCheckNodePort`).
@@ -176,7 +198,10 @@ impl Contribution {
             };
             (real_servers, rule(masquerade, guard, real_servers.is_empty()))
         };
-        let mut add = |address: IpAddr, number: NonZeroU16, (real_servers, rule): (&Arc<[Place]>, FrontEndRule)| {
+        let mut add = |address: IpAddr,
+                       number: NonZeroU16,
+                       (real_servers, rule): (&Arc<[Place]>, FrontEndRule),
+                       is_asked_for: bool| {
             let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
             let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
                 config: ServerConfig {
@@ -188,6 +213,7 @@ impl Contribution {
                 },
                 real_servers: real_servers.clone(),
                 rule: rule.clone(),
+                is_asked_for,
             });
             // An address may be external IP and load-balancer IP at once; then it is restricted.
             if rule.sources.is_some() {
@@ -195,7 +221,7 @@ impl Contribution {
             }
         };
         if let Some(cluster_ip) = vips.cluster_ip {
-            add(cluster_ip, port.port, from_inside);
+            add(cluster_ip, port.port, from_inside, false);
             self.addresses.push(cluster_ip);
         }
         let mut restricted = from_outside.1.clone();
@@ -206,7 +232,7 @@ impl Contribution {
         }
         let external = vips.external.iter().map(|vip| (*vip, &from_outside.1));
         for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted))) {
-            add(vip, port.port, (from_outside.0, rule.clone()));
+            add(vip, port.port, (from_outside.0, rule.clone()), true);
             // A VIP that another interface has is reachable as it is.
             if !node.local.contains(&vip) {
                 self.addresses.push(vip);
@@ -214,7 +240,7 @@ impl Contribution {
         }
         if let Some(node_port) = port.node_port {
             for address in node.node_ports.iter().filter(|address| Family::of(**address) == vips.family) {
-                add(*address, node_port, from_outside.clone());
+                add(*address, node_port, from_outside.clone(), false);
             }
         }
     }
@@ -228,8 +254,8 @@ struct Vips {
     load_balancer: Vec<IpAddr>,
     /// Whether it has VIPs for the outside, served or refused.
     is_external: bool,
-    /// Those that Nodes have.
-    refused: Vec<IpAddr>,
+    /// Those that somebody else has.
+    refused: Vec<(IpAddr, Holder)>,
 }
 
 impl Vips {
@@ -242,14 +268,23 @@ impl Vips {
         let mut external = if policy.external_ips { of_family(&service.external_ips) } else { Vec::new() };
         let mut load_balancer = of_family(&service.load_balancer_ips);
         let is_external = !external.is_empty() || !load_balancer.is_empty();
-        let is_taken = |vip: &IpAddr| node.own.contains(vip) || node.neighbours.contains(vip);
-        let mut refused: Vec<IpAddr> = external.iter().chain(&load_balancer).copied().filter(is_taken).collect();
-        external.retain(|vip| !is_taken(vip));
-        load_balancer.retain(|vip| !is_taken(vip));
+        let holder = |vip: &IpAddr| {
+            if node.own.contains(vip) || node.neighbours.contains(vip) {
+                return Some(Holder::Node);
+            }
+            // Whoever runs the control plane may have Services lead there.
+            (node.api_servers.contains(vip) && service.name.namespace() != "kube-system").then_some(Holder::ApiServer)
+        };
+        let mut refused = Vec::new();
+        for vips in [&mut external, &mut load_balancer] {
+            refused
+                .extend(vips.extract_if(.., |vip| holder(vip).is_some()).filter_map(|vip| Some((vip, holder(&vip)?))));
+        }
         // The cluster hands out ClusterIPs; the addresses of other Nodes are what their kubelets say, and no kubelet may
         // switch off a Service of the cluster.
-        refused.extend(Some(cluster_ip).filter(|vip| node.own.contains(vip)));
-        let cluster_ip = Some(cluster_ip).filter(|vip| !node.own.contains(vip));
+        let is_own = node.own.contains(&cluster_ip);
+        refused.extend(is_own.then_some((cluster_ip, Holder::Node)));
+        let cluster_ip = (!is_own).then_some(cluster_ip);
         Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
 }

@@ -15,9 +15,11 @@ use crate::front_end::FrontEnd;
 use crate::plan::Key;
 use crate::real_servers::Place;
 
-/// The order in which Services that claim one front end come: the oldest first, then by name.
+/// The order in which Services that claim one front end come: what the cluster handed out before what somebody asked for, then
+/// the oldest first, then by name. Who names a ClusterIP among his external IPs must not have it before it is handed out.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
+    is_asked_for: bool,
     /// Seconds since 1970; a Service without the time of its making counts as the youngest.
     created: i64,
     service: ObjectName,
@@ -77,7 +79,8 @@ impl Desired {
             if !same {
                 dirty.insert(Key::Server(*front_end));
             }
-            if created != before_created || !contribution.servers.contains_key(front_end) {
+            let is_asked_for = contribution.servers.get(front_end).map(|it| it.is_asked_for);
+            if created != before_created || is_asked_for != Some(server.is_asked_for) {
                 self.withdraw(*front_end, name);
             }
         }
@@ -86,8 +89,9 @@ impl Desired {
             if held != Some(server) {
                 dirty.insert(Key::Server(*front_end));
             }
-            if created != before_created || held.is_none() {
-                self.claim(*front_end, Claim { created, service: name.clone() }, clashes);
+            let is_asked_for = server.is_asked_for;
+            if created != before_created || held.map(|it| it.is_asked_for) != Some(is_asked_for) {
+                self.claim(*front_end, Claim { is_asked_for, created, service: name.clone() }, clashes);
             }
         }
         let changed = replace_claims(&mut self.addresses, name, &before.addresses, &contribution.addresses);

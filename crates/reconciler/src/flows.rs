@@ -143,6 +143,16 @@ fn list(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> List {
     List(bytes)
 }
 
+/// Reads an entry, looks at whether it is stale, and writes the request that deletes it.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
+    if let Ok(Entry(attributes)) = Entry::deserialize(header, payload) {
+        let _ = is_stale(&attributes, &Alive::default());
+        let Request { message, .. } = delete(Family::Ipv4, attributes);
+        message.serialize(&mut vec![0; NetlinkSerializable::buffer_len(&message)]);
+    }
+}
+
 fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
     let find = |pick: fn(&ConntrackAttribute) -> Option<&Vec<Tuple>>| attributes.iter().find_map(pick);
     let original = find(|attribute| match attribute {

@@ -38,7 +38,7 @@ pub struct Changed {
 
 /// A notification, as far as it matters here. Links have attributes of countless kinds; none but the name is looked at.
 #[derive(Debug, PartialEq, Eq)]
-enum Notification {
+pub(crate) enum Notification {
     Link { index: u32, is_ours: bool },
     LinkGone { index: u32 },
     Address { index: u32 },

@@ -31,6 +31,8 @@ pub mod fake;
 pub mod filter;
 mod flows;
 pub mod front_end;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod interface_watch;
 pub mod kernel;
 pub mod linux;

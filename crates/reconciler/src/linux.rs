@@ -386,6 +386,15 @@ impl Kernel for LinuxKernel {
     }
 }
 
+/// Reads a link, an address or whatever else rtnetlink tells.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(header: &netlink_packet_core::NetlinkHeader, payload: &[u8]) {
+    use netlink_packet_core::NetlinkDeserializable as _;
+    if let Ok(RouteNetlinkMessage::NewAddress(message)) = RouteNetlinkMessage::deserialize(header, payload) {
+        let _ = address_of(&message);
+    }
+}
+
 /// Where an operation goes.
 #[derive(PartialEq)]
 enum Target {

@@ -156,9 +156,9 @@ impl Mirror {
         self.servers.keys().filter(move |it| Family::of(it.address) == family && self.is_own(it))
     }
 
-    /// How many virtual servers are somebody else's.
-    pub fn foreign_count(&self) -> usize {
-        self.servers.keys().filter(|front_end| !self.is_own(front_end)).count()
+    /// The virtual servers that nothing proves to be ours.
+    pub fn unproven(&self) -> impl Iterator<Item = &FrontEnd> {
+        self.servers.keys().filter(|front_end| !self.is_own(front_end))
     }
 
     /// What the packet filter has for a front end.

@@ -29,16 +29,19 @@ pub struct NodeView {
     /// Addresses of the other Nodes that are known. None of them can be an external or load-balancer IP: bound here, it
     /// would cut this node off from that one.
     pub neighbours: BTreeSet<IpAddr>,
+    /// Where the API server is. None of them can be an external or load-balancer IP of just any Service.
+    pub api_servers: BTreeSet<IpAddr>,
     /// The ranges of the pods on this node.
     pub pod_cidrs: Vec<IpNet>,
 }
 
 impl NodeView {
-    /// Derives the view from the Node object, the addresses of the other Nodes, and the addresses of all interfaces but
-    /// `kube-ipvs0`.
+    /// Derives the view from the Node object, the addresses of the other Nodes, those of API servers beside those the policy
+    /// names, and the addresses of all interfaces but `kube-ipvs0`.
     pub fn new(
         node: Option<&Node>,
         neighbours: impl IntoIterator<Item = IpAddr>,
+        api_servers: impl IntoIterator<Item = IpAddr>,
         interfaces: &BTreeSet<IpAddr>,
         policy: &Policy,
     ) -> Self {
@@ -59,6 +62,7 @@ impl NodeView {
             node_ips,
             own: node.into_iter().flat_map(|node| node.addresses.iter().copied()).collect(),
             neighbours: neighbours.into_iter().collect(),
+            api_servers: api_servers.into_iter().chain(policy.api_servers.iter().copied()).collect(),
             pod_cidrs: node.map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
         }
     }
@@ -149,7 +153,7 @@ mod tests {
             (NodePortAddresses::Primary, [&["10.0.0.1"][..], &all_v6].concat()),
         ] {
             let policy = Policy { node_port_addresses: flag.clone(), ..Policy::new("n") };
-            assert_eq!(NodeView::new(Some(&node), [], &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
+            assert_eq!(NodeView::new(Some(&node), [], [], &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
         }
     }
 
@@ -161,13 +165,13 @@ mod tests {
             bind_address: Some("10.0.0.9".parse().unwrap()),
             ..Policy::new("n")
         };
-        let view = NodeView::new(Some(&node), [], &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
+        let view = NodeView::new(Some(&node), [], [], &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
         assert_eq!(view.node_ports, set(&["10.0.0.9", "fd00::1"]));
     }
 
     #[test]
     fn a_new_link_local_address_changes_nothing() {
-        let view = |interfaces: &[&str]| NodeView::new(None, [], &set(interfaces), &Policy::new("n"));
+        let view = |interfaces: &[&str]| NodeView::new(None, [], [], &set(interfaces), &Policy::new("n"));
         assert_eq!(view(&["10.0.0.1"]), view(&["10.0.0.1", "fe80::1"]));
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use ipvs_netlink::Family;
 use service_watch::ObjectName;
 
-use crate::contribution::HealthCheck;
+use crate::contribution::{HealthCheck, Holder};
 use crate::desired::Clash;
 use crate::kernel::{Account, KernelError};
 use crate::plan::{Key, Operation};
@@ -36,8 +36,10 @@ pub struct Outcome {
     pub drifted: Vec<Key>,
     /// Front ends that two Services began to claim.
     pub clashes: Vec<Clash>,
-    /// VIPs that began to be refused, each with its Service: they are addresses of Nodes.
-    pub refused: Vec<(ObjectName, IpAddr)>,
+    /// Of the first audit: how many virtual servers it found that are not provably this program's, and so stay.
+    pub foreign: usize,
+    /// VIPs that began to be refused, each with its Service and with whose address it is.
+    pub refused: Vec<(ObjectName, IpAddr, Holder)>,
     /// What load balancers are to be told of a Service from now on; nothing is asked for it where the list is empty.
     pub health_checks: Vec<(ObjectName, Vec<HealthCheck>)>,
     /// When the EndpointSlices that changed began to say what they say.

@@ -74,6 +74,8 @@ pub struct Policy {
     pub node_port_addresses: NodePortAddresses,
     /// Takes the place of the node's IP of its family (`--bind-address`); `None` for the unspecified address.
     pub bind_address: Option<IpAddr>,
+    /// Where the API server is, as far as that is known before it has said anything.
+    pub api_servers: Vec<IpAddr>,
     /// Whether `spec.externalIPs` count (feature gate `AllowServiceExternalIPs`).
     pub external_ips: bool,
     /// The families the node can serve.
@@ -100,6 +102,7 @@ impl Policy {
             exclude: Vec::new(),
             node_port_addresses: NodePortAddresses::All,
             bind_address: None,
+            api_servers: Vec::new(),
             external_ips: true,
             families: Families::BOTH,
             masquerade_all: false,

@@ -91,7 +91,7 @@ pub(crate) fn remove(range: &IpNet, device: u32) -> Request<RouteNetlinkMessage>
 
 /// A route as it was read: whose it is, and where from. Routes have attributes of countless kinds; few are looked at.
 #[derive(Debug, PartialEq, Eq)]
-struct Route {
+pub(crate) struct Route {
     range: Option<IpNet>,
     device: u32,
     is_ours: bool,

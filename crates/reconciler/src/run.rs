@@ -272,11 +272,11 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
              address or port", clash.winner
         );
     }
-    for (service, vip) in &outcome.refused {
+    for (service, vip, holder) in &outcome.refused {
         warn!(
             %service, %vip,
-            "this address is a Node's own and is not served as a VIP, which would cut nodes off from it; take it from \
-             spec.externalIPs, or have the load balancer assign another"
+            "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
+             spec.externalIPs, or have the load balancer assign another", holder.words()
         );
     }
     if !outcome.drifted.is_empty() {
@@ -285,6 +285,13 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
     }
     tell_failures(outcome);
     let done = &outcome.done;
+    if outcome.foreign > 0 {
+        info!(
+            virtual_servers = outcome.foreign,
+            "there are virtual servers that no Service has and that are not provably of this program: they stay; if they are of a \
+             proxy that ran here before, delete them with ipvsadm"
+        );
+    }
     if outcome.is_first {
         let spent = &outcome.account.spent;
         info!(

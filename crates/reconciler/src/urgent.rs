@@ -4,8 +4,11 @@ use service_watch::Service;
 
 const DNS_PORT: u16 = 53;
 
+/// Namespace and name of the Service whose endpoints are the API servers.
+pub(crate) const API_SERVER: (&str, &str) = ("default", "kubernetes");
+
 /// The API server and DNS.
 pub(crate) fn is_urgent(service: &Service) -> bool {
-    let is_api_server = service.name.namespace() == "default" && service.name.name() == "kubernetes";
+    let is_api_server = (service.name.namespace(), service.name.name()) == API_SERVER;
     is_api_server || service.ports.iter().any(|port| port.port.get() == DNS_PORT)
 }

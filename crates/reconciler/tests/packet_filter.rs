@@ -8,6 +8,7 @@ use std::time::Duration;
 use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
 use ipvs_netlink::Family;
 use reconciler::Policy;
+use reconciler::contribution::Holder;
 use reconciler::fake::{FakeKernel, Fault};
 use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter};
 use reconciler::front_end::FrontEnd;
@@ -157,7 +158,7 @@ fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
     let outcome = world.sync();
     let mut refused = outcome.refused;
     refused.sort();
-    assert_eq!(refused, [(name("web"), ip(OWN)), (name("web"), ip(EXTERNAL))]);
+    assert_eq!(refused, [(name("web"), ip(OWN), Holder::Node), (name("web"), ip(EXTERNAL), Holder::Node)]);
     assert!(!world.kernel().servers.contains_key(&tcp(OWN, 80)));
     assert!(!world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
     assert!(world.kernel().servers.contains_key(&tcp(OWN, 30080)), "NodePorts are what a node's address has");

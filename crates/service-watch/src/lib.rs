@@ -28,6 +28,8 @@ mod api_server;
 mod convert;
 #[cfg(feature = "sources")]
 mod error;
+#[cfg(all(fuzzing, feature = "sources"))]
+pub mod fuzzing;
 #[cfg(feature = "sources")]
 mod lenient;
 #[cfg(feature = "sources")]

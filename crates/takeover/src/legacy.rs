@@ -173,7 +173,7 @@ fn version(program: &str) -> Option<String> {
 }
 
 /// Reads the output of `iptables-save`. What a rule is deleted by is its line.
-fn parse(iptables: Iptables, saved: &str) -> Vec<Table<String>> {
+pub(crate) fn parse(iptables: Iptables, saved: &str) -> Vec<Table<String>> {
     let mut tables: Vec<Table<String>> = Vec::new();
     for line in saved.lines() {
         if let Some(name) = line.strip_prefix('*') {
@@ -200,7 +200,7 @@ fn jump(line: &str) -> Option<(&str, &str)> {
 }
 
 /// What `iptables-restore --noflush` is to do: there a chain that is declared is emptied, and all others stay as they are.
-fn restore_input(plan: &Plan<'_, String>, table: &str) -> String {
+pub(crate) fn restore_input(plan: &Plan<'_, String>, table: &str) -> String {
     let mut input = format!("*{table}\n");
     for chain in &plan.chains {
         let _ = writeln!(input, ":{chain} - [0:0]");

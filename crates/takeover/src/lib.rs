@@ -19,6 +19,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod ipset;
 mod legacy;
 mod names;

@@ -240,7 +240,7 @@ fn read(socket: &mut Socket, iptables: Iptables, name: &str) -> Result<Table<u64
 }
 
 /// A rule with its table, if it leads to a chain of kube-proxy or kubelet; of others nothing is kept.
-struct Rule(Option<(String, Jump<u64>)>);
+pub(crate) struct Rule(Option<(String, Jump<u64>)>);
 
 impl NetlinkDeserializable for Rule {
     type Error = DecodeError;

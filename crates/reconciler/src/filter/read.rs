@@ -348,3 +348,22 @@ fn address(family: Family, key: &[u8]) -> Option<(IpAddr, &[u8])> {
         }
     })
 }
+
+/// Reads a table, a chain, a rule, and the elements of each set.
+#[cfg(fuzzing)]
+pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
+    let Ok(raw) = Raw::deserialize(header, payload) else { return };
+    for kind in 0..16 {
+        let _ = (raw.number(kind), raw.text(kind).and_then(|name| sources_of(&name)));
+    }
+    let _ = rule_fingerprint(raw.attribute(NFTA_RULE_USERDATA).unwrap_or_default());
+    let elements = raw.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
+    let others = [SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS];
+    for set in set::NAMES.iter().map(|(_, name)| *name).chain(others) {
+        for family in [Family::Ipv4, Family::Ipv6] {
+            for element in NlasIterator::new(elements).flatten() {
+                let _ = take_in(family, set, element.value(), &mut ObservedFilter::default());
+            }
+        }
+    }
+}

@@ -27,7 +27,7 @@ use crate::outcome::{Done, Outcome, Totals};
 use crate::plan::Key;
 use crate::policy::{DetectLocal, NodePortAddresses, Policy};
 use crate::table::{Dirty, ServiceTable};
-use crate::urgent::is_urgent;
+use crate::urgent::{API_SERVER, is_urgent};
 use draining::Draining;
 
 /// A key whose last operation failed.
@@ -44,6 +44,8 @@ struct Pending {
 pub struct Reconciler<K> {
     kernel: K,
     policy: Policy,
+    /// The Service whose endpoints are API servers.
+    api_server: ObjectName,
     table: ServiceTable,
     /// Addresses of all interfaces but `kube-ipvs0`, as they were last read.
     interfaces: BTreeSet<IpAddr>,
@@ -88,6 +90,7 @@ impl<K: Kernel> Reconciler<K> {
             rulesets: rulesets(&policy, &node, &[]),
             stray_ranges: Vec::new(),
             policy,
+            api_server: ObjectName::new(API_SERVER.0, API_SERVER.1),
             table: ServiceTable::default(),
             interfaces: BTreeSet::new(),
             are_interfaces_stale: false,
@@ -121,6 +124,7 @@ impl<K: Kernel> Reconciler<K> {
                     let urgent: Vec<_> = names.iter().filter(|name| self.is_urgent_service(name)).cloned().collect();
                     self.ahead.changed.extend(urgent);
                 }
+                self.is_node_dirty |= names.contains(&self.api_server);
                 self.dirty_services.extend(names);
             }
             Dirty::Node => self.is_node_dirty = true,
@@ -278,6 +282,8 @@ impl<K: Kernel> Reconciler<K> {
         }
         let (mut keys, drifted) = self.to_repair(&changed, now);
         let first = if is_first {
+            let unproven = self.mirror.iter().flat_map(Mirror::unproven);
+            outcome.foreign = unproven.filter(|front_end| self.desired.owner(front_end).is_none()).count();
             // An agent that was killed may have deleted a real server and not its flows.
             let udp = self.desired.front_ends().filter(|front_end| front_end.protocol == Protocol::Udp);
             keys.extend(udp.copied().map(Key::Flows));
@@ -361,7 +367,10 @@ impl<K: Kernel> Reconciler<K> {
         if !std::mem::take(&mut self.is_node_dirty) {
             return false;
         }
-        let node = NodeView::new(self.table.node(), self.table.neighbours(), &self.interfaces, &self.policy);
+        let kubernetes = self.table.get(&self.api_server).into_iter().flat_map(|entry| entry.slices.values());
+        let api_servers = kubernetes.flat_map(|slice| slice.endpoints.iter().map(|endpoint| endpoint.address));
+        let neighbours = self.table.neighbours();
+        let node = NodeView::new(self.table.node(), neighbours, api_servers, &self.interfaces, &self.policy);
         if node == self.node {
             return false;
         }
@@ -383,7 +392,7 @@ impl<K: Kernel> Reconciler<K> {
                 .contribution(name)
                 .map_or((&[][..], &[][..]), |before| (before.refused.as_slice(), before.health_checks.as_slice()));
             let new = contribution.refused.iter().filter(|vip| !refused.contains(vip));
-            outcome.refused.extend(new.map(|vip| (name.clone(), *vip)));
+            outcome.refused.extend(new.map(|(vip, holder)| (name.clone(), *vip, *holder)));
             if told != contribution.health_checks {
                 outcome.health_checks.push((name.clone(), contribution.health_checks.clone()));
             }

@@ -1,11 +1,14 @@
 //! Finding the API server.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 
+use http::uri::Authority;
 use http::{HeaderValue, Uri, header};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 
+use crate::address::parse_ip;
 use crate::error::{Error, chain};
 
 /// How to reach an API server: what kube-proxy's flags `--kubeconfig` and `--master` say.
@@ -23,6 +26,24 @@ pub struct Connection {
 const IN_CLUSTER_AUTHORITY: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 impl Connection {
+    /// The address of the API server, where it is known by its address and not by a name.
+    pub fn server_address(&self) -> Option<IpAddr> {
+        let of_url = |url: &str| {
+            let host = url.rsplit_once("://").map_or(url, |(_, rest)| rest).split('/').next()?;
+            let host = host.parse::<Authority>().ok()?;
+            parse_ip(host.host().trim_start_matches('[').trim_end_matches(']'))
+        };
+        if let Some(master) = &self.master {
+            return of_url(master);
+        }
+        let Some(path) = &self.kubeconfig else { return parse_ip(&std::env::var("KUBERNETES_SERVICE_HOST").ok()?) };
+        let kubeconfig = Kubeconfig::read_from(path).ok()?;
+        let current = kubeconfig.current_context?;
+        let context = kubeconfig.contexts.into_iter().find(|named| named.name == current)?.context?;
+        let cluster = kubeconfig.clusters.into_iter().find(|named| named.name == context.cluster)?.cluster?;
+        of_url(&cluster.server?)
+    }
+
     /// The files that are read once, when a connection is made: where one of them changes, it is to be made anew. Tokens
     /// are not among them, they are read again and again.
     pub fn files(&self) -> Vec<PathBuf> {

@@ -208,7 +208,7 @@ impl Converter {
             cluster_ips,
             external_ips: problems
                 .items(&spec.external_ips, "spec.externalIPs", ADDRESS_OUT)
-                .filter_map(|(at, ip)| problems.ip(problems.value(ip, at, ADDRESS_OUT)?, at, ADDRESS_OUT))
+                .filter_map(|(at, ip)| problems.ordinary_ip(problems.value(ip, at, ADDRESS_OUT)?, at, ADDRESS_OUT))
                 .collect(),
             load_balancer_ips: load_balancer_ips(object, problems),
             ports: to_keep(
@@ -486,7 +486,7 @@ fn first_address(endpoint: &wire::Endpoint, at: Item<&str>, family: Family, prob
     };
     let at = In(at, "addresses[0]");
     let text = problems.field(first, at, ENDPOINT_OUT).ok()?.map_or("", |text| text);
-    let address = problems.ip(text, at, ENDPOINT_OUT)?;
+    let address = problems.ordinary_ip(text, at, ENDPOINT_OUT)?;
     if Family::of(address) != family {
         problems.add(format_args!(
             "{at} {address} is not {}, the slice's addressType: {ENDPOINT_OUT}; put it into a slice of its own type",

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::address::{parse_ip, parse_range};
+use crate::address::{parse_ip, parse_range, special};
 use crate::convert::{Converted, Outcome};
 use crate::lenient::{Lenient, Short};
 
@@ -82,6 +82,17 @@ impl Problems {
             self.add(format_args!("{at} {:?} is no IP address: {effect}; correct it", Short(text)));
         }
         address
+    }
+
+    /// An address that somebody can have, for a VIP or an endpoint: with `127.0.0.1` whoever may write Services would reach
+    /// what listens for the node alone, with `169.254.169.254` they would be everybody's cloud.
+    pub(crate) fn ordinary_ip(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpAddr> {
+        let address = self.ip(text, &at, effect)?;
+        let special = special(address);
+        if let Some(word) = special {
+            self.add(format_args!("{at} {address} is a {word} address: {effect}; give another"));
+        }
+        special.is_none().then_some(address)
     }
 
     /// A range of addresses.

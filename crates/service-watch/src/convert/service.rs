@@ -49,7 +49,7 @@ pub(super) fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Resu
     let mut ips: Vec<IpAddr> = Vec::new();
     for (index, text) in texts.into_iter().enumerate().filter(|(_, text)| !text.is_empty()) {
         let at = Item("spec.clusterIPs", index);
-        let Some(address) = problems.ip(text, at, ADDRESS_OUT) else { continue };
+        let Some(address) = problems.ordinary_ip(text, at, ADDRESS_OUT) else { continue };
         let family = Family::of(address);
         let named = if families.is_empty() { Some(&family.name()) } else { families.get(index) };
         if named != Some(&family.name()) {
@@ -87,7 +87,7 @@ pub(super) fn load_balancer_ips(object: &wire::Service, problems: &Problems) -> 
             }
             // One that is known by a host name only has no IP.
             let text = problems.value(&ingress.ip, In(at, "ip"), ADDRESS_OUT).filter(|text| !text.is_empty())?;
-            problems.ip(text, In(at, "ip"), ADDRESS_OUT)
+            problems.ordinary_ip(text, In(at, "ip"), ADDRESS_OUT)
         })
         .collect()
 }

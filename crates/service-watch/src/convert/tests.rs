@@ -247,6 +247,40 @@ fn external_and_load_balancer_addresses_are_taken_where_they_are_usable() {
 }
 
 #[test]
+fn addresses_that_are_nobodys_in_a_network_are_neither_vips_nor_endpoints() {
+    for (address, word) in [
+        ("0.0.0.0", "unspecified"),
+        ("127.0.0.1", "loopback"),
+        ("169.254.169.254", "link-local"),
+        ("224.0.0.251", "multicast"),
+        ("255.255.255.255", "broadcast"),
+    ] {
+        for patch in [
+            json!({ "spec": { "externalIPs": [address, "203.0.113.1"] } }),
+            json!({ "status": { "loadBalancer": { "ingress": [{ "ip": address }, { "ip": "203.0.113.1" }] } } }),
+        ] {
+            let (read, problems) = service(&patch);
+            let read = read.unwrap();
+            assert_eq!(ips(read.external_ips.iter().chain(&read.load_balancer_ips)), ["203.0.113.1"], "{patch}");
+            assert!(
+                problems.len() == 1 && problems[0].contains(&format!("{address} is a {word} address")),
+                "{problems:?}"
+            );
+        }
+        // Such a ClusterIP leaves nothing of the Service.
+        let patch = json!({ "spec": { "clusterIP": address, "clusterIPs": [address] } });
+        let converted = convert::<wire::Service>(&patched(service_json(), &patch));
+        assert!(matches!(converted.outcome, Outcome::Broken), "{converted:?}");
+
+        let (read, problems) =
+            slice(&json!({ "endpoints": [{ "addresses": [address] }, { "addresses": ["10.0.0.1"] }] }));
+        let read = read.unwrap();
+        assert_eq!(ips(read.endpoints.iter().map(|endpoint| endpoint.address)), ["10.0.0.1"]);
+        assert_eq!(problems.len(), 1, "{problems:?}");
+    }
+}
+
+#[test]
 fn affinity_has_the_seconds_it_says_or_three_hours() {
     let with = |config: Value| json!({ "spec": { "sessionAffinity": "ClientIP", "sessionAffinityConfig": config } });
     for (patch, seconds, problems) in [

@@ -7,7 +7,7 @@
 //! file that sorts first wins.
 
 mod follow;
-mod read;
+pub(crate) mod read;
 mod shelf;
 
 use std::collections::BTreeSet;

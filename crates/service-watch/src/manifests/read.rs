@@ -16,7 +16,7 @@ use crate::wire;
 
 /// An object in a file.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(crate) struct Found {
     pub(super) subject: Subject,
     pub(super) outcome: Outcome<Change>,
     pub(super) problems: Vec<String>,
@@ -24,7 +24,7 @@ pub(super) struct Found {
 
 /// A file, read.
 #[derive(Debug)]
-pub(super) enum FileRead {
+pub(crate) enum FileRead {
     /// There is no such file (any more), or it is a directory or the like.
     Absent,
     /// It cannot be read or does not parse; why.
@@ -82,7 +82,7 @@ pub(super) fn read_file(path: &Path, converter: &mut Converter) -> (FileRead, Op
     }
 }
 
-fn read_text(text: &str, path: &Path, converter: &mut Converter) -> FileRead {
+pub(crate) fn read_text(text: &str, path: &Path, converter: &mut Converter) -> FileRead {
     let documents = match parse(text, path.extension().is_some_and(|extension| extension == "json")) {
         Ok(documents) => documents,
         Err(problem) => return FileRead::Failed(format!("does not parse: {problem}; correct the file")),

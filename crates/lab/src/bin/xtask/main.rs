@@ -11,6 +11,7 @@ mod demo;
 mod guest_tests;
 mod image;
 mod in_lab;
+mod soak;
 mod test;
 
 use std::process::ExitCode;
@@ -32,6 +33,7 @@ enum Command {
     Conformance(conformance::Args),
     Dataplane(dataplane::Args),
     Bench(bench::Args),
+    Soak(soak::Args),
     Lab(in_lab::Args),
     Image(image::Args),
     #[command(hide = true)]
@@ -45,6 +47,8 @@ enum Command {
     #[command(hide = true)]
     GuestDemo(demo::GuestArgs),
     #[command(hide = true)]
+    GuestSoak(soak::GuestArgs),
+    #[command(hide = true)]
     GuestTests(guest_tests::Args),
 }
 
@@ -54,6 +58,8 @@ fn main() -> ExitCode {
     }
     let outcome = match Cli::parse().command {
         Command::Bench(args) => bench::run(&args),
+        Command::Soak(args) => soak::run(&args),
+        Command::GuestSoak(args) => soak::run_guest(&args),
         Command::GuestBench(args) => bench::run_guest(&args),
         Command::Lab(args) => in_lab::run(&args),
         Command::Test(args) => test::run(&args),

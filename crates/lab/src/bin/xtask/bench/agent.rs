@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::load::NODE;
 
 /// How long anything may take. It is for a hang, not for a slow machine.
@@ -85,6 +87,14 @@ impl Agent {
         // One that has ended already is as dead.
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.process), signal).context("cannot send a signal to the agent")
     }
 
     /// The next line, whatever it says.

@@ -2,10 +2,10 @@
 //!
 //! On this machine, this file and [`report`]; in the lab, [`guest`] measures one size at a time, each in a boot of its own.
 
-mod agent;
+pub(crate) mod agent;
 mod figures;
 mod guest;
-mod load;
+pub(crate) mod load;
 mod plot;
 mod report;
 mod wiretap;

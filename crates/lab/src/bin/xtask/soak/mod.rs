@@ -1,0 +1,109 @@
+//! `cargo xtask soak`: the agent for an hour, with changes, kills, faults and traffic all at once.
+//!
+//! On this machine, this file and [`report`]; in the lab, [`guest`] lets everything loose: [`traffic`] is who must not
+//! notice anything, [`trouble`] what happens to the agent, [`world`] the node, what is around it, and its Services.
+
+mod guest;
+mod report;
+mod tally;
+mod traffic;
+mod trouble;
+mod world;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use lab::{Job, Scratch};
+use serde::{Deserialize, Serialize};
+
+use crate::cargo;
+pub(crate) use guest::{GuestArgs, run_guest};
+use tally::Tally;
+
+/// Where the report goes.
+const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/soak");
+/// Less does not show whether memory stays as it is.
+const WORTH_A_REPORT: u64 = 60;
+
+/// Lets churn, kills, faults and traffic loose on the agent in the lab, and reports what came of it.
+///
+/// Fails if a connection is lost, if something of somebody else's is touched, or if the kernel differs from what a fresh
+/// start makes. From 60 minutes on it renews the report in docs/soak.
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// How long
+    #[arg(long, value_name = "N", default_value_t = 60)]
+    minutes: u64,
+    /// How many Services change all the time, beside those that have traffic
+    #[arg(long, value_name = "N", default_value_t = 200)]
+    services: usize,
+    /// What happens follows from this number
+    #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+    seed: u64,
+    /// Write all that was counted here
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the report of what an earlier run has written, and run nothing
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+    /// The agent, instead of the one built from this workspace
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
+}
+
+/// What a guest is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Order {
+    agent: PathBuf,
+    seconds: u64,
+    services: usize,
+    seed: u64,
+}
+
+pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let tally = match &args.from {
+        Some(file) => fs::read(file).with_context(|| format!("cannot read {}", file.display()))?,
+        None => soak(args)?,
+    };
+    if let Some(file) = &args.json {
+        fs::write(file, &tally).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let tally: Tally = serde_json::from_slice(&tally).context("this is no count of a soak")?;
+    println!("{}", report::text(&tally));
+    if tally.seconds >= WORTH_A_REPORT * 60 {
+        report::write(Path::new(REPORT), &tally)?;
+    }
+    let failures = tally.failures();
+    for failure in &failures {
+        eprintln!("error: {failure}");
+    }
+    Ok(if failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn soak(args: &Args) -> Result<Vec<u8>> {
+    // As it is shipped: static, so that one file is all.
+    let agent = match &args.agent {
+        Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
+        None => cargo::static_agent(None, cargo::Build::Release)?,
+    };
+    lab::prepare()?;
+    let dir = Scratch::new()?;
+    let (file, results) = (dir.path().join("order.json"), dir.path().join("tally.json"));
+    let order = Order { agent, seconds: args.minutes * 60, services: args.services, seed: args.seed };
+    fs::write(&file, serde_json::to_vec(&order)?).context("cannot write the order")?;
+    let job = Job::this_executable()
+        .arg("guest-soak")
+        .arg(&file)
+        .arg(&results)
+        .writable(dir.path())
+        .memory_mib(4096)
+        .time_limit(Duration::from_secs(order.seconds + 1200));
+    let status = lab::run(&job)?;
+    if !status.success() {
+        bail!("the soak did not come to its end: exit code {}", status.code());
+    }
+    fs::read(&results).context("cannot read what was counted")
+}

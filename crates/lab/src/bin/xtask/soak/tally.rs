@@ -1,0 +1,207 @@
+//! What is counted.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::{Deserialize, Serialize};
+
+/// All that was counted in a soak.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Tally {
+    pub(crate) seconds: u64,
+    pub(crate) seed: u64,
+    /// Changes of objects by kind.
+    pub(crate) changes: BTreeMap<String, u64>,
+    /// What happened to the agent, to the API server and to the kernel, by kind.
+    pub(crate) troubles: BTreeMap<String, u64>,
+    /// What was changed in the kernel behind the agent's back, by kind.
+    pub(crate) drifts: BTreeMap<String, Repairs>,
+    /// What the agent's own count of drift says, over all its lives.
+    pub(crate) drift_found: f64,
+    /// What clients did, by who and what.
+    pub(crate) traffic: BTreeMap<String, Traffic>,
+    /// How often the kernel was compared with what a fresh start makes.
+    pub(crate) comparisons: u64,
+    /// Where it differed, and what of others was touched.
+    pub(crate) differences: Vec<String>,
+    /// What clients lost, the first of it.
+    pub(crate) losses: Vec<String>,
+    /// What the agent needed.
+    pub(crate) samples: Vec<Sample>,
+    /// For each quarter of a minute: answers to clients, and losses.
+    pub(crate) answers: Vec<(u64, u64)>,
+}
+
+/// How drift of one kind was repaired.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Repairs {
+    pub(crate) made: u64,
+    pub(crate) repaired: u64,
+    /// Seconds.
+    pub(crate) longest: f64,
+}
+
+/// What one kind of client did.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct Traffic {
+    /// Connections, or sockets of UDP.
+    pub(crate) opened: u64,
+    /// Questions that were answered.
+    pub(crate) answered: u64,
+    /// Connections that failed or broke, questions without an answer.
+    pub(crate) lost: u64,
+    /// Seconds until an answer.
+    pub(crate) longest: f64,
+}
+
+/// What the agent needed at one time.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Sample {
+    /// Seconds from the beginning.
+    pub(crate) at: f64,
+    /// How often the agent had been started.
+    pub(crate) life: u64,
+    /// Bytes.
+    pub(crate) resident: u64,
+    pub(crate) files: usize,
+    pub(crate) threads: usize,
+}
+
+/// Losses that are told with their words.
+const MOST_WORDS: usize = 50;
+/// How long answers are counted together, in seconds.
+pub(crate) const QUARTER: u64 = 15;
+
+impl Tally {
+    /// What must not be.
+    pub(crate) fn failures(&self) -> Vec<String> {
+        let mut failures = self.differences.clone();
+        failures.extend(self.losses.iter().cloned());
+        let lost: u64 = self.traffic.values().map(|it| it.lost).sum();
+        if lost > 0 {
+            failures.push(format!("{lost} connections or answers were lost"));
+        }
+        for (kind, repairs) in self.drifts.iter().filter(|(_, it)| it.repaired < it.made) {
+            failures.push(format!("{kind}: {} of {} were not repaired", repairs.made - repairs.repaired, repairs.made));
+        }
+        failures
+    }
+
+    /// The samples of the agent that lived longest, but for the first fifth of its life.
+    pub(crate) fn settled(&self) -> &[Sample] {
+        let lives = self.samples.chunk_by(|a, b| a.life == b.life);
+        let longest = lives.max_by_key(|life| life.len()).unwrap_or_default();
+        &longest[longest.len() / 5..]
+    }
+
+    /// By how many bytes an hour it grows, as the line that fits best.
+    pub(crate) fn growth(&self) -> Option<f64> {
+        #[expect(clippy::cast_precision_loss, reason = "memory is not counted to 2^53 bytes")]
+        let points: Vec<(f64, f64)> = self.settled().iter().map(|it| (it.at / 3600.0, it.resident as f64)).collect();
+        #[expect(clippy::cast_precision_loss, reason = "nor are samples")]
+        let count = points.len() as f64;
+        let (x, y) = points.iter().fold((0.0, 0.0), |sum, it| (sum.0 + it.0 / count, sum.1 + it.1 / count));
+        let (above, below) = points.iter().fold((0.0, 0.0), |sum, it| {
+            let dx = it.0 - x;
+            (sum.0 + dx * (it.1 - y), sum.1 + dx * dx)
+        });
+        (below > 0.0).then(|| above / below)
+    }
+}
+
+/// A tally that threads write to.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) start: Instant,
+    tally: Mutex<Tally>,
+}
+
+impl Shared {
+    pub(crate) fn new(seconds: u64, seed: u64) -> Self {
+        Self { start: Instant::now(), tally: Mutex::new(Tally { seconds, seed, ..Tally::default() }) }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn changed(&self, kind: &str) {
+        *self.lock().changes.entry(kind.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn trouble(&self, kind: &str) {
+        *self.lock().troubles.entry(kind.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn opened(&self, who: &str) {
+        self.lock().traffic.entry(who.to_owned()).or_default().opened += 1;
+    }
+
+    pub(crate) fn answered(&self, who: &str, after: Duration) {
+        let mut tally = self.lock();
+        let traffic = tally.traffic.entry(who.to_owned()).or_default();
+        traffic.answered += 1;
+        traffic.longest = traffic.longest.max(after.as_secs_f64());
+        self.quarter(&mut tally).0 += 1;
+    }
+
+    pub(crate) fn lost(&self, who: &str, why: &str) {
+        let at = self.start.elapsed().as_secs_f64();
+        let mut tally = self.lock();
+        tally.traffic.entry(who.to_owned()).or_default().lost += 1;
+        self.quarter(&mut tally).1 += 1;
+        let line = format!("{at:.1} s: {who}: {why}");
+        eprintln!("LOST at {line}");
+        if tally.losses.len() < MOST_WORDS {
+            tally.losses.push(line);
+        }
+    }
+
+    pub(crate) fn differs(&self, what: &str) {
+        let line = format!("{:.1} s: {what}", self.start.elapsed().as_secs_f64());
+        eprintln!("DIFFERS at {line}");
+        self.lock().differences.push(line);
+    }
+
+    fn quarter<'a>(&self, tally: &'a mut Tally) -> &'a mut (u64, u64) {
+        let place = usize::try_from(self.start.elapsed().as_secs() / QUARTER).unwrap_or(usize::MAX);
+        if tally.answers.len() <= place {
+            tally.answers.resize(place + 1, (0, 0));
+        }
+        &mut tally.answers[place]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(at: f64, life: u64, resident: u64) -> Sample {
+        Sample { at, life, resident, files: 20, threads: 5 }
+    }
+
+    #[test]
+    fn growth_is_that_of_the_longest_life_after_its_beginning() {
+        let mut tally =
+            Tally { samples: vec![sample(0.0, 1, 7_000_000), sample(1.0, 1, 9_000_000)], ..Tally::default() };
+        assert!(tally.failures().is_empty());
+        // A start that needs more, and then 36 bytes a second.
+        tally.samples.push(sample(2.0, 2, 90_000_000));
+        tally.samples.extend((1_u32..10).map(|it| sample(100.0 * f64::from(it), 2, 1_000_000 + 3600 * u64::from(it))));
+        let growth = tally.growth().unwrap();
+        assert!((growth - 129_600.0).abs() < 1.0, "{growth}");
+    }
+
+    #[test]
+    fn whatever_is_lost_or_not_repaired_is_a_failure() {
+        let shared = Shared::new(60, 1);
+        shared.answered("client", Duration::from_millis(1));
+        assert!(shared.lock().failures().is_empty());
+        shared.lost("client", "refused");
+        assert_eq!(shared.lock().failures().len(), 2);
+        shared.lock().drifts.insert("weight".into(), Repairs { made: 2, repaired: 1, longest: 1.0 });
+        assert_eq!(shared.lock().failures().len(), 3);
+        assert_eq!(shared.lock().answers, [(1, 1)]);
+    }
+}

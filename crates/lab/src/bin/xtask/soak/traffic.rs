@@ -1,0 +1,195 @@
+//! Who answers and who asks. A client that does not get its answer has lost something, whatever happened meanwhile.
+
+use std::io::{self, BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use lab::netns::Namespace;
+
+use super::tally::Shared;
+use super::world::{DATAGRAMS, STILL, TARGETS, Target, World};
+
+/// How long a client waits. One processor does everything here, and may be late.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a client of UDP waits before it asks again: a datagram may get lost.
+const AGAIN: Duration = Duration::from_secs(2);
+const PORT: u16 = 8080;
+
+/// Starts who answers at these addresses of a namespace, for as long as the process lives.
+pub(crate) fn serve<'a>(namespace: &Namespace, addresses: impl Iterator<Item = &'a str>) -> Result<()> {
+    for address in addresses {
+        // Not one socket for all: that one's datagrams would come from the first address.
+        let open = || -> io::Result<_> { Ok((TcpListener::bind((address, PORT))?, UdpSocket::bind((address, PORT))?)) };
+        let (listener, datagrams) = namespace.run(open)?.context("cannot listen")?;
+        thread::spawn(move || {
+            for stream in listener.incoming().map_while(Result::ok) {
+                thread::spawn(move || echo(&stream));
+            }
+        });
+        thread::spawn(move || {
+            let mut buffer = [0; 64];
+            loop {
+                if let Ok((length, from)) = datagrams.recv_from(&mut buffer) {
+                    let _ = datagrams.send_to(&buffer[..length], from);
+                }
+            }
+        });
+    }
+    Ok(())
+}
+
+fn echo(stream: &TcpStream) {
+    let mut lines = BufReader::new(stream);
+    let mut line = Vec::new();
+    while matches!(lines.read_until(b'\n', &mut line), Ok(1..)) {
+        if (&mut &*stream).write_all(&line).is_err() {
+            return;
+        }
+        line.clear();
+    }
+}
+
+/// Asks everything from everywhere until it is over.
+pub(crate) fn ask_all<'scope>(
+    scope: &'scope thread::Scope<'scope, '_>,
+    world: &'scope World,
+    shared: &'scope Shared,
+    is_over: &Arc<AtomicBool>,
+) {
+    let places = [("client", &world.client), ("pod", &world.pod), ("node", &world.node)];
+    let each = |target: Target, ask: fn(&Asker<'scope>)| {
+        for ((place, namespace), _) in places.into_iter().zip(target.is_asked_by).filter(|(_, is_asked)| *is_asked) {
+            let who = format!("{place} to {}", target.name);
+            let is_over = is_over.clone();
+            let address: SocketAddr = SocketAddr::from(([0; 4], 0));
+            let address = target.address.parse().unwrap_or(address);
+            let asker = Asker { who, address, shared, is_over };
+            scope.spawn(move || {
+                if let Err(error) = namespace.run(|| ask(&asker)) {
+                    asker.lost(&error.to_string());
+                }
+            });
+        }
+    };
+    for target in TARGETS {
+        each(target, Asker::connect_again_and_again);
+    }
+    each(STILL, Asker::stay_connected);
+    each(DATAGRAMS, Asker::send_datagrams);
+}
+
+/// A client.
+struct Asker<'a> {
+    who: String,
+    address: SocketAddr,
+    shared: &'a Shared,
+    is_over: Arc<AtomicBool>,
+}
+
+impl Asker<'_> {
+    fn goes_on(&self) -> bool {
+        !self.is_over.load(Ordering::Relaxed)
+    }
+
+    fn lost(&self, why: &str) {
+        self.shared.lost(&self.who, why);
+    }
+
+    fn connect(&self) -> io::Result<BufReader<TcpStream>> {
+        let stream = TcpStream::connect_timeout(&self.address, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        stream.set_nodelay(true)?;
+        self.shared.opened(&self.who);
+        Ok(BufReader::new(stream))
+    }
+
+    /// Asks for a line of text.
+    fn ask(&self, stream: &mut BufReader<TcpStream>, start: Instant) -> io::Result<()> {
+        let mut line = String::new();
+        stream.get_mut().write_all(b"hello\n")?;
+        stream.read_line(&mut line)?;
+        if line != "hello\n" {
+            return Err(io::Error::other("closed"));
+        }
+        self.shared.answered(&self.who, start.elapsed());
+        Ok(())
+    }
+
+    fn connect_again_and_again(&self) {
+        while self.goes_on() {
+            let start = Instant::now();
+            if let Err(error) = self.connect().and_then(|mut stream| self.ask(&mut stream, start)) {
+                self.lost(&error.to_string());
+            }
+            thread::sleep(Duration::from_millis(400));
+        }
+    }
+
+    /// One connection from the beginning to the end, one that is renewed each minute, and so on.
+    fn stay_connected(&self) {
+        let mut streams = Vec::new();
+        let (mut renewed, mut is_first) = (Instant::now(), true);
+        while self.goes_on() {
+            if is_first || renewed.elapsed() > Duration::from_secs(60) {
+                renewed = Instant::now();
+                is_first = false;
+                match self.connect() {
+                    Ok(stream) => streams.push(stream),
+                    Err(error) => self.lost(&error.to_string()),
+                }
+                // The first stays; of the others ten.
+                if streams.len() > 11 {
+                    streams.remove(1);
+                }
+            }
+            streams.retain_mut(|stream| match self.ask(stream, Instant::now()) {
+                Ok(()) => true,
+                Err(error) => {
+                    self.lost(&format!("an open connection: {error}"));
+                    false
+                }
+            });
+            thread::sleep(Duration::from_secs(1));
+        }
+    }
+
+    fn send_datagrams(&self) {
+        let open = || -> io::Result<UdpSocket> {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            socket.connect(self.address)?;
+            socket.set_read_timeout(Some(AGAIN))?;
+            self.shared.opened(&self.who);
+            Ok(socket)
+        };
+        let socket = match open() {
+            Ok(socket) => socket,
+            Err(error) => return self.lost(&error.to_string()),
+        };
+        let mut number = 0_u64;
+        while self.goes_on() {
+            number += 1;
+            let start = Instant::now();
+            let mut buffer = [0; 64];
+            let mut last = String::new();
+            while start.elapsed() < PATIENCE {
+                let asked = socket.send(&number.to_be_bytes()).and_then(|_| socket.recv(&mut buffer));
+                match asked {
+                    // A late answer is one to what was asked before.
+                    Ok(length) if buffer[..length] == number.to_be_bytes() => break,
+                    Ok(_) => {}
+                    Err(error) => last = error.to_string(),
+                }
+            }
+            if buffer[..8] == number.to_be_bytes() {
+                self.shared.answered(&self.who, start.elapsed());
+            } else {
+                self.lost(&last);
+            }
+            thread::sleep(Duration::from_millis(400));
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The node, a client outside the cluster, a pod that is a client, pods that answer, and the Services of the soak.
+
+use anyhow::Result;
+use lab::netns::{End, Namespace, isolate};
+use serde_json::{Value, json};
+
+use crate::bench::load::NODE;
+
+/// Addresses of pods that answer all along.
+pub(crate) const STAYING: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
+/// Addresses of pods that answer too, and are endpoints now and then.
+pub(crate) const COMING_AND_GOING: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
+/// Services that somebody changes in the kernel.
+pub(crate) const VICTIMS: usize = 10;
+
+/// Network namespaces; the node's is that of the thread that makes this.
+pub(crate) struct World {
+    pub(crate) node: Namespace,
+    pub(crate) client: Namespace,
+    pub(crate) pod: Namespace,
+    pub(crate) servers: Namespace,
+}
+
+impl World {
+    pub(crate) fn new() -> Result<Self> {
+        isolate()?;
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+        let world = Self {
+            node: Namespace::own()?,
+            client: Namespace::new()?,
+            pod: Namespace::new()?,
+            servers: Namespace::new()?,
+        };
+        let cable = |device: &str, near: &str, far: &Namespace, addresses: &[&str]| {
+            Namespace::connect(
+                End { namespace: &world.node, device, addresses: &[near] },
+                End { namespace: far, device: "eth0", addresses },
+            )
+        };
+        cable("eth0", "192.168.1.1/24", &world.client, &["192.168.1.2/24"])?;
+        world.client.exec("ip route add default via 192.168.1.1")?;
+        let addresses: Vec<String> = STAYING.iter().chain(&COMING_AND_GOING).map(|it| format!("{it}/32")).collect();
+        cable("servers", "10.244.0.1/32", &world.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
+        cable("pod", "10.244.0.1/32", &world.pod, &["10.244.2.1/32"])?;
+        world.node.exec("ip route add 10.244.1.0/24 dev servers")?;
+        world.node.exec("ip route add 10.244.2.1 dev pod")?;
+        for pod in [&world.servers, &world.pod] {
+            pod.exec("ip route add 10.244.0.1 dev eth0")?;
+            pod.exec("ip route add default via 10.244.0.1")?;
+        }
+        // What belongs to others, and is to stay.
+        world.node.exec("ipvsadm -A -t 172.16.0.1:80 -s rr")?;
+        world.node.exec("ipvsadm -a -t 172.16.0.1:80 -r 172.16.0.2:80 -m")?;
+        world.node.exec("nft add table ip neighbour")?;
+        Ok(world)
+    }
+}
+
+/// A network namespace with the node's addresses, and nothing around it.
+pub(crate) fn like_the_node() -> Result<Namespace> {
+    let namespace = Namespace::new()?;
+    for command in [
+        "ip link add eth0 type dummy",
+        "ip address add 192.168.1.1/24 dev eth0",
+        "ip address add 10.244.0.1/32 dev eth0",
+        "ip link set eth0 up",
+    ] {
+        namespace.exec(command)?;
+    }
+    Ok(namespace)
+}
+
+/// What a client asks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    pub(crate) name: &'static str,
+    pub(crate) address: &'static str,
+    /// Whether a client outside the cluster, a pod, and the node itself ask it.
+    pub(crate) is_asked_by: [bool; 3],
+}
+
+/// Where a connection is made again and again. Their endpoints come and go.
+pub(crate) const TARGETS: [Target; 5] = [
+    Target { name: "ClusterIP", address: "10.97.0.1:80", is_asked_by: [true; 3] },
+    Target { name: "ClusterIP with affinity", address: "10.97.0.2:80", is_asked_by: [true; 3] },
+    Target { name: "NodePort", address: "192.168.1.1:30080", is_asked_by: [true, true, false] },
+    Target { name: "external IP", address: "203.0.113.4:80", is_asked_by: [true; 3] },
+    Target { name: "load balancer, policy Local", address: "198.51.100.5:80", is_asked_by: [true; 3] },
+];
+/// Where connections stay open: its endpoints stay.
+pub(crate) const STILL: Target = Target { name: "open", address: "10.97.0.6:80", is_asked_by: [true; 3] };
+/// By UDP; its endpoints stay.
+pub(crate) const DATAGRAMS: Target = Target { name: "UDP", address: "10.97.0.3:80", is_asked_by: [true; 3] };
+
+/// The Services that have traffic.
+pub(crate) fn services() -> Vec<Value> {
+    vec![
+        service("tcp", "10.97.0.1", json!({})),
+        service("affinity", "10.97.0.2", json!({"sessionAffinity": "ClientIP"})),
+        service("udp", "10.97.0.3", json!({"ports": [{"name": "a", "protocol": "UDP", "port": 80}]})),
+        service(
+            "ways",
+            "10.97.0.4",
+            json!({"type": "NodePort", "externalIPs": ["203.0.113.4"],
+            "ports": [{"name": "a", "protocol": "TCP", "port": 80, "nodePort": 30080}]}),
+        ),
+        service("local", "10.97.0.5", json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})),
+        service("still", "10.97.0.6", json!({})),
+    ]
+}
+
+/// Which of them have endpoints that come and go.
+pub(crate) const LIVELY: [&str; 4] = ["tcp", "affinity", "ways", "local"];
+
+fn service(name: &str, vip: &str, more: Value) -> Value {
+    let mut service = json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "soak"},
+        "spec": {"type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip],
+            "ports": [{"name": "a", "protocol": "TCP", "port": 80}]},
+    });
+    if let Value::Object(more) = more {
+        for (key, value) in more {
+            service["spec"][key] = value;
+        }
+    }
+    if name == "local" {
+        service["status"] = json!({"loadBalancer": {"ingress": [{"ip": "198.51.100.5"}]}});
+    }
+    service
+}
+
+/// The slice of such a Service: with endpoints that are ready, and some that terminate.
+pub(crate) fn slice(name: &str, ready: &[&str], terminating: &[&str]) -> Value {
+    let endpoint = |address: &&str, is_ready: bool| {
+        json!({"addresses": [address], "nodeName": NODE,
+            "conditions": {"ready": is_ready, "serving": true, "terminating": !is_ready}})
+    };
+    let endpoints: Vec<Value> =
+        ready.iter().map(|it| endpoint(it, true)).chain(terminating.iter().map(|it| endpoint(it, false))).collect();
+    let protocol = if name == "udp" { "UDP" } else { "TCP" };
+    json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"name": format!("{name}-1"), "namespace": "soak", "labels": {"kubernetes.io/service-name": name}},
+        "ports": [{"name": "a", "protocol": protocol, "port": 8080}], "endpoints": endpoints,
+    })
+}
+
+/// The VIP of a Service that somebody changes in the kernel.
+pub(crate) fn victim_vip(number: usize) -> String {
+    format!("10.98.0.{}", number + 1)
+}
+
+/// That Service, with its slice of two endpoints that nobody asks.
+pub(crate) fn victim(number: usize) -> [Value; 2] {
+    let name = format!("victim-{number}");
+    [service(&name, &victim_vip(number), json!({})), slice(&name, &["10.245.0.1", "10.245.0.2"], &[])]
+}

@@ -1,0 +1,181 @@
+//! Who may write Services must not become the node, another Service or the API server: a table of what they may try, and what
+//! comes of it. (Addresses that are nobody's in a network, such as 127.0.0.1, get no further than `service-watch`.)
+
+mod common;
+
+use common::{NODE, World, endpoint, ip, ips, port, ready, service, tcp};
+use reconciler::Policy;
+use reconciler::contribution::Holder;
+use reconciler::fake::FakeKernel;
+use service_watch::{Change, Node, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
+
+const OWN: &str = "192.168.1.1";
+const OTHER_NODE: &str = "192.168.1.2";
+const API_SERVER: &str = "192.168.1.9";
+const API_SERVER_BY_KUBECONFIG: &str = "203.0.113.99";
+/// An address of an interface of this node, of which its Node says nothing.
+const INTERFACE: &str = "172.17.0.1";
+
+/// A cluster with a victim, of which the hostile Service is older.
+fn cluster() -> World {
+    let policy = Policy { api_servers: vec![ip(API_SERVER_BY_KUBECONFIG)], ..Policy::new(NODE) };
+    let mut world = World::with(FakeKernel::default(), policy, vec![]);
+    world.interfaces(ips(&["127.0.0.1", OWN, INTERFACE]));
+    let node = Node { addresses: vec![ip(OWN)], ..Node::default() };
+    let ports = vec![ServicePort { node_port: Some(port(30080)), ..service("x", &[]).ports.remove(0) }];
+    let victim =
+        Service { created: Some(100), kind: ServiceKind::NodePort, ports, ..service("victim", &["10.96.0.10"]) };
+    world.apply_all(vec![
+        Change::Node(node),
+        Change::Neighbour("node-b".into(), vec![ip(OTHER_NODE)]),
+        Change::Service(service("kubernetes", &["10.96.0.1"])),
+        Change::Slice(ready("kubernetes", "kubernetes", &[API_SERVER])),
+        Change::Service(victim),
+        Change::Slice(ready("victim-1", "victim", &["10.0.0.1"])),
+        Change::Slice(ready("hostile-1", "hostile", &["10.66.6.6"])),
+    ]);
+    world.settle();
+    world
+}
+
+/// What the hostile Service is like but for what it tries.
+fn hostile() -> Service {
+    Service { created: Some(1), kind: ServiceKind::LoadBalancer, ..service("hostile", &["10.96.0.66"]) }
+}
+
+/// What comes of an address that a Service asks for.
+#[derive(Debug, PartialEq, Eq)]
+enum Fate {
+    /// Neither served nor bound, and told.
+    Refused(Holder),
+    /// Served at that port, and the address is this node's.
+    Served,
+    /// Served at that port of an address that stays the interface's: every other port is as before.
+    ServedAtOnePort,
+    /// It stays the other Service's, and that is told.
+    LeftToTheOther,
+}
+
+#[test]
+fn an_address_that_somebody_asks_for_is_served_only_where_it_is_nobodys() {
+    for (address, number, fate) in [
+        (OWN, 80, Fate::Refused(Holder::Node)),
+        (OTHER_NODE, 80, Fate::Refused(Holder::Node)),
+        (API_SERVER, 80, Fate::Refused(Holder::ApiServer)),
+        (API_SERVER_BY_KUBECONFIG, 80, Fate::Refused(Holder::ApiServer)),
+        (INTERFACE, 80, Fate::ServedAtOnePort),
+        (INTERFACE, 30080, Fate::LeftToTheOther),
+        ("10.96.0.10", 80, Fate::LeftToTheOther),
+        ("10.96.0.10", 81, Fate::Served),
+        ("203.0.113.1", 80, Fate::Served),
+    ] {
+        for is_by_balancer in [false, true] {
+            let mut world = cluster();
+            let addresses = vec![ip(address)];
+            let (external_ips, load_balancer_ips) =
+                if is_by_balancer { (vec![], addresses) } else { (addresses, vec![]) };
+            let ports = vec![ServicePort { port: port(number), ..hostile().ports.remove(0) }];
+            world.apply(Change::Service(Service { external_ips, load_balancer_ips, ports, ..hostile() }));
+            let outcome = world.sync();
+            world.settle();
+            let is_refused = outcome.refused.iter().find(|(_, vip, _)| *vip == ip(address)).map(|(.., holder)| *holder);
+            let is_served = world.kernel().servers.get(&tcp(address, number)).is_some_and(|server| {
+                server.real_servers.keys().any(|real_server| real_server.ip() == ip("10.66.6.6"))
+            });
+            let is_bound = world.kernel().addresses.as_ref().unwrap().contains_key(&ip(address));
+            let is_clash = outcome.clashes.iter().any(|clash| {
+                (clash.winner.name(), clash.loser.name()) == ("victim", "hostile")
+                    && clash.front_end.address == ip(address)
+            });
+            let found = match (is_refused, is_served, is_bound, is_clash) {
+                (Some(holder), false, false, false) => Fate::Refused(holder),
+                (None, true, true, false) => Fate::Served,
+                (None, true, false, false) => Fate::ServedAtOnePort,
+                (None, false, _, true) => Fate::LeftToTheOther,
+                other => panic!("{address}:{number}: {other:?}"),
+            };
+            assert_eq!(found, fate, "{address}:{number}");
+            // Whatever it tried, the victim is served as before.
+            for (address, number) in [("10.96.0.10", 80), (OWN, 30080)] {
+                assert_eq!(world.weights(address, number), [("10.0.0.1:8080".to_owned(), 1)].into());
+            }
+            // And it itself on the address it was given.
+            assert!(world.kernel().servers.contains_key(&tcp("10.96.0.66", number)));
+        }
+    }
+}
+
+#[test]
+fn a_cluster_ip_goes_to_whom_it_is_handed_out_however_long_another_has_asked_for_it() {
+    let mut world = cluster();
+    world.apply(Change::Service(Service { external_ips: vec![ip("10.96.0.77")], ..hostile() })).settle();
+    assert_eq!(world.weights("10.96.0.77", 80), [("10.66.6.6:8080".to_owned(), 1)].into());
+    let late = Service { created: Some(1000), ..service("late", &["10.96.0.77"]) };
+    world.apply_all(vec![Change::Service(late), Change::Slice(ready("late-1", "late", &["10.0.0.7"]))]);
+    world.settle();
+    assert_eq!(world.weights("10.96.0.77", 80)["10.0.0.7:8080"], 1);
+    assert!(!world.weights("10.96.0.77", 80).contains_key("10.66.6.6:8080"));
+    // When it goes, who asked may have it.
+    world
+        .apply_all(vec![Change::ServiceGone(common::name("late")), Change::SliceGone(common::name("late-1"))])
+        .settle();
+    assert_eq!(world.weights("10.96.0.77", 80), [("10.66.6.6:8080".to_owned(), 1)].into());
+}
+
+#[test]
+fn a_service_that_gets_as_a_cluster_ip_what_it_asked_for_comes_before_who_asks() {
+    let mut world = cluster();
+    let asks = |name: &str, created, cluster_ip: &str| Service {
+        external_ips: vec![ip("10.96.0.77")],
+        created: Some(created),
+        kind: ServiceKind::LoadBalancer,
+        ..service(name, &[cluster_ip])
+    };
+    world.apply_all(vec![
+        Change::Service(asks("hostile", 1, "10.96.0.66")),
+        Change::Service(asks("other", 2, "10.96.0.67")),
+        Change::Slice(ready("other-1", "other", &["10.0.0.9"])),
+    ]);
+    world.settle();
+    assert!(world.weights("10.96.0.77", 80).contains_key("10.66.6.6:8080"));
+    world.apply(Change::Service(asks("other", 2, "10.96.0.77"))).settle();
+    assert!(world.weights("10.96.0.77", 80).contains_key("10.0.0.9:8080"));
+    assert!(!world.weights("10.96.0.77", 80).contains_key("10.66.6.6:8080"));
+}
+
+#[test]
+fn a_service_of_the_control_plane_may_lead_to_the_api_server() {
+    let mut world = cluster();
+    let service = Service {
+        name: ObjectName::new("kube-system", "control-plane"),
+        load_balancer_ips: vec![ip(API_SERVER_BY_KUBECONFIG)],
+        ..hostile()
+    };
+    world.apply(Change::Service(service)).settle();
+    assert!(world.kernel().servers.contains_key(&tcp(API_SERVER_BY_KUBECONFIG, 80)));
+}
+
+#[test]
+fn an_api_server_that_moves_takes_its_address_from_who_has_it() {
+    let mut world = cluster();
+    world.apply(Change::Service(Service { external_ips: vec![ip("192.168.1.8")], ..hostile() })).settle();
+    assert!(world.kernel().servers.contains_key(&tcp("192.168.1.8", 80)));
+    world.apply(Change::Slice(ready("kubernetes", "kubernetes", &["192.168.1.8"]))).settle();
+    assert!(!world.kernel().servers.contains_key(&tcp("192.168.1.8", 80)));
+    assert!(!world.kernel().addresses.as_ref().unwrap().contains_key(&ip("192.168.1.8")));
+}
+
+#[test]
+fn policy_local_and_source_ranges_of_one_service_say_nothing_of_another() {
+    let mut world = cluster();
+    let before = world.kernel().filter.front_ends[&tcp("10.96.0.10", 80)].clone();
+    world.apply(Change::Service(Service {
+        external_ips: vec![ip("10.96.0.10")],
+        load_balancer_ips: vec![ip("10.96.0.10")],
+        external_policy: TrafficPolicy::Local,
+        source_ranges: Some(vec![]),
+        ..hostile()
+    }));
+    world.apply(Change::Slice(common::slice("hostile-2", "hostile", vec![endpoint("10.66.6.7")]))).settle();
+    assert_eq!(world.kernel().filter.front_ends[&tcp("10.96.0.10", 80)], before);
+}
