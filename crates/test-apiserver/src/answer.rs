@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::store::{Change, Selector, served};
-use crate::{Asked, Fault, Gone, Server, Streaming, Verb, status};
+use crate::{Asked, Drip, Fault, Gone, Server, Streaming, Verb, status};
 
 /// The body of an answer.
 pub type Body = BoxBody<Bytes, io::Error>;
@@ -48,6 +48,11 @@ impl Watch {
         if !self.silent {
             let _ = self.send.send(Ok(event(kind, object).into()));
         }
+    }
+
+    /// Sends what is no event.
+    pub(crate) fn garble(&self) {
+        let _ = self.send.send(Ok(Bytes::from_static(b"\x00\xff{\"type\": \"ADDED\", \"object\": [\n")));
     }
 
     /// Says at once that all these are there.
@@ -139,6 +144,18 @@ impl Server {
             state.fault.clone()
         };
         match fault {
+            Some(Fault::TooMany { retry_after }) => {
+                let mut response =
+                    answer(429, "text/plain", "Too many requests, please try again later.\n".to_owned())?;
+                response.headers_mut().insert(header::RETRY_AFTER, retry_after.into());
+                return Ok(response);
+            }
+            Some(Fault::Endless) => {
+                let much = Bytes::from(vec![b'a'; 1 << 20]);
+                let start = stream::once(async { Ok(Bytes::from_static(b"{\"kind\": \"")) });
+                let rest = stream::repeat_with(move || Ok(much.clone()));
+                return respond(200, "application/json", stream_body(start.chain(rest)));
+            }
             Some(Fault::Refuse) => return Err(io::ErrorKind::ConnectionRefused.into()),
             Some(Fault::Silence) => return std::future::pending().await,
             Some(Fault::Stall) => {
@@ -164,7 +181,12 @@ impl Server {
         let Some(served) = served(&resource) else {
             return json_answer(404, &status(404, "NotFound", "the server could not find the requested resource"));
         };
-        if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) }
+        let response = if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) };
+        let drip = self.state().drip;
+        match drip {
+            Some(drip) => response.map(|response| response.map(|body| dripping(body, drip))),
+            None => response,
+        }
     }
 
     fn create_event(&self, place: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
@@ -195,11 +217,13 @@ impl Server {
 
     fn list(&self, (resource, kind, api): (&str, &str, &str), query: &Query) -> io::Result<Response<Body>> {
         let state = self.state();
+        let past = (state.stale_by > 0).then(|| state.store.as_of(state.stale_by));
+        let store = past.as_ref().unwrap_or(&state.store);
         let limit = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(0);
-        let Some(page) = state.store.page(resource, &query.selector(), limit, query.get("continue")) else {
+        let Some(page) = store.page(resource, &query.selector(), limit, query.get("continue")) else {
             return json_answer(410, &status(410, "Expired", "The provided continue parameter is too old"));
         };
-        let mut metadata = json!({ "resourceVersion": state.store.version().to_string() });
+        let mut metadata = json!({ "resourceVersion": store.version().to_string() });
         if let Some(next) = page.next {
             metadata["continue"] = json!(next);
         }
@@ -223,10 +247,13 @@ impl Server {
         let bookmarks = query.get("allowWatchBookmarks") == Some("true");
         let watch = Watch { resource, wanted: query.selector(), bookmarks, silent: false, send };
         if from == 0 {
-            watch.added(state.store.texts(resource, &watch.wanted));
+            let past = (state.stale_by > 0).then(|| state.store.as_of(state.stale_by));
+            let store = past.as_ref().unwrap_or(&state.store);
+            watch.added(store.texts(resource, &watch.wanted));
             if verb == Verb::StreamingList && state.streaming == Streaming::Yes {
-                watch.bookmark(state.store.version(), true);
+                watch.bookmark(store.version(), true);
             }
+            let _ = state.store.since(store.version(), |change| watch.change(change));
             state.watches.push(watch);
         } else if state.store.since(from, |change| watch.change(change)) {
             state.watches.push(watch);
@@ -288,6 +315,26 @@ fn merge(value: &mut Value, patch: &Value) {
             merge(&mut value[key], patch);
         }
     }
+}
+
+/// A body that comes in small pieces.
+fn dripping(body: Body, drip: Drip) -> Body {
+    let pieces = body.into_data_stream().flat_map(move |chunk| {
+        let mut pieces = Vec::new();
+        match chunk {
+            Ok(mut chunk) => {
+                while !chunk.is_empty() {
+                    pieces.push(Ok(chunk.split_to(drip.bytes.min(chunk.len()))));
+                }
+            }
+            Err(error) => pieces.push(Err(error)),
+        }
+        stream::iter(pieces)
+    });
+    stream_body(pieces.then(move |piece| async move {
+        tokio::time::sleep(drip.every).await;
+        piece
+    }))
 }
 
 fn stream_body(events: impl Stream<Item = io::Result<Bytes>> + Send + Sync + 'static) -> Body {

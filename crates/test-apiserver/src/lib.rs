@@ -19,6 +19,7 @@ mod tls;
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -83,6 +84,8 @@ pub enum Gone {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Fault {
     Answer { resource: Option<String>, status: u16, content_type: &'static str, body: String },
+    TooMany { retry_after: u64 },
+    Endless,
     Refuse,
     Silence,
     Stall,
@@ -98,6 +101,18 @@ struct State {
     asked: Vec<Asked>,
     events: Vec<Value>,
     token: Option<String>,
+    drip: Option<Drip>,
+    /// How many changes ago lists are of.
+    stale_by: u64,
+    /// Whether each event comes twice, and after it the one before it again.
+    stutters: bool,
+}
+
+/// How slowly answers come.
+#[derive(Clone, Copy, Debug)]
+struct Drip {
+    bytes: usize,
+    every: Duration,
 }
 
 impl Server {
@@ -215,9 +230,48 @@ impl Server {
         self.state().fault = Some(Fault::Answer { resource, status, content_type, body: body.into() });
     }
 
+    /// From now on requests are answered with status 429, as by a server that has too many of them, and that they may come
+    /// again after so many seconds.
+    pub fn too_many(&self, retry_after: u64) {
+        self.break_off();
+        self.state().fault = Some(Fault::TooMany { retry_after });
+    }
+
+    /// From now on answers are an object that never ends.
+    pub fn endless(&self) {
+        self.break_off();
+        self.state().fault = Some(Fault::Endless);
+    }
+
+    /// From now on answers come so many bytes at a time, with pauses.
+    pub fn drip(&self, bytes: usize, every: Duration) {
+        self.state().drip = Some(Drip { bytes, every });
+    }
+
+    /// From now on lists are as they were so many changes ago. Watches that begin with them tell the rest.
+    pub fn lists_are_stale_by(&self, changes: u64) {
+        self.state().stale_by = changes;
+    }
+
+    /// From now on each event of a watch comes twice, and then the one before it once more.
+    pub fn stutter(&self) {
+        self.state().stutters = true;
+    }
+
+    /// Sends on all watches what is no event.
+    pub fn garble(&self) {
+        for watch in &self.state().watches {
+            watch.garble();
+        }
+    }
+
     /// Ends all faults; open watches that are silent stay so.
     pub fn recover(&self) {
-        self.state().fault = None;
+        let mut state = self.state();
+        state.fault = None;
+        state.drip = None;
+        state.stale_by = 0;
+        state.stutters = false;
     }
 
     /// From now on requests need this bearer token.
@@ -274,8 +328,15 @@ impl Server {
 impl State {
     fn tell(&mut self, change: &store::Change) {
         self.watches.retain(Watch::open);
+        let before = if self.stutters { self.store.before(change) } else { None };
         for watch in &self.watches {
             watch.change(change);
+            if self.stutters {
+                watch.change(change);
+                before.as_ref().inspect(|before| watch.change(before));
+                // What is told last is what is: a watch may repeat itself, and ends with the truth.
+                watch.change(change);
+            }
         }
     }
 }

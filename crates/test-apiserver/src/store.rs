@@ -56,8 +56,7 @@ impl Store {
         let Some(&(resource, _, _)) = SERVED.iter().find(|(_, served, _)| *served == kind) else {
             wrong(&format!("kind {kind:?} is not served"));
         };
-        let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().to_owned();
-        let key = (resource, text("namespace"), text("name"));
+        let key = key(resource, &object);
         if key.2.is_empty() {
             wrong("an object without metadata.name");
         }
@@ -83,6 +82,44 @@ impl Store {
         let change = Change { version: self.version, resource, before, after };
         self.history.push(change.clone());
         change
+    }
+
+    /// The change of the same object before this one.
+    pub(crate) fn before(&self, change: &Change) -> Option<Change> {
+        let name = |change: &Change| {
+            let object = change.after.as_ref().or(change.before.as_ref());
+            object.map(|it| (it["metadata"]["namespace"].clone(), it["metadata"]["name"].clone()))
+        };
+        let is_earlier =
+            |it: &&Change| it.version < change.version && it.resource == change.resource && name(it) == name(change);
+        self.history.iter().rfind(is_earlier).cloned()
+    }
+
+    /// What there was so many changes ago, as far as that is remembered.
+    pub(crate) fn as_of(&self, changes: u64) -> Self {
+        let version = self.version.saturating_sub(changes).max(self.compacted);
+        let mut past = Self { version: self.compacted, compacted: self.compacted, ..Self::default() };
+        for object in self.objects.values() {
+            past.put(&object.value);
+        }
+        for change in self.history.iter().rev().filter(|change| change.version > version) {
+            if let Some(object) = &change.after {
+                past.objects.remove(&key(change.resource, object));
+            }
+            if let Some(object) = &change.before {
+                past.put(object);
+            }
+        }
+        past.version = version;
+        past
+    }
+
+    fn put(&mut self, object: &Value) {
+        let kind = object["kind"].as_str().unwrap_or_default();
+        if let Some((resource, ..)) = SERVED.iter().find(|(_, served, _)| *served == kind) {
+            let stored = Object { text: object.to_string(), value: object.clone() };
+            self.objects.insert(key(resource, object), stored);
+        }
     }
 
     pub(crate) fn compact(&mut self) {
@@ -128,6 +165,11 @@ impl Store {
         let next = matching.peek().map(|_| format!("{}~{last}", self.version));
         Some(Page { items, next })
     }
+}
+
+fn key(resource: &'static str, object: &Value) -> Key {
+    let text = |key: &str| object["metadata"][key].as_str().unwrap_or_default().to_owned();
+    (resource, text("namespace"), text("name"))
 }
 
 /// The plural name for a path's last part, with its kind and apiVersion.

@@ -7,3 +7,4 @@ mod connect;
 mod doubt;
 mod events;
 mod manifests;
+mod misbehaviour;

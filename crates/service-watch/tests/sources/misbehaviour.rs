@@ -1,0 +1,196 @@
+//! An API server that misbehaves, in every way one by one: in the end what is told is what there is, and nothing was taken away
+//! that was not gone.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use kube::Client;
+use service_watch::{ApiServer, Kind, Serving, Source, Subject};
+use test_apiserver::{Server, Streaming};
+use tokio::time::Instant;
+
+use crate::common::{Listener, listen, service, slice};
+
+const MINUTE: Duration = Duration::from_secs(60);
+
+async fn running(server: &Server) -> Listener {
+    for number in 0..20 {
+        server.apply(service(&format!("s{number:02}"), &format!("10.96.0.{number}")));
+        server.apply(slice(&format!("s{number:02}-1"), &format!("s{number:02}"), &["10.0.0.1"]));
+    }
+    listen(source(server))
+}
+
+fn source(server: &Server) -> Source {
+    let client = Client::new(server.service(), "default");
+    let source = ApiServer::with_client(client, "https://test", "node-a");
+    Source::ApiServer(source.confirm_disappearance(Serving::default()))
+}
+
+/// What is known after some changes: the last word on each object.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Known(BTreeMap<String, String>);
+
+impl Known {
+    fn take_in(&mut self, change: &str) {
+        match change.strip_prefix('-') {
+            Some(gone) => {
+                let name = gone.strip_prefix("slice ").unwrap_or(gone);
+                assert!(self.0.remove(name).is_some(), "{name} went that was not there");
+            }
+            None => {
+                let (name, _) = change.split_once(' ').unwrap_or((change, ""));
+                self.0.insert(name.to_owned(), change.to_owned());
+            }
+        }
+    }
+
+    async fn all(listener: &mut Listener) -> Self {
+        let mut known = Self::default();
+        listener.synced().await.iter().for_each(|change| known.take_in(change));
+        known
+    }
+
+    /// Takes changes in until this is the last word on an object; `None`: that it is gone.
+    async fn until(&mut self, listener: &mut Listener, name: &str, last: Option<&str>) {
+        while self.0.get(name).map(String::as_str) != last {
+            let change = listener.change().await;
+            self.take_in(&change);
+        }
+    }
+}
+
+/// While the server does this, Services come, change and go; then it recovers.
+async fn in_the_end_all_is_known(streaming: Streaming, misbehave: impl Fn(&Server), duration: Duration) {
+    let server = Server::new();
+    server.streaming(streaming);
+    let mut listener = running(&server).await;
+    let mut known = Known::all(&mut listener).await;
+    assert_eq!(known.0.len(), 40);
+    misbehave(&server);
+    for round in 0..3 {
+        server.apply(service("s01", &format!("10.97.0.{round}")));
+        server.delete("Service", "default", &format!("s1{round}"));
+        server.apply(service(&format!("new{round}"), "10.96.1.1"));
+        tokio::time::sleep(duration / 3).await;
+    }
+    server.recover();
+    server.apply(service("s01", "10.97.0.9"));
+    known.until(&mut listener, "s01", Some("s01 10.97.0.9")).await;
+    known.until(&mut listener, "new2", Some("new2 10.96.1.1")).await;
+    for gone in ["s10", "s11", "s12"] {
+        known.until(&mut listener, gone, None).await;
+    }
+    // It is as one that begins now would know it.
+    while let Ok(change) = tokio::time::timeout(5 * MINUTE, listener.change()).await {
+        known.take_in(&change);
+    }
+    let mut fresh = listen(source(&server));
+    assert_eq!(known, Known::all(&mut fresh).await);
+}
+
+/// A way to misbehave, and its name.
+type Way = (&'static str, fn(&Server));
+
+const JSON: &str = "application/json";
+const EMPTY: &str = r#"{"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "0"}, "items": []}"#;
+
+const WAYS: [Way; 16] = [
+    ("watches end", Server::cut),
+    ("watches break off", Server::break_off),
+    ("watches expire", Server::expire_watches),
+    ("watches are forgotten", |server| {
+        server.break_off();
+        server.compact();
+    }),
+    ("events come twice, and old ones again", Server::stutter),
+    ("what is no event", Server::garble),
+    ("stale lists", |server| {
+        server.lists_are_stale_by(5);
+        server.compact();
+        server.break_off();
+    }),
+    ("stale lists of what was told already", |server| {
+        server.lists_are_stale_by(5);
+        server.expire_watches();
+    }),
+    ("status 500", |server| {
+        server.answer_with(None, 500, JSON, "{}");
+        server.break_off();
+    }),
+    ("status 429", |server| server.too_many(2)),
+    ("nonsense", |server| {
+        server.answer_with(None, 200, JSON, "{\"kind\": [}");
+        server.break_off();
+    }),
+    ("another's page", |server| {
+        server.answer_with(None, 200, "text/html", "<html>");
+        server.break_off();
+    }),
+    ("an empty list by error", |server| {
+        server.answer_with(None, 200, JSON, EMPTY);
+        server.expire_watches();
+    }),
+    ("slow drips", |server| {
+        server.drip(100, Duration::from_millis(500));
+        server.expire_watches();
+    }),
+    ("silence", Server::silence),
+    ("nobody listens", Server::refuse),
+];
+
+#[tokio::test(start_paused = true)]
+async fn whatever_a_server_does_what_is_known_in_the_end_is_what_there_is() {
+    for (name, misbehave) in WAYS {
+        for streaming in [Streaming::Yes, Streaming::Refused(422)] {
+            for duration in [Duration::from_secs(3), 3 * MINUTE] {
+                println!("{name}, {streaming:?}, {duration:?}");
+                in_the_end_all_is_known(streaming, misbehave, duration).await;
+            }
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_server_that_has_too_many_requests_is_left_alone_for_as_long_as_it_says_and_a_minute_at_most() {
+    for (asked_for, at_least, at_most) in [(7, 7, 12), (3600, 60, 70)] {
+        let server = Server::new();
+        let mut listener = running(&server).await;
+        listener.synced().await;
+        server.too_many(asked_for);
+        // The first refusal is the answer to those who were cut off.
+        while server.asked().iter().filter(|asked| asked.resource == "services").count() < 2 {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let start = Instant::now();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let asked = server.asked().len();
+        while server.asked().len() == asked {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        let left_alone = start.elapsed().as_secs();
+        assert!((at_least - 1..at_most).contains(&left_alone), "{left_alone} s, asked for {asked_for}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_never_ends_is_given_up_before_it_takes_all_memory() {
+    for streaming in [Streaming::Yes, Streaming::Refused(422)] {
+        let server = Server::new();
+        server.streaming(streaming);
+        let mut listener = running(&server).await;
+        listener.synced().await;
+        server.endless();
+        server.compact();
+        let report = loop {
+            let report = listener.report().await;
+            if report.subject == Subject::Watch(Kind::Service) && report.problems.iter().any(|it| it.contains("MiB")) {
+                break report;
+            }
+        };
+        assert!(report.problems[0].contains("more than 64 MiB came without an end"), "{report:?}");
+        server.recover();
+        server.apply(service("s01", "10.97.0.9"));
+        while listener.change().await != "s01 10.97.0.9" {}
+    }
+}
