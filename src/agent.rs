@@ -74,15 +74,15 @@ pub(crate) enum Mode {
 }
 
 /// Prepares the kernel, for the families the node has.
-fn prepare(settings: &mut Settings) -> Result<reconciler::linux::LinuxKernel> {
+fn prepare(settings: &mut Settings) -> Result<(reconciler::linux::LinuxKernel, sysctl::Watch)> {
     settings.policy.families = preflight::families();
     preflight::pods_have_a_family(&settings.policy)?;
     sysctl::set_oom_score(settings.oom_score_adj);
     let mut kernel = preflight::kernel(&settings.policy)?;
     // Only now: settings of IPVS exist once the kernel has loaded it.
-    sysctl::set(settings.strict_arp, settings.estimation, &settings.conntrack)?;
+    let sysctls = sysctl::set(settings.strict_arp, settings.estimation, &settings.conntrack)?;
     preflight::set_timeouts(kernel.ipvs(), settings.timeouts);
-    Ok(kernel)
+    Ok((kernel, sysctls))
 }
 
 /// Does what takes more than `CAP_NET_ADMIN`, so that the agent needs no more.
@@ -104,7 +104,7 @@ pub(crate) fn run(start: Start) -> Result<End> {
     let _alone = Alone::new()?;
     preflight::raise_file_limit();
     let handle = metrics::install().context("cannot measure")?;
-    let mut kernel = prepare(&mut settings)?;
+    let (mut kernel, sysctls) = prepare(&mut settings)?;
     let serving = settings.confirm_disappearance.then(|| preflight::serving(kernel.ipvs()));
     let origin = match &flags.manifests {
         Some(directory) => Origin::Manifests(directory.clone()),
@@ -133,7 +133,7 @@ pub(crate) fn run(start: Start) -> Result<End> {
     let posts = Posts::default();
     let (port_news, node_port_news) = channel::unbounded_channel();
     let mut witness =
-        Witness { health: health.clone(), families, started, posts: posts.clone(), node_ports: port_news };
+        Witness { health: health.clone(), families, started, sysctls, posts: posts.clone(), node_ports: port_news };
     let (ended, end) = oneshot::channel();
     let node_name = policy.node_name.clone();
     thread::Builder::new()
@@ -324,6 +324,7 @@ struct Witness {
     health: Arc<Health>,
     families: Families,
     started: SystemTime,
+    sysctls: sysctl::Watch,
     posts: Posts,
     node_ports: channel::UnboundedSender<node_ports::News>,
 }
@@ -334,6 +335,13 @@ impl Observer for Witness {
         metrics::synced(outcome, taken, self.families, self.started);
         for event in events::of(outcome) {
             self.posts.post(event);
+        }
+        // The first audit comes right after they were set.
+        if outcome.audited && !outcome.is_first {
+            for problem in self.sysctls.look() {
+                self.posts.post(events::setting(problem));
+            }
+            metrics::wrong_settings(self.sysctls.wrong());
         }
         for news in &outcome.health_checks {
             // Nobody listens where the agent syncs once.

@@ -31,6 +31,11 @@ pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
             ),
         ));
     }
+    if let Some(first) = outcome.drifted.first() {
+        // How many they are is not said: it would be another note each time.
+        let note = format!("somebody else changed what this agent manages, such as {first}; it is repaired");
+        events.push(warning(None, "DriftFound", "RepairKernel", note));
+    }
     // The first failure may be over by the next attempt.
     let lasting: Vec<_> = outcome.failures.iter().filter(|failure| failure.is_repeated).collect();
     if let [first, ..] = lasting.as_slice()
@@ -55,6 +60,11 @@ pub(crate) fn health_check_port(service: &ObjectName, problem: String) -> Event 
 /// A port of the agent itself that cannot be listened on; kube-proxy's reasons.
 pub(crate) fn own_port(reason: &str, problem: String) -> Event {
     warning(None, reason, "StartKubeIpvs", problem)
+}
+
+/// A setting of the kernel that Services depend on, and that somebody has changed.
+pub(crate) fn setting(problem: String) -> Event {
+    warning(None, "KernelSettingChanged", "SetKernelSetting", problem)
 }
 
 pub(crate) fn starting() -> Event {

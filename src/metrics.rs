@@ -80,6 +80,7 @@ const FAILING: &str = "kube_ipvs_failing";
 const DRIFT_FOUND: &str = "kube_ipvs_drift_found_total";
 const DRIFT_REPAIRED: &str = "kube_ipvs_drift_repaired_total";
 const UNREPAIRED: &str = "kube_ipvs_drift_unrepaired";
+const WRONG_SETTINGS: &str = "kube_ipvs_settings_wrong";
 const UNREADABLE: &str = "kube_ipvs_kernel_read_failures_total";
 const SERVICES: &str = "kube_ipvs_services";
 const VIRTUAL_SERVERS: &str = "kube_ipvs_virtual_servers";
@@ -133,6 +134,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     DRIFT_FOUND Kind::Counter, [], "Things that somebody else had changed when an audit looked";
     DRIFT_REPAIRED Kind::Counter, [], "Those of them that were repaired at once";
     UNREPAIRED Kind::Gauge, ["ip_family"], "1 while something that somebody else changed cannot be repaired";
+    WRONG_SETTINGS Kind::Gauge, [], "Settings of the kernel that Services depend on, that somebody else changed and that cannot be set back";
     UNREADABLE Kind::Counter, [], "Times the state of the kernel could not be read";
     SERVICES Kind::Gauge, [], "Services that are served";
     VIRTUAL_SERVERS Kind::Gauge, [], "Virtual servers that are desired";
@@ -284,6 +286,11 @@ pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, start
             }
         }
     }
+}
+
+/// How many settings of the kernel are not as Services need them.
+pub(crate) fn wrong_settings(count: usize) {
+    gauge!(WRONG_SETTINGS).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
 /// The state of the kernel could not be read.

@@ -2,6 +2,7 @@
 //!
 //! [`wanted`] says what they should be and [`apply`] makes it so. Settings of IPVS exist once the kernel has loaded it.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::{self, ErrorKind};
@@ -22,7 +23,7 @@ pub(crate) struct Setting {
     need: Need,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Key {
     /// Its path below /proc/sys.
     Sysctl(&'static str),
@@ -76,8 +77,8 @@ pub(crate) fn set_oom_score(score: i32) {
     }
 }
 
-/// Makes all settings on the calling thread's network namespace.
-pub(crate) fn set(strict_arp: bool, estimation: Option<bool>, conntrack: &Conntrack) -> Result<()> {
+/// Makes all settings on the calling thread's network namespace. Returns a watch over those that Services depend on.
+pub(crate) fn set(strict_arp: bool, estimation: Option<bool>, conntrack: &Conntrack) -> Result<Watch> {
     let uname = rustix::system::uname();
     let release = uname.release().to_string_lossy();
     let version = KernelVersion::parse(&release);
@@ -86,8 +87,57 @@ pub(crate) fn set(strict_arp: bool, estimation: Option<bool>, conntrack: &Conntr
         Some(_) => error!("kernel {release} is older than 4.1: clients that reuse a port soon may wait for a second"),
         None => warn!("cannot understand the kernel's version {release:?}: conn_reuse_mode stays as it is"),
     }
-    let root = Path::new("/");
-    apply(root, &wanted(strict_arp, estimation, conntrack, version, cpus(root)))
+    let root = PathBuf::from("/");
+    let settings = wanted(strict_arp, estimation, conntrack, version, cpus(&root));
+    apply(&root, &settings)?;
+    Ok(Watch::new(root, settings))
+}
+
+/// Looks whether settings that Services depend on are still as they were made: a script that brings up a network may switch
+/// forwarding off, and nothing else tells of that. What is tuning is whoever's who changed it.
+#[derive(Debug)]
+pub(crate) struct Watch {
+    root: PathBuf,
+    settings: Vec<Setting>,
+    /// Those that could not be set back, and that has been told.
+    wrong: BTreeSet<Key>,
+}
+
+impl Watch {
+    fn new(root: PathBuf, settings: Vec<Setting>) -> Self {
+        let settings = settings.into_iter().filter(|setting| setting.need == Need::Services).collect();
+        Self { root, settings, wrong: BTreeSet::new() }
+    }
+
+    /// Sets back what somebody has changed. Returns what is wrong since the last look and cannot be set back.
+    pub(crate) fn look(&mut self) -> Vec<String> {
+        let mut problems = Vec::new();
+        for setting in &self.settings {
+            match setting.apply(&self.root) {
+                Ok(is_set) => {
+                    if is_set || self.wrong.contains(&setting.key) {
+                        warn!(
+                            "somebody had changed {}, which Services depend on: it is {} again",
+                            setting.key, setting.value
+                        );
+                    }
+                    self.wrong.remove(&setting.key);
+                }
+                Err(problem) => {
+                    if self.wrong.insert(setting.key) {
+                        warn!("somebody has changed what Services depend on: {problem}");
+                        problems.push(problem);
+                    }
+                }
+            }
+        }
+        problems
+    }
+
+    /// How many settings are wrong.
+    pub(crate) fn wrong(&self) -> usize {
+        self.wrong.len()
+    }
 }
 
 /// From this version on the kernel has `conn_reuse_mode`, and up to [`REUSE_FIXED`] it has to be off: it made the first
@@ -150,7 +200,7 @@ fn apply(root: &Path, settings: &[Setting]) -> Result<()> {
     let mut fatal = Vec::new();
     for setting in settings {
         match setting.apply(root) {
-            Ok(()) => {}
+            Ok(_) => {}
             Err(problem) => match setting.need {
                 Need::Services => fatal.push(problem),
                 Need::Tuning => error!("{problem}"),
@@ -165,13 +215,14 @@ fn apply(root: &Path, settings: &[Setting]) -> Result<()> {
 }
 
 impl Setting {
-    fn apply(self, root: &Path) -> Result<(), String> {
+    /// Makes it so; says whether it was otherwise.
+    fn apply(self, root: &Path) -> Result<bool, String> {
         let path = self.key.path(root);
         let found = fs::read_to_string(&path);
         let found = match found {
             Ok(found) => found,
             // A kernel without the switch is as with it switched on.
-            Err(error) if self.is_on_anyway() && error.kind() == ErrorKind::NotFound => return Ok(()),
+            Err(error) if self.is_on_anyway() && error.kind() == ErrorKind::NotFound => return Ok(false),
             Err(error) => return Err(self.problem(None, &error)),
         };
         let found = found.trim();
@@ -180,12 +231,12 @@ impl Setting {
             Value::AtLeast(value) => found >= value,
         });
         if is_right {
-            return Ok(());
+            return Ok(false);
         }
         let (Value::Exactly(value) | Value::AtLeast(value)) = self.value;
         fs::write(&path, value.to_string()).map_err(|error| self.problem(Some(found), &error))?;
         info!(key = %self.key, old = %found, new = value, "set");
-        Ok(())
+        Ok(true)
     }
 
     fn is_on_anyway(self) -> bool {

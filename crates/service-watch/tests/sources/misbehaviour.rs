@@ -13,7 +13,7 @@ use crate::common::{Listener, listen, service, slice};
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-async fn running(server: &Server) -> Listener {
+fn running(server: &Server) -> Listener {
     for number in 0..20 {
         server.apply(service(&format!("s{number:02}"), &format!("10.96.0.{number}")));
         server.apply(slice(&format!("s{number:02}-1"), &format!("s{number:02}"), &["10.0.0.1"]));
@@ -33,15 +33,12 @@ struct Known(BTreeMap<String, String>);
 
 impl Known {
     fn take_in(&mut self, change: &str) {
-        match change.strip_prefix('-') {
-            Some(gone) => {
-                let name = gone.strip_prefix("slice ").unwrap_or(gone);
-                assert!(self.0.remove(name).is_some(), "{name} went that was not there");
-            }
-            None => {
-                let (name, _) = change.split_once(' ').unwrap_or((change, ""));
-                self.0.insert(name.to_owned(), change.to_owned());
-            }
+        if let Some(gone) = change.strip_prefix('-') {
+            let name = gone.strip_prefix("slice ").unwrap_or(gone);
+            assert!(self.0.remove(name).is_some(), "{name} went that was not there");
+        } else {
+            let (name, _) = change.split_once(' ').unwrap_or((change, ""));
+            self.0.insert(name.to_owned(), change.to_owned());
         }
     }
 
@@ -64,7 +61,7 @@ impl Known {
 async fn in_the_end_all_is_known(streaming: Streaming, misbehave: impl Fn(&Server), duration: Duration) {
     let server = Server::new();
     server.streaming(streaming);
-    let mut listener = running(&server).await;
+    let mut listener = running(&server);
     let mut known = Known::all(&mut listener).await;
     assert_eq!(known.0.len(), 40);
     misbehave(&server);
@@ -155,7 +152,7 @@ async fn whatever_a_server_does_what_is_known_in_the_end_is_what_there_is() {
 async fn a_server_that_has_too_many_requests_is_left_alone_for_as_long_as_it_says_and_a_minute_at_most() {
     for (asked_for, at_least, at_most) in [(7, 7, 12), (3600, 60, 70)] {
         let server = Server::new();
-        let mut listener = running(&server).await;
+        let mut listener = running(&server);
         listener.synced().await;
         server.too_many(asked_for);
         // The first refusal is the answer to those who were cut off.
@@ -178,7 +175,7 @@ async fn an_answer_that_never_ends_is_given_up_before_it_takes_all_memory() {
     for streaming in [Streaming::Yes, Streaming::Refused(422)] {
         let server = Server::new();
         server.streaming(streaming);
-        let mut listener = running(&server).await;
+        let mut listener = running(&server);
         listener.synced().await;
         server.endless();
         server.compact();

@@ -1,0 +1,199 @@
+//! Whatever somebody does to the kernel behind the agent's back: within a sync period it is as it was, and that is told.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Agent, Manifests, NODE, addresses, http, ipvs, metric, run, service, slice};
+use lab::netns::isolate;
+use test_apiserver::Server;
+
+/// Long enough that what is repaired at once is told from what an audit repairs.
+const SYNC_PERIOD: Duration = Duration::from_secs(3);
+const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
+
+/// What the agent has made, and somebody else's virtual server.
+#[derive(Debug, PartialEq, Eq)]
+struct Kernel {
+    servers: Vec<String>,
+    addresses: Vec<String>,
+    filter: Vec<String>,
+}
+
+impl Kernel {
+    /// `None` where not even the tables are there.
+    fn read() -> Option<Self> {
+        let is_there = |what: &str| run(&format!("{what} 2>/dev/null || true"));
+        let text = is_there("nft list table ip kube-ipvs && nft list table ip6 kube-ipvs");
+        let mut filter: Vec<String> = text
+            .split([',', '{', '}', '\n'])
+            .map(|word| word.trim().to_owned())
+            .filter(|word| !word.is_empty())
+            .collect();
+        filter.sort();
+        let device = is_there("ip -br address show dev kube-ipvs0");
+        (!filter.is_empty() && !device.is_empty()).then(|| Self { servers: ipvs(), addresses: addresses(), filter })
+    }
+}
+
+/// What somebody does, with commands of the shell.
+const MEDDLING: [(&str, &str); 24] = [
+    ("removes an address", "ip address del 10.96.0.10/32 dev kube-ipvs0"),
+    ("adds a surplus address", "ip address add 10.96.0.99/32 dev kube-ipvs0"),
+    ("flushes the addresses", "ip address flush dev kube-ipvs0"),
+    ("deletes the device", "ip link del kube-ipvs0"),
+    ("renames the device", "ip link set kube-ipvs0 down; ip link set kube-ipvs0 name other"),
+    ("makes the device anew", "ip link del kube-ipvs0; ip link add kube-ipvs0 type dummy || true"),
+    ("deletes a virtual server", "ipvsadm -D -t 10.96.0.10:80"),
+    ("deletes all virtual servers", "ipvsadm -C; ipvsadm -A -t 172.16.0.1:80 -s rr"),
+    ("changes a scheduler", "ipvsadm -E -t 10.96.0.10:80 -s wlc"),
+    ("makes a virtual server persistent", "ipvsadm -E -t 10.96.0.10:80 -s rr -p 60"),
+    ("sets a weight to 0", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 0"),
+    ("sets a weight to 100", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 100"),
+    ("sets a threshold", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1 -x 5 -y 2"),
+    ("forwards otherwise", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -i -w 1"),
+    ("deletes a real server", "ipvsadm -d -t 10.96.0.10:80 -r 10.0.0.1:8080"),
+    ("adds a real server", "ipvsadm -a -t 10.96.0.10:80 -r 10.66.6.6:8080 -m"),
+    ("deletes the table", "nft delete table ip kube-ipvs"),
+    ("flushes the packet filter", "nft flush ruleset"),
+    ("flushes the rules", "nft flush table ip kube-ipvs"),
+    ("adds a rule", "nft insert rule ip kube-ipvs input drop"),
+    ("lets the table sleep", "nft add table ip kube-ipvs '{ flags dormant; }'"),
+    ("empties a set", "nft flush set ip kube-ipvs vips"),
+    ("adds to a set", "nft add element ip kube-ipvs vips '{ 10.96.0.98 }'"),
+    ("makes a chain", "nft add chain ip kube-ipvs mine"),
+];
+
+fn cluster() -> (Server, Agent, Manifests) {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
+    run(&format!("ipvsadm {FOREIGN}"));
+    let server = Server::new();
+    let manifests = Manifests::new();
+    let objects = [NODE.to_owned(), service("web", "10.96.0.10"), service("zoo", "10.96.0.11")];
+    for text in
+        objects.iter().chain([&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]), &slice("zoo-1", "zoo", &["10.0.0.3"])])
+    {
+        server.apply(object(text));
+    }
+    let kubeconfig = manifests.path().join("kubeconfig");
+    Server::write_kubeconfig(&kubeconfig, server.listen_in_thread().unwrap());
+    let period = format!("--ipvs-sync-period={}s", SYNC_PERIOD.as_secs());
+    let kubeconfig = format!("--kubeconfig={}", kubeconfig.display());
+    let mut agent = Agent::start(&[&kubeconfig, &period, "--ipvs-min-sync-period=0s"]);
+    agent.says("audited");
+    (server, agent, manifests)
+}
+
+fn object(text: &str) -> serde_json::Value {
+    serde_saphyr::from_str(text).unwrap()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn whatever_somebody_changes_is_as_it_was_within_a_sync_period_and_is_told() {
+    let (server, mut agent, _manifests) = cluster();
+    agent.until("be ready", |_| Kernel::read().is_some_and(|kernel| kernel.servers.len() == 6));
+    let right = Kernel::read().unwrap();
+    let found = || metric("kube_ipvs_drift_found_total").unwrap_or(0.0);
+    for (what, command) in MEDDLING {
+        let before = found();
+        // Sometimes the agent is faster than the second half of it.
+        run(&format!("{command} || true"));
+        let start = Instant::now();
+        agent.until(&format!("repair that somebody {what}"), |_| {
+            Kernel::read().as_ref() == Some(&right) && found() > before
+        });
+        let took = start.elapsed();
+        println!("{what}: {took:.1?}");
+        // The machine may be slow; that a second period had to pass shows all the same.
+        assert!(took < SYNC_PERIOD * 3, "that somebody {what} was repaired after {took:?} only");
+        run("ip link del other 2>/dev/null || true");
+    }
+    assert_eq!(http("GET", common::HEALTH, "/healthz", "").unwrap().status, 200);
+    let is_told = |event: &serde_json::Value| event["reason"] == "DriftFound" && event["regarding"]["kind"] == "Node";
+    agent.until("tell the Node's Events", |_| server.events().iter().any(is_told));
+    assert_eq!(run("ipvsadm -Sn | grep 172.16").trim(), FOREIGN);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_setting_that_somebody_turns_back_is_set_again_and_told() {
+    let (_server, mut agent, _manifests) = cluster();
+    for key in ["net.ipv4.ip_forward", "net.ipv4.vs.conntrack", "net.ipv4.vs.expire_nodest_conn"] {
+        run(&format!("sysctl -qw {key}=0"));
+        agent.until("set it again", |_| run(&format!("sysctl -n {key}")).trim() == "1");
+        agent.says(&format!("somebody had changed {key}, which Services depend on: it is 1 again"));
+    }
+    agent.until("count none as wrong", |_| metric("kube_ipvs_settings_wrong") == Some(0.0));
+}
+
+/// While somebody else's device has the name, nothing can be bound; what is no address goes on.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on() {
+    let (server, mut agent, _manifests) = cluster();
+    let right = addresses();
+    // In one go, before the agent can make its own.
+    agent.stop_while(|| {
+        run("ip link del kube-ipvs0; ip link add kube-ipvs0 type veth peer name peer");
+    });
+    agent.says("the interface kube-ipvs0 is no dummy device");
+    server.apply(object(&slice("web-1", "web", &["10.0.0.9"])));
+    agent.until("be unhealthy", |_| {
+        http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 503)
+    });
+    run("ip link del kube-ipvs0");
+    agent.until("bind all again", |_| addresses() == right);
+    agent.until("take in what came meanwhile", |_| ipvs().iter().any(|line| line.contains("10.0.0.9:8080")));
+    agent.until("be healthy", |_| {
+        http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 200)
+    });
+}
+
+/// Another program that writes the same table again and again: the agent does not give up, and everything else is served.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn two_that_write_one_table_leave_the_rest_in_peace() {
+    let (server, mut agent, _manifests) = cluster();
+    for round in 0..20 {
+        run("nft flush set ip kube-ipvs vips; nft add rule ip kube-ipvs input counter || true");
+        server.apply(object(&slice("web-1", "web", &[&format!("10.0.1.{round}")])));
+        agent.until("serve what changes", |_| {
+            ipvs().iter().any(|line| line.contains(&format!("-r 10.0.1.{round}:8080 -m -w 1")))
+        });
+    }
+    agent.until("have the last word", |_| {
+        let table = run("nft list table ip kube-ipvs 2>/dev/null || true");
+        table.contains("10.96.0.10") && !table.contains("counter packets")
+    });
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_second_agent_says_so_and_stops_and_the_first_goes_on() {
+    let (server, mut agent, manifests) = cluster();
+    let before = Kernel::read();
+    // With nothing to serve, which would take away everything.
+    for flags in [&[][..], &["--once"], &["takeover"], &["cleanup"]] {
+        let empty = Manifests::new();
+        let directory = format!("--manifests={}", empty.path().display());
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+        command.arg("--hostname-override=node-a").args(flags);
+        if flags != ["cleanup"] {
+            command.arg(directory);
+        }
+        let mut second = Agent::start_command(&mut command);
+        assert!(!second.ends().success(), "{flags:?}: {}", second.log());
+        assert!(second.log().contains("another kube-ipvs programs this network namespace"), "{}", second.log());
+    }
+    assert_eq!(Kernel::read(), before);
+    server.apply(object(&slice("web-1", "web", &["10.0.0.9"])));
+    agent.until("go on", |_| ipvs().iter().any(|line| line.contains("10.0.0.9:8080")));
+    // Once the first is gone, however that was, the next may start.
+    agent.kill();
+    let mut next = manifests.agent(&["--once"]);
+    assert!(next.ends().success(), "{}", next.log());
+}
