@@ -406,7 +406,7 @@ mod tests {
         assert!(!root.path().join(ESTIMATION).exists());
         let problem = |asked| wanted(asked).pop().unwrap().apply(root.path());
         assert!(problem(Some(false)).unwrap_err().contains("run_estimation must be 0, and this kernel"));
-        assert_eq!(problem(Some(true)), Ok(()));
+        assert_eq!(problem(Some(true)), Ok(false));
     }
 
     #[test]

@@ -69,6 +69,10 @@ impl Socket {
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
+        #[cfg(feature = "fault-points")]
+        if let Some(refusal) = crate::fault::refusal() {
+            return Err(refusal.into());
+        }
         let asking = self.outgoing.request(request);
         self.send()?;
         loop {
@@ -129,6 +133,8 @@ impl Socket {
     where
         M: NetlinkSerializable,
     {
+        #[cfg(feature = "fault-points")]
+        let (requests, refused) = crate::fault::withhold(requests);
         let mut requests = requests.into_iter();
         let mut results = Vec::with_capacity(requests.size_hint().0);
         while let Some(batching) = self.outgoing.batch(&mut requests, &mut results) {
@@ -144,6 +150,10 @@ impl Socket {
                     Err(error) => return Err(error),
                 }
             }
+        }
+        #[cfg(feature = "fault-points")]
+        for (place, refusal) in refused {
+            results.insert(place, Err(refusal));
         }
         Ok(results)
     }
@@ -165,6 +175,10 @@ impl Socket {
         M: NetlinkSerializable,
     {
         let Some(mut transaction) = self.outgoing.transaction(begin, requests, end) else { return Ok(Ok(())) };
+        #[cfg(feature = "fault-points")]
+        if let Some(refusal) = crate::fault::refusal() {
+            return Ok(Err((0, refusal)));
+        }
         self.make_room()?;
         match self.send() {
             Err(Error::Send(error)) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
@@ -200,7 +214,7 @@ impl Socket {
             drop_queued(&self.raw, &mut self.incoming);
         }
         #[cfg(feature = "fault-points")]
-        let number = crate::fault::begin();
+        let number = crate::fault::begin().map_err(Error::Send)?;
         let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
         #[cfg(feature = "fault-points")]
         crate::fault::end(number);

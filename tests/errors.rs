@@ -1,0 +1,140 @@
+//! The kernel says no, with every error it may have and to whatever it is asked: what it does not refuse is done, what it
+//! refused is tried again, and once it refuses nothing any more everything is as if it never had.
+
+#![cfg(feature = "fault-points")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::fs;
+use std::process::Command;
+use std::time::Duration;
+
+use common::{Agent, Manifests, addresses, ipvs, metric, run, service, slice};
+use lab::netns::isolate;
+
+/// By name as in errno(3).
+const ERRORS: [(&str, i32); 10] = [
+    ("EPERM", 1),
+    ("ENOENT", 2),
+    ("EINTR", 4),
+    ("ENOMEM", 12),
+    ("EBUSY", 16),
+    ("EEXIST", 17),
+    ("EINVAL", 22),
+    ("EMSGSIZE", 90),
+    ("EADDRNOTAVAIL", 99),
+    ("ENOBUFS", 105),
+];
+
+/// What stays all along.
+const KEPT: &str = "-a -t 10.96.0.1:80 -r 10.0.0.1:8080 -m -w 1";
+const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
+
+fn write(manifests: &Manifests, round: usize) {
+    let kept = service("kept", "10.96.0.1") + "---" + &slice("kept-1", "kept", &["10.0.0.1"]);
+    manifests.write("kept.yaml", &kept);
+    for number in 0..6 {
+        let file = format!("s{number}.yaml");
+        let (name, vip) = (format!("s{number}"), format!("10.96.1.{number}"));
+        // Services come and go, and their endpoints change.
+        if (number + round).is_multiple_of(3) {
+            if manifests.path().join(&file).exists() {
+                manifests.remove(&file);
+            }
+        } else {
+            let endpoints: Vec<String> = (0..3).map(|it| format!("10.0.{number}.{}", it + round % 4)).collect();
+            let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
+            let balancer = format!(
+                "  type: LoadBalancer\n  externalIPs: [203.0.113.{number}]\n  loadBalancerSourceRanges: [10.{round}.0.0/16]\n\
+                 status: {{loadBalancer: {{ingress: [{{ip: 198.51.100.{number}}}]}}}}\n"
+            );
+            let text = service(&name, &vip).trim_end().to_owned() + "\n" + &balancer;
+            manifests.write(&file, &(text + "---" + &slice(&format!("{name}-1"), &name, &endpoints)));
+        }
+    }
+}
+
+fn filter() -> Vec<String> {
+    let text = run("nft list table ip kube-ipvs 2>/dev/null && nft list table ip6 kube-ipvs 2>/dev/null || true");
+    let mut words: Vec<String> = text.split([',', '{', '}', '\n']).map(|word| word.trim().to_owned()).collect();
+    words.sort();
+    words
+}
+
+fn node() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy && ip address add 192.168.1.1/24 dev eth0 && ip link set eth0 up");
+    run(&format!("ipvsadm {FOREIGN}"));
+}
+
+/// The kernel after the agent has gone through all rounds while `variable` has these faults, and then without.
+fn survives(variable: &str, every: u64, errno: i32, flags: &[&str]) -> (Vec<String>, Vec<String>, Vec<String>) {
+    node();
+    let manifests = Manifests::new();
+    let during = manifests.path().join(".faults");
+    write(&manifests, 0);
+    let directory = format!("--manifests={}", manifests.path().display());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+    command.args([&directory, "--hostname-override=node-a", "--ipvs-min-sync-period=0s", "--ipvs-sync-period=1s"]);
+    command.args(flags).env(variable, format!("{every}:{errno}:{}", during.display()));
+    let mut agent = Agent::start_command(&mut command);
+    agent.until("serve", |_| ipvs().iter().any(|line| line == KEPT));
+    fs::write(&during, "").unwrap();
+    for round in 1..8 {
+        write(&manifests, round);
+        std::thread::sleep(Duration::from_millis(300));
+        let held = ipvs();
+        assert!(held.iter().any(|line| line == KEPT), "{held:#?}\n{}", agent.log());
+        assert!(held.iter().any(|line| line == FOREIGN), "{held:#?}\n{}", agent.log());
+    }
+    let failures: f64 =
+        ["virtual_server", "address", "range", "device", "filter_table", "filter_entry", "source_ranges"]
+            .iter()
+            .filter_map(|object| metric(&format!("kube_ipvs_operation_failures_total{{object=\"{object}\"}}")))
+            .sum();
+    let unread = metric("kube_ipvs_kernel_read_failures_total").unwrap_or(0.0);
+    println!("{variable} {errno}: {failures} refused, {unread} readings failed");
+    fs::remove_file(&during).unwrap();
+
+    let right = std::thread::scope(|scope| {
+        let fresh = scope.spawn(|| {
+            node();
+            let mut fresh = manifests.agent(&[&["--once"], flags].concat());
+            assert!(fresh.ends().success(), "{}", fresh.log());
+            (ipvs(), addresses(), filter())
+        });
+        fresh.join().unwrap()
+    });
+    agent.until("be as if nothing had ever been refused", |_| (ipvs(), addresses(), filter()) == right);
+    agent.until("have nothing that fails", |_| metric("kube_ipvs_failing") == Some(0.0));
+    assert!(!agent.log().contains("panicked"), "{}", agent.log());
+    right
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn whatever_the_kernel_refuses_and_why_the_rest_is_done_and_that_is_done_later() {
+    for (name, errno) in ERRORS {
+        println!("{name}");
+        survives("NETLINK_REFUSE", 4, errno, &[]);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn routes_that_the_kernel_refuses_are_made_later() {
+    for (name, errno) in ERRORS {
+        println!("{name}");
+        survives("NETLINK_REFUSE", 4, errno, &["--vip-binding=route"]);
+    }
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn sockets_that_fail_are_opened_again() {
+    // As after a socket is closed, and where the kernel has no memory for an answer.
+    for errno in [9, 12, 105, 111] {
+        survives("NETLINK_FAIL", 7, errno, &[]);
+    }
+}
