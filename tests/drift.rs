@@ -53,13 +53,16 @@ const MEDDLING: [(&str, &str); 24] = [
     ("sets a weight to 0", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 0"),
     ("sets a weight to 100", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 100"),
     ("sets a threshold", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1 -x 5 -y 2"),
-    ("forwards otherwise", "ipvsadm -e -t 10.96.0.10:80 -r 10.0.0.1:8080 -i -w 1"),
+    (
+        "forwards otherwise",
+        "ipvsadm -d -t 10.96.0.10:80 -r 10.0.0.1:8080; ipvsadm -a -t 10.96.0.10:80 -r 10.0.0.1:8080 -i -w 1",
+    ),
     ("deletes a real server", "ipvsadm -d -t 10.96.0.10:80 -r 10.0.0.1:8080"),
     ("adds a real server", "ipvsadm -a -t 10.96.0.10:80 -r 10.66.6.6:8080 -m"),
     ("deletes the table", "nft delete table ip kube-ipvs"),
     ("flushes the packet filter", "nft flush ruleset"),
     ("flushes the rules", "nft flush table ip kube-ipvs"),
-    ("adds a rule", "nft insert rule ip kube-ipvs input drop"),
+    ("adds a rule", "nft insert rule ip kube-ipvs filter-input drop"),
     ("lets the table sleep", "nft add table ip kube-ipvs '{ flags dormant; }'"),
     ("empties a set", "nft flush set ip kube-ipvs vips"),
     ("adds to a set", "nft add element ip kube-ipvs vips '{ 10.96.0.98 }'"),
@@ -135,7 +138,7 @@ fn a_setting_that_somebody_turns_back_is_set_again_and_told() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on() {
     let (server, mut agent, _manifests) = cluster();
-    let right = addresses();
+    let right = Kernel::read().unwrap().addresses;
     // In one go, before the agent can make its own.
     agent.stop_while(|| {
         run("ip link del kube-ipvs0; ip link add kube-ipvs0 type veth peer name peer");
@@ -146,7 +149,7 @@ fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on
         http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 503)
     });
     run("ip link del kube-ipvs0");
-    agent.until("bind all again", |_| addresses() == right);
+    agent.until("bind all again", |_| Kernel::read().is_some_and(|kernel| kernel.addresses == right));
     agent.until("take in what came meanwhile", |_| ipvs().iter().any(|line| line.contains("10.0.0.9:8080")));
     agent.until("be healthy", |_| {
         http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 200)
@@ -159,7 +162,7 @@ fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on
 fn two_that_write_one_table_leave_the_rest_in_peace() {
     let (server, mut agent, _manifests) = cluster();
     for round in 0..20 {
-        run("nft flush set ip kube-ipvs vips; nft add rule ip kube-ipvs input counter || true");
+        run("nft flush set ip kube-ipvs vips; nft add rule ip kube-ipvs filter-input counter || true");
         server.apply(object(&slice("web-1", "web", &[&format!("10.0.1.{round}")])));
         agent.until("serve what changes", |_| {
             ipvs().iter().any(|line| line.contains(&format!("-r 10.0.1.{round}:8080 -m -w 1")))
@@ -177,7 +180,7 @@ fn a_second_agent_says_so_and_stops_and_the_first_goes_on() {
     let (server, mut agent, manifests) = cluster();
     let before = Kernel::read();
     // With nothing to serve, which would take away everything.
-    for flags in [&[][..], &["--once"], &["takeover"], &["cleanup"]] {
+    for flags in [&[][..], &["--once"], &["cleanup"]] {
         let empty = Manifests::new();
         let directory = format!("--manifests={}", empty.path().display());
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));

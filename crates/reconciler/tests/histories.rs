@@ -424,7 +424,8 @@ proptest! {
             left = left.saturating_sub(1);
             (!is_alive).then_some(Cause::Refused)
         }));
-        for event in after {
+        // All at once: what goes for a moment and comes back is not there in between.
+        for event in after.into_iter().filter(|event| !matches!(event, Event::Audit)) {
             objects.take_in(&event);
             event.happen(&mut world);
         }

@@ -625,3 +625,19 @@ fn a_local_policy_counts_per_front_end() {
     assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.1:8080", 1)]));
     assert_eq!(world.weights("10.96.0.10", 80).len(), 2);
 }
+
+#[test]
+fn what_proves_a_virtual_server_stays_until_the_kernel_shows_that_it_is_gone() {
+    let mut world = web();
+    let mut lies = 1;
+    world.kernel().fault = Some(Box::new(move |operation| match operation {
+        Operation::DeleteVirtualServer(_) if lies > 0 => {
+            lies -= 1;
+            Some(Cause::NotFound)
+        }
+        _ => None,
+    }));
+    world.apply_all(vec![Change::ServiceGone(name("web")), Change::SliceGone(name("web-1"))]).settle();
+    assert_eq!(world.kernel().servers, BTreeMap::new());
+    assert_eq!(world.kernel().filter.front_ends, BTreeMap::new());
+}

@@ -294,10 +294,12 @@ impl<K: Kernel> Reconciler<K> {
                 Err(error) => error,
             };
             match (operation, error.cause) {
-                // Somebody was faster, to the same end.
+                // Somebody was faster, to the same end. (Of a virtual server that is looked up: what proves that it is ours
+                // goes after it.)
                 (Operation::AddDevice | Operation::BindAddress(_) | Operation::AddRoute(_), Cause::Exists)
-                | (Operation::UnbindAddress(_) | Operation::RemoveRoute(_), Cause::NotFound | Cause::NoDevice)
-                | (Operation::DeleteVirtualServer(_), Cause::NotFound) => mirror.acknowledge(operation),
+                | (Operation::UnbindAddress(_) | Operation::RemoveRoute(_), Cause::NotFound | Cause::NoDevice) => {
+                    mirror.acknowledge(operation);
+                }
                 // Making a device, an address or a route does not fail for want of it.
                 (
                     Operation::AddDevice
