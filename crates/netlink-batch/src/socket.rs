@@ -70,7 +70,8 @@ impl Socket {
         R: NetlinkDeserializable,
     {
         #[cfg(feature = "fault-points")]
-        if let Some(refusal) = crate::fault::refusal() {
+        // Of what is asked for by itself no kernel says that it is not there when it is.
+        if let Some(refusal) = crate::fault::refusal().filter(|refusal| refusal.errno != libc::ENOENT) {
             return Err(refusal.into());
         }
         let asking = self.outgoing.request(request);

@@ -14,6 +14,7 @@ use fastrand::Rng;
 use lab::Scratch;
 use lab::netns::Namespace;
 use rustix::process::Signal;
+use rustix::time::{ClockId, clock_gettime, clock_settime};
 use test_apiserver::Server;
 
 use super::tally::{Sample, Shared};
@@ -262,6 +263,7 @@ impl Actor<'_> {
                 0..3 if may_kill => self.kill()?,
                 3 => self.stop(&mut rng)?,
                 4..6 => misbehave(&self.stage.server, &mut rng, self.shared),
+                6 if self.stage.order.may_set_clock => self.set_clock(&mut rng)?,
                 _ => vandal.strike(&mut rng),
             }
             if compared.elapsed() > COMPARE {
@@ -303,6 +305,20 @@ impl Actor<'_> {
         self.agent.signal(Signal::STOP)?;
         thread::sleep(Duration::from_millis(rng.u64(200..3000)));
         self.agent.signal(Signal::CONT)
+    }
+
+    /// Sets the clock up to a day forwards or back, for a while.
+    fn set_clock(&self, rng: &mut Rng) -> Result<()> {
+        self.shared.trouble("clock set for a while");
+        let jump = rng.i64(-86_400..86_400);
+        let set = |by: i64| {
+            let mut now = clock_gettime(ClockId::Realtime);
+            now.tv_sec += by;
+            clock_settime(ClockId::Realtime, now).context("cannot set the clock")
+        };
+        set(jump)?;
+        thread::sleep(Duration::from_millis(rng.u64(200..3000)));
+        set(-jump)
     }
 
     /// Lets everything come to rest, and compares.

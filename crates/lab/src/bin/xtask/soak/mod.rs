@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lab::{Job, Scratch};
+use lab::{Job, Place, Scratch};
 use serde::{Deserialize, Serialize};
 
 use crate::cargo;
@@ -61,6 +61,8 @@ struct Order {
     seconds: u64,
     services: usize,
     seed: u64,
+    /// The guest's clock is its own.
+    may_set_clock: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
@@ -89,10 +91,10 @@ fn soak(args: &Args) -> Result<Vec<u8>> {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
         None => cargo::static_agent(None, cargo::Build::Release)?,
     };
-    lab::prepare()?;
+    let may_set_clock = lab::prepare()? == Place::Guest;
     let dir = Scratch::new()?;
     let (file, results) = (dir.path().join("order.json"), dir.path().join("tally.json"));
-    let order = Order { agent, seconds: args.minutes * 60, services: args.services, seed: args.seed };
+    let order = Order { agent, seconds: args.minutes * 60, services: args.services, seed: args.seed, may_set_clock };
     fs::write(&file, serde_json::to_vec(&order)?).context("cannot write the order")?;
     let job = Job::this_executable()
         .arg("guest-soak")
