@@ -1,9 +1,8 @@
 //! `kube-ipvs cleanup`: takes away what was made, and says what it leaves.
 //!
-//! What is ours shows in the kernel: the VIPs are on `kube-ipvs0`, and every front end is in the tables of the packet
-//! filter. So no API server is needed, and what others made is not taken for ours.
+//! What is ours shows in the kernel: every front end is in the tables of the packet filter, or where there is none its VIP is on
+//! `kube-ipvs0`. So no API server is needed, and what others made is not taken for ours.
 
-use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -116,7 +115,6 @@ struct Left {
 
 fn plan(observed: Observed) -> (Plan, Left) {
     let mut left = Left::default();
-    let known: BTreeSet<_> = observed.filter.front_ends.keys().copied().collect();
     let servers: Vec<_> = observed.servers.iter().map(|server| server.front_end).collect();
     let device = observed.device.clone().unwrap_or_default();
     let on_device: Vec<(IpAddr, u8)> = device.addresses;
@@ -131,7 +129,7 @@ fn plan(observed: Observed) -> (Plan, Left) {
     }
     operations.extend(device.routes.into_iter().map(Operation::RemoveRoute));
     for front_end in servers {
-        if known.contains(&front_end) || mirror.has_own_address(front_end.address) {
+        if mirror.is_own(&front_end) {
             operations.push(Operation::DeleteVirtualServer(front_end));
             if front_end.protocol == Protocol::Udp {
                 operations.push(Operation::FlushFlows(front_end, Arc::default()));

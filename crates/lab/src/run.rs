@@ -17,7 +17,7 @@ pub enum Place {
 }
 
 /// What tests look with, and what plays the part of others on a node: each program with the package that has it.
-const PROGRAMS: [(&str, &str); 7] = [
+const PROGRAMS: [(&str, &str); 8] = [
     ("ip", "iproute2"),
     ("ipvsadm", "ipvsadm"),
     ("strace", "strace"),
@@ -25,6 +25,7 @@ const PROGRAMS: [(&str, &str); 7] = [
     ("iptables-nft", "iptables"),
     ("iptables-legacy", "iptables"),
     ("ipset", "ipset"),
+    ("keepalived", "keepalived"),
 ];
 
 /// Makes everything ready that [`run`] needs, and says where jobs will run. The first time this builds a kernel.

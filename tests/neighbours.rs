@@ -1,0 +1,198 @@
+//! Others who use IPVS on the same node, without any `--ipvs-exclude-cidrs`: Debian's keepalived, and people with ipvsadm. What is
+//! not provably ours stays as it is, whatever the agent does.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use common::{Manifests, addresses, ipvs, run, service, slice};
+use lab::netns::isolate;
+use tempfile::TempDir;
+
+/// What keepalived has: at an address of its own that VRRP brings, at one that is also a Service's VIP, and by firewall mark.
+const KEEPALIVED: &str = "
+global_defs { router_id lab }
+vrrp_instance one {
+    state MASTER
+    interface eth0
+    virtual_router_id 51
+    priority 100
+    advert_int 1
+    virtual_ipaddress { 192.168.1.200/32 dev eth0 }
+}
+virtual_server 192.168.1.200 443 {
+    lb_algo wrr
+    lb_kind NAT
+    protocol TCP
+    real_server 192.168.1.50 8443 { weight 3 }
+    real_server 192.168.1.51 8443 { weight 1 }
+}
+virtual_server 10.96.0.10 8443 {
+    lb_algo wlc
+    lb_kind DR
+    persistence_timeout 120
+    protocol TCP
+    real_server 192.168.1.52 8443 { weight 7 }
+}
+virtual_server fwmark 7 {
+    lb_algo rr
+    lb_kind NAT
+    real_server 192.168.1.53 0 { weight 1 }
+}
+";
+const THEIRS: [&str; 7] = [
+    "-A -f 7 -s rr",
+    "-A -t 10.96.0.10:8443 -s wlc -p 120",
+    "-A -t 192.168.1.200:443 -s wrr",
+    "-a -f 7 -r 192.168.1.53:0 -m -w 1",
+    "-a -t 10.96.0.10:8443 -r 192.168.1.52:8443 -g -w 7",
+    "-a -t 192.168.1.200:443 -r 192.168.1.50:8443 -m -w 3",
+    "-a -t 192.168.1.200:443 -r 192.168.1.51:8443 -m -w 1",
+];
+/// By hand, as keepalived would not: where a NodePort could be, and of UDP and SCTP.
+const BY_HAND: [&str; 5] = [
+    "-A -t 192.168.1.1:30099 -s lc",
+    "-a -t 192.168.1.1:30099 -r 192.168.1.60:80 -m -w 5",
+    "-A -u 203.0.113.50:53 -s sh",
+    "-A --sctp-service 203.0.113.51:9 -s rr",
+    "-a -u 203.0.113.50:53 -r 192.168.1.61:53 -m -w 1",
+];
+
+/// The running keepalived, with its children.
+struct Keepalived {
+    process: Child,
+    dir: TempDir,
+}
+
+impl Keepalived {
+    fn start() -> Self {
+        let dir = TempDir::new().unwrap();
+        let file = |name: &str| dir.path().join(name).display().to_string();
+        fs::write(file("conf"), KEEPALIVED).unwrap();
+        let log = fs::File::create(file("log")).unwrap();
+        let process = Command::new("keepalived")
+            .args(["--dont-fork", "--log-console", "--log-detail", "--use-file", &file("conf")])
+            .args(["--pid", &file("pid"), "--vrrp_pid", &file("vrrp"), "--checkers_pid", &file("checkers")])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().unwrap())
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        let keepalived = Self { process, dir };
+        let start = Instant::now();
+        while !keepalived.is_served() {
+            let log = fs::read_to_string(keepalived.dir.path().join("log")).unwrap();
+            assert!(start.elapsed() < Duration::from_secs(60), "there is {:#?}; {log}", ipvs());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        keepalived
+    }
+
+    /// Whether all that it makes is there.
+    fn is_served(&self) -> bool {
+        let held = ipvs();
+        THEIRS.iter().all(|line| held.iter().any(|it| it == line))
+            && run("ip address show dev eth0").contains("192.168.1.200/32")
+    }
+}
+
+impl Drop for Keepalived {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn node() {
+    isolate().unwrap();
+    // VRRP takes a device with multicast.
+    run("ip link add eth0 type veth peer name far; ip link set far up");
+    run("ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
+    for line in BY_HAND {
+        run(&format!("ipvsadm {line}"));
+    }
+}
+
+/// What there is that is not the Services'.
+fn others() -> Vec<String> {
+    let ours = |line: &String| {
+        ["10.96.0.10:80 ", "10.96.0.11:80 ", "10.96.0.12:80 "].iter().any(|front_end| line.contains(front_end))
+    };
+    ipvs().into_iter().filter(|line| !ours(line)).collect()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn keepalived_and_people_with_ipvsadm_keep_what_they_have_whatever_the_agent_does() {
+    node();
+    let keepalived = Keepalived::start();
+    let before = others();
+    assert_eq!(before.len(), THEIRS.len() + BY_HAND.len(), "{before:#?}");
+    let untouched = |when: &str| {
+        assert_eq!(others(), before, "{when}");
+        assert!(keepalived.is_served(), "{when}");
+    };
+
+    let manifests = Manifests::new();
+    let web = service("web", "10.96.0.10") + "---" + &slice("web-1", "web", &["10.0.0.1"]);
+    manifests.write("web.yaml", &web);
+    let mut agent = manifests.agent(&["--ipvs-sync-period=500ms"]);
+    agent.until("serve", |_| ipvs().iter().any(|line| line == "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1"));
+    agent.says("there are virtual servers that no Service has");
+    untouched("after the first start");
+
+    manifests.write("zoo.yaml", &(service("zoo", "10.96.0.11") + "---" + &slice("zoo-1", "zoo", &["10.0.0.2"])));
+    agent.until("serve another", |_| ipvs().iter().any(|line| line.starts_with("-a -t 10.96.0.11:80")));
+    // The Service whose VIP keepalived has a port of goes.
+    manifests.remove("web.yaml");
+    agent.until("let a Service go", |_| !ipvs().iter().any(|line| line.contains("10.96.0.10:80 ")));
+    std::thread::sleep(Duration::from_secs(2));
+    untouched("after changes and audits");
+
+    // Without a table there is only the device to tell by.
+    run("nft delete table ip kube-ipvs");
+    std::thread::sleep(Duration::from_secs(2));
+    untouched("after the table was lost");
+    agent.kill();
+    run("nft delete table ip kube-ipvs");
+    manifests.write("web.yaml", &web).remove("zoo.yaml");
+    let mut agent = manifests.agent(&["--once"]);
+    assert!(agent.ends().success(), "{}", agent.log());
+    assert!(!ipvs().iter().any(|line| line.contains("10.96.0.11:80")), "{:#?}", ipvs());
+    untouched("after a start without a table");
+
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+    assert!(command.arg("cleanup").output().unwrap().status.success());
+    assert!(!ipvs().iter().any(|line| line.contains("10.96.0.10:80")), "{:#?}", ipvs());
+    untouched("after cleanup");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn on_the_first_start_after_kube_proxy_what_is_on_its_device_is_taken_over_and_what_is_not_stays() {
+    node();
+    let keepalived = Keepalived::start();
+    let before = others();
+    // As kube-proxy leaves it: a Service that is still wanted, and one that went while nothing ran.
+    run("ip link add kube-ipvs0 type dummy");
+    for vip in ["10.96.0.10", "10.96.0.12"] {
+        run(&format!("ip address add {vip}/32 dev kube-ipvs0"));
+        run(&format!("ipvsadm -A -t {vip}:80 -s rr; ipvsadm -a -t {vip}:80 -r 10.0.0.1:8080 -m"));
+    }
+    let manifests = Manifests::new();
+    manifests.write("web.yaml", &(service("web", "10.96.0.10") + "---" + &slice("web-1", "web", &["10.0.0.1"])));
+    let mut agent = manifests.agent(&["--once"]);
+    assert!(agent.ends().success(), "{}", agent.log());
+    assert_eq!(addresses(), ["10.96.0.10/32"]);
+    assert!(!ipvs().iter().any(|line| line.contains("10.96.0.12")), "{:#?}", ipvs());
+    // Its VIP is on the device, so it goes too: what is at an address of kube-proxy's was kube-proxy's.
+    let theirs: Vec<String> = before.into_iter().filter(|line| !line.contains("10.96.0.10:8443")).collect();
+    let others: Vec<String> = others().into_iter().filter(|line| !line.contains("10.96.0.10:8443")).collect();
+    assert_eq!(others, theirs);
+    assert!(run("ip address show dev eth0").contains("192.168.1.200/32"));
+    drop(keepalived);
+}
