@@ -157,7 +157,10 @@ fn a_file_that_no_longer_parses_keeps_its_last_good_content_and_is_named() {
 fn bad_objects_are_named_and_harm_no_other() {
     isolate().unwrap();
     let manifests = web();
-    manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1", "not-an-address", "224.0.0.7", "10.0.0.2"]));
+    // The last is where a network is talked to as a whole: only the kernel knows that.
+    run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
+    let endpoints = ["10.0.0.1", "not-an-address", "224.0.0.7", "10.0.0.2", "192.168.1.255"];
+    manifests.write("slice.yaml", &slice("web-1", "web", &endpoints));
     let zero = service("zero", "10.96.0.11").replace("port: 80", "port: 0");
     manifests.write("zero.yaml", &zero);
     manifests.write("clash-1.yaml", &service("clash-a", "10.96.0.12"));
@@ -165,11 +168,11 @@ fn bad_objects_are_named_and_harm_no_other() {
     manifests.write("last.yaml", &service("last", "10.96.0.13"));
     let mut agent = manifests.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.12:80 -s rr", "-A -t 10.96.0.13:80 -s rr"]);
-    agent.says("EndpointSlice default/web-1").says("not-an-address");
+    agent.says("EndpointSlice default/web-1").says("not-an-address").says("224.0.0.7 is a multicast address");
     agent.says("Service default/zero");
     agent.says("default/clash-b").says("default/clash-a keeps it");
     // The kernel's own no, with the Service and the real server it is about.
-    agent.says("cannot add real server 224.0.0.7:8080 of TCP 10.96.0.10:80").says("default/web");
+    agent.says("cannot add real server 192.168.1.255:8080 of TCP 10.96.0.10:80").says("default/web");
 }
 
 #[test]

@@ -81,9 +81,9 @@ fn survives(variable: &str, every: u64, errno: i32, flags: &[&str]) -> (Vec<Stri
     let mut agent = Agent::start_command(&mut command);
     agent.until("serve", |_| ipvs().iter().any(|line| line == KEPT));
     fs::write(&during, "").unwrap();
-    for round in 1..8 {
+    for round in 1..6 {
         write(&manifests, round);
-        std::thread::sleep(Duration::from_millis(300));
+        std::thread::sleep(Duration::from_millis(200));
         let held = ipvs();
         assert!(held.iter().any(|line| line == KEPT), "{held:#?}\n{}", agent.log());
         assert!(held.iter().any(|line| line == FOREIGN), "{held:#?}\n{}", agent.log());

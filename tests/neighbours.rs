@@ -84,20 +84,20 @@ impl Keepalived {
             .unwrap();
         let keepalived = Self { process, dir };
         let start = Instant::now();
-        while !keepalived.is_served() {
+        while !is_served() {
             let log = fs::read_to_string(keepalived.dir.path().join("log")).unwrap();
             assert!(start.elapsed() < Duration::from_secs(60), "there is {:#?}; {log}", ipvs());
             std::thread::sleep(Duration::from_millis(100));
         }
         keepalived
     }
+}
 
-    /// Whether all that it makes is there.
-    fn is_served(&self) -> bool {
-        let held = ipvs();
-        THEIRS.iter().all(|line| held.iter().any(|it| it == line))
-            && run("ip address show dev eth0").contains("192.168.1.200/32")
-    }
+/// Whether all that keepalived makes is there.
+fn is_served() -> bool {
+    let held = ipvs();
+    let has_address = || run("ip address show dev eth0").contains("192.168.1.200/32");
+    THEIRS.iter().all(|line| held.iter().any(|it| it == line)) && has_address()
 }
 
 impl Drop for Keepalived {
@@ -129,12 +129,12 @@ fn others() -> Vec<String> {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn keepalived_and_people_with_ipvsadm_keep_what_they_have_whatever_the_agent_does() {
     node();
-    let keepalived = Keepalived::start();
+    let _keepalived = Keepalived::start();
     let before = others();
     assert_eq!(before.len(), THEIRS.len() + BY_HAND.len(), "{before:#?}");
     let untouched = |when: &str| {
         assert_eq!(others(), before, "{when}");
-        assert!(keepalived.is_served(), "{when}");
+        assert!(is_served(), "{when}");
     };
 
     let manifests = Manifests::new();
@@ -175,7 +175,7 @@ fn keepalived_and_people_with_ipvsadm_keep_what_they_have_whatever_the_agent_doe
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn on_the_first_start_after_kube_proxy_what_is_on_its_device_is_taken_over_and_what_is_not_stays() {
     node();
-    let keepalived = Keepalived::start();
+    let _keepalived = Keepalived::start();
     let before = others();
     // As kube-proxy leaves it: a Service that is still wanted, and one that went while nothing ran.
     run("ip link add kube-ipvs0 type dummy");
@@ -194,5 +194,4 @@ fn on_the_first_start_after_kube_proxy_what_is_on_its_device_is_taken_over_and_w
     let others: Vec<String> = others().into_iter().filter(|line| !line.contains("10.96.0.10:8443")).collect();
     assert_eq!(others, theirs);
     assert!(run("ip address show dev eth0").contains("192.168.1.200/32"));
-    drop(keepalived);
 }

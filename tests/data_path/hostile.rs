@@ -67,7 +67,9 @@ fn a_service_of_65535_ports_harms_no_other() {
     manifests.write("many.json", &file(&[many(1000), slice]));
     agent.until("forget most of them", |agent| agent.log().contains("virtual_servers=\"-64535\""));
     println!("all but 1000 gone after {:?}", start.elapsed());
+    agent.kill();
     finds_nothing_to_change(&manifests);
+    let mut agent = serving(&manifests, &[CLUSTER_CIDR, "--ipvs-sync-period=10m"]);
     assert_eq!(client.tcp("10.96.0.11:66"), masqueraded("web", "10.96.0.11:66"));
     manifests.remove("many.json");
     agent.until("forget all", |_| ipvs().len() == 4);

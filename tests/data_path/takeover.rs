@@ -235,11 +235,12 @@ fn a_service_that_the_kernel_refuses_keeps_no_node_from_being_taken_over() {
     let network = Network::new(1, 2);
     left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
     let manifests = web(&network);
-    let odd = service("odd", json!({"clusterIPs": ["fd00:96::99"], "externalIPs": ["ff0e::1"]}));
-    manifests.write("odd.json", &file(&[odd]));
+    // Where the clients' network is talked to as a whole.
+    let odd = service("odd", json!({"clusterIPs": ["10.96.0.99"]}));
+    manifests.write("odd.json", &file(&[odd, ready("odd", ["192.168.1.255"])]));
     let flag = format!("--manifests={}", manifests.path().display());
     let log = kube_ipvs(&[&["takeover", &flag, "--hostname-override=node-a", CLUSTER_CIDR], &FLAGS[..]].concat());
-    assert!(log.contains("ff0e::1") && log.contains("of some Services"), "{log}");
+    assert!(log.contains("192.168.1.255") && log.contains("of some Services"), "{log}");
     assert_eq!(kube_objects(), [""; 0], "{log}");
 }
 

@@ -31,7 +31,7 @@ pub(crate) struct Args {
     #[arg(long)]
     only_host: bool,
     /// Stop the tests in the lab after this many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 1200)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
     time_limit: u64,
     /// Run only tests with this in their names
     filter: Option<String>,
