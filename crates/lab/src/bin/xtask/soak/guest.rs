@@ -52,7 +52,7 @@ fn soak(order: &Order) -> Result<Vec<u8>> {
     let world = World::new()?;
     let shared = Shared::new(order.seconds, order.seed);
     let stage = Stage::new(order, &world)?;
-    traffic::serve(&world.servers, STAYING.into_iter().chain(COMING_AND_GOING))?;
+    traffic::serve(&world.servers, world::all_servers())?;
     let mut actor = Actor { agent: stage.start()?, life: 1, found: 0.0, stage: &stage, shared: &shared };
     let is_ready =
         || Agent::metrics().is_ok_and(|it| it.get("kube_ipvs_sync_duration_seconds_count{kind=\"audit\"}") > 0.0);
@@ -98,7 +98,7 @@ impl<'a> Stage<'a> {
         for service in services {
             let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             server.apply(service);
-            server.apply(world::slice(&name, &STAYING, &[]));
+            server.apply(world::slice(&name, &world::staying(&name), &[]));
         }
         for number in 0..VICTIMS {
             for object in world::victim(number) {

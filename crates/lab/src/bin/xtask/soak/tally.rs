@@ -1,6 +1,6 @@
 //! What is counted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -70,6 +70,8 @@ pub(crate) struct Sample {
 
 /// Losses that are told with their words.
 const MOST_WORDS: usize = 50;
+/// So much is remembered of what happened before a loss.
+const HISTORY: usize = 40;
 /// How long answers are counted together, in seconds.
 pub(crate) const QUARTER: u64 = 15;
 
@@ -115,11 +117,16 @@ impl Tally {
 pub(crate) struct Shared {
     pub(crate) start: Instant,
     tally: Mutex<Tally>,
+    history: Mutex<VecDeque<String>>,
 }
 
 impl Shared {
     pub(crate) fn new(seconds: u64, seed: u64) -> Self {
-        Self { start: Instant::now(), tally: Mutex::new(Tally { seconds, seed, ..Tally::default() }) }
+        Self {
+            start: Instant::now(),
+            tally: Mutex::new(Tally { seconds, seed, ..Tally::default() }),
+            history: Mutex::default(),
+        }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Tally> {
@@ -132,6 +139,16 @@ impl Shared {
 
     pub(crate) fn trouble(&self, kind: &str) {
         *self.lock().troubles.entry(kind.to_owned()).or_default() += 1;
+        self.note(kind);
+    }
+
+    /// Remembers what happened, for whom something is lost soon after.
+    pub(crate) fn note(&self, what: &str) {
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        if history.len() == HISTORY {
+            history.pop_front();
+        }
+        history.push_back(format!("{:.1} s: {what}", self.start.elapsed().as_secs_f64()));
     }
 
     pub(crate) fn opened(&self, who: &str) {
@@ -153,6 +170,9 @@ impl Shared {
         self.quarter(&mut tally).1 += 1;
         let line = format!("{at:.1} s: {who}: {why}");
         eprintln!("LOST at {line}");
+        for it in self.history.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            eprintln!("  before that, {it}");
+        }
         if tally.losses.len() < MOST_WORDS {
             tally.losses.push(line);
         }

@@ -115,6 +115,7 @@ impl<'a> Vandal<'a> {
         let (kind, command) = DRIFTS[rng.usize(..DRIFTS.len())];
         // Where the agent was faster with something else there may be nothing to change.
         if self.node.exec(&command.replace("VIP", &victim_vip(victim))).is_ok() {
+            self.shared.note(&format!("victim {victim}: {kind}"));
             self.shared.lock().drifts.entry(kind.to_owned()).or_default().made += 1;
             self.drifted.push(Drifted { victim, kind, since: Instant::now() });
         }

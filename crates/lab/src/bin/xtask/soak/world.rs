@@ -8,8 +8,22 @@ use crate::bench::load::NODE;
 
 /// Addresses of pods that answer all along.
 pub(crate) const STAYING: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
+/// Addresses of pods that answer all along, of Services whose connections stay open. They have no other Service: of two
+/// connections of one client from one port to one real server by way of two VIPs, IPVS finds the younger only
+/// (`ip_vs_conn_out_get`), so that the older would be cut off, whatever an agent does.
+pub(crate) const UNSHARED: [&str; 2] = ["10.244.1.6", "10.244.1.7"];
 /// Addresses of pods that answer too, and are endpoints now and then.
 pub(crate) const COMING_AND_GOING: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
+/// Every address that answers.
+pub(crate) fn all_servers() -> impl Iterator<Item = &'static str> {
+    STAYING.into_iter().chain(UNSHARED).chain(COMING_AND_GOING)
+}
+
+/// The endpoints that a Service always has.
+pub(crate) fn staying(service: &str) -> [&'static str; 2] {
+    if LIVELY.contains(&service) { STAYING } else { UNSHARED }
+}
+
 /// Services that somebody changes in the kernel.
 pub(crate) const VICTIMS: usize = 10;
 
@@ -39,7 +53,7 @@ impl World {
         };
         cable("eth0", "192.168.1.1/24", &world.client, &["192.168.1.2/24"])?;
         world.client.exec("ip route add default via 192.168.1.1")?;
-        let addresses: Vec<String> = STAYING.iter().chain(&COMING_AND_GOING).map(|it| format!("{it}/32")).collect();
+        let addresses: Vec<String> = all_servers().map(|it| format!("{it}/32")).collect();
         cable("servers", "10.244.0.1/32", &world.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
         cable("pod", "10.244.0.1/32", &world.pod, &["10.244.2.1/32"])?;
         world.node.exec("ip route add 10.244.1.0/24 dev servers")?;
