@@ -27,7 +27,8 @@ use crate::kernel::Flush;
 use crate::plan::Operation;
 use crate::real_servers::{Place, place};
 
-// linux/netfilter/nfnetlink_conntrack.h
+// linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
+const NFNL_SUBSYS_CTNETLINK: u16 = 1;
 const CTA_ZONE: u16 = 18;
 const CTA_FILTER: u16 = 25;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
@@ -88,6 +89,10 @@ impl NetlinkDeserializable for Entry {
     type Error = DecodeError;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
+        // Of other subsystems the library reads more than it is sure of.
+        if header.message_type >> 8 != NFNL_SUBSYS_CTNETLINK {
+            return Ok(Self(Vec::new()));
+        }
         let message = NetfilterMessage::deserialize(header, payload).map(|message| message.inner);
         Ok(match message {
             Ok(NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes))) => Self(attributes),
@@ -102,7 +107,6 @@ struct List(Vec<u8>);
 
 impl NetlinkSerializable for List {
     fn message_type(&self) -> u16 {
-        const NFNL_SUBSYS_CTNETLINK: u16 = 1;
         const IPCTNL_MSG_CT_GET: u16 = 1;
         NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
     }
@@ -219,4 +223,24 @@ fn delete(family: Family, attributes: Vec<ConntrackAttribute>) -> Request<Netfil
         _ => false,
     });
     NetfilterMessage::new(header(family), ConntrackMessage::Delete(identity.collect())).into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Found by fuzzing: the library takes the length of an attribute of `nf_tables` on trust.
+    #[test]
+    fn a_message_of_another_subsystem_is_no_entry() {
+        let payload = [
+            0x02, 0x00, 0x00, 0x01, 0x44, 0x00, 0x03, 0x00, 0x40, 0x00, 0x01, 0x00, 0x14, 0x00, 0x01, 0x00, 0x50, 0x00,
+            0x01, 0x00, 0x0a, 0x60, 0x00, 0x01, 0x06, 0x00, 0x00, 0x00, 0x00, 0x50, 0x00, 0x00, 0x28, 0x00, 0x02, 0x00,
+            0x24, 0x00, 0x02, 0x6f, 0x70, 0x65, 0x6e, 0x00, 0x08, 0x00, 0x01, 0x00, 0xff, 0xff, 0xff, 0xfd, 0x18, 0x00,
+            0x02, 0x00, 0x73, 0x6f, 0x75, 0x72, 0x63, 0x65, 0x73, 0x2d, 0x64, 0x65, 0x66, 0x61, 0x00, 0x00, 0x07, 0x00,
+            0x00, 0x00, 0x08, 0x00,
+        ];
+        let mut header = NetlinkHeader::default();
+        header.message_type = 0x0a0c;
+        assert!(Entry::deserialize(&header, &payload).unwrap().0.is_empty());
+    }
 }
