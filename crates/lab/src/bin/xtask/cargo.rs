@@ -1,6 +1,6 @@
 //! What cargo knows: which executables have tests, and where the agent's is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -81,19 +81,45 @@ pub(crate) enum Build {
 
 /// Builds the agent as an executable that needs no other file, and says where it is.
 pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf> {
+    build_static(cargo(), Path::new("."), target, build)
+}
+
+/// Builds the agent as it is shipped from the workspace in another directory.
+pub(crate) fn static_agent_in(directory: &Path) -> Result<PathBuf> {
+    let mut command = cargo();
+    // Where whoever started us builds is not where that one does.
+    command.current_dir(directory).env_remove("CARGO_TARGET_DIR");
+    build_static(command, directory, None, Build::Release)
+}
+
+fn build_static(mut command: Command, directory: &Path, target: Option<&str>, build: Build) -> Result<PathBuf> {
     let target = match target {
         Some(target) => target.to_owned(),
         None => host()?,
     };
-    let mut command = cargo();
     command.args(["build", "--locked", "--package=kube-ipvs", "--bin=kube-ipvs"]);
     command.args(["--message-format=json-render-diagnostics", &format!("--target={target}")]);
+    let given = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let mut flags = format!("{given} -C target-feature=+crt-static").trim_start().to_owned();
     if build == Build::Release {
         command.arg("--release");
+        flags += &same_everywhere(directory)?;
     }
-    let given = std::env::var("RUSTFLAGS").unwrap_or_default();
-    command.env("RUSTFLAGS", format!("{given} -C target-feature=+crt-static").trim_start());
+    command.env("RUSTFLAGS", flags);
     parse_binary(&stdout(&mut command)?, "kube-ipvs")
+}
+
+/// Flags that keep paths of this machine out of what is built, where panics tell of files: whoever builds the same elsewhere
+/// gets the same.
+fn same_everywhere(directory: &Path) -> Result<String> {
+    let here = directory.canonicalize().context("cannot tell the current directory")?;
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home =
+        home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("cannot tell where cargo's home is")?;
+    Ok([(here, "/kube-ipvs"), (home, "/cargo")]
+        .iter()
+        .map(|(from, to)| format!(" --remap-path-prefix={}={to}", from.display()))
+        .collect())
 }
 
 /// Builds these chores as an executable that is not in the way of what it measures, and says where it is.

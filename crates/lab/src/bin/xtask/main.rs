@@ -11,6 +11,7 @@ mod demo;
 mod guest_tests;
 mod image;
 mod in_lab;
+mod reproduce;
 mod soak;
 mod test;
 
@@ -36,6 +37,7 @@ enum Command {
     Soak(soak::Args),
     Lab(in_lab::Args),
     Image(image::Args),
+    Reproduce(reproduce::Args),
     #[command(hide = true)]
     GuestBench(bench::GuestArgs),
     #[command(hide = true)]
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Command::Dataplane(args) => dataplane::run(&args),
         Command::GuestDataplane(args) => dataplane::run_guest(&args),
         Command::Image(args) => image::run(&args),
+        Command::Reproduce(args) => reproduce::run(&args),
         Command::GuestContained(args) => contained::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
