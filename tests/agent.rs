@@ -390,3 +390,51 @@ fn node_ports_on_the_primary_address_follow_the_node_when_it_changes() {
     manifests.write("node.yaml", &common::NODE.replace("192.168.1.1", "192.168.1.2"));
     agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
 }
+
+/// What who may write Services might ask for to become the node, its neighbours or the API server. (What comes of every
+/// combination is a table in `crates/reconciler/tests/hostile.rs`.)
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn addresses_that_are_somebodys_are_neither_served_nor_bound() {
+    isolate().unwrap();
+    run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
+    run("ip link add other type dummy; ip address add 172.17.0.1/16 dev other; ip link set other up");
+    let manifests = web();
+    manifests.write(
+        "kubernetes.yaml",
+        &(service("kubernetes", "10.96.0.1") + "---" + &slice("kubernetes-1", "kubernetes", &["192.168.1.9"])),
+    );
+    let refused = [
+        "0.0.0.0",
+        "127.0.0.1",
+        "169.254.169.254",
+        "224.0.0.1",
+        "255.255.255.255",
+        "'::'",
+        "'::1'",
+        "fe80::1",
+        "ff02::1",
+        "192.168.1.1",
+        "192.168.1.9",
+    ];
+    // The victim's VIP at its own port, and an interface's address.
+    let asked_for = refused.join(", ") + ", 10.96.0.10, 172.17.0.1, 203.0.113.1";
+    let hostile = service("hostile", "10.96.0.66") + &format!("  externalIPs: [{asked_for}]\n");
+    let old = hostile.replace("metadata: {", "metadata: {creationTimestamp: '2020-01-01T00:00:00Z', ");
+    let endpoints = ["10.66.6.6", "127.0.0.1", "169.254.169.254"];
+    manifests.write("hostile.yaml", &(old + "---" + &slice("hostile-1", "hostile", &endpoints)));
+    let mut agent = manifests.agent(&[]);
+    let mut expected = vec![WEB.to_owned(), WEB_1.to_owned(), WEB_2.to_owned()];
+    expected
+        .extend(["-A -t 10.96.0.1:80 -s rr".to_owned(), "-a -t 10.96.0.1:80 -r 192.168.1.9:8080 -m -w 1".to_owned()]);
+    for vip in ["10.96.0.66", "172.17.0.1", "203.0.113.1"] {
+        expected.extend([format!("-A -t {vip}:80 -s rr"), format!("-a -t {vip}:80 -r 10.66.6.6:8080 -m -w 1")]);
+    }
+    agent.has(&expected.iter().map(String::as_str).collect::<Vec<_>>());
+    assert_eq!(addresses(), ["10.96.0.1/32", "10.96.0.10/32", "10.96.0.66/32", "203.0.113.1/32"]);
+    for word in ["unspecified", "loopback", "link-local", "multicast", "broadcast"] {
+        agent.says(&format!("is a {word} address"));
+    }
+    agent.says("this is the address of a Node").says("this is the address of the API server");
+    agent.says("another Service has this front end");
+}

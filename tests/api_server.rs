@@ -427,3 +427,26 @@ fn clashes_ports_that_are_taken_and_operations_that_keep_failing_are_events_of_t
     let same = events.iter().filter(|event| event["reason"] == "ProgrammingFailed").count();
     assert_eq!(same, 1, "{events:#?}");
 }
+
+/// Of a list of 100 MB an object at a time is looked at, or a page of them.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_list_of_100_mb_takes_no_more_memory_than_a_page_of_it() {
+    for streaming in [Streaming::Yes, Streaming::Refused(422)] {
+        isolate().unwrap();
+        let cluster = Cluster::with_web();
+        cluster.server.streaming(streaming);
+        for number in 0..10_000 {
+            cluster.server.apply(serde_json::json!({
+                "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{number}"), "namespace": "many"},
+                "spec": {"type": "ExternalName", "externalName": "example.org"},
+            }));
+        }
+        cluster.server.pad(10_000);
+        let mut agent = cluster.agent(&[]);
+        agent.has(&[WEB, WEB_1, WEB_2]);
+        let peak = agent.peak_memory();
+        println!("{streaming:?}: {} MiB at the most", peak >> 20);
+        assert!(peak < 64 << 20, "{} MiB", peak >> 20);
+    }
+}

@@ -169,6 +169,13 @@ impl Agent {
         self.process.wait().unwrap();
     }
 
+    /// How many bytes of memory it had at the most.
+    pub fn peak_memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+    }
+
     /// Does something while the agent is stopped.
     pub fn stop_while(&mut self, action: impl FnOnce()) {
         let pid = rustix::process::Pid::from_child(&self.process);

@@ -56,10 +56,15 @@ impl Watch {
     }
 
     /// Says at once that all these are there.
-    fn added<'a>(&self, objects: impl Iterator<Item = &'a str>) {
+    fn added<'a>(&self, objects: impl Iterator<Item = &'a str>, padding: usize) {
         let mut some = String::new();
         for object in objects {
-            some += &event("ADDED", object);
+            if padding > 0 {
+                let object = object.trim_start_matches('{');
+                some += &event("ADDED", format_args!("{{\"padding\":\"{:padding$}\",{object}", ""));
+            } else {
+                some += &event("ADDED", object);
+            }
             if some.len() > CHUNK {
                 let _ = self.send.send(Ok(std::mem::take(&mut some).into()));
             }
@@ -220,12 +225,15 @@ impl Server {
         let past = (state.stale_by > 0).then(|| state.store.as_of(state.stale_by));
         let store = past.as_ref().unwrap_or(&state.store);
         let limit = query.get("limit").and_then(|limit| limit.parse().ok()).unwrap_or(0);
-        let Some(page) = store.page(resource, &query.selector(), limit, query.get("continue")) else {
+        let Some(mut page) = store.page(resource, &query.selector(), limit, query.get("continue")) else {
             return json_answer(410, &status(410, "Expired", "The provided continue parameter is too old"));
         };
         let mut metadata = json!({ "resourceVersion": store.version().to_string() });
         if let Some(next) = page.next {
             metadata["continue"] = json!(next);
+        }
+        if state.padding > 0 {
+            page.items.iter_mut().for_each(|item| item["padding"] = " ".repeat(state.padding).into());
         }
         let kind = format!("{kind}List");
         json_answer(200, &json!({ "apiVersion": api, "kind": kind, "metadata": metadata, "items": page.items }))
@@ -249,7 +257,7 @@ impl Server {
         if from == 0 {
             let past = (state.stale_by > 0).then(|| state.store.as_of(state.stale_by));
             let store = past.as_ref().unwrap_or(&state.store);
-            watch.added(store.texts(resource, &watch.wanted));
+            watch.added(store.texts(resource, &watch.wanted), state.padding);
             if verb == Verb::StreamingList && state.streaming == Streaming::Yes {
                 watch.bookmark(store.version(), true);
             }

@@ -104,6 +104,8 @@ struct State {
     drip: Option<Drip>,
     /// How many changes ago lists are of.
     stale_by: u64,
+    /// How many bytes of no use each object of a list has.
+    padding: usize,
     /// Whether each event comes twice, and after it the one before it again.
     stutters: bool,
 }
@@ -251,6 +253,11 @@ impl Server {
     /// From now on lists are as they were so many changes ago. Watches that begin with them tell the rest.
     pub fn lists_are_stale_by(&self, changes: u64) {
         self.state().stale_by = changes;
+    }
+
+    /// From now on each object of a list has so many bytes that nobody reads.
+    pub fn pad(&self, bytes: usize) {
+        self.state().padding = bytes;
     }
 
     /// From now on each event of a watch comes twice, and then the one before it once more.

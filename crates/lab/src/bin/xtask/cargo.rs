@@ -79,9 +79,12 @@ pub(crate) enum Build {
     Release,
 }
 
+/// The workspace these chores are of.
+const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
 /// Builds the agent as an executable that needs no other file, and says where it is.
 pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf> {
-    build_static(cargo(), Path::new("."), target, build)
+    build_static(cargo(), Path::new(WORKSPACE), target, build)
 }
 
 /// Builds the agent as it is shipped from the workspace in another directory.
@@ -116,10 +119,7 @@ fn same_everywhere(directory: &Path) -> Result<String> {
     let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
     let home =
         home.or_else(|| Some(std::env::home_dir()?.join(".cargo"))).context("cannot tell where cargo's home is")?;
-    Ok([(here, "/kube-ipvs"), (home, "/cargo")]
-        .iter()
-        .map(|(from, to)| format!(" --remap-path-prefix={}={to}", from.display()))
-        .collect())
+    Ok(format!(" --remap-path-prefix={}=/kube-ipvs --remap-path-prefix={}=/cargo", here.display(), home.display()))
 }
 
 /// Builds these chores as an executable that is not in the way of what it measures, and says where it is.
