@@ -242,6 +242,8 @@ impl<K: Kernel> Reconciler<K> {
             self.drain_since.remove(&front_end);
             return;
         }
+        // Where the kernel refused it, it has not begun, and would not sooner for being asked again at once.
+        let has_begun = has_begun && !self.pending.contains_key(&Key::Server(front_end));
         let again = match self.draining.again(&front_end) {
             Some(again) if !has_begun && again.due > now => again.clone(),
             Some(again) if !has_begun => again.longer(now),
