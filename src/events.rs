@@ -26,7 +26,7 @@ pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
             "FrontEndTaken",
             "LeaveFrontEnd",
             format!(
-                "{} belongs to Service {}, which is older or first by name: give one of the two another address or port",
+                "{} belongs to Service {}, which was given it, is older, or first by name: give one of the two another address or port",
                 clash.front_end, clash.winner
             ),
         ));

@@ -268,7 +268,7 @@ fn tell(outcome: &Outcome, latency: Option<Duration>) {
     for clash in &outcome.clashes {
         warn!(
             service = %clash.loser, front_end = %clash.front_end,
-            "another Service has this front end: {} keeps it, being older or first by name; give one of the two another \
+            "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
              address or port", clash.winner
         );
     }
