@@ -98,7 +98,7 @@ impl<'a> Stage<'a> {
         for service in services {
             let name = service["metadata"]["name"].as_str().unwrap_or_default().to_owned();
             server.apply(service);
-            server.apply(world::slice(&name, &world::staying(&name), &[]));
+            server.apply(world::slice(&name, &STAYING, &[]));
         }
         for number in 0..VICTIMS {
             for object in world::victim(number) {

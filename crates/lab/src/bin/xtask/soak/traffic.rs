@@ -11,19 +11,18 @@ use anyhow::{Context as _, Result};
 use lab::netns::Namespace;
 
 use super::tally::Shared;
-use super::world::{DATAGRAMS, STILL, TARGETS, Target, World};
+use super::world::{DATAGRAMS, PORTS, STILL, TARGETS, Target, World};
 
 /// How long a client waits. One processor does everything here, and may be late.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a client of UDP waits before it asks again: a datagram may get lost.
 const AGAIN: Duration = Duration::from_secs(2);
-const PORT: u16 = 8080;
 
 /// Starts who answers at these addresses of a namespace, for as long as the process lives.
 pub(crate) fn serve<'a>(namespace: &Namespace, addresses: impl Iterator<Item = &'a str>) -> Result<()> {
-    for address in addresses {
+    for (address, port) in addresses.flat_map(|address| PORTS.map(|(_, port)| (address, port))) {
         // Not one socket for all: that one's datagrams would come from the first address.
-        let open = || -> io::Result<_> { Ok((TcpListener::bind((address, PORT))?, UdpSocket::bind((address, PORT))?)) };
+        let open = || -> io::Result<_> { Ok((TcpListener::bind((address, port))?, UdpSocket::bind((address, port))?)) };
         let (listener, datagrams) = namespace.run(open)?.context("cannot listen")?;
         thread::spawn(move || {
             for stream in listener.incoming().map_while(Result::ok) {
@@ -67,7 +66,7 @@ pub(crate) fn ask_all<'scope>(
             let is_over = is_over.clone();
             let address: SocketAddr = SocketAddr::from(([0; 4], 0));
             let address = target.address.parse().unwrap_or(address);
-            let asker = Asker { who, address, shared, is_over };
+            let asker = Asker { who, address, node: &world.node, shared, is_over };
             scope.spawn(move || {
                 if let Err(error) = namespace.run(|| ask(&asker)) {
                     asker.lost(&error.to_string());
@@ -86,6 +85,7 @@ pub(crate) fn ask_all<'scope>(
 struct Asker<'a> {
     who: String,
     address: SocketAddr,
+    node: &'a Namespace,
     shared: &'a Shared,
     is_over: Arc<AtomicBool>,
 }
@@ -97,6 +97,14 @@ impl Asker<'_> {
 
     fn lost(&self, why: &str) {
         self.shared.lost(&self.who, why);
+        // What whoever looks for the reason begins with.
+        let vip = self.address.to_string();
+        for command in ["ipvsadm -Ln", "ipvsadm -Lnc", "cat /proc/thread-self/net/stat/nf_conntrack"] {
+            let shown = self.node.exec(command).unwrap_or_else(|error| error.to_string());
+            let is_of_it = |line: &&str| command != "ipvsadm -Lnc" || line.contains(&vip);
+            let lines: Vec<&str> = shown.lines().filter(is_of_it).take(60).collect();
+            eprintln!("  $ {command}\n    {}", lines.join("\n    "));
+        }
     }
 
     fn connect(&self) -> io::Result<BufReader<TcpStream>> {

@@ -8,20 +8,22 @@ use crate::bench::load::NODE;
 
 /// Addresses of pods that answer all along.
 pub(crate) const STAYING: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
-/// Addresses of pods that answer all along, of Services whose connections stay open. They have no other Service: of two
-/// connections of one client from one port to one real server by way of two VIPs, IPVS finds the younger only
-/// (`ip_vs_conn_out_get`), so that the older would be cut off, whatever an agent does.
-pub(crate) const UNSHARED: [&str; 2] = ["10.244.1.6", "10.244.1.7"];
 /// Addresses of pods that answer too, and are endpoints now and then.
 pub(crate) const COMING_AND_GOING: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
 /// Every address that answers.
 pub(crate) fn all_servers() -> impl Iterator<Item = &'static str> {
-    STAYING.into_iter().chain(UNSHARED).chain(COMING_AND_GOING)
+    STAYING.into_iter().chain(COMING_AND_GOING)
 }
 
-/// The endpoints that a Service always has.
-pub(crate) fn staying(service: &str) -> [&'static str; 2] {
-    if LIVELY.contains(&service) { STAYING } else { UNSHARED }
+/// Each Service has a port of its own at its endpoints. Of two connections of one client from one port to one real server, by
+/// way of two VIPs, the kernel keeps the second from being made, or finds the younger only: connection tracking has one entry for
+/// what comes back (`__nf_conntrack_confirm`), and so has IPVS (`ip_vs_conn_out_get`). That is so whatever an agent does, and it is
+/// no test of one.
+pub(crate) const PORTS: [(&str, u16); 6] =
+    [("tcp", 8080), ("affinity", 8081), ("udp", 8082), ("ways", 8083), ("local", 8084), ("still", 8085)];
+
+fn target_port(service: &str) -> u16 {
+    PORTS.iter().find(|(name, _)| *name == service).map_or(8080, |(_, port)| *port)
 }
 
 /// Services that somebody changes in the kernel.
@@ -155,7 +157,7 @@ pub(crate) fn slice(name: &str, ready: &[&str], terminating: &[&str]) -> Value {
     json!({
         "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
         "metadata": {"name": format!("{name}-1"), "namespace": "soak", "labels": {"kubernetes.io/service-name": name}},
-        "ports": [{"name": "a", "protocol": protocol, "port": 8080}], "endpoints": endpoints,
+        "ports": [{"name": "a", "protocol": protocol, "port": target_port(name)}], "endpoints": endpoints,
     })
 }
 
