@@ -9,6 +9,9 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::geteuid;
+use tokio::net::UnixStream;
+use tokio::net::unix::UCred;
 use tracing::warn;
 
 const NAME: &str = "kube-ipvs";
@@ -23,10 +26,16 @@ impl Alone {
         let name = SocketAddr::from_abstract_name(NAME).context("cannot name a socket")?;
         match UnixListener::bind_addr(&name) {
             Ok(listener) => Ok(Self(Some(listener))),
-            Err(error) if error.kind() == ErrorKind::AddrInUse => bail!(
+            Err(error) if error.kind() == ErrorKind::AddrInUse && is_an_agents(&name) => bail!(
                 "another kube-ipvs programs this network namespace (`ss -xlp` shows it as @{NAME}): stop that one first, or leave \
                  the node to it. Nothing was changed"
             ),
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                warn!(
+                    "somebody without the rights of an agent has the name @{NAME} (`ss -xlp`): another kube-ipvs would not be noticed"
+                );
+                Ok(Self(None))
+            }
             // Hardly ever there is one.
             Err(error) => {
                 warn!("cannot find out whether another kube-ipvs runs here: {error}");
@@ -34,4 +43,16 @@ impl Alone {
             }
         }
     }
+}
+
+/// Whether who has the name may be an agent: anybody can have one, and must not keep an agent from starting by that. Where it
+/// cannot be found out it may be.
+fn is_an_agents(name: &SocketAddr) -> bool {
+    let peer = || -> std::io::Result<UCred> {
+        let stream = std::os::unix::net::UnixStream::connect_addr(name)?;
+        stream.set_nonblocking(true)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+        runtime.block_on(async { UnixStream::from_std(stream)?.peer_cred() })
+    };
+    peer().map_or(true, |peer| peer.uid() == geteuid().as_raw())
 }

@@ -7,7 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
-use reconciler::kernel::{Cause, DEVICE, Kernel as _, Observed, Scope};
+use reconciler::kernel::{Cause, DEVICE, Kernel as _, KernelError, Observed, Scope};
 use reconciler::linux::LinuxKernel;
 use reconciler::mirror::Mirror;
 use reconciler::plan::{Operation, Plan};
@@ -26,25 +26,29 @@ pub(crate) fn run() -> Result<End> {
     let observed = kernel.dump(Scope::All)?;
     let (plan, left) = plan(observed);
     let (mut done, mut failed) = carry_out(&mut kernel, &plan);
-    let is_device_empty = left.addresses.is_empty() && failed == 0;
-    let mut whole = |what: &str, result: Result<bool, _>| match result {
-        Ok(true) => {
-            info!("done: delete {what}");
-            done += 1;
+    let is_all_gone = failed == 0;
+    let is_device_empty = left.addresses.is_empty() && is_all_gone;
+    let mut whole = |what: &str, result: Result<bool, KernelError>| {
+        match result {
+            Ok(true) => {
+                info!("done: delete {what}");
+                done += 1;
+            }
+            Ok(false) => {}
+            Err(error) => {
+                error!("{error}");
+                failed += 1;
+            }
         }
-        Ok(false) => {}
-        Err(error) => {
-            error!("{error}");
-            failed += 1;
-        }
+        failed == 0
     };
-    if is_device_empty {
-        whole("device kube-ipvs0", kernel.delete_device());
+    let is_all_well = !is_device_empty || whole("device kube-ipvs0", kernel.delete_device());
+    // Last: what they refuse is refused for as long as there is a VIP, and by what is in them the rest is known to be ours.
+    if is_all_well && is_all_gone {
+        whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
     }
-    // Last: what they refuse is refused for as long as there is a VIP.
-    whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
     for server in &left.servers {
-        info!("left: virtual server {server}, which is of no VIP of ours");
+        info!("left: virtual server {server}, which is not provably ours");
     }
     for address in &left.addresses {
         info!("left: address {address} on {DEVICE}, which kube-ipvs does not make, and the device");

@@ -106,9 +106,9 @@ pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
 /// What the node serves before anything is known of what it should. What cannot be read is nothing.
 pub(crate) fn serving(ipvs: &mut Client) -> Serving {
     let listed = ipvs.virtual_servers().inspect_err(|error| warn!("{error}")).unwrap_or_default();
-    let front_ends: Vec<FrontEnd> = listed.iter().filter_map(|entry| FrontEnd::of(&entry.server.id)).collect();
-    let vips: BTreeSet<IpAddr> = front_ends.iter().map(|front_end| front_end.address).collect();
-    Serving { vips: vips.len(), servers: front_ends.len() }
+    let front_ends = listed.iter().filter_map(|entry| FrontEnd::of(&entry.server.id));
+    let vips: BTreeSet<IpAddr> = front_ends.map(|front_end| front_end.address).collect();
+    Serving { vips: vips.len() }
 }
 
 /// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.

@@ -516,6 +516,28 @@ mod tests {
     }
 
     #[test]
+    fn a_setting_that_cannot_be_set_back_is_told_once_until_it_is_right() {
+        const CONNTRACK: &str = "proc/sys/net/ipv4/vs/conntrack";
+        let root = root(&[(CONNTRACK, "1"), (NODEST, "1"), (TEMPLATE, "1"), (FORWARD, "1")]);
+        let settings = wanted(false, None, &Conntrack { udp_timeout: Duration::from_secs(9), ..conntrack() }, None, 1);
+        let mut watch = Watch::new(root.path().to_owned(), settings);
+        assert_eq!((watch.look(), watch.wrong()), (vec![], 0), "and tuning is not looked at");
+        // Somebody switches it off where it cannot be written, as in a container.
+        fs::remove_file(root.path().join(FORWARD)).unwrap();
+        symlink("/proc/sys/kernel/ngroups_max", root.path().join(FORWARD)).unwrap();
+        let problems = watch.look();
+        assert!(problems.len() == 1 && problems[0].contains("net.ipv4.ip_forward must be 1"), "{problems:?}");
+        assert_eq!((watch.look(), watch.wrong()), (vec![], 1), "it is told once");
+        fs::remove_file(root.path().join(FORWARD)).unwrap();
+        fs::write(root.path().join(FORWARD), "1").unwrap();
+        assert_eq!((watch.look(), watch.wrong()), (vec![], 0));
+        // What can be written is set back, and nobody else need do anything.
+        fs::write(root.path().join(NODEST), "0").unwrap();
+        assert_eq!((watch.look(), watch.wrong()), (vec![], 0));
+        assert_eq!(read(&root, NODEST), "1");
+    }
+
+    #[test]
     fn connection_tracking_that_belongs_to_others_does_not_stop_the_start() {
         let conntrack =
             Conntrack { max_per_core: 32_768, tcp_timeout_established: Duration::from_secs(86_400), ..conntrack() };

@@ -15,6 +15,7 @@ use crate::node::NodeView;
 use crate::policy::Policy;
 use crate::real_servers::Place;
 use crate::table::Entry as TableEntry;
+use crate::urgent::API_SERVER;
 
 /// A virtual server with its real servers, each of weight 1 and reached by masquerading; and who may reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -273,7 +274,9 @@ impl Vips {
                 return Some(Holder::Node);
             }
             // Whoever runs the control plane may have Services lead there.
-            (node.api_servers.contains(vip) && service.name.namespace() != "kube-system").then_some(Holder::ApiServer)
+            let (namespace, name) = (service.name.namespace(), service.name.name());
+            let is_privileged = namespace == "kube-system" || (namespace, name) == API_SERVER;
+            (node.api_servers.contains(vip) && !is_privileged).then_some(Holder::ApiServer)
         };
         let mut refused = Vec::new();
         for vips in [&mut external, &mut load_balancer] {

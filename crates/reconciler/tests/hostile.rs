@@ -166,6 +166,14 @@ fn an_api_server_that_moves_takes_its_address_from_who_has_it() {
 }
 
 #[test]
+fn nobody_becomes_an_api_server_by_a_slice_of_his_own() {
+    let mut world = cluster();
+    world.apply(Change::Service(Service { external_ips: vec![ip("203.0.113.1")], ..hostile() })).settle();
+    world.apply(Change::Slice(ready("kubernetes-2", "kubernetes", &["203.0.113.1"]))).settle();
+    assert!(world.kernel().servers.contains_key(&tcp("203.0.113.1", 80)));
+}
+
+#[test]
 fn policy_local_and_source_ranges_of_one_service_say_nothing_of_another() {
     let mut world = cluster();
     let before = world.kernel().filter.front_ends[&tcp("10.96.0.10", 80)].clone();

@@ -156,7 +156,10 @@ impl Server {
                 return Ok(response);
             }
             Some(Fault::Endless) => {
-                let much = Bytes::from(vec![b'a'; 1 << 20]);
+                // A watch is read line by line, a list as a whole.
+                let mut much = vec![b'a'; 1 << 20];
+                much.push(if verb == Verb::List { b'\n' } else { b'a' });
+                let much = Bytes::from(much);
                 let start = stream::once(async { Ok(Bytes::from_static(b"{\"kind\": \"")) });
                 let rest = stream::repeat_with(move || Ok(much.clone()));
                 return respond(200, "application/json", stream_body(start.chain(rest)));

@@ -367,8 +367,10 @@ impl<K: Kernel> Reconciler<K> {
         if !std::mem::take(&mut self.is_node_dirty) {
             return false;
         }
-        let kubernetes = self.table.get(&self.api_server).into_iter().flat_map(|entry| entry.slices.values());
-        let api_servers = kubernetes.flat_map(|slice| slice.endpoints.iter().map(|endpoint| endpoint.address));
+        // Of the slices only the one that API servers write themselves, again and again: whoever may write slices in that
+        // namespace could otherwise make anybody an API server.
+        let kubernetes = self.table.get(&self.api_server).and_then(|entry| entry.slices.get(&self.api_server));
+        let api_servers = kubernetes.into_iter().flat_map(|slice| slice.endpoints.iter().map(|it| it.address));
         let neighbours = self.table.neighbours();
         let node = NodeView::new(self.table.node(), neighbours, api_servers, &self.interfaces, &self.policy);
         if node == self.node {

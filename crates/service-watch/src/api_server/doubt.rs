@@ -15,10 +15,8 @@ const MANY: usize = 10;
 /// What the node serves when the agent starts: what was there before the first list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Serving {
-    /// The addresses that have virtual servers.
+    /// How many addresses have virtual servers. There are at least as many in Services, and mostly as many endpoints.
     pub vips: usize,
-    /// The virtual servers that have real servers.
-    pub servers: usize,
 }
 
 /// Whether the list at hand is to be believed.

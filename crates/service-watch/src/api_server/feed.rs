@@ -16,7 +16,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::debug;
 
 use super::doubt::AGAIN;
-use super::patience::NoAnswer;
+use super::patience::{NoAnswer, TooLong};
 use crate::convert::Object;
 use crate::error::chain;
 use crate::lenient::Short;
@@ -25,6 +25,9 @@ use crate::lenient::Short;
 const WATCH_SECONDS: u32 = 50;
 /// While a list is being read, something must come at least this often.
 const SILENCE: Duration = Duration::from_secs(55);
+
+/// How many objects a page has where one of the usual size was too large.
+const SMALL_PAGE: u32 = 40;
 
 /// A server that did not answer for so long may be another one, or one that was restored from a backup: its versions look
 /// like those known, and mean other things. So what there is is listed anew.
@@ -167,6 +170,10 @@ impl<K: Object> Feed<K> {
         if self.phase != Phase::Following && self.streaming() && refused {
             self.fall_back(&error.to_string());
             return None;
+        }
+        if !self.streaming() && TooLong::is_in(error) {
+            // Objects as large as etcd takes them (1.5 MiB) fit then.
+            self.config.page_size = Some(SMALL_PAGE);
         }
         // A list with a failure in it proves nothing about what is gone.
         if self.phase != Phase::Following || refused || !resumes(error) {

@@ -108,9 +108,9 @@ impl ApiServer {
         let Self { client, server, node, all_nodes, serving, counters } = self;
         let mut outlet = Outlet::new(sink, counters);
         let mut converter = Converter::new(node.clone());
-        let doubt = |before: fn(Serving) -> usize| serving.map_or_else(Doubt::default, |it| Doubt::of(before(it)));
-        let mut services = Tracker { doubt: doubt(|serving| serving.vips), ..Tracker::default() };
-        let mut slices = Tracker { doubt: doubt(|serving| serving.servers), ..Tracker::default() };
+        let doubt = || serving.map_or_else(Doubt::default, |serving| Doubt::of(serving.vips));
+        let mut services = Tracker { doubt: doubt(), ..Tracker::default() };
+        let mut slices = Tracker { doubt: doubt(), ..Tracker::default() };
         let mut nodes = Tracker { only: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
 
         // What kube-proxy asks for: nothing of other proxies, nothing headless.

@@ -20,16 +20,30 @@ const ANSWER: Duration = Duration::from_secs(50);
 /// otherwise be asked anew without a pause: `watcher` takes the end of a watch for normal.
 const WATCH_AGAIN: Duration = Duration::from_secs(1);
 
-/// The longest time to stay away that a server is obeyed in, in seconds.
-const MOST_PATIENCE: u64 = 60;
-/// A line of a watch, or a page of a list, is not longer than this: many times what a page of large objects is, and little
-/// enough that a server that never ends one does not take all memory.
+/// The longest time to stay away that a server is obeyed in, in seconds: less than a feed waits for anything to come.
+const MOST_PATIENCE: u64 = 50;
+/// A line of a watch, or any other answer, is not longer than this: little enough that a server that never ends one does not
+/// take all memory. A page may be, of objects as large as they can be; then there are smaller pages.
 const LONGEST: usize = 64 << 20;
 
 /// What an answer fails with that is longer.
 #[derive(Debug, thiserror::Error)]
 #[error("more than {} MiB came without an end", LONGEST >> 20)]
-struct TooLong;
+pub(super) struct TooLong;
+
+impl TooLong {
+    /// Whether an error comes from that.
+    pub(super) fn is_in(error: &(dyn std::error::Error + 'static)) -> bool {
+        let mut cause = Some(error);
+        while let Some(error) = cause {
+            if error.is::<Self>() {
+                return true;
+            }
+            cause = error.source();
+        }
+        false
+    }
+}
 
 /// What a request that was given up fails with.
 #[derive(Debug, thiserror::Error)]
@@ -94,19 +108,19 @@ async fn send(
             answered.send_replace(());
         }
     }
-    Ok(response.map(bounded))
+    // Of a watch that goes well each line is read by itself; all else is read as a whole.
+    let is_by_line = is_watch && response.status().is_success();
+    Ok(response.map(|body| bounded(body, is_by_line)))
 }
 
-/// A body that fails where a line of it becomes too long.
-fn bounded(body: Body) -> UnsyncBoxBody<Bytes, BoxError> {
+/// A body that fails where it, or a line of it, becomes too long.
+fn bounded(body: Body, is_by_line: bool) -> UnsyncBoxBody<Bytes, BoxError> {
     let mut length = 0;
     let frames = BodyStream::new(body).map(move |frame| {
         let frame = frame.map_err(BoxError::from)?;
         if let Some(data) = frame.data_ref() {
-            length = match data.iter().rposition(|byte| *byte == b'\n') {
-                Some(end) => data.len() - end - 1,
-                None => length + data.len(),
-            };
+            let end = if is_by_line { data.iter().rposition(|byte| *byte == b'\n') } else { None };
+            length = end.map_or(length + data.len(), |end| data.len() - end - 1);
         }
         if length > LONGEST { Err(TooLong.into()) } else { Ok(frame) }
     });

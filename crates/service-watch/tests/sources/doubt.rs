@@ -92,7 +92,7 @@ async fn whoever_wants_every_list_believed_has_it_so() {
 async fn a_start_on_a_node_that_serves_much_waits_for_a_second_list_where_the_first_is_empty() {
     let server = Server::new();
     let start = Instant::now();
-    let mut listener = listen(source(&server, Some(Serving { vips: 20, servers: 20 })));
+    let mut listener = listen(source(&server, Some(Serving { vips: 20 })));
     for _ in 0..2 {
         let report = listener.report().await;
         assert!(matches!(report.subject, Subject::Watch(_)), "{report:?}");
@@ -107,7 +107,7 @@ async fn a_start_on_a_node_that_serves_much_waits_for_a_second_list_where_the_fi
 async fn a_few_that_go_are_gone_at_once() {
     let server = Server::new();
     fill(&server);
-    let mut listener = listen(source(&server, Some(Serving { vips: 12, servers: 12 })));
+    let mut listener = listen(source(&server, Some(Serving { vips: 12 })));
     listener.synced().await;
     server.delete("Service", "default", "s00");
     assert_eq!(listener.change().await, "-s00");

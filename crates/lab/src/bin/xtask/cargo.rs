@@ -91,7 +91,7 @@ pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf
 pub(crate) fn static_agent_in(directory: &Path) -> Result<PathBuf> {
     let mut command = cargo();
     // Where whoever started us builds is not where that one does.
-    command.current_dir(directory).env_remove("CARGO_TARGET_DIR");
+    command.current_dir(directory).env("CARGO_TARGET_DIR", directory.join("target"));
     build_static(command, directory, None, Build::Release)
 }
 

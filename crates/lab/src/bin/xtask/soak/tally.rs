@@ -72,6 +72,12 @@ pub(crate) struct Sample {
 const MOST_WORDS: usize = 50;
 /// So much is remembered of what happened before a loss.
 const HISTORY: usize = 40;
+/// From this many seconds on growth can be told from chance.
+const LONG: u64 = 3600;
+/// Bytes an hour: a tenth of what the agent has.
+const MOST_GROWTH: f64 = 1_048_576.0;
+/// Connections come and go.
+const MORE_FILES: usize = 5;
 /// How long answers are counted together, in seconds.
 pub(crate) const QUARTER: u64 = 15;
 
@@ -83,6 +89,16 @@ impl Tally {
         let lost: u64 = self.traffic.values().map(|it| it.lost).sum();
         if lost > 0 {
             failures.push(format!("{lost} connections or answers were lost"));
+        }
+        if self.seconds >= LONG {
+            failures.extend(
+                self.growth().filter(|it| *it > MOST_GROWTH).map(|it| format!("memory grows by {it:.0} bytes an hour")),
+            );
+            let files = |samples: &[Sample]| samples.iter().map(|it| it.files).max().unwrap_or(0);
+            let (early, late) = self.settled().split_at(self.settled().len() / 2);
+            if files(late) > files(early) + MORE_FILES {
+                failures.push(format!("open files grow from {} to {}", files(early), files(late)));
+            }
         }
         for (kind, repairs) in self.drifts.iter().filter(|(_, it)| it.repaired < it.made) {
             failures.push(format!("{kind}: {} of {} were not repaired", repairs.made - repairs.repaired, repairs.made));
