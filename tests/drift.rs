@@ -4,6 +4,8 @@
 
 mod common;
 
+use std::os::linux::net::SocketAddrExt as _;
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::time::{Duration, Instant};
 
 use common::{Agent, Manifests, NODE, addresses, http, ipvs, metric, run, service, slice};
@@ -199,4 +201,23 @@ fn a_second_agent_says_so_and_stops_and_the_first_goes_on() {
     agent.kill();
     let mut next = manifests.agent(&["--once"]);
     assert!(next.ends().success(), "{}", next.log());
+}
+
+/// Anybody on the node can take a name; nobody keeps an agent from starting by that who may not be one.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn who_merely_has_the_name_of_an_agent_keeps_none_from_starting() {
+    isolate().unwrap();
+    let holder = std::thread::spawn(|| {
+        // Of this thread alone.
+        rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65_534)).unwrap();
+        UnixListener::bind_addr(&SocketAddr::from_abstract_name("kube-ipvs").unwrap()).unwrap()
+    });
+    let _listener = holder.join().unwrap();
+    let manifests = Manifests::new();
+    manifests.write("web.yaml", &service("web", "10.96.0.10"));
+    let mut agent = manifests.agent(&["--once"]);
+    assert!(agent.ends().success(), "{}", agent.log());
+    assert!(agent.log().contains("somebody without the rights of an agent has the name @kube-ipvs"), "{}", agent.log());
+    assert_eq!(ipvs(), ["-A -t 10.96.0.10:80 -s rr"]);
 }

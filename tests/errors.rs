@@ -138,3 +138,26 @@ fn sockets_that_fail_are_opened_again() {
         survives("NETLINK_FAIL", 7, errno, &[]);
     }
 }
+
+/// What tells that something is ours goes last of all, also where not everything went.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn what_cleanup_could_not_remove_it_removes_the_next_time() {
+    node();
+    let manifests = Manifests::new();
+    write(&manifests, 0);
+    assert!(manifests.agent(&["--once"]).ends().success());
+    let during = manifests.path().join(".faults");
+    fs::write(&during, "").unwrap();
+    let cleanup = |faults: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+        command.arg("cleanup").env("NETLINK_REFUSE", faults).output().unwrap()
+    };
+    let first = cleanup(&format!("3:12:{}", during.display()));
+    assert!(!first.status.success(), "{}", String::from_utf8_lossy(&first.stderr));
+    assert!(ipvs().len() > 1 && !filter().join("").is_empty(), "{:#?}", ipvs());
+    fs::remove_file(&during).unwrap();
+    let second = cleanup("");
+    assert!(second.status.success(), "{}", String::from_utf8_lossy(&second.stderr));
+    assert_eq!((ipvs(), filter().join("")), (vec![FOREIGN.to_owned()], String::new()));
+}
