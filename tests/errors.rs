@@ -95,6 +95,7 @@ fn survives(variable: &str, every: u64, errno: i32, flags: &[&str]) -> (Vec<Stri
             .sum();
     let unread = metric("kube_ipvs_kernel_read_failures_total").unwrap_or(0.0);
     println!("{variable} {errno}: {failures} refused, {unread} readings failed");
+    assert!(failures + unread > 0.0, "nothing was refused: is this an agent with fault points?");
     fs::remove_file(&during).unwrap();
 
     let right = std::thread::scope(|scope| {

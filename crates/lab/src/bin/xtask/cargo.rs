@@ -66,7 +66,9 @@ pub(crate) fn agent() -> Result<Option<PathBuf>> {
     if !has_agent(&metadata)? {
         return Ok(None);
     }
-    let arguments = ["build", "--package=kube-ipvs", "--bin=kube-ipvs", "--message-format=json-render-diagnostics"];
+    // As the tests are built: otherwise it would take the place of the agent that they were built with.
+    let arguments = ["build", "--package=kube-ipvs", "--bin=kube-ipvs", "--features=fault-points"];
+    let arguments = arguments.into_iter().chain(["--message-format=json-render-diagnostics"]);
     parse_binary(&stdout(cargo().args(arguments))?, "kube-ipvs").map(Some)
 }
 
