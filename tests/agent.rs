@@ -402,7 +402,7 @@ fn addresses_that_are_somebodys_are_neither_served_nor_bound() {
     let manifests = web();
     manifests.write(
         "kubernetes.yaml",
-        &(service("kubernetes", "10.96.0.1") + "---" + &slice("kubernetes-1", "kubernetes", &["192.168.1.9"])),
+        &(service("kubernetes", "10.96.0.1") + "---" + &slice("kubernetes", "kubernetes", &["192.168.1.9"])),
     );
     let refused = [
         "0.0.0.0",
