@@ -46,7 +46,8 @@ impl Alone {
 }
 
 /// Whether who has the name may be an agent: anybody can have one, and must not keep an agent from starting by that. Where it
-/// cannot be found out it may be.
+/// cannot be found out it may be. Tokio asks: the standard library's `peer_cred` is not stable, and a peer in another PID
+/// namespace has process 0, which rustix's type of its answer does not have.
 fn is_an_agents(name: &SocketAddr) -> bool {
     let peer = || -> std::io::Result<UCred> {
         let stream = std::os::unix::net::UnixStream::connect_addr(name)?;

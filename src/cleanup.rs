@@ -3,6 +3,7 @@
 //! What is ours shows in the kernel: every front end is in the tables of the packet filter, or where there is none its VIP is on
 //! `kube-ipvs0`. So no API server is needed, and what others made is not taken for ours.
 
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -25,27 +26,13 @@ pub(crate) fn run() -> Result<End> {
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
     let (plan, left) = plan(observed);
-    let (mut done, mut failed) = carry_out(&mut kernel, &plan);
-    let is_all_gone = failed == 0;
-    let is_device_empty = left.addresses.is_empty() && is_all_gone;
-    let mut whole = |what: &str, result: Result<bool, KernelError>| {
-        match result {
-            Ok(true) => {
-                info!("done: delete {what}");
-                done += 1;
-            }
-            Ok(false) => {}
-            Err(error) => {
-                error!("{error}");
-                failed += 1;
-            }
-        }
-        failed == 0
-    };
-    let is_all_well = !is_device_empty || whole("device kube-ipvs0", kernel.delete_device());
+    let mut tally = carry_out(&mut kernel, &plan);
+    if tally.failed == 0 && left.addresses.is_empty() {
+        tally.count_whole("device kube-ipvs0", kernel.delete_device());
+    }
     // Last: what they refuse is refused for as long as there is a VIP, and by what is in them the rest is known to be ours.
-    if is_all_well && is_all_gone {
-        whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
+    if tally.failed == 0 {
+        tally.count_whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
     }
     for server in &left.servers {
         info!("left: virtual server {server}, which is not provably ours");
@@ -54,6 +41,7 @@ pub(crate) fn run() -> Result<End> {
         info!("left: address {address} on {DEVICE}, which kube-ipvs does not make, and the device");
     }
     info!("left: settings of the kernel (sysctls and IPVS timeouts)");
+    let Tally { done, failed } = tally;
     if failed > 0 {
         bail!("{failed} things could not be removed: see above, and run it again");
     }
@@ -61,25 +49,45 @@ pub(crate) fn run() -> Result<End> {
     Ok(End::Done)
 }
 
-/// Carries out a plan and says how much was done, and how much failed.
-fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> (usize, usize) {
-    let results = if plan.is_empty() { Vec::new() } else { kernel.apply(plan) };
-    let (mut done, mut failed) = (0, 0);
-    for (operation, result) in plan.operations().iter().zip(results) {
+/// How much was done, and how much failed.
+#[derive(Debug, Default)]
+struct Tally {
+    done: usize,
+    failed: usize,
+}
+
+impl Tally {
+    fn count(&mut self, what: &impl Display, result: Result<(), KernelError>) {
         match result {
             Ok(()) => {
-                info!("done: {operation}");
-                done += 1;
+                info!("done: {what}");
+                self.done += 1;
             }
             // Somebody was faster.
             Err(error) if matches!(error.cause, Cause::NotFound | Cause::NoDevice) => {}
             Err(error) => {
                 error!("{error}");
-                failed += 1;
+                self.failed += 1;
             }
         }
     }
-    (done, failed)
+
+    /// The same for what says itself whether it was there.
+    fn count_whole(&mut self, what: &str, result: Result<bool, KernelError>) {
+        if let Some(result) = result.map(|was_there| was_there.then_some(())).transpose() {
+            self.count(&format_args!("delete {what}"), result);
+        }
+    }
+}
+
+/// Carries out a plan.
+fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> Tally {
+    let results = if plan.is_empty() { Vec::new() } else { kernel.apply(plan) };
+    let mut tally = Tally::default();
+    for (operation, result) in plan.operations().iter().zip(results) {
+        tally.count(operation, result);
+    }
+    tally
 }
 
 /// Removes the tables of the packet filter, and before them the routes, which nobody else would guard: kube-proxy binds each
@@ -88,7 +96,7 @@ pub(crate) fn remove_filter() -> Result<End> {
     let _alone = Alone::new()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
-    let (done, failed) = carry_out(&mut kernel, &routes.into_iter().map(Operation::RemoveRoute).collect());
+    let Tally { done, failed } = carry_out(&mut kernel, &routes.into_iter().map(Operation::RemoveRoute).collect());
     if failed > 0 {
         bail!("{failed} routes could not be removed, so the tables that guard them stay: see above, and run it again");
     }

@@ -4,10 +4,11 @@
 //! of VIPs, and most of all with ranges of which each is one route, a start takes far less of it.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use ipnet::{IpNet, Ipv6Net};
 use ipvs_netlink::Family;
+use service_watch::RESERVED;
 
 /// How the kernel learns that packets to a VIP are for this node (`--vip-binding`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -61,28 +62,16 @@ impl fmt::Display for RangeProblem {
     }
 }
 
-/// "This network", loopback, link-local, multicast and broadcast; of IPv6 also what stands for IPv4 (`::/8`).
-const RESERVED_V4: [Ipv4Net; 5] = [
-    Ipv4Net::new_assert(Ipv4Addr::UNSPECIFIED, 8),
-    Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8),
-    Ipv4Net::new_assert(Ipv4Addr::new(169, 254, 0, 0), 16),
-    Ipv4Net::new_assert(Ipv4Addr::new(224, 0, 0, 0), 4),
-    Ipv4Net::new_assert(Ipv4Addr::BROADCAST, 32),
-];
-const RESERVED_V6: [Ipv6Net; 3] = [
-    Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 8),
-    Ipv6Net::new_assert(Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0), 10),
-    Ipv6Net::new_assert(Ipv6Addr::new(0xff00, 0, 0, 0, 0, 0, 0, 0), 8),
-];
+/// What stands for IPv4, and more of that kind (RFC 4291).
+const FOR_IPV4: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 8));
 
 /// What is wrong with a range, if anything.
 pub fn check_range(range: &IpNet) -> Result<(), RangeProblem> {
     if range.prefix_len() == 0 {
         return Err(RangeProblem::Everything);
     }
-    let reserved = RESERVED_V4.map(IpNet::V4).into_iter().chain(RESERVED_V6.map(IpNet::V6));
+    let mut reserved = std::iter::once(FOR_IPV4).chain(RESERVED.map(|(reserved, _)| reserved));
     reserved
-        .into_iter()
         .find(|reserved| overlap(reserved, range))
         .map_or(Ok(()), |reserved| Err(RangeProblem::Reserved(reserved)))
 }

@@ -178,12 +178,11 @@ impl Contribution {
         let local: Arc<[Place]> = local.map_or_else(|| cluster.clone(), Into::into);
 
         let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
-            (false, _) => FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None },
+            (false, _) => FrontEndRule { masquerade, guard, ..FrontEndRule::OPEN },
             (true, protocol) => FrontEndRule {
                 masquerade: if protocol == Protocol::Udp { Masquerade::NodeIsRefused } else { Masquerade::Nobody },
                 guard: Guard::Refuse,
-                is_closed_to_node: false,
-                sources: None,
+                ..FrontEndRule::OPEN
             },
         };
         let from_inside = {
@@ -280,8 +279,11 @@ impl Vips {
         };
         let mut refused = Vec::new();
         for vips in [&mut external, &mut load_balancer] {
-            refused
-                .extend(vips.extract_if(.., |vip| holder(vip).is_some()).filter_map(|vip| Some((vip, holder(&vip)?))));
+            vips.retain(|vip| {
+                let holder = holder(vip);
+                refused.extend(holder.map(|holder| (*vip, holder)));
+                holder.is_none()
+            });
         }
         // The cluster hands out ClusterIPs; the addresses of other Nodes are what their kubelets say, and no kubelet may
         // switch off a Service of the cluster.

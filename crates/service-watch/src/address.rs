@@ -24,30 +24,6 @@ pub fn parse_ip(text: &str) -> Option<IpAddr> {
     plain.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }
 
-/// What an address is that can be nobody's in a cluster's network, if it is such: what the API server admits neither as an
-/// external IP nor as an endpoint (`ValidateNonSpecialIP`), and broadcast and multicast of any kind.
-pub(crate) fn special(address: IpAddr) -> Option<&'static str> {
-    let is_link_local = match address {
-        IpAddr::V4(address) => address.is_link_local(),
-        IpAddr::V6(address) => address.is_unicast_link_local(),
-    };
-    // All of 0.0.0.0/8 is this host (RFC 1122).
-    let is_unspecified = match address {
-        IpAddr::V4(address) => address.octets()[0] == 0,
-        IpAddr::V6(address) => address.is_unspecified(),
-    };
-    let is_broadcast = matches!(address, IpAddr::V4(address) if address.is_broadcast());
-    [
-        (is_unspecified, "unspecified"),
-        (address.is_loopback(), "loopback"),
-        (is_link_local, "link-local"),
-        (address.is_multicast(), "multicast"),
-        (is_broadcast, "broadcast"),
-    ]
-    .into_iter()
-    .find_map(|(is_so, word)| is_so.then_some(word))
-}
-
 /// Reads a range such as `10.0.0.0/8`, its address as [`parse_ip`] does. Bits beyond the prefix are cut off.
 ///
 /// A range of IPv4-mapped addresses is the IPv4 range; one that reaches beyond them is none.
@@ -65,7 +41,7 @@ pub fn parse_range(text: &str) -> Option<IpNet> {
 
 #[cfg(test)]
 mod tests {
-    use super::{parse_ip, parse_range, special};
+    use super::{parse_ip, parse_range};
 
     #[test]
     fn ranges_are_read_with_leading_zeros_and_bits_beyond_the_prefix() {
@@ -95,35 +71,6 @@ mod tests {
             ("", None),
         ] {
             assert_eq!(parse_range(text).map(|range| range.to_string()).as_deref(), read, "{text:?}");
-        }
-    }
-
-    #[test]
-    fn addresses_that_are_nobodys_in_a_network_are_told_by_what_they_are() {
-        for (text, word) in [
-            ("0.0.0.0", Some("unspecified")),
-            ("0.1.2.3", Some("unspecified")),
-            ("::", Some("unspecified")),
-            ("127.0.0.1", Some("loopback")),
-            ("127.255.255.254", Some("loopback")),
-            ("::1", Some("loopback")),
-            ("::ffff:127.0.0.1", Some("loopback")),
-            ("169.254.169.254", Some("link-local")),
-            ("fe80::1", Some("link-local")),
-            ("febf::1", Some("link-local")),
-            ("224.0.0.1", Some("multicast")),
-            ("239.255.255.255", Some("multicast")),
-            ("ff02::1", Some("multicast")),
-            ("255.255.255.255", Some("broadcast")),
-            ("10.96.0.1", None),
-            ("100.64.0.1", None),
-            ("169.253.255.255", None),
-            ("1.0.0.0", None),
-            ("fd00::1", None),
-            ("fec0::1", None),
-            ("2001:db8::1", None),
-        ] {
-            assert_eq!(parse_ip(text).and_then(special), word, "{text}");
         }
     }
 

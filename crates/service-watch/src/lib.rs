@@ -19,6 +19,7 @@
 #![forbid(unsafe_code)]
 
 mod model;
+mod reserved;
 
 #[cfg(feature = "sources")]
 mod address;
@@ -43,6 +44,7 @@ pub use model::{
     Change, Endpoint, EndpointSlice, Hints, Node, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
     TrafficPolicy,
 };
+pub use reserved::RESERVED;
 
 #[cfg(feature = "sources")]
 pub use self::{

@@ -3,7 +3,6 @@
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use http::uri::Authority;
 use http::{HeaderValue, Uri, header};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
@@ -28,10 +27,9 @@ const IN_CLUSTER_AUTHORITY: &str = "/var/run/secrets/kubernetes.io/serviceaccoun
 impl Connection {
     /// The address of the API server, where it is known by its address and not by a name.
     pub fn server_address(&self) -> Option<IpAddr> {
-        let of_url = |url: &str| {
-            let host = url.rsplit_once("://").map_or(url, |(_, rest)| rest).split('/').next()?;
-            let host = host.parse::<Authority>().ok()?;
-            parse_ip(host.host().trim_start_matches('[').trim_end_matches(']'))
+        let of_url = |server: &str| {
+            let server = url(server, "https").ok()?;
+            parse_ip(server.host()?.trim_matches(['[', ']']))
         };
         if let Some(master) = &self.master {
             return of_url(master);

@@ -9,9 +9,10 @@ use std::sync::Arc;
 
 use ipnet::IpNet;
 
-use crate::address::{parse_ip, parse_range, special};
+use crate::address::{parse_ip, parse_range};
 use crate::convert::{Converted, Outcome};
 use crate::lenient::{Lenient, Short};
+use crate::reserved::reserved;
 
 /// More problems than this of one object are only counted.
 const TOLD: usize = 12;
@@ -88,11 +89,9 @@ impl Problems {
     /// what listens for the node alone, with `169.254.169.254` they would be everybody's cloud.
     pub(crate) fn ordinary_ip(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpAddr> {
         let address = self.ip(text, &at, effect)?;
-        let special = special(address);
-        if let Some(word) = special {
-            self.add(format_args!("{at} {address} is a {word} address: {effect}; give another"));
-        }
-        special.is_none().then_some(address)
+        let Some(word) = reserved(address) else { return Some(address) };
+        self.add(format_args!("{at} {address} is a {word} address: {effect}; give another"));
+        None
     }
 
     /// A range of addresses.
