@@ -33,8 +33,7 @@ pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
     }
     if let Some(first) = outcome.drifted.first() {
         // How many they are is not said: it would be another note each time.
-        let fate =
-            if outcome.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
+        let fate = if outcome.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
         let note = format!("somebody else changed what this agent manages, such as {first}; {fate}");
         events.push(warning(None, "DriftFound", "RepairKernel", note));
     }

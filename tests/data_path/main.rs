@@ -5,6 +5,8 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../../crates/takeover/tests/kube_proxy/mod.rs"]
+mod kube_proxy;
 mod network;
 mod objects;
 mod traffic;

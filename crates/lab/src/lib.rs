@@ -25,7 +25,6 @@ mod host;
 pub mod init;
 mod job;
 mod kernel;
-pub mod kube_proxy;
 pub mod netns;
 mod packages;
 mod process;

@@ -71,9 +71,7 @@ pub fn check_range(range: &IpNet) -> Result<(), RangeProblem> {
         return Err(RangeProblem::Everything);
     }
     let mut reserved = std::iter::once(FOR_IPV4).chain(RESERVED.map(|(reserved, _)| reserved));
-    reserved
-        .find(|reserved| overlap(reserved, range))
-        .map_or(Ok(()), |reserved| Err(RangeProblem::Reserved(reserved)))
+    reserved.find(|reserved| overlap(reserved, range)).map_or(Ok(()), |reserved| Err(RangeProblem::Reserved(reserved)))
 }
 
 /// Whether two ranges have an address in common.

@@ -2,7 +2,7 @@
 
 use netlink_packet_core::{NetlinkDeserializable as _, NetlinkHeader};
 
-use crate::{filter, flows, interface_watch, linux, routes};
+use crate::linux::{self, filter, flows, interface_watch, routes};
 
 /// Reads a payload with every decoder of this crate. `kind` is the message type of its header.
 pub fn read(kind: u16, payload: &[u8]) {

@@ -4,9 +4,10 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use service_watch::Change;
-use tracing::{debug, error, info, warn};
+use tracing::{error, info, warn};
 
 use crate::kernel::{Kernel, KernelError};
+use crate::log;
 use crate::outcome::{Failure, Outcome};
 use crate::reconciler::Reconciler;
 
@@ -226,7 +227,7 @@ pub fn run<K: Kernel>(
                 outcome.took = end - start;
                 failed.clone_from(&outcome.failures);
                 unreadable = None;
-                tell(outcome, taken.heard.first().map(|first| end - *first));
+                log::outcome(outcome, taken.heard.first().map(|first| end - *first));
                 observer.done(outcome, start, &taken);
                 taken = Taken::default();
             }
@@ -251,91 +252,16 @@ fn serve_ahead<K: Kernel>(reconciler: &mut Reconciler<K>, taken: &Taken) {
     match reconciler.serve_ahead(Instant::now()) {
         Ok(None) => {}
         Ok(Some(outcome)) => {
+            let virtual_servers = log::counts(outcome.done.servers_added, outcome.done.servers_changed, 0);
             info!(
-                virtual_servers = changes(outcome.done.servers_added, outcome.done.servers_changed, 0),
+                virtual_servers,
                 latency = last.map(|last| tracing::field::debug(last.elapsed())),
                 "serving the API server and DNS, ahead of the rest"
             );
-            tell_failures(&outcome);
+            log::failures(&outcome);
         }
         Err(error) => warn!("cannot serve the API server and DNS ahead of the rest: {error}"),
     }
-}
-
-/// One line for a sync that did something, and one for each problem that is new.
-/// `latency` is the time since the first of the changes was heard of.
-fn tell(outcome: &Outcome, latency: Option<Duration>) {
-    for clash in &outcome.clashes {
-        warn!(
-            service = %clash.loser, front_end = %clash.front_end,
-            "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
-             address or port", clash.winner
-        );
-    }
-    for (service, vip, holder) in &outcome.refused {
-        warn!(
-            %service, %vip,
-            "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
-             spec.externalIPs, or have the load balancer assign another", holder.words()
-        );
-    }
-    if !outcome.drifted.is_empty() {
-        let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
-    }
-    tell_failures(outcome);
-    let done = &outcome.done;
-    if outcome.foreign > 0 {
-        info!(
-            virtual_servers = outcome.foreign,
-            "there are virtual servers that no Service has and that are not provably of this program: they stay; if they are of a \
-             proxy that ran here before, delete them with ipvsadm"
-        );
-    }
-    if outcome.is_first {
-        let spent = &outcome.account.spent;
-        info!(
-            reading = ?spent.reading, filter = ?spent.filter, ipvs = ?spent.ipvs, addresses = ?spent.addresses,
-            flows = ?spent.flows, computing = ?outcome.took.saturating_sub(spent.total()),
-            "where the time of the first audit went"
-        );
-    }
-    if done.total() > 0 || outcome.is_first {
-        info!(
-            virtual_servers = changes(done.servers_added, done.servers_changed, done.servers_deleted),
-            real_servers = changes(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
-            draining = (done.real_servers_drained > 0).then_some(done.real_servers_drained),
-            addresses = changes(done.addresses_bound, 0, done.addresses_unbound),
-            routes = changes(done.routes_added, 0, done.routes_removed),
-            filter = changes(done.filter_added, 0, done.filter_removed),
-            failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
-            total = outcome.totals.virtual_servers,
-            took = ?outcome.took,
-            latency = latency.filter(|_| !outcome.is_first).map(tracing::field::debug),
-            "{}{}",
-            if outcome.audited { "audited" } else { "synced" },
-            if done.total() == 0 { ", nothing to change" } else { "" }
-        );
-    }
-}
-
-/// One line for each failure that is new.
-fn tell_failures(outcome: &Outcome) {
-    for failure in &outcome.failures {
-        let service = failure.service.as_ref().map(tracing::field::display);
-        if failure.is_repeated {
-            debug!(service, "still fails: {}", failure.error);
-        } else {
-            warn!(service, "{}; will try again", failure.error);
-        }
-    }
-}
-
-/// How many were added, changed and deleted, as in `+2 -1`; `None` without any.
-fn changes(added: usize, changed: usize, deleted: usize) -> Option<String> {
-    let counts = [('+', added), ('~', changed), ('-', deleted)];
-    let parts: Vec<String> = counts.iter().filter(|(_, n)| *n > 0).map(|(sign, n)| format!("{sign}{n}")).collect();
-    (!parts.is_empty()).then(|| parts.join(" "))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use lab::netns::isolate;
-use reconciler::interface_watch::{Changed, InterfaceWatch};
+use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
 
 fn ip(batch: &str) {
     let mut ip = Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();

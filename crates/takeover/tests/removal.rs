@@ -2,11 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod kube_proxy;
 mod node;
 
 use std::process::Command;
 
-use lab::kube_proxy::{Iptables, leave, recording};
+use kube_proxy::{Iptables, leave, recording};
 use lab::netns::isolate;
 use node::{Neighbours, run};
 use takeover::{Report, find, remove};
@@ -52,7 +53,7 @@ fn leaves_nothing_but_the_neighbours(iptables: Iptables, word: &str) {
     for case in CASES {
         isolate().unwrap();
         let neighbours = Neighbours::new(iptables);
-        leave(&recording(case).unwrap(), iptables).unwrap();
+        leave(&recording(case), iptables);
         let with_kube_proxy = neighbours.state();
         assert_ne!(with_kube_proxy, neighbours.before, "{case}: there is something to be removed");
         find();
@@ -101,8 +102,8 @@ fn what_was_left_in_both_kinds_of_iptables_goes_from_both() {
     isolate().unwrap();
     let (nft, legacy) = (Neighbours::new(Iptables::Nft), Neighbours::new(Iptables::Legacy));
     let (nft_before, legacy_before) = (nft.state(), legacy.state());
-    leave(&recording("dualstack-nodeport").unwrap(), Iptables::Nft).unwrap();
-    leave(&recording("lb-source-ranges").unwrap(), Iptables::Legacy).unwrap();
+    leave(&recording("dualstack-nodeport"), Iptables::Nft);
+    leave(&recording("lb-source-ranges"), Iptables::Legacy);
     let objects = objects(&removed());
     assert_has(&objects, &["chain nat/KUBE-SERVICES of iptables-nft (ip6)"]);
     assert_has(&objects, &["chain nat/KUBE-SERVICES of iptables-legacy (ip6)"]);
@@ -184,7 +185,7 @@ EOF"
 fn what_others_go_by_stays(iptables: Iptables, word: &str) {
     isolate().unwrap();
     let neighbours = Neighbours::new(iptables);
-    leave(&recording("clusterip-tcp").unwrap(), iptables).unwrap();
+    leave(&recording("clusterip-tcp"), iptables);
     run(&format!(
         "iptables-{word} -t nat -I CNI-HOSTPORT-DNAT 2 -s 10.0.0.1 -m comment --comment 'say \"-j\" twice' -j KUBE-MARK-MASQ
          iptables-{word} -t nat -A CNI-HOSTPORT-DNAT -s 10.0.0.2 -g KUBE-MARK-MASQ"
@@ -223,7 +224,7 @@ fn what_kubelet_uses_stays(iptables: Iptables, word: &str) {
          iptables-{word} -A KUBE-FIREWALL -s 192.0.2.1 -j KUBE-MARK-DROP"
     ));
     let before = neighbours.state();
-    leave(&recording("clusterip-tcp").unwrap(), iptables).unwrap();
+    leave(&recording("clusterip-tcp"), iptables);
     run(&format!("iptables-{word} -A KUBE-FORWARD -s 192.0.2.2 -j KUBE-MARK-DROP"));
     let report = removed();
     assert_eq!(neighbours.state(), before);
@@ -242,7 +243,7 @@ fn a_chain_that_kubelet_leads_to_stays() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_set_that_a_rule_of_somebody_else_uses_is_reported_and_stays_and_the_rest_goes() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp").unwrap(), Iptables::Nft).unwrap();
+    leave(&recording("clusterip-tcp"), Iptables::Nft);
     run("iptables-nft -A INPUT -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT");
     let report = remove();
     let [problem] = &report.problems[..] else { panic!("{:#?}", report.problems) };
@@ -263,7 +264,7 @@ fn a_set_that_a_rule_of_somebody_else_uses_is_reported_and_stays_and_the_rest_go
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_set_that_is_let_go_of_a_moment_later_goes() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp").unwrap(), Iptables::Nft).unwrap();
+    leave(&recording("clusterip-tcp"), Iptables::Nft);
     run("iptables-nft -A INPUT -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT");
     let mut letting_go = Command::new("sh").args(["-c", "sleep 1; iptables-nft -F INPUT"]).spawn().unwrap();
     let report = remove();
@@ -276,7 +277,7 @@ fn a_set_that_is_let_go_of_a_moment_later_goes() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_chain_that_a_verdict_map_leads_to_is_reported_and_stays_whole_and_the_rest_goes() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp").unwrap(), Iptables::Nft).unwrap();
+    leave(&recording("clusterip-tcp"), Iptables::Nft);
     run("nft add map ip nat mine '{ type inet_service : verdict; elements = { 80 : jump KUBE-LOAD-BALANCER }; }'");
     let report = remove();
     let [problem] = &report.problems[..] else { panic!("{:#?}", report.problems) };

@@ -1,16 +1,13 @@
 //! The packet filter: who is masqueraded, who is refused, and where.
 //!
 //! Two tables, one a family, both named [`TABLE`]: a constant [`ruleset`] over a few sets and maps, and elements that
-//! follow the Services. [`message`] writes them as `nf_tables` messages, [`read`] reads them back. What a front end gets
+//! follow the Services. [`crate::linux::filter`] writes them as `nf_tables` messages and reads them back. What a front end gets
 //! follows from the sets it is in, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
 //!
 //! What this file has, and so what the Services want, is free of netlink.
 
-pub(crate) mod client;
 pub(crate) mod expression;
-mod inventory;
-pub mod message;
-pub mod read;
+pub(crate) mod inventory;
 pub mod ruleset;
 
 use std::collections::{BTreeMap, BTreeSet};

@@ -3,7 +3,7 @@
 
 use std::process::Command;
 
-use lab::kube_proxy::Iptables;
+use crate::kube_proxy::Iptables;
 
 /// For `iptables-restore` of either family, in which they differ by the addresses alone.
 const RULES: &str = "*mangle

@@ -16,11 +16,11 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
-use super::expression::protocol_number;
-use super::inventory::Inventory;
 use super::message::{UDATA_FINGERPRINT, header};
-use super::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
-use super::{Entry, ObservedFilter, TABLE, set};
+use crate::filter::expression::protocol_number;
+use crate::filter::inventory::Inventory;
+use crate::filter::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
+use crate::filter::{Entry, ObservedFilter, TABLE, set};
 use crate::front_end::FrontEnd;
 use crate::policy::Families;
 

@@ -1,6 +1,11 @@
 //! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink, the packet filter and
 //! connection tracking over nfnetlink.
 
+pub mod filter;
+pub(crate) mod flows;
+pub mod interface_watch;
+pub(crate) mod routes;
+
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::time::Instant;
@@ -14,15 +19,13 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressSco
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use crate::filter::{self, ObservedFilter};
-use crate::flows;
+use crate::filter::ObservedFilter;
 use crate::front_end::FrontEnd;
 use crate::kernel::{
     Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope, Spent,
 };
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
-use crate::routes;
 
 // errno.h
 const EPERM: i32 = 1;

@@ -36,7 +36,7 @@ pub(crate) fn explain(expected: &Expectation, state: &State, objects: &Objects) 
     single.or_else(|| holds(&RULES).then(|| RULES.iter().map(|rule| rule.0).collect()))
 }
 
-const DOCUMENT: &str = include_str!("../../../../../../docs/deviations.md");
+const DOCUMENT: &str = include_str!("../../../../docs/deviations.md");
 
 /// Whether the document names a case in the line of a rule.
 pub(crate) fn is_documented(rule: &str, case: &str) -> bool {

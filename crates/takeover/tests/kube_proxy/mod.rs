@@ -1,7 +1,16 @@
 //! The packet filter of a node that kube-proxy has left, made from a recording of it with the real tools.
 //!
 //! A recording (`tests/conformance/*/raw-*.txt`) has the rules and the entries of sets; the definitions of chains and sets,
-//! which are always the same, were left out of it and are made here.
+//! which are always the same, were left out of it and are made here. The tests of the agent include this file too.
+
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::allow_attributes,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a fixture of tests, of which each uses a part"
+)]
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -9,8 +18,6 @@ use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-
-use crate::error::{Context, Error, Result};
 
 /// The chains kube-proxy makes at each start, in its mode ipvs.
 const CHAINS: [(&str, &[&str]); 2] = [
@@ -68,26 +75,28 @@ pub enum Iptables {
 }
 
 /// What kube-proxy had made at the end of the first step of a conformance case.
-pub fn recording(case: &str) -> Result<String> {
-    let path = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/conformance")).join(case).join("raw-1.txt");
-    fs::read_to_string(&path).context("read", path.display())
+pub fn recording(case: &str) -> String {
+    // The package that includes this file is the agent's, at the root, or this crate.
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = if package.ends_with("crates/takeover") { package.join("../..") } else { package.to_owned() };
+    let path = root.join("tests/conformance").join(case).join("raw-1.txt");
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// Makes the sets, chains and rules of a recording in the calling thread's network namespace, beside what is there.
 ///
 /// kube-proxy puts its rules before those of others, and so are they here. Rules with the match `physdev` are left out: the
 /// guest's kernel has none.
-pub fn leave(recording: &str, iptables: Iptables) -> Result<()> {
+pub fn leave(recording: &str, iptables: Iptables) {
     let kind = match iptables {
         Iptables::Nft => "nft",
         Iptables::Legacy => "legacy",
     };
-    feed("ipset", &["restore", "-exist"], &sets(section(recording, "ipset save")))?;
+    feed("ipset", &["restore", "-exist"], &sets(section(recording, "ipset save")));
     for program in ["iptables", "ip6tables"] {
         let rules = rules(section(recording, &format!("{program}-save")));
-        feed(&format!("{program}-{kind}-restore"), &["--wait", "--noflush"], &rules)?;
+        feed(&format!("{program}-{kind}-restore"), &["--wait", "--noflush"], &rules);
     }
-    Ok(())
 }
 
 /// The lines of a recording between a heading and the next.
@@ -146,24 +155,17 @@ fn rules<'a>(saved: impl Iterator<Item = &'a str>) -> String {
     input
 }
 
-/// Runs a program that reads commands.
-fn feed(program: &str, arguments: &[&str], input: &str) -> Result<()> {
+/// Runs a program that reads commands, to its end.
+fn feed(program: &str, arguments: &[&str], input: &str) {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut child = command.spawn().context("run", program)?;
+    let mut child = command.spawn().unwrap_or_else(|error| panic!("cannot run {program}: {error}"));
     if let Some(mut stdin) = child.stdin.take() {
         // A program that stops reading says why.
         let _ = stdin.write_all(input.as_bytes());
     }
-    let output = child.wait_with_output().context("wait for", program)?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(Error::Command {
-        command: program.to_owned(),
-        status: output.status.to_string(),
-        stderr: String::from_utf8_lossy(&output.stderr).trim_end().to_owned(),
-    })
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{program}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[cfg(test)]

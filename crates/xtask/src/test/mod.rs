@@ -3,6 +3,8 @@
 //! A test that needs the lab is an ignored one: `#[ignore = "needs a kernel with IPVS: cargo xtask test"]`. A target
 //! named `boot` has tests of the lab itself, which boot guests and so run on this machine.
 
+pub(crate) mod guest;
+
 use std::io::{IsTerminal, stdout};
 use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
@@ -10,10 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use lab::{Job, Place, Scratch};
 
+use self::guest::{Counts, List, Suite};
 use crate::cargo::{self, TestExecutable};
 use crate::conformance;
 use crate::dataplane;
-use crate::guest_tests::{self, Counts, List, Suite};
 use crate::image;
 
 /// The target with the tests of the lab itself.
@@ -107,7 +109,7 @@ fn host_tests(filter: Option<&str>) -> Result<Counts> {
         // We are between the tests and the terminal.
         command.args(["--", "--color=always"]);
     }
-    let (counts, success) = guest_tests::run_counting(&mut command)?;
+    let (counts, success) = guest::run_counting(&mut command)?;
     if !success && counts.failed == 0 {
         bail!("`cargo test` failed");
     }
@@ -117,7 +119,7 @@ fn host_tests(filter: Option<&str>) -> Result<Counts> {
 fn boot_tests(executables: &[TestExecutable], filter: Option<&str>) -> Result<Counts> {
     let mut total = Counts::default();
     for suite in suites(executables, filter)? {
-        total.add(guest_tests::run_suite(&suite, filter)?);
+        total.add(guest::run_suite(&suite, filter)?);
     }
     Ok(total)
 }

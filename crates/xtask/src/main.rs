@@ -8,7 +8,6 @@ mod conformance;
 mod contained;
 mod dataplane;
 mod demo;
-mod guest_tests;
 mod image;
 mod in_lab;
 mod reproduce;
@@ -51,7 +50,7 @@ enum Command {
     #[command(hide = true)]
     GuestSoak(soak::GuestArgs),
     #[command(hide = true)]
-    GuestTests(guest_tests::Args),
+    GuestTests(test::guest::Args),
 }
 
 fn main() -> ExitCode {
@@ -74,7 +73,7 @@ fn main() -> ExitCode {
         Command::GuestContained(args) => contained::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
-        Command::GuestTests(args) => guest_tests::run(&args),
+        Command::GuestTests(args) => test::guest::run(&args),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

@@ -4,8 +4,8 @@ use netlink_batch::{Error, Refusal, Socket};
 
 use super::message::Transaction;
 use super::read;
-use super::ruleset::Ruleset;
-use super::{Contents, Entry, ObservedFilter};
+use crate::filter::ruleset::Ruleset;
+use crate::filter::{Contents, Elements, Entry, ObservedFilter};
 use crate::kernel::{Cause, KernelError};
 use crate::node::NodeView;
 use crate::plan::Operation;
@@ -109,7 +109,7 @@ fn put(operation: &Operation, transaction: &mut Transaction) {
         Operation::RemoveSources(service, family) => transaction.remove_sources(service, *family),
         Operation::SetFrontEnd(front_end, before, after) => transaction.set_front_end(*front_end, before, after),
         Operation::ForgetFrontEnd(front_end, before) => {
-            transaction.set_front_end(*front_end, before, &super::Elements::default());
+            transaction.set_front_end(*front_end, before, &Elements::default());
         }
         Operation::AddEntry(entry) => transaction.add_entry(*entry),
         Operation::RemoveEntry(entry) => transaction.remove_entry(*entry),

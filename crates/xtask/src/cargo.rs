@@ -126,7 +126,7 @@ fn same_everywhere(directory: &Path) -> Result<String> {
 
 /// Builds these chores as an executable that is not in the way of what it measures, and says where it is.
 pub(crate) fn release_xtask() -> Result<PathBuf> {
-    let arguments = ["build", "--locked", "--release", "--package=lab", "--bin=xtask"];
+    let arguments = ["build", "--locked", "--release", "--package=xtask"];
     let messages = "--message-format=json-render-diagnostics";
     parse_binary(&stdout(cargo().args(arguments).arg(messages))?, "xtask")
 }

@@ -32,7 +32,7 @@ pub(crate) fn wanted(cell: &Cell, recorded: &Expected, at: &Circumstances<'_>) -
     RULES.iter().find_map(|(name, rule)| Some((*name, rule(cell, recorded, at)?)))
 }
 
-const DOCUMENT: &str = include_str!("../../../../../../docs/deviations.md");
+const DOCUMENT: &str = include_str!("../../../../docs/deviations.md");
 
 /// Whether the document has a line for a rule.
 pub(crate) fn is_documented(rule: &str) -> bool {

@@ -24,7 +24,7 @@ use lab::{Job, Scratch};
 use serde::{Deserialize, Serialize};
 
 use crate::cargo;
-use crate::guest_tests::Counts;
+use crate::test::guest::Counts;
 use case::Case;
 use play::Source;
 

@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cargo;
-use crate::guest_tests::Counts;
+use crate::test::guest::Counts;
 use agent::Agent;
 use cells::Table;
 use compare::Names;

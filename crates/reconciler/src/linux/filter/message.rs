@@ -17,13 +17,13 @@ use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
-use super::expression::{
+use crate::filter::expression::{
     Fate, Field, is_not_in_anonymous, load, octets, protocol_family, protocol_number, register, verdict,
 };
-use super::ruleset::{
+use crate::filter::ruleset::{
     HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS, address_type,
 };
-use super::{Contents, Elements, Entry, Ranges, TABLE, set};
+use crate::filter::{Contents, Elements, Entry, Ranges, TABLE, set};
 use crate::front_end::FrontEnd;
 
 /// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.

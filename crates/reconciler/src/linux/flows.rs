@@ -20,8 +20,8 @@ use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use service_watch::Protocol;
 use tracing::debug;
 
+use super::filter::message::header;
 use crate::filter::expression::protocol_number;
-use crate::filter::message::header;
 use crate::front_end::FrontEnd;
 use crate::kernel::Flush;
 use crate::plan::Operation;

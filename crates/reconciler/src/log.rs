@@ -1,0 +1,83 @@
+//! What the log says of a sync or an audit.
+
+use std::time::Duration;
+
+use tracing::{debug, info, warn};
+
+use crate::outcome::Outcome;
+
+/// One line for a sync that did something, and one for each problem that is new.
+/// `latency` is the time since the first of the changes was heard of.
+pub(crate) fn outcome(outcome: &Outcome, latency: Option<Duration>) {
+    for clash in &outcome.clashes {
+        warn!(
+            service = %clash.loser, front_end = %clash.front_end,
+            "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
+             address or port", clash.winner
+        );
+    }
+    for (service, vip, holder) in &outcome.refused {
+        warn!(
+            %service, %vip,
+            "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
+             spec.externalIPs, or have the load balancer assign another", holder.words()
+        );
+    }
+    if !outcome.drifted.is_empty() {
+        let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
+    }
+    failures(outcome);
+    let done = &outcome.done;
+    if outcome.foreign > 0 {
+        info!(
+            virtual_servers = outcome.foreign,
+            "there are virtual servers that no Service has and that are not provably of this program: they stay; if they are of a \
+             proxy that ran here before, delete them with ipvsadm"
+        );
+    }
+    if outcome.is_first {
+        let spent = &outcome.account.spent;
+        info!(
+            reading = ?spent.reading, filter = ?spent.filter, ipvs = ?spent.ipvs, addresses = ?spent.addresses,
+            flows = ?spent.flows, computing = ?outcome.took.saturating_sub(spent.total()),
+            "where the time of the first audit went"
+        );
+    }
+    if done.total() > 0 || outcome.is_first {
+        info!(
+            virtual_servers = counts(done.servers_added, done.servers_changed, done.servers_deleted),
+            real_servers = counts(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
+            draining = (done.real_servers_drained > 0).then_some(done.real_servers_drained),
+            addresses = counts(done.addresses_bound, 0, done.addresses_unbound),
+            routes = counts(done.routes_added, 0, done.routes_removed),
+            filter = counts(done.filter_added, 0, done.filter_removed),
+            failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
+            total = outcome.totals.virtual_servers,
+            took = ?outcome.took,
+            latency = latency.filter(|_| !outcome.is_first).map(tracing::field::debug),
+            "{}{}",
+            if outcome.audited { "audited" } else { "synced" },
+            if done.total() == 0 { ", nothing to change" } else { "" }
+        );
+    }
+}
+
+/// One line for each failure that is new.
+pub(crate) fn failures(outcome: &Outcome) {
+    for failure in &outcome.failures {
+        let service = failure.service.as_ref().map(tracing::field::display);
+        if failure.is_repeated {
+            debug!(service, "still fails: {}", failure.error);
+        } else {
+            warn!(service, "{}; will try again", failure.error);
+        }
+    }
+}
+
+/// How many were added, changed and deleted, as in `+2 -1`; `None` without any.
+pub(crate) fn counts(added: usize, changed: usize, deleted: usize) -> Option<String> {
+    let counts = [('+', added), ('~', changed), ('-', deleted)];
+    let parts: Vec<String> = counts.iter().filter(|(_, n)| *n > 0).map(|(sign, n)| format!("{sign}{n}")).collect();
+    (!parts.is_empty()).then(|| parts.join(" "))
+}
