@@ -37,56 +37,41 @@ struct Profile {
     test: bool,
 }
 
-#[derive(Deserialize)]
-struct Metadata {
-    packages: Vec<Package>,
-}
-
-#[derive(Deserialize)]
-struct Package {
-    name: String,
-    targets: Vec<Target>,
-}
-
 /// The cargo that started us, or the one in `PATH`.
 pub(crate) fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
-/// Builds all tests of the workspace.
-pub(crate) fn test_executables() -> Result<Vec<TestExecutable>> {
-    let arguments =
-        ["test", "--workspace", "--features=fault-points", "--no-run", "--message-format=json-render-diagnostics"];
-    parse_test_executables(&stdout(cargo().args(arguments))?)
+/// The features that tests and the agent that they run are built with.
+pub(crate) const FEATURES: &str = "--features=fault-points";
+
+/// What the tests are.
+pub(crate) struct Built {
+    pub(crate) executables: Vec<TestExecutable>,
+    /// The agent that they run.
+    pub(crate) agent: PathBuf,
 }
 
-/// Builds the agent, if the workspace has it, and says where it is.
-pub(crate) fn agent() -> Result<Option<PathBuf>> {
-    let metadata = stdout(cargo().args(["metadata", "--no-deps", "--format-version=1"]))?;
-    if !has_agent(&metadata)? {
-        return Ok(None);
-    }
-    // As the tests are built: otherwise it would take the place of the agent that they were built with.
-    let arguments = ["build", "--package=kube-ipvs", "--bin=kube-ipvs", "--features=fault-points"];
-    let arguments = arguments.into_iter().chain(["--message-format=json-render-diagnostics"]);
-    parse_binary(&stdout(cargo().args(arguments))?, "kube-ipvs").map(Some)
+/// Builds all tests of the workspace, and with them the agent.
+pub(crate) fn build_tests() -> Result<Built> {
+    let arguments = ["test", "--workspace", FEATURES, "--no-run", "--message-format=json-render-diagnostics"];
+    let output = stdout(cargo().args(arguments))?;
+    Ok(Built { executables: parse_test_executables(&output)?, agent: parse_binary(&output, "kube-ipvs")? })
 }
 
-/// How to build.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Build {
-    /// Soon, for tests.
-    Debug,
-    /// To be run.
-    Release,
+/// Builds the agent and says where it is.
+pub(crate) fn agent() -> Result<PathBuf> {
+    // With the packages and features of the tests: others would build it, and all it depends on, once more.
+    let arguments = ["build", "--workspace", "--bin=kube-ipvs", FEATURES, "--message-format=json-render-diagnostics"];
+    parse_binary(&stdout(cargo().args(arguments))?, "kube-ipvs")
 }
 
 /// The workspace these chores are of.
 const WORKSPACE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
-/// Builds the agent as an executable that needs no other file, and says where it is.
-pub(crate) fn static_agent(target: Option<&str>, build: Build) -> Result<PathBuf> {
-    build_static(cargo(), Path::new(WORKSPACE), target, build)
+/// Builds the agent as it is shipped, an executable that needs no other file, and says where it is.
+pub(crate) fn static_agent(target: Option<&str>) -> Result<PathBuf> {
+    build_static(cargo(), Path::new(WORKSPACE), target)
 }
 
 /// Builds the agent as it is shipped from the workspace in another directory.
@@ -94,23 +79,19 @@ pub(crate) fn static_agent_in(directory: &Path) -> Result<PathBuf> {
     let mut command = cargo();
     // Where whoever started us builds is not where that one does.
     command.current_dir(directory).env("CARGO_TARGET_DIR", directory.join("target"));
-    build_static(command, directory, None, Build::Release)
+    build_static(command, directory, None)
 }
 
-fn build_static(mut command: Command, directory: &Path, target: Option<&str>, build: Build) -> Result<PathBuf> {
+fn build_static(mut command: Command, directory: &Path, target: Option<&str>) -> Result<PathBuf> {
     let target = match target {
         Some(target) => target.to_owned(),
         None => host()?,
     };
-    command.args(["build", "--locked", "--package=kube-ipvs", "--bin=kube-ipvs"]);
+    command.args(["build", "--locked", "--release", "--package=kube-ipvs", "--bin=kube-ipvs"]);
     command.args(["--message-format=json-render-diagnostics", &format!("--target={target}")]);
     let given = std::env::var("RUSTFLAGS").unwrap_or_default();
-    let mut flags = format!("{given} -C target-feature=+crt-static").trim_start().to_owned();
-    if build == Build::Release {
-        command.arg("--release");
-        flags += &same_everywhere(directory)?;
-    }
-    command.env("RUSTFLAGS", flags);
+    let flags = format!("{given} -C target-feature=+crt-static{}", same_everywhere(directory)?);
+    command.env("RUSTFLAGS", flags.trim_start());
     parse_binary(&stdout(&mut command)?, "kube-ipvs")
 }
 
@@ -178,12 +159,6 @@ fn parse_binary(output: &str, name: &str) -> Result<PathBuf> {
     bail!("cargo built {name} but does not say where it is")
 }
 
-fn has_agent(metadata: &str) -> Result<bool> {
-    let metadata: Metadata = serde_json::from_str(metadata).context("cannot understand cargo's metadata")?;
-    let is_bin = |target: &Target| target.name == "kube-ipvs" && target.kind == ["bin"];
-    Ok(metadata.packages.iter().any(|package| package.name == "kube-ipvs" && package.targets.iter().any(is_bin)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -208,9 +183,5 @@ mod tests {
     fn the_agent_is_found_among_the_artifacts() {
         assert_eq!(parse_binary(OUTPUT, "kube-ipvs").unwrap(), PathBuf::from("/t/kube-ipvs"));
         assert!(parse_binary(OUTPUT, "boot").is_err());
-        let with = r#"{"packages":[{"name":"kube-ipvs","targets":[{"name":"kube-ipvs","kind":["bin"]}]}]}"#;
-        let without = r#"{"packages":[{"name":"kube-ipvs","targets":[{"name":"kube_ipvs","kind":["lib"]}]}]}"#;
-        assert!(has_agent(with).unwrap());
-        assert!(!has_agent(without).unwrap());
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
 
@@ -27,7 +27,7 @@ pub(crate) struct Args {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let agent = cargo::static_agent(args.target.as_deref(), cargo::Build::Release)?;
+    let agent = cargo::static_agent(args.target.as_deref())?;
     let size = make(&args.root, &agent)?;
     eprintln!("image: {} has {size} bytes", args.root.display());
     Ok(ExitCode::SUCCESS)
@@ -47,4 +47,22 @@ pub(crate) fn make(root: &Path, agent: &Path) -> Result<u64> {
     let size = fs::copy(agent, root.join(AGENT)).with_context(|| format!("cannot copy {}", agent.display()))?;
     symlink(Path::new("/").join(AGENT), &link).with_context(|| format!("cannot create {}", link.display()))?;
     Ok(size)
+}
+
+/// Makes the files from the agent that tests are built with, which needs libraries, and adds those.
+pub(crate) fn make_dynamic(root: &Path, agent: &Path) -> Result<()> {
+    make(root, agent)?;
+    let output = Command::new("ldd").arg(agent).output().context("cannot run ldd")?;
+    if !output.status.success() {
+        bail!("ldd does not say what {} needs: {}", agent.display(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    let output = String::from_utf8_lossy(&output.stdout).into_owned();
+    // `libc.so.6 => /lib/x86_64-linux-gnu/libc.so.6 (0x...)`, and the loader without an arrow.
+    for library in output.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new) {
+        let target = root.join(library.strip_prefix("/").unwrap_or(library));
+        let Some(directory) = target.parent() else { continue };
+        fs::create_dir_all(directory).with_context(|| format!("cannot create {}", directory.display()))?;
+        fs::copy(library, &target).with_context(|| format!("cannot copy {}", library.display()))?;
+    }
+    Ok(())
 }

@@ -10,6 +10,7 @@ mod dataplane;
 mod demo;
 mod image;
 mod in_lab;
+mod queue;
 mod reproduce;
 mod soak;
 mod test;
@@ -40,17 +41,13 @@ enum Command {
     #[command(hide = true)]
     GuestBench(bench::GuestArgs),
     #[command(hide = true)]
-    GuestConformance(conformance::GuestArgs),
-    #[command(hide = true)]
     GuestContained(contained::Args),
-    #[command(hide = true)]
-    GuestDataplane(dataplane::GuestArgs),
     #[command(hide = true)]
     GuestDemo(demo::GuestArgs),
     #[command(hide = true)]
     GuestSoak(soak::GuestArgs),
     #[command(hide = true)]
-    GuestTests(test::guest::Args),
+    GuestWorker(queue::worker::Args),
 }
 
 fn main() -> ExitCode {
@@ -65,15 +62,13 @@ fn main() -> ExitCode {
         Command::Lab(args) => in_lab::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Conformance(args) => conformance::run(&args),
-        Command::GuestConformance(args) => conformance::run_guest(&args),
         Command::Dataplane(args) => dataplane::run(&args),
-        Command::GuestDataplane(args) => dataplane::run_guest(&args),
         Command::Image(args) => image::run(&args),
         Command::Reproduce(args) => reproduce::run(&args),
         Command::GuestContained(args) => contained::run(args),
         Command::Demo(args) => demo::run(&args),
         Command::GuestDemo(args) => Ok(demo::run_guest(&args)),
-        Command::GuestTests(args) => test::guest::run(&args),
+        Command::GuestWorker(args) => queue::worker::run(&args),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

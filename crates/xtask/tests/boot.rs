@@ -116,7 +116,8 @@ fn a_command_that_takes_too_long_is_stopped() {
     let started = Instant::now();
     let error = lab::output(&job("sleep").arg("600").time_limit(Duration::from_secs(2))).unwrap_err();
     assert!(matches!(error, Error::TimeLimit { .. }), "{error:?}");
-    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
+    // Far less than the command takes, far more than it takes to stop it.
+    assert!(started.elapsed() < Duration::from_secs(300), "{:?}", started.elapsed());
 }
 
 #[test]

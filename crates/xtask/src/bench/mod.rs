@@ -83,7 +83,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     // As it is shipped: static, so that one file is all.
     let agent = match &args.agent {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
-        None => cargo::static_agent(None, cargo::Build::Release)?,
+        None => cargo::static_agent(None)?,
     };
     let runner = if cfg!(debug_assertions) { cargo::release_xtask()? } else { std::env::current_exe()? };
     lab::prepare()?;

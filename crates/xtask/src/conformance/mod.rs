@@ -11,28 +11,24 @@ mod play;
 mod state;
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::fs;
-use std::num::NonZero;
-use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use lab::{Job, Scratch};
 use serde::{Deserialize, Serialize};
 
 use crate::cargo;
-use crate::test::guest::Counts;
+use crate::queue::task::{Action, Finished, Task};
+use crate::queue::worker::Done;
+use crate::queue::{self, Options};
+use crate::test::Counts;
 use case::Case;
 use play::Source;
 
 /// The cases of this repository.
 const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/conformance");
-
-/// Cases wait more than they compute, so that many at a time go faster even on one processor.
-const AT_ONCE: usize = 8;
 
 /// Plays recorded runs of kube-proxy to the agent and compares what is in the kernel after each step.
 #[derive(clap::Args)]
@@ -54,14 +50,12 @@ pub(crate) struct Args {
     agent: Option<PathBuf>,
 }
 
-/// Plays cases inside the lab.
-#[derive(clap::Args)]
-pub(crate) struct GuestArgs {
-    #[arg(long)]
-    api_server: bool,
+/// A case to play inside the lab.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct GuestCase {
     agent: PathBuf,
-    results: PathBuf,
-    cases: Vec<PathBuf>,
+    api_server: bool,
+    path: PathBuf,
 }
 
 /// A step whose state is not the recorded one.
@@ -105,10 +99,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(if results.iter().all(|result| result.failures.is_empty()) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// All cases of the repository, as a part of `cargo xtask test`.
-pub(crate) fn test(api_server: bool) -> Result<Counts> {
-    let args = Args { cases: CASES.into(), case: Vec::new(), json: None, api_server, agent: None };
-    let results = play_all(&args)?;
+/// All cases of the repository as a part of `cargo xtask test`.
+pub(crate) fn repository_tasks(agent: &Path, api_server: bool) -> Result<Vec<Task>> {
+    Ok(tasks(agent, api_server, &find(Path::new(CASES), &[])?))
+}
+
+/// What came of [`repository_tasks`].
+pub(crate) fn conclude(finished: &[&Finished]) -> Result<Counts> {
+    let results = results(finished)?;
+    summarize(&results);
     if let Some(result) = results.iter().find(|result| !result.undocumented().is_empty()) {
         bail!("docs/deviations.md does not name {} under {}", result.name, result.undocumented().join(", "));
     }
@@ -116,55 +115,37 @@ pub(crate) fn test(api_server: bool) -> Result<Counts> {
     Ok(Counts { passed: u32::try_from(results.len() - failed)?, failed: u32::try_from(failed)? })
 }
 
+fn tasks(agent: &Path, api_server: bool, cases: &[PathBuf]) -> Vec<Task> {
+    let suite = if api_server { "conformance, from an API server" } else { "conformance, from manifests" };
+    let task = |path: &PathBuf| Task {
+        suite: suite.to_owned(),
+        name: path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default(),
+        action: Action::Conformance(GuestCase { agent: agent.to_owned(), api_server, path: path.clone() }),
+    };
+    cases.iter().map(task).collect()
+}
+
+/// The results of cases, by name. A case that was not played to its end has failed.
+fn results(finished: &[&Finished]) -> Result<Vec<CaseResult>> {
+    let mut results = finished.iter().map(|finished| finished.value()).collect::<Result<Vec<CaseResult>>>()?;
+    results.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(results)
+}
+
 fn play_all(args: &Args) -> Result<Vec<CaseResult>> {
-    let started = Instant::now();
     let cases = find(&args.cases, &args.case)?;
     let agent = match &args.agent {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find the agent {}", agent.display()))?,
-        None => cargo::agent()?.context("this workspace has no agent to play the cases to")?,
+        None => cargo::agent()?,
     };
-    // A guest has one processor: as many guests as this machine has share the cases.
-    let guests = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let shares: Vec<Vec<PathBuf>> =
-        (0..guests).map(|guest| cases.iter().skip(guest).step_by(guests).cloned().collect()).collect();
-    lab::prepare()?;
-    let results = std::thread::scope(|scope| {
-        let shares = shares.iter().filter(|share| !share.is_empty());
-        let played: Vec<_> = shares.map(|share| scope.spawn(|| play_share(&agent, args.api_server, share))).collect();
-        played.into_iter().map(|share| share.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    });
-    let results: Result<Vec<Vec<CaseResult>>> = results;
-    let mut results: Vec<CaseResult> = results?.into_iter().flatten().collect();
-    results.sort_by(|a, b| a.name.cmp(&b.name));
-    if results.len() != cases.len() {
-        bail!("{} cases were to be played, and {} have results", cases.len(), results.len());
-    }
+    let finished = queue::run(tasks(&agent, args.api_server, &cases), &Options::default())?;
+    let results = results(&finished.iter().collect::<Vec<_>>())?;
     if let Some(path) = &args.json {
         let report = serde_json::to_vec_pretty(&report(&results))?;
         fs::write(path, report).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    summarize(&results, started.elapsed());
+    summarize(&results);
     Ok(results)
-}
-
-/// Plays some of the cases in a boot of their own.
-fn play_share(agent: &Path, api_server: bool, cases: &[PathBuf]) -> Result<Vec<CaseResult>> {
-    let dir = Scratch::new()?;
-    let results = dir.path().join("results.json");
-    let status = lab::run(
-        &Job::this_executable()
-            .arg("guest-conformance")
-            .args(api_server.then_some("--api-server"))
-            .arg(agent)
-            .arg(&results)
-            .args(cases)
-            .writable(dir.path())
-            .time_limit(Duration::from_secs(120 + 10 * cases.len() as u64)),
-    )?;
-    if !status.success() {
-        bail!("the cases could not be played to their end: exit code {}", status.code());
-    }
-    serde_json::from_slice(&fs::read(&results).context("cannot read the results")?).context("cannot read the results")
 }
 
 /// The directories with a `case.json`, sorted by name. `--cases` may also name a directory that has them in `cases/`.
@@ -206,10 +187,7 @@ fn report(results: &[CaseResult]) -> Report<'_> {
     }
 }
 
-fn summarize(results: &[CaseResult], took: Duration) {
-    for failure in results.iter().flat_map(|result| &result.failures) {
-        eprintln!("\nFAILED {} step {}:\n{}", failure.case, failure.step, failure.diff);
-    }
+fn summarize(results: &[CaseResult]) {
     let not_compared: BTreeSet<&str> = results.iter().flat_map(|r| &r.not_compared).map(String::as_str).collect();
     if !not_compared.is_empty() {
         eprintln!("not compared yet: {}", not_compared.into_iter().collect::<Vec<_>>().join(", "));
@@ -221,37 +199,23 @@ fn summarize(results: &[CaseResult], took: Duration) {
     }
     let report = report(results);
     eprintln!(
-        "conformance: {} cases, {} passed ({} of them deviate on purpose), {} failed ({:.1} s)",
+        "conformance: {} cases, {} passed ({} of them deviate on purpose), {} failed",
         report.cases,
         report.passed,
         report.deviations.len(),
-        report.cases - report.passed,
-        took.as_secs_f32()
+        report.cases - report.passed
     );
 }
 
 /// Inside the lab.
-pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
-    let source = if args.api_server { Source::ApiServer } else { Source::Manifests };
-    let queue = Mutex::new(args.cases.iter());
-    let next = || queue.lock().map_or(None, |mut queue| queue.next());
-    let results = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..AT_ONCE.min(args.cases.len()) {
-            scope.spawn(|| {
-                while let Some(path) = next() {
-                    let result = play_one(&args.agent, path, source);
-                    eprintln!("{} {}", if result.failures.is_empty() { "ok    " } else { "FAILED" }, result.name);
-                    if let Ok(mut results) = results.lock() {
-                        results.push(result);
-                    }
-                }
-            });
-        }
-    });
-    let results = results.into_inner().unwrap_or_default();
-    fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
-    Ok(ExitCode::SUCCESS)
+pub(crate) fn run_guest(case: &GuestCase) -> Result<Done> {
+    let source = if case.api_server { Source::ApiServer } else { Source::Manifests };
+    let result = play_one(&case.agent, &case.path, source);
+    let mut output = String::new();
+    for failure in &result.failures {
+        writeln!(output, "{} step {}:\n{}", failure.case, failure.step, failure.diff)?;
+    }
+    Ok(Done { passed: result.failures.is_empty(), output, value: serde_json::to_value(&result)? })
 }
 
 fn play_one(agent: &Path, path: &Path, source: Source) -> CaseResult {

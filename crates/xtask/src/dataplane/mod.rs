@@ -21,19 +21,18 @@ mod servers;
 mod timed;
 
 use std::fs;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use lab::{Job, Scratch};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::cargo;
-use crate::test::guest::Counts;
+use crate::queue::task::{Action, Finished, Task};
+use crate::queue::worker::Done;
+use crate::queue::{self, Options};
+use crate::test::Counts;
 use agent::Agent;
 use cells::Table;
 use compare::Names;
@@ -69,16 +68,9 @@ pub(crate) struct Args {
     filter: Vec<String>,
 }
 
-/// Plays recordings inside the lab.
-#[derive(clap::Args)]
-pub(crate) struct GuestArgs {
-    share: PathBuf,
-    results: PathBuf,
-}
-
-/// What one guest plays: cells or events that were recorded under the same flags.
-#[derive(Serialize, Deserialize)]
-struct Share {
+/// Cells or events that were recorded under the same flags, and so are played on one network.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Share {
     agent: PathBuf,
     flags: Vec<String>,
     /// What the agent is told beside what was recorded.
@@ -94,20 +86,24 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     Ok(if results.iter().all(Played::passed) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// All recordings of the repository, as a part of `cargo xtask test`.
-pub(crate) fn test() -> Result<Counts> {
-    test_with(&[], &[])
+/// The recordings of the repository as a part of `cargo xtask test`; with `routes` a part of them, with VIPs that are bound by
+/// routes.
+pub(crate) fn repository_tasks(agent: &Path, routes: bool) -> Result<Vec<Task>> {
+    let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+    let (agent_flag, filter) = if routes {
+        (words(&["--vip-binding=route", "--vip-ranges=10.96.0.0/12,fd00:10:96::/108"]), words(&["matrix-default"]))
+    } else {
+        (Vec::new(), Vec::new())
+    };
+    let agent = Some(agent.to_owned());
+    let args = Args { matrix: RECORDINGS.into(), json: None, agent, agent_flag, filter };
+    Ok(tasks(if routes { "data plane, VIPs by routes" } else { "data plane" }, shares(&args)?))
 }
 
-/// A part of them with VIPs that are bound by routes.
-pub(crate) fn test_routes() -> Result<Counts> {
-    test_with(&["--vip-binding=route", "--vip-ranges=10.96.0.0/12,fd00:10:96::/108"], &["matrix-default"])
-}
-
-fn test_with(flags: &[&str], filter: &[&str]) -> Result<Counts> {
-    let [agent_flag, filter] = [flags, filter].map(|words| words.iter().map(|word| (*word).to_owned()).collect());
-    let args = Args { matrix: RECORDINGS.into(), json: None, agent: None, agent_flag, filter };
-    let results = play_all(&args)?;
+/// What came of [`repository_tasks`].
+pub(crate) fn conclude(finished: &[&Finished]) -> Result<Counts> {
+    let results = results(finished)?;
+    eprint!("{}", report::text(&results));
     let faults = report::faults(&results);
     if !faults.is_empty() {
         bail!("{}", faults.into_iter().collect::<Vec<_>>().join("; "));
@@ -116,40 +112,30 @@ fn test_with(flags: &[&str], filter: &[&str]) -> Result<Counts> {
     Ok(Counts { passed: u32::try_from(results.len() - failed)?, failed: u32::try_from(failed)? })
 }
 
+fn tasks(suite: &str, shares: Vec<Share>) -> Vec<Task> {
+    let task = |share: Share| {
+        let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
+        let what = if share.events.is_empty() { "cells" } else { "events" };
+        let (suite, name) = (suite.to_owned(), format!("{what}, {flags}"));
+        Task { suite, name, action: Action::DataPlane(Box::new(share)) }
+    };
+    shares.into_iter().map(task).collect()
+}
+
+/// The results of all shares, in the order in which they were recorded.
+fn results(finished: &[&Finished]) -> Result<Vec<Played>> {
+    let results: Result<Vec<Vec<Played>>> = finished.iter().map(|finished| finished.value()).collect();
+    Ok(results?.into_iter().flatten().collect())
+}
+
 fn play_all(args: &Args) -> Result<Vec<Played>> {
-    let started = Instant::now();
-    let shares = shares(args)?;
-    let count: usize = shares.iter().map(|share| share.cells.len() + share.events.len()).sum();
-    lab::prepare()?;
-    // A guest has one processor.
-    let guests = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let queue = Mutex::new(shares.iter().enumerate());
-    let next = || queue.lock().map_or(None, |mut queue| queue.next());
-    let results = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
-        for _ in 0..guests.min(shares.len()) {
-            scope.spawn(|| {
-                while let Some((index, share)) = next() {
-                    let played = play_share(share);
-                    if let Ok(mut results) = results.lock() {
-                        results.push((index, played));
-                    }
-                }
-            });
-        }
-    });
-    let mut results = results.into_inner().unwrap_or_default();
-    results.sort_by_key(|(index, _)| *index);
-    let results: Result<Vec<Vec<Played>>> = results.into_iter().map(|(_, played)| played).collect();
-    let results: Vec<Played> = results?.into_iter().flatten().collect();
-    if results.len() != count {
-        bail!("{count} cells were to be played, and {} have results", results.len());
-    }
+    let finished = queue::run(tasks("data plane", shares(args)?), &Options::default())?;
+    let results = results(&finished.iter().collect::<Vec<_>>())?;
     if let Some(path) = &args.json {
         let report = serde_json::to_vec_pretty(&Report::new(&results))?;
         fs::write(path, report).with_context(|| format!("cannot write {}", path.display()))?;
     }
-    eprint!("{}", report::text(&results, started.elapsed()));
+    eprint!("{}", report::text(&results));
     Ok(results)
 }
 
@@ -163,7 +149,7 @@ fn shares(args: &Args) -> Result<Vec<Share>> {
     let (topology, objects) = (own("topology.json")?, own("objects.json")?);
     let agent = match &args.agent {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find the agent {}", agent.display()))?,
-        None => cargo::agent()?.context("this workspace has no agent to send traffic through")?,
+        None => cargo::agent()?,
     };
     let new = |flags: &[String], cells, events| Share {
         agent: agent.clone(),
@@ -206,43 +192,21 @@ fn is_selected(recorded: &Recorded, words: &[String]) -> bool {
     words.iter().all(|word| recorded.file.contains(word.as_str()) || name.contains(word.as_str()))
 }
 
-/// Plays a share in a boot of its own.
-fn play_share(share: &Share) -> Result<Vec<Played>> {
-    let dir = Scratch::new()?;
-    let (list, results) = (dir.path().join("share.json"), dir.path().join("results.json"));
-    fs::write(&list, serde_json::to_vec(share)?).context("cannot write what is to be played")?;
-    let seconds = 120 + share.cells.len() + 30 * share.events.len();
-    let status = lab::run(
-        &Job::this_executable()
-            .arg("guest-dataplane")
-            .args([&list, &results])
-            .writable(dir.path())
-            .time_limit(Duration::from_secs(seconds as u64)),
-    )?;
-    if !status.success() {
-        bail!("the cells could not be played to their end: exit code {}", status.code());
-    }
-    serde_json::from_slice(&fs::read(&results).context("cannot read the results")?).context("cannot read the results")
-}
-
-/// Inside the lab.
-pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
-    let share: Share = serde_json::from_value(recording::read_json(&args.share)?).context("cannot read the share")?;
-    let results = play(&share).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+/// Inside the lab. A share that cannot be played has results that say so.
+pub(crate) fn run_guest(share: &Share) -> Result<Done> {
+    let (results, output) = play(share).unwrap_or_else(|error| {
         let all = share.cells.iter().chain(&share.events);
         let failed = |recorded: &Recorded| {
             let got = format!("could not be played: {}", error.to_string().lines().next().unwrap_or_default());
             Played { got, ..recorded.not_played() }
         };
-        all.map(failed).collect()
+        (all.map(failed).collect(), format!("error: {error:#}\n"))
     });
-    fs::write(&args.results, serde_json::to_vec(&results)?).context("cannot write the results")?;
-    Ok(ExitCode::SUCCESS)
+    Ok(Done { passed: results.iter().all(Played::passed), output, value: serde_json::to_value(results)? })
 }
 
-fn play(share: &Share) -> Result<Vec<Played>> {
-    let started = Instant::now();
+/// The results, and what the agent said if not all passed.
+fn play(share: &Share) -> Result<(Vec<Played>, String)> {
     let topology: Topology =
         serde_json::from_value(share.topology.clone()).context("cannot understand the topology")?;
     let objects = Objects::new(share.objects.clone(), topology.of("node")?)?;
@@ -252,24 +216,19 @@ fn play(share: &Share) -> Result<Vec<Played>> {
     let flags = [&share.flags[..], &share.more_flags].concat();
     let mut agent = Agent::new(&share.agent, &flags, network.node()?, &objects)?;
     agent.start()?;
-    let tell = |what: &str| {
-        let flags = if share.flags.is_empty() { "no flags".to_owned() } else { share.flags.join(" ") };
-        eprintln!("{what} after {:.1} s, with {flags}", started.elapsed().as_secs_f32());
-    };
-    tell("the network and the agent are there");
     let mut results = Vec::new();
     if !share.cells.is_empty() {
         let table = Table { network: &network, objects: &objects, flags: &flags, names: names.clone() };
         results.extend(cells::play(&table, &share.cells));
-        tell(&format!("{} cells are played", share.cells.len()));
     }
     if !share.events.is_empty() {
         let mut stage = Stage { network: &network, objects: &objects, names: &names, agent: &mut agent };
         results.extend(timed::play(&mut stage, &share.events));
-        tell(&format!("{} events are played", share.events.len()));
     }
-    if !results.iter().all(Played::passed) {
-        eprintln!("the last that the agent said:\n{}", agent.last_words());
-    }
-    Ok(results)
+    let output = if results.iter().all(Played::passed) {
+        String::new()
+    } else {
+        format!("the end of the agent's log:\n{}\n", agent.last_words())
+    };
+    Ok((results, output))
 }

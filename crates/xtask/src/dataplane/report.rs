@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
-use std::time::Duration;
 
 use serde::Serialize;
 
@@ -44,7 +43,7 @@ impl<'a> Report<'a> {
 }
 
 /// Everything that people are told.
-pub(crate) fn text(results: &[Played], took: Duration) -> String {
+pub(crate) fn text(results: &[Played]) -> String {
     let mut text = pictures(results);
     let report = Report::new(results);
     text += &differences(results);
@@ -70,12 +69,11 @@ pub(crate) fn text(results: &[Played], took: Duration) -> String {
     }
     let _ = writeln!(
         text,
-        "dataplane: {} cells, {} passed ({} of them deviate on purpose), {} failed ({:.1} s)",
+        "dataplane: {} cells, {} passed ({} of them deviate on purpose), {} failed",
         report.cells,
         report.passed,
         report.deviations.len(),
-        report.failed.len(),
-        took.as_secs_f32()
+        report.failed.len()
     );
     text
 }

@@ -55,7 +55,7 @@ pub(crate) struct GuestArgs {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let agent = match &args.agent {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find the agent {}", agent.display()))?,
-        None => cargo::agent()?.context("this workspace has no agent to show")?,
+        None => cargo::agent()?,
     };
     let manifests = Path::new(MANIFESTS).canonicalize().with_context(|| format!("cannot find {MANIFESTS}"))?;
     let is_colored =

@@ -89,7 +89,7 @@ fn soak(args: &Args) -> Result<Vec<u8>> {
     // As it is shipped: static, so that one file is all.
     let agent = match &args.agent {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
-        None => cargo::static_agent(None, cargo::Build::Release)?,
+        None => cargo::static_agent(None)?,
     };
     let may_set_clock = lab::prepare()? == Place::Guest;
     let dir = Scratch::new()?;

@@ -3,40 +3,60 @@
 //! A test that needs the lab is an ignored one: `#[ignore = "needs a kernel with IPVS: cargo xtask test"]`. A target
 //! named `boot` has tests of the lab itself, which boot guests and so run on this machine.
 
-pub(crate) mod guest;
+mod host;
 
-use std::io::{IsTerminal, stdout};
 use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use lab::{Job, Place, Scratch};
+use lab::{Place, Scratch};
 
-use self::guest::{Counts, List, Suite};
 use crate::cargo::{self, TestExecutable};
-use crate::conformance;
-use crate::dataplane;
-use crate::image;
+use crate::queue::task::{Action, Finished, Task};
+use crate::queue::{self, Options};
+use crate::{conformance, dataplane, image};
 
-/// The target with the tests of the lab itself.
-const BOOT: &str = "boot";
 /// The target with the tests of what is in `deploy/`, which need the files of the image.
 const DEPLOY: &str = "deploy";
 
-/// Runs all tests: `cargo test` on this machine, then those that need a kernel with IPVS in the lab.
+/// How many of the slowest tasks are named.
+const SLOWEST: usize = 10;
+
+/// Runs all tests: those that need nothing on this machine, and beside them those that need a kernel with IPVS in the lab,
+/// with the recorded runs and traffic of kube-proxy.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Run only the tests that need a kernel with IPVS
+    /// Run only what needs a kernel with IPVS
     #[arg(long, conflicts_with = "only_host")]
     only_lab: bool,
     /// Run only the tests that need nothing
     #[arg(long)]
     only_host: bool,
-    /// Stop the tests in the lab after this many seconds
-    #[arg(long, value_name = "SECONDS", default_value_t = 1800)]
-    time_limit: u64,
+    /// Run each test in the lab so many times, to find out which do not always pass
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    repeat: usize,
+    /// Run so many tests at a time in each guest
+    #[arg(long, value_name = "N")]
+    at_once: Option<usize>,
+    /// Record how long each test in the lab takes, so that the longest ones start first
+    #[arg(long)]
+    record_times: bool,
     /// Run only tests with this in their names
     filter: Option<String>,
+}
+
+/// How many tests passed and failed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) passed: u32,
+    pub(crate) failed: u32,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+    }
 }
 
 /// What one part of the tests came to.
@@ -44,22 +64,17 @@ struct Part {
     name: &'static str,
     counts: Counts,
     error: Option<anyhow::Error>,
-    duration: Duration,
 }
 
 impl Part {
-    /// Does a part. One that fails does not keep the next from running.
-    fn run(name: &'static str, action: impl FnOnce() -> Result<Counts>) -> Self {
-        eprintln!("\n== {name}");
-        let started = Instant::now();
-        let (counts, error) = match action() {
-            Ok(counts) => (counts, None),
-            Err(error) => (Counts::default(), Some(error)),
-        };
-        if let Some(error) = &error {
-            eprintln!("error: {error:#}");
+    fn new(name: &'static str, counts: Result<Counts>) -> Self {
+        match counts {
+            Ok(counts) => Self { name, counts, error: None },
+            Err(error) => {
+                eprintln!("error: {name}: {error:#}");
+                Self { name, counts: Counts::default(), error: Some(error) }
+            }
         }
-        Self { name, counts, error, duration: started.elapsed() }
     }
 
     fn passed(&self) -> bool {
@@ -69,117 +84,113 @@ impl Part {
     fn summary(&self) -> String {
         let Counts { passed, failed } = self.counts;
         let error = if self.error.is_some() { ", stopped by an error" } else { "" };
-        format!("{}: {passed} passed, {failed} failed{error} ({:.1} s)", self.name, self.duration.as_secs_f32())
+        format!("{}: {passed} passed, {failed} failed{error}", self.name)
     }
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
+    let started = Instant::now();
+    let built = cargo::build_tests()?;
     let filter = args.filter.as_deref();
-    let mut parts = Vec::new();
-    if !args.only_lab {
-        parts.push(Part::run("tests on this machine", || host_tests(filter)));
-    }
-    if !args.only_host {
-        let place = lab::prepare().context("cannot make the lab ready")?;
-        let (boot, other): (Vec<_>, Vec<_>) =
-            cargo::test_executables()?.into_iter().partition(|executable| executable.target == BOOT);
-        if place == Place::Guest {
-            parts.push(Part::run("tests of the lab", || boot_tests(&boot, filter)));
-        } else {
-            eprintln!("\n== tests of the lab: left out, because this machine's kernel has IPVS and needs no guest");
+    let boots = !args.only_host && lab::prepare().context("cannot make the lab ready")? == Place::Guest;
+    eprintln!("built, and the lab is ready, after {:.1} s", started.elapsed().as_secs_f32());
+    // Tests in the lab mostly wait, so those on this machine run beside them.
+    let parts = std::thread::scope(|scope| {
+        let host = (!args.only_lab).then(|| scope.spawn(|| host::run(&built.executables, boots, filter)));
+        let mut parts = if args.only_host { Vec::new() } else { lab_parts(args, &built)? };
+        if let Some(host) = host {
+            let results = host.join().unwrap_or_else(|_| bail!("a thread panicked"));
+            let (host, boot) = match results {
+                Ok(results) => (Ok(results.counts), Some(results.boot)),
+                Err(error) => (Err(error), None),
+            };
+            parts.insert(0, Part::new("tests on this machine", host));
+            if boots {
+                parts.insert(1, Part::new("tests of the lab", boot.context("not run")));
+            }
         }
-        parts.push(Part::run("tests in the lab", || lab_tests(&other, args)));
-        if filter.is_none() {
-            parts.push(Part::run("conformance, from manifests", || conformance::test(false)));
-            parts.push(Part::run("conformance, from an API server", || conformance::test(true)));
-            parts.push(Part::run("data plane", dataplane::test));
-            parts.push(Part::run("data plane, VIPs by routes", dataplane::test_routes));
-        }
-    }
+        anyhow::Ok(parts)
+    })?;
     let summary: Vec<String> = parts.iter().map(Part::summary).collect();
     let passed = parts.iter().all(Part::passed);
-    eprintln!("\n{}: {}", if passed { "passed" } else { "FAILED" }, summary.join("; "));
+    let word = if passed { "passed" } else { "FAILED" };
+    eprintln!("\n{word} in {:.0} s: {}", started.elapsed().as_secs_f32(), summary.join("; "));
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn host_tests(filter: Option<&str>) -> Result<Counts> {
-    let mut command = cargo::cargo();
-    command.args(["test", "--workspace", "--no-fail-fast"]).args(filter);
-    if stdout().is_terminal() {
-        // We are between the tests and the terminal.
-        command.args(["--", "--color=always"]);
-    }
-    let (counts, success) = guest::run_counting(&mut command)?;
-    if !success && counts.failed == 0 {
-        bail!("`cargo test` failed");
-    }
-    Ok(counts)
-}
-
-fn boot_tests(executables: &[TestExecutable], filter: Option<&str>) -> Result<Counts> {
-    let mut total = Counts::default();
-    for suite in suites(executables, filter)? {
-        total.add(guest::run_suite(&suite, filter)?);
-    }
-    Ok(total)
-}
-
-fn lab_tests(executables: &[TestExecutable], args: &Args) -> Result<Counts> {
-    let suites = suites(executables, args.filter.as_deref())?;
-    let expected: u32 = suites.iter().map(|suite| suite.expected).sum();
-    match (expected, &args.filter) {
-        (0, None) => bail!("not one test is marked `#[ignore]` to run in the lab: they must have got lost"),
-        (0, Some(filter)) => {
-            eprintln!("no test in the lab has `{filter}` in its name");
-            return Ok(Counts::default());
-        }
-        _ => eprintln!("{expected} tests to run in the lab"),
-    }
-    let agent = cargo::agent()?;
+/// What needs a kernel with IPVS.
+fn lab_parts(args: &Args, built: &cargo::Built) -> Result<Vec<Part>> {
+    let filter = args.filter.as_deref();
+    let mut options = Options { env: Vec::new(), at_once: args.at_once, record_times: args.record_times };
     let dir = Scratch::new()?;
-    let deploy = executables.iter().find(|executable| executable.target == DEPLOY);
-    let image = match deploy.filter(|deploy| suites.iter().any(|suite| suite.executable == deploy.path)) {
-        Some(_) => {
-            let image = dir.path().join("image");
-            image::make(&image, &cargo::static_agent(None, cargo::Build::Debug)?)?;
-            Some(image)
+    let tests = test_tasks(&built.executables, filter)?;
+    if tests.is_empty() {
+        match filter {
+            None => bail!("not one test is marked `#[ignore]` to run in the lab: they must have got lost"),
+            Some(filter) => eprintln!("no test in the lab has `{filter}` in its name"),
         }
-        None => None,
-    };
-    List { suites, filter: args.filter.clone() }.write(dir.path())?;
-    let mut job = Job::this_executable()
-        .arg("guest-tests")
-        .arg(dir.path())
-        .writable(dir.path())
-        .time_limit(Duration::from_secs(args.time_limit));
-    if let Some(agent) = agent {
-        job = job.env("KUBE_IPVS_BIN", agent);
     }
-    if let Some(image) = image {
-        job = job.env("KUBE_IPVS_IMAGE", image);
+    if tests.iter().any(|task| task.suite == DEPLOY) {
+        let root = dir.path().join("image");
+        image::make_dynamic(&root, &built.agent)?;
+        options.env.push(("KUBE_IPVS_IMAGE".into(), root.to_string_lossy().into_owned()));
     }
-    lab::run(&job)?;
-    Counts::read(dir.path())
+    options.env.push(("KUBE_IPVS_BIN".into(), built.agent.to_string_lossy().into_owned()));
+
+    let mut groups: Vec<(&'static str, Conclude, Vec<Task>)> = vec![("tests in the lab", count, tests)];
+    if filter.is_none() {
+        let agent = &built.agent;
+        let [manifests, api_server] = [false, true].map(|server| conformance::repository_tasks(agent, server));
+        groups.push(("conformance, from manifests", conformance::conclude, manifests?));
+        groups.push(("conformance, from an API server", conformance::conclude, api_server?));
+        let [addresses, routes] = [false, true].map(|routes| dataplane::repository_tasks(agent, routes));
+        groups.push(("data plane", dataplane::conclude, addresses?));
+        groups.push(("data plane, VIPs by routes", dataplane::conclude, routes?));
+    }
+    let mut tasks = Vec::new();
+    let mut ends = Vec::new();
+    for (name, conclude, group) in groups {
+        for _ in 0..args.repeat {
+            tasks.extend(group.iter().cloned());
+        }
+        ends.push((name, conclude, tasks.len()));
+    }
+    let finished = queue::run(tasks, &options)?;
+    let mut parts = Vec::new();
+    let mut start = 0;
+    for (name, conclude, end) in ends {
+        let of_part: Vec<&Finished> = finished[start..end].iter().collect();
+        parts.push(Part::new(name, conclude(&of_part)));
+        start = end;
+    }
+    queue::print_slowest(&finished, SLOWEST);
+    Ok(parts)
 }
 
-/// The executables that have ignored tests which match the filter.
-fn suites(executables: &[TestExecutable], filter: Option<&str>) -> Result<Vec<Suite>> {
-    let mut suites = Vec::new();
-    for executable in executables {
+/// Makes counts of what came of a group of tasks.
+type Conclude = fn(&[&Finished]) -> Result<Counts>;
+
+fn count(finished: &[&Finished]) -> Result<Counts> {
+    let passed = finished.iter().filter(|finished| finished.outcome.passed).count();
+    Ok(Counts { passed: u32::try_from(passed)?, failed: u32::try_from(finished.len() - passed)? })
+}
+
+/// The ignored tests of all executables that match the filter, but those that boot guests.
+fn test_tasks(executables: &[TestExecutable], filter: Option<&str>) -> Result<Vec<Task>> {
+    let mut tasks = Vec::new();
+    for executable in executables.iter().filter(|executable| executable.target != host::BOOT) {
         let mut command = Command::new(&executable.path);
         command.args(["--list", "--ignored", "--format=terse"]).args(filter).current_dir(&executable.package_dir);
         let output = command.output().with_context(|| format!("cannot run {}", executable.path.display()))?;
         if !output.status.success() {
             bail!("{} cannot list its tests: {}", executable.path.display(), output.status);
         }
-        let tests = String::from_utf8_lossy(&output.stdout).lines().filter(|line| line.ends_with(": test")).count();
-        if tests > 0 {
-            suites.push(Suite {
-                executable: executable.path.clone(),
-                package_dir: executable.package_dir.clone(),
-                expected: u32::try_from(tests).context("too many tests")?,
-            });
-        }
+        let listing = String::from_utf8_lossy(&output.stdout).into_owned();
+        tasks.extend(listing.lines().filter_map(|line| line.strip_suffix(": test")).map(|name| Task {
+            suite: executable.target.clone(),
+            name: name.to_owned(),
+            action: Action::Test { executable: executable.path.clone(), package_dir: executable.package_dir.clone() },
+        }));
     }
-    Ok(suites)
+    Ok(tasks)
 }
