@@ -17,9 +17,18 @@ pub(crate) struct Args {}
 
 pub(crate) fn run(_: &Args) -> Result<ExitCode> {
     let scratch = Scratch::new()?;
-    // Of different lengths, since what depends on a path may depend on that.
-    let first = build(&scratch.path().join("a"))?;
-    let second = build(&scratch.path().join("another-place"))?;
+    // Of different lengths, since what depends on a path may depend on that. Side by side, since most of a build is one
+    // optimization of the whole program, which has one thread.
+    let places = ["a", "another-place"].map(|name| scratch.path().join(name));
+    let [first, second] = std::thread::scope(|scope| {
+        let builds = places.each_ref().map(|place| scope.spawn(|| build(place)));
+        builds.map(|build| build.join().unwrap_or_else(|_| bail!("a thread panicked")))
+    });
+    let (first, second) = (first?, second?);
+    if !is_static(&first)? {
+        eprintln!("error: {} needs other files: it is linked dynamically", first.display());
+        return Ok(ExitCode::FAILURE);
+    }
     let read = |path: &Path| fs::read(path).with_context(|| format!("cannot read {}", path.display()));
     let (first_bytes, second_bytes) = (read(&first)?, read(&second)?);
     println!("{}  kube-ipvs ({} bytes)", hash(&first)?, first_bytes.len());
@@ -39,6 +48,14 @@ fn build(directory: &Path) -> Result<PathBuf> {
     checked(Command::new("git").args(["archive", "--format=tar", "--output"]).arg(&archive).arg("HEAD"))?;
     checked(Command::new("tar").arg("--extract").arg("--file").arg(&archive).arg("--directory").arg(directory))?;
     cargo::static_agent_in(directory)
+}
+
+/// Whether an executable needs no loader and no libraries: it then runs in an image that has nothing else.
+fn is_static(executable: &Path) -> Result<bool> {
+    let output = Command::new("ldd").arg(executable).env("LC_ALL", "C").output().context("cannot run ldd")?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text);
+    Ok(text.contains("statically linked") || text.contains("not a dynamic executable"))
 }
 
 fn checked(command: &mut Command) -> Result<Vec<u8>> {
