@@ -1,4 +1,4 @@
-//! The socket that is awaited, on tokio.
+//! The asynchronous socket, on tokio.
 
 use std::io;
 use std::marker::PhantomData;
@@ -8,22 +8,22 @@ use netlink_sys::Socket as RawSocket;
 use tokio::task::coop::consume_budget;
 
 use crate::error::{Error, Refusal};
-use crate::exchange::{DUMP_ATTEMPTS, Dumping, Outgoing, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{drop_queued, no_answer, open, receive_queued, retry};
+use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PendingDump, RECEIVE_BYTES, Request, Sent};
+use crate::socket::{drop_queued, no_reply, open, receive_queued, retry};
 
-/// [`Socket`](crate::Socket) for tasks: the same requests and answers, awaited.
+/// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///
-/// The kernel handles a request inside the system call that sends it, and has answered when that returns: there is nothing
-/// to wait for. What a task gains is that others get their turn, by tokio's rules, between the datagrams of a dump and the
-/// parts of a batch. A future that is dropped leaves the socket usable; whether what it has sent was carried out is not
-/// known then.
+/// The kernel handles a request inside the system call that sends it and has queued the reply when that returns, so this
+/// socket never waits for readiness. It yields to other tasks, by tokio's cooperative budget, between the datagrams of a
+/// dump and the parts of a batch. Dropping a future leaves the socket usable, but whether the kernel carried out what was
+/// sent is then unknown.
 #[derive(Debug)]
 pub struct AsyncSocket {
     raw: RawSocket,
     outgoing: Outgoing,
     incoming: Vec<u8>,
-    /// As in the synchronous socket.
-    is_dumping: bool,
+    /// As in [`Socket`](crate::Socket).
+    has_unread_dump: bool,
 }
 
 impl AsyncSocket {
@@ -31,31 +31,31 @@ impl AsyncSocket {
     /// of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
-        Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], is_dumping: false })
+        Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false })
     }
 
-    /// What was sent so far.
+    /// Counters of what was sent so far.
     pub fn sent(&self) -> Sent {
         self.outgoing.sent()
     }
 
-    /// [`Socket::request`](crate::Socket::request), awaited.
+    /// The async form of [`Socket::request`](crate::Socket::request).
     pub async fn request<M, R>(&mut self, request: &Request<M>, mut each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
-        let asking = self.outgoing.request(request);
+        let pending = self.outgoing.request(request);
         self.send().await?;
         loop {
             let datagram = receive(&self.raw, &mut self.incoming).await?;
-            if asking.receive(&self.outgoing, datagram, &mut each)? {
+            if pending.receive(&self.outgoing, datagram, &mut each)? {
                 return Ok(());
             }
         }
     }
 
-    /// [`Socket::dump`](crate::Socket::dump), awaited.
+    /// The async form of [`Socket::dump`](crate::Socket::dump).
     pub async fn dump<M, R>(&mut self, message: &M, each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
@@ -75,19 +75,19 @@ impl AsyncSocket {
         Err(Error::Interrupted { attempts: DUMP_ATTEMPTS })
     }
 
-    /// [`Socket::stream`](crate::Socket::stream), awaited.
+    /// The async form of [`Socket::stream`](crate::Socket::stream).
     pub async fn stream<M, R>(&mut self, message: &M) -> Result<AsyncStream<'_, R>, Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
-        let dumping = self.outgoing.dump(message);
+        let pending = self.outgoing.dump(message);
         self.send().await?;
-        self.is_dumping = true;
-        Ok(AsyncStream { socket: self, dumping, of: PhantomData })
+        self.has_unread_dump = true;
+        Ok(AsyncStream { socket: self, pending, of: PhantomData })
     }
 
-    /// [`Socket::batch`](crate::Socket::batch), awaited.
+    /// The async form of [`Socket::batch`](crate::Socket::batch).
     pub async fn batch<M>(
         &mut self,
         requests: impl IntoIterator<Item = Request<M>>,
@@ -97,14 +97,14 @@ impl AsyncSocket {
     {
         let mut requests = requests.into_iter();
         let mut results = Vec::with_capacity(requests.size_hint().0);
-        while let Some(batching) = self.outgoing.batch(&mut requests, &mut results) {
+        while let Some(pending) = self.outgoing.batch(&mut requests, &mut results) {
             self.send().await?;
             loop {
                 match receive(&self.raw, &mut self.incoming).await {
-                    Ok(datagram) if batching.receive(&self.outgoing, datagram, &mut results)? => break,
+                    Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut results)? => break,
                     Ok(_) => {}
                     Err(Error::Refused(refusal)) => {
-                        batching.refuse_last(refusal, &mut results);
+                        pending.refuse_last(refusal, &mut results);
                         break;
                     }
                     Err(error) => return Err(error),
@@ -116,7 +116,7 @@ impl AsyncSocket {
 
     async fn send(&mut self) -> Result<(), Error> {
         consume_budget().await;
-        if std::mem::take(&mut self.is_dumping) {
+        if std::mem::take(&mut self.has_unread_dump) {
             drop_queued(&self.raw, &mut self.incoming);
         }
         let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
@@ -125,34 +125,34 @@ impl AsyncSocket {
     }
 }
 
-/// The messages of a dump as they come, awaited: see [`Stream`](crate::Stream).
+/// The messages of a dump as they arrive: the async form of [`Stream`](crate::Stream).
 #[derive(Debug)]
 pub struct AsyncStream<'a, R> {
     socket: &'a mut AsyncSocket,
-    dumping: Dumping,
+    pending: PendingDump,
     of: PhantomData<fn() -> R>,
 }
 
 impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
-    /// Whether the kernel has said so far that what it lists changed meanwhile.
+    /// Whether the kernel has marked the dump as inconsistent so far (`NLM_F_DUMP_INTR`).
     #[must_use]
     pub fn is_interrupted(&self) -> bool {
-        self.dumping.is_interrupted()
+        self.pending.is_interrupted()
     }
 
-    /// The next message; `None` after the last. After a message that cannot be decoded the rest follows.
+    /// The next message; `None` after the last. A message that cannot be decoded is an error and does not end the dump.
     pub async fn next(&mut self) -> Option<Result<R, Error>> {
         loop {
-            let AsyncSocket { raw, outgoing, incoming, is_dumping } = &mut *self.socket;
-            let next = self.dumping.next(outgoing, incoming);
-            *is_dumping = !self.dumping.is_done();
+            let AsyncSocket { raw, outgoing, incoming, has_unread_dump } = &mut *self.socket;
+            let next = self.pending.next(outgoing, incoming);
+            *has_unread_dump = !self.pending.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
-                Ok(None) if self.dumping.is_done() => return None,
+                Ok(None) if self.pending.is_done() => return None,
                 Ok(None) => match receive(raw, incoming).await {
-                    Ok(datagram) => self.dumping.received(datagram.len()),
+                    Ok(datagram) => self.pending.received(datagram.len()),
                     Err(error) => {
-                        self.dumping.give_up();
+                        self.pending.abort();
                         return Some(Err(error));
                     }
                 },
@@ -167,7 +167,7 @@ async fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> Result<&'a [u8], 
     consume_budget().await;
     match receive_queued(raw, buffer) {
         Ok(Some(datagram)) => Ok(datagram),
-        Ok(None) => Err(no_answer(io::ErrorKind::WouldBlock.into())),
-        Err(error) => Err(no_answer(error)),
+        Ok(None) => Err(no_reply(io::ErrorKind::WouldBlock.into())),
+        Err(error) => Err(no_reply(error)),
     }
 }

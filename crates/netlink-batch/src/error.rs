@@ -1,4 +1,4 @@
-//! What can go wrong on a netlink socket, and what the kernel said when it refused.
+//! Errors of a netlink socket, and the kernel's refusal of a request.
 
 use std::fmt;
 use std::io;
@@ -10,28 +10,28 @@ const NLMSGERR_ATTR_MSG: u16 = 1;
 const NLMSGERR_ATTR_OFFS: u16 = 2;
 const NLMSGERR_ATTR_MISS_TYPE: u16 = 5;
 
-/// The kernel's "no" to one request: an errno and, where the kernel gives it, an extended ACK.
+/// The kernel's error reply to one request (`NLMSG_ERROR`): an errno and, where the kernel gives it, an extended ACK.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Refusal {
     /// The errno, positive, as in `errno.h`.
     pub errno: i32,
-    /// The kernel's own words (`NLMSGERR_ATTR_MSG`).
+    /// The kernel's message (`NLMSGERR_ATTR_MSG`).
     pub message: Option<String>,
-    /// The type of the attribute the kernel objects to (found at `NLMSGERR_ATTR_OFFS`), without its flag bits.
+    /// The type of the attribute that caused the error (the one at `NLMSGERR_ATTR_OFFS`), without its flag bits.
     pub attribute: Option<u16>,
-    /// The type of an attribute the kernel misses (`NLMSGERR_ATTR_MISS_TYPE`).
+    /// The type of a required attribute that is missing (`NLMSGERR_ATTR_MISS_TYPE`).
     pub missing: Option<u16>,
 }
 
 impl Refusal {
-    /// One without details.
+    /// A refusal without an extended ACK.
     pub const fn new(errno: i32) -> Self {
         Self { errno, message: None, attribute: None, missing: None }
     }
 
-    /// Reads the extended ACK in `tlvs`; `request` is the message it answers, for the attribute at the offset it names.
-    /// A malformed extended ACK costs its details, never the errno.
+    /// Reads the extended ACK in `tlvs`. `request` is the message it answers: the offset in the ACK points into it. A
+    /// malformed extended ACK loses its details but keeps the errno.
     pub(crate) fn with_extended_ack(mut self, tlvs: &[u8], request: Option<&[u8]>) -> Self {
         for tlv in NlasIterator::new(tlvs).map_while(Result::ok) {
             match tlv.kind() {
@@ -73,12 +73,12 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Why a call on a [`Socket`](crate::Socket) has no result. The text has the cause in it, so there is no `source` that
-/// would be shown twice.
+/// Why a call on a [`Socket`](crate::Socket) failed. The text includes the cause, so `source` returns none: it would be
+/// printed twice.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The socket could not be made.
+    /// The socket could not be opened.
     #[error("cannot open a netlink socket of protocol {protocol}: {error}")]
     Open {
         /// The protocol, as in `NETLINK_ROUTE`.
@@ -89,16 +89,16 @@ pub enum Error {
     /// `send` failed. None of the requests in the datagram was handled.
     #[error("cannot send to the kernel: {0}")]
     Send(io::Error),
-    /// `recv` failed; `ENOBUFS` means that answers were lost. Requests may have been handled.
+    /// `recv` failed; `ENOBUFS` means that replies were lost. Requests may have been handled.
     #[error("cannot receive from the kernel: {0}")]
     Receive(io::Error),
-    /// An answer cannot be understood.
-    #[error("cannot decode an answer of the kernel: {0}")]
+    /// A reply could not be decoded.
+    #[error("cannot decode a reply of the kernel: {0}")]
     Decode(DecodeError),
-    /// A dump was interrupted by changes again and again.
-    #[error("what the kernel holds changed during each of {attempts} dumps in a row")]
+    /// Changes interrupted each attempt at a dump.
+    #[error("the dumped table changed during each of {attempts} attempts to read it")]
     Interrupted {
-        /// How often the dump was tried.
+        /// The number of attempts.
         attempts: u32,
     },
     /// The kernel refused the request.
@@ -107,7 +107,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The kernel's answer, where it gave one.
+    /// The kernel's refusal, if that is the cause.
     #[must_use]
     pub fn refusal(&self) -> Option<&Refusal> {
         match self {

@@ -1,5 +1,5 @@
-//! What is said on a netlink socket, without the socket: datagrams to the kernel, and what it answers. Both sockets of this
-//! crate, the one that waits and the one that is awaited, only move bytes between here and the kernel.
+//! The netlink protocol without I/O: encodes requests into datagrams and decodes the kernel's replies. The synchronous and
+//! the asynchronous socket only move bytes between this module and the kernel.
 
 use std::io;
 
@@ -10,16 +10,16 @@ use netlink_packet_core::{
 
 use crate::error::{Error, Refusal};
 
-/// How many messages go out in one `send`, at most.
+/// The maximum number of messages in one `send`.
 ///
-/// Every refused request costs an answer of about 770 bytes of receive buffer, and the default buffer (212,992 bytes)
-/// holds 256 of them on Linux 6.1 and 6.18; at twice that number answers are lost.
+/// The reply to a refused request takes about 770 bytes of receive buffer, and the default buffer (212,992 bytes) holds
+/// 256 of them on Linux 6.1 and 6.18. With twice that number, replies are lost.
 pub const BATCH_MESSAGES: usize = 128;
 
-/// A datagram larger than the send buffer is refused with `EMSGSIZE`; the default takes 143 KB, so this is safe.
+/// The kernel refuses a datagram larger than the send buffer with `EMSGSIZE`. The default buffer takes 143 KB.
 pub(crate) const BATCH_BYTES: usize = 64 * 1024;
 
-/// The kernel fills at most 32 KiB a datagram of a dump, and fewer for a reader with a smaller buffer.
+/// A datagram of a dump has at most 32 KiB, and less for a reader with a smaller buffer.
 pub(crate) const RECEIVE_BYTES: usize = 64 * 1024;
 
 pub(crate) const HEADER_BYTES: usize = 16;
@@ -27,7 +27,7 @@ pub(crate) const NLM_F_DUMP_INTR: u16 = 0x10;
 pub(crate) const NLM_F_CAPPED: u16 = 0x100;
 pub(crate) const NLM_F_ACK_TLVS: u16 = 0x200;
 
-/// How often an interrupted dump is read again before giving up.
+/// How often a dump is attempted while changes interrupt it.
 pub(crate) const DUMP_ATTEMPTS: u32 = 16;
 
 /// A message with the flags it needs beside `NLM_F_REQUEST` and `NLM_F_ACK`, such as `NLM_F_CREATE | NLM_F_EXCL`.
@@ -45,11 +45,11 @@ impl<M> From<M> for Request<M> {
     }
 }
 
-/// What a socket has sent since it was opened.
+/// Counters of what a socket has sent since it was opened.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Sent {
-    /// Datagrams: a request, a dump, a batch or a transaction each.
+    /// Datagrams: one for each request, dump, part of a batch, or transaction.
     pub datagrams: u64,
     /// Messages in them.
     pub messages: u64,
@@ -81,7 +81,7 @@ impl std::ops::Sub for Sent {
     }
 }
 
-/// Makes datagrams, and keeps the last one: refusals refer to what is in it.
+/// Encodes datagrams and keeps the last one, since refusals refer to its content.
 #[derive(Debug, Default)]
 pub(crate) struct Outgoing {
     pub(crate) sequence: u32,
@@ -95,36 +95,42 @@ impl Outgoing {
         &self.datagram
     }
 
-    /// What was sent so far.
+    /// Counters of what was sent so far.
     pub(crate) fn sent(&self) -> Sent {
         self.sent
     }
 
-    /// The datagram has gone out.
+    /// Counts the datagram as sent.
     pub(crate) fn count(&mut self, bytes: usize) {
         self.sent.datagrams += 1;
         self.sent.bytes += bytes as u64;
     }
 
-    /// Makes the datagram one request.
-    pub(crate) fn request<M: NetlinkSerializable>(&mut self, request: &Request<M>) -> Asking {
+    /// Encodes one request.
+    pub(crate) fn request<M: NetlinkSerializable>(&mut self, request: &Request<M>) -> PendingRequest {
         self.datagram.clear();
-        Asking { sequence: self.push(&request.message, request.flags | NLM_F_ACK) }
+        PendingRequest { sequence: self.push(&request.message, request.flags | NLM_F_ACK) }
     }
 
-    /// Makes the datagram a request for a dump.
-    pub(crate) fn dump<M: NetlinkSerializable>(&mut self, message: &M) -> Dumping {
+    /// Encodes a request for a dump.
+    pub(crate) fn dump<M: NetlinkSerializable>(&mut self, message: &M) -> PendingDump {
         self.datagram.clear();
-        Dumping { sequence: self.push(message, NLM_F_DUMP), filled: 0, read: 0, is_interrupted: false, is_done: false }
+        PendingDump {
+            sequence: self.push(message, NLM_F_DUMP),
+            filled: 0,
+            read: 0,
+            is_interrupted: false,
+            is_done: false,
+        }
     }
 
-    /// Makes the datagram the next part of a batch, with a result for each request in it that counts unless the kernel
-    /// refuses it; `None` where nothing is left.
+    /// Encodes the next part of a batch and appends an `Ok` for each of its requests to `results`, which a refusal
+    /// replaces. `None` where no request is left.
     pub(crate) fn batch<M: NetlinkSerializable>(
         &mut self,
         requests: &mut impl Iterator<Item = Request<M>>,
         results: &mut Vec<Result<(), Refusal>>,
-    ) -> Option<Batching> {
+    ) -> Option<PendingBatch> {
         self.datagram.clear();
         let first = results.len();
         let first_sequence = self.sequence.wrapping_add(1);
@@ -137,16 +143,16 @@ impl Outgoing {
         }
         self.acknowledge(last_start);
         let count = results.len() - first;
-        (count > 0).then_some(Batching { first, first_sequence, count })
+        (count > 0).then_some(PendingBatch { first, first_sequence, count })
     }
 
-    /// Makes the datagram a transaction; `None` of no requests.
+    /// Encodes a transaction. `None` if there are no requests.
     pub(crate) fn transaction<M: NetlinkSerializable>(
         &mut self,
         begin: &M,
         requests: impl IntoIterator<Item = Request<M>>,
         end: &M,
-    ) -> Option<Transaction> {
+    ) -> Option<PendingTransaction> {
         self.datagram.clear();
         let begin_sequence = self.push(begin, 0);
         let mut count = 0;
@@ -158,7 +164,7 @@ impl Outgoing {
         }
         self.acknowledge(last_start);
         self.push(end, 0);
-        (count > 0).then_some(Transaction { begin_sequence, count, refused: None, is_acknowledged: false })
+        (count > 0).then_some(PendingTransaction { begin_sequence, count, refused: None, is_acknowledged: false })
     }
 
     /// Appends a message to the datagram and returns its sequence number.
@@ -188,13 +194,13 @@ impl Outgoing {
     }
 }
 
-/// One request that waits for its answers.
+/// A request whose reply is being read.
 #[derive(Debug)]
-pub(crate) struct Asking {
+pub(crate) struct PendingRequest {
     sequence: u32,
 }
 
-impl Asking {
+impl PendingRequest {
     /// Reads a datagram. Returns whether the kernel has acknowledged.
     pub(crate) fn receive<R: NetlinkDeserializable>(
         &self,
@@ -202,14 +208,14 @@ impl Asking {
         mut datagram: &[u8],
         each: &mut impl FnMut(R),
     ) -> Result<bool, Error> {
-        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+        while let Some((header, reply)) = next_reply(&mut datagram, outgoing.datagram())? {
             if header.sequence_number != self.sequence {
                 continue;
             }
-            match answer {
-                Answer::Acknowledged | Answer::Done => return Ok(true),
-                Answer::Refused(refusal) => return Err(refusal.into()),
-                Answer::Data(payload) => each(decode(&header, payload)?),
+            match reply {
+                Reply::Acknowledged | Reply::Done => return Ok(true),
+                Reply::Refused(refusal) => return Err(refusal.into()),
+                Reply::Data(payload) => each(decode(&header, payload)?),
             }
         }
         Ok(false)
@@ -218,38 +224,38 @@ impl Asking {
 
 /// A dump that is being read.
 #[derive(Debug)]
-pub(crate) struct Dumping {
+pub(crate) struct PendingDump {
     sequence: u32,
-    /// How much of the buffer the last datagram filled, and how much of that was read.
+    /// How many bytes of the buffer the last datagram fills, and how many of them were read.
     filled: usize,
     read: usize,
     is_interrupted: bool,
     is_done: bool,
 }
 
-impl Dumping {
-    /// Whether the kernel said that something changed meanwhile.
+impl PendingDump {
+    /// Whether the kernel has set `NLM_F_DUMP_INTR`.
     pub(crate) fn is_interrupted(&self) -> bool {
         self.is_interrupted
     }
 
-    /// Whether nothing more comes.
+    /// Whether the dump has ended.
     pub(crate) fn is_done(&self) -> bool {
         self.is_done
     }
 
-    /// Nothing can be received any more.
-    pub(crate) fn give_up(&mut self) {
+    /// Ends the dump after an error of the socket.
+    pub(crate) fn abort(&mut self) {
         self.is_done = true;
     }
 
-    /// A datagram of this length is at the start of the buffer.
+    /// Notes that a datagram of this length is at the start of the buffer.
     pub(crate) fn received(&mut self, length: usize) {
         (self.filled, self.read) = (length, 0);
     }
 
-    /// The next message in the buffer; `None` where another datagram is needed, or none, as the dump is done. After an error
-    /// the rest can be read.
+    /// The next message in the buffer. `None` where another datagram is needed or the dump is done. After an error the
+    /// rest can still be read.
     pub(crate) fn next<R: NetlinkDeserializable>(
         &mut self,
         outgoing: &Outgoing,
@@ -267,56 +273,57 @@ impl Dumping {
         datagram: &mut &[u8],
     ) -> Result<Option<R>, Error> {
         while !self.is_done {
-            let Some((header, answer)) = next_answer(datagram, outgoing.datagram())? else { break };
+            let Some((header, reply)) = next_reply(datagram, outgoing.datagram())? else { break };
             if header.sequence_number != self.sequence {
                 continue;
             }
-            // A change after the last entry shows in the end's flags alone.
+            // After a change behind the last entry, only NLMSG_DONE has the flag.
             self.is_interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
-            match answer {
-                Answer::Acknowledged => {}
-                Answer::Done => self.is_done = true,
-                Answer::Refused(refusal) => {
+            match reply {
+                Reply::Acknowledged => {}
+                Reply::Done => self.is_done = true,
+                Reply::Refused(refusal) => {
                     self.is_done = true;
                     return Err(refusal.into());
                 }
-                Answer::Data(payload) => return decode(&header, payload).map(Some),
+                Reply::Data(payload) => return decode(&header, payload).map(Some),
             }
         }
         Ok(None)
     }
 }
 
-/// A part of a batch that waits for its answers.
+/// A part of a batch whose replies are being read.
 #[derive(Debug)]
-pub(crate) struct Batching {
+pub(crate) struct PendingBatch {
     first: usize,
     first_sequence: u32,
     count: usize,
 }
 
-impl Batching {
-    /// Reads a datagram and puts refusals in their places. Returns whether the kernel has answered the last request.
+impl PendingBatch {
+    /// Reads a datagram and stores each refusal at the index of its request. Returns whether the last request has its
+    /// reply.
     pub(crate) fn receive(
         &self,
         outgoing: &Outgoing,
         mut datagram: &[u8],
         results: &mut [Result<(), Refusal>],
     ) -> Result<bool, Error> {
-        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+        while let Some((header, reply)) = next_reply(&mut datagram, outgoing.datagram())? {
             let index = header.sequence_number.wrapping_sub(self.first_sequence) as usize;
             if index >= self.count {
                 continue;
             }
-            match answer {
-                Answer::Refused(refusal) => {
+            match reply {
+                Reply::Refused(refusal) => {
                     if let Some(result) = results.get_mut(self.first + index) {
                         *result = Err(refusal);
                     }
                 }
-                // A request that has an answer beside the ACK is none for a batch; its data is not wanted.
-                Answer::Data(_) => continue,
-                Answer::Acknowledged | Answer::Done => {}
+                // Requests that return data are not for batches: the data is ignored.
+                Reply::Data(_) => continue,
+                Reply::Acknowledged | Reply::Done => {}
             }
             if index + 1 == self.count {
                 return Ok(true);
@@ -326,8 +333,8 @@ impl Batching {
     }
 }
 
-impl Batching {
-    /// Nothing came of the last request.
+impl PendingBatch {
+    /// Sets the result of the last request, for which no reply came.
     pub(crate) fn refuse_last(&self, refusal: Refusal, results: &mut [Result<(), Refusal>]) {
         if let Some(last) = results.get_mut(self.first + self.count - 1) {
             *last = Err(refusal);
@@ -335,32 +342,32 @@ impl Batching {
     }
 }
 
-/// A transaction whose answers are read. Which of them is the last one cannot be told: of a transaction that is refused as
-/// a whole the kernel says nothing more.
+/// A transaction whose replies are being read. No reply is known to be the last one: for a transaction that is refused as
+/// a whole, the kernel sends no ACK.
 #[derive(Debug)]
-pub(crate) struct Transaction {
+pub(crate) struct PendingTransaction {
     begin_sequence: u32,
     count: usize,
     refused: Option<(usize, Refusal)>,
     is_acknowledged: bool,
 }
 
-impl Transaction {
+impl PendingTransaction {
     pub(crate) fn receive(&mut self, outgoing: &Outgoing, mut datagram: &[u8]) -> Result<(), Error> {
-        while let Some((header, answer)) = next_answer(&mut datagram, outgoing.datagram())? {
+        while let Some((header, reply)) = next_reply(&mut datagram, outgoing.datagram())? {
             let index = header.sequence_number.wrapping_sub(self.begin_sequence) as usize;
-            match answer {
-                Answer::Refused(refusal) if index <= self.count => {
+            match reply {
+                Reply::Refused(refusal) if index <= self.count => {
                     self.refused.get_or_insert((index.saturating_sub(1), refusal));
                 }
-                Answer::Acknowledged => self.is_acknowledged |= index == self.count,
+                Reply::Acknowledged => self.is_acknowledged |= index == self.count,
                 _ => {}
             }
         }
         Ok(())
     }
 
-    /// The result once nothing more is queued, or some was lost: only refusals come in such numbers.
+    /// The result once the queue is empty. `is_complete` is false if replies were lost: only refusals are that many.
     pub(crate) fn result(self, is_complete: bool) -> Result<(), (usize, Refusal)> {
         match self.refused {
             Some(refused) => Err(refused),
@@ -370,26 +377,26 @@ impl Transaction {
     }
 }
 
-/// What a received message says about the request it answers.
+/// A received message, as the reply to a request.
 #[derive(Debug)]
-pub(crate) enum Answer<'a> {
+pub(crate) enum Reply<'a> {
     Acknowledged,
     Refused(Refusal),
     Done,
     Data(&'a [u8]),
 }
 
-/// Takes the first message that says something off a datagram. After an error nothing is left of it that could be read.
-fn next_answer<'a>(datagram: &mut &'a [u8], sent: &[u8]) -> Result<Option<(NetlinkHeader, Answer<'a>)>, Error> {
+/// Removes the first reply from a datagram, skipping `NLMSG_NOOP`. After a malformed message the datagram is empty.
+fn next_reply<'a>(datagram: &mut &'a [u8], sent: &[u8]) -> Result<Option<(NetlinkHeader, Reply<'a>)>, Error> {
     while let Some((header, payload)) = next_message(datagram).inspect_err(|_| *datagram = &[])? {
-        if let Some(answer) = answer(&header, payload, sent)? {
-            return Ok(Some((header, answer)));
+        if let Some(reply) = parse_reply(&header, payload, sent)? {
+            return Ok(Some((header, reply)));
         }
     }
     Ok(None)
 }
 
-/// Takes the first message off a datagram.
+/// Removes the first message from a datagram.
 pub(crate) fn next_message<'a>(datagram: &mut &'a [u8]) -> Result<Option<(NetlinkHeader, &'a [u8])>, Error> {
     if datagram.is_empty() {
         return Ok(None);
@@ -407,17 +414,21 @@ pub(crate) fn next_message<'a>(datagram: &mut &'a [u8]) -> Result<Option<(Netlin
     Ok(Some((header, payload)))
 }
 
-/// Reads one message; `None` is one that says nothing.
-pub(crate) fn answer<'a>(header: &NetlinkHeader, payload: &'a [u8], sent: &[u8]) -> Result<Option<Answer<'a>>, Error> {
+/// Parses one message; `None` for `NLMSG_NOOP`.
+pub(crate) fn parse_reply<'a>(
+    header: &NetlinkHeader,
+    payload: &'a [u8],
+    sent: &[u8],
+) -> Result<Option<Reply<'a>>, Error> {
     Ok(Some(match header.message_type {
         NLMSG_NOOP => return Ok(None),
         NLMSG_OVERRUN => return Err(Error::Receive(io::Error::from_raw_os_error(libc::ENOBUFS))),
         NLMSG_ERROR => match ErrorBuffer::new_checked(payload)?.code() {
-            None => Answer::Acknowledged,
+            None => Reply::Acknowledged,
             Some(code) => {
                 let refusal = Refusal::new(code.get().saturating_neg());
                 if header.flags & NLM_F_ACK_TLVS == 0 {
-                    return Ok(Some(Answer::Refused(refusal)));
+                    return Ok(Some(Reply::Refused(refusal)));
                 }
                 // The request's header is echoed, and its payload too unless the ACK is capped; then come the TLVs.
                 let echo = &payload[4..];
@@ -426,21 +437,21 @@ pub(crate) fn answer<'a>(header: &NetlinkHeader, payload: &'a [u8], sent: &[u8])
                     _ => Some(HEADER_BYTES),
                 };
                 let tlvs = skip.and_then(|skip| echo.get(skip..)).unwrap_or_default();
-                Answer::Refused(refusal.with_extended_ack(tlvs, request_in(sent, header.sequence_number)))
+                Reply::Refused(refusal.with_extended_ack(tlvs, request_in(sent, header.sequence_number)))
             }
         },
-        // A dump that fails half-way says so here.
+        // A dump that fails half-way reports the error here.
         NLMSG_DONE => match payload.get(..4).and_then(|code| parse_i32(code).ok()) {
             Some(code) if code < 0 => {
-                Answer::Refused(Refusal::new(code.saturating_neg()).with_extended_ack(&payload[4..], None))
+                Reply::Refused(Refusal::new(code.saturating_neg()).with_extended_ack(&payload[4..], None))
             }
-            _ => Answer::Done,
+            _ => Reply::Done,
         },
-        _ => Answer::Data(payload),
+        _ => Reply::Data(payload),
     }))
 }
 
-/// The message of a datagram that bears a sequence number.
+/// The message in a datagram that has this sequence number.
 fn request_in(mut datagram: &[u8], sequence: u32) -> Option<&[u8]> {
     loop {
         let buffer = NetlinkBuffer::new_checked(&datagram).ok()?;

@@ -1,13 +1,13 @@
-//! What a fuzz target sees of the inside: a datagram from the kernel, read as the answer to whatever may have been asked.
+//! Entry points for fuzz targets: parse a datagram as the reply to each kind of request.
 
 use netlink_packet_core::{NetlinkDeserializable, NetlinkHeader, NetlinkSerializable};
 
 use crate::exchange::{Outgoing, Request};
 
-/// A request of a few bytes.
-struct Question;
+/// A request with a payload of eight bytes.
+struct TestRequest;
 
-impl NetlinkSerializable for Question {
+impl NetlinkSerializable for TestRequest {
     fn message_type(&self) -> u16 {
         16
     }
@@ -21,7 +21,7 @@ impl NetlinkSerializable for Question {
     }
 }
 
-/// An answer of whatever kind: how long it is.
+/// A reply of any content, decoded to its length.
 struct Length(usize);
 
 impl NetlinkDeserializable for Length {
@@ -32,38 +32,38 @@ impl NetlinkDeserializable for Length {
     }
 }
 
-/// Reads a datagram in each of the four ways. The requests have sequence numbers from 1 on. Panics where what was read is
-/// more than there was.
+/// Parses a datagram as the reply to a request, a dump, a batch and a transaction, whose sequence numbers start at 1.
+/// Panics if more was read than the datagram has.
 pub fn read(datagram: &[u8]) {
     let mut total = 0;
     let mut outgoing = Outgoing::default();
-    let asking = outgoing.request(&Question.into());
+    let pending = outgoing.request(&TestRequest.into());
     let _ =
-        asking.receive(&outgoing, datagram, &mut |Length(length)| total += length).map_err(|error| error.to_string());
-    assert!(total <= datagram.len(), "{total} bytes of answers in {}", datagram.len());
+        pending.receive(&outgoing, datagram, &mut |Length(length)| total += length).map_err(|error| error.to_string());
+    assert!(total <= datagram.len(), "{total} bytes of replies in {}", datagram.len());
 
     let mut outgoing = Outgoing::default();
-    let mut dumping = outgoing.dump(&Question);
-    dumping.received(datagram.len());
-    // An error costs one message at least.
+    let mut pending = outgoing.dump(&TestRequest);
+    pending.received(datagram.len());
+    // Each error consumes at least one message.
     for left in (0..=datagram.len()).rev() {
-        match dumping.next::<Length>(&outgoing, datagram) {
+        match pending.next::<Length>(&outgoing, datagram) {
             Ok(None) => break,
             Ok(Some(_)) => {}
             Err(error) => drop(error.to_string()),
         }
-        assert!(left > 0, "there is no end to the answers");
+        assert!(left > 0, "reading the replies does not end");
     }
 
-    let requests = || std::iter::repeat_with(|| Request::from(Question)).take(3);
+    let requests = || std::iter::repeat_with(|| Request::from(TestRequest)).take(3);
     let (mut outgoing, mut results) = (Outgoing::default(), Vec::new());
-    if let Some(batching) = outgoing.batch(&mut requests(), &mut results) {
-        let _ = batching.receive(&outgoing, datagram, &mut results).map_err(|error| error.to_string());
+    if let Some(pending) = outgoing.batch(&mut requests(), &mut results) {
+        let _ = pending.receive(&outgoing, datagram, &mut results).map_err(|error| error.to_string());
     }
     results.into_iter().filter_map(Result::err).for_each(|refusal| drop(refusal.to_string()));
 
     let mut outgoing = Outgoing::default();
-    if let Some(mut transaction) = outgoing.transaction(&Question, requests(), &Question) {
+    if let Some(mut transaction) = outgoing.transaction(&TestRequest, requests(), &TestRequest) {
         let _ = transaction.receive(&outgoing, datagram).map_err(|error| error.to_string());
         if let Err((index, _)) = transaction.result(true) {
             assert!(index < 3, "request {index} of 3");

@@ -1,24 +1,24 @@
 //! One netlink socket for any family: request, dump, batch, transaction; and one for notifications.
 //!
 //! Netlink to the kernel is a function call: the kernel handles a datagram inside `send`, and when `send` returns every
-//! answer is queued on the socket. So this crate needs no thread and no timer. It knows no family either:
-//! messages are whatever implements the traits of [`netlink_packet_core`].
+//! reply is queued on the socket. So this crate needs no thread and no timer. It is not tied to a family: messages are
+//! types that implement the traits of [`netlink_packet_core`].
 //!
 //! ```no_run
 //! use netlink_batch::{protocols::NETLINK_ROUTE, Socket};
 //! use netlink_packet_route::{RouteNetlinkMessage, link::LinkMessage};
 //!
 //! let mut socket = Socket::open(NETLINK_ROUTE)?;
-//! socket.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()), |answer: RouteNetlinkMessage| {
-//!     println!("{answer:?}");
+//! socket.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()), |reply: RouteNetlinkMessage| {
+//!     println!("{reply:?}");
 //! })?;
 //! # Ok::<(), netlink_batch::Error>(())
 //! ```
 //!
-//! With the feature `tokio` there is the same socket to be awaited, `AsyncSocket`, but for transactions: both are thin, around
-//! one core that does no input or output.
+//! With the feature `tokio` there is `AsyncSocket`, with the same methods except for transactions. Both are thin layers over
+//! one core that does no I/O.
 //!
-//! What a batch is, and what was measured about it, stands at [`Socket::batch`].
+//! [`Socket::batch`] explains what a batch is and gives measurements.
 
 #![forbid(unsafe_code)]
 

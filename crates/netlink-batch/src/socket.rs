@@ -1,4 +1,4 @@
-//! The socket that waits: for the kernel, which has answered by the time a `send` returns.
+//! The synchronous socket.
 
 use std::io;
 use std::marker::PhantomData;
@@ -9,21 +9,21 @@ use netlink_sys::{Socket as RawSocket, SocketAddr};
 use rustix::net::sockopt::{self, Timeout};
 
 use crate::error::{Error, Refusal};
-use crate::exchange::{BATCH_BYTES, DUMP_ATTEMPTS, Dumping, Outgoing, RECEIVE_BYTES, Request, Sent};
+use crate::exchange::{BATCH_BYTES, DUMP_ATTEMPTS, Outgoing, PendingDump, RECEIVE_BYTES, Request, Sent};
 
-/// A synchronous netlink socket, connected to the kernel: nobody else's messages are received.
+/// A synchronous netlink socket, connected to the kernel: it receives messages of no other sender.
 #[derive(Debug)]
 pub struct Socket {
     raw: RawSocket,
     outgoing: Outgoing,
     incoming: Vec<u8>,
-    /// A dump was begun and not read to its end: until it is, the kernel refuses the next one (`EBUSY`).
-    is_dumping: bool,
+    /// A dump was begun and not read to its end. Until it is, the kernel refuses the next one (`EBUSY`).
+    has_unread_dump: bool,
 }
 
-/// How long an answer is waited for. The families of the kernel answer before `send` returns, but for a few such as audit,
-/// whose answers a thread sends; what has not come by then never comes.
-const PATIENCE: Duration = Duration::from_millis(100);
+/// The receive timeout. Most families reply before `send` returns; in a few, such as audit, a kernel thread sends the reply
+/// shortly after. A reply that has not arrived by then never arrives.
+const RECEIVE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Opens a socket that is connected to the kernel.
 pub(crate) fn open(protocol: isize) -> Result<RawSocket, Error> {
@@ -32,10 +32,10 @@ pub(crate) fn open(protocol: isize) -> Result<RawSocket, Error> {
         socket.bind_auto()?;
         // A connected netlink socket takes messages from its peer alone (netlink_getsockbyportid).
         socket.connect(&SocketAddr::new(0, 0))?;
-        // Both since Linux 4.12; an older kernel says no, and errors come without details.
+        // Both since Linux 4.12. On an older kernel these fail, and refusals have no details.
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
-        sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(PATIENCE))?;
+        sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(RECEIVE_TIMEOUT))?;
         Ok(socket)
     };
     open().map_err(|error| Error::Open { protocol, error })
@@ -49,46 +49,46 @@ impl Socket {
     }
 
     fn of(raw: RawSocket) -> Self {
-        Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], is_dumping: false }
+        Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false }
     }
 
-    /// Asks the kernel to heed what a request for a dump says it wants, for dumps that have such filters, and to refuse what it
-    /// does not understand. (`NETLINK_GET_STRICT_CHK`, since Linux 4.20; an older kernel goes on telling everything.)
-    pub fn heed_filters(&mut self) {
+    /// Enables strict checking of dump requests (`NETLINK_GET_STRICT_CHK`): the kernel applies the filters in a request and
+    /// refuses those it does not know. Since Linux 4.20; an older kernel ignores the filters and dumps everything.
+    pub fn enable_strict_checking(&mut self) {
         let _ = self.raw.set_netlink_get_strict_chk(true);
     }
 
-    /// What was sent so far.
+    /// Counters of what was sent so far.
     pub fn sent(&self) -> Sent {
         self.outgoing.sent()
     }
 
-    /// Sends one request and hands each message of the answer to `each`, until the kernel acknowledges.
+    /// Sends one request and passes each message of the reply to `each`, until the kernel acknowledges.
     pub fn request<M, R>(&mut self, request: &Request<M>, mut each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
         #[cfg(feature = "fault-points")]
-        // Of what is asked for by itself no kernel says that it is not there when it is.
+        // A kernel never answers ENOENT for an object that exists, so that is not injected.
         if let Some(refusal) = crate::fault::refusal().filter(|refusal| refusal.errno != libc::ENOENT) {
             return Err(refusal.into());
         }
-        let asking = self.outgoing.request(request);
+        let pending = self.outgoing.request(request);
         self.send()?;
         loop {
             match receive(&self.raw, &mut self.incoming) {
-                Ok(datagram) if asking.receive(&self.outgoing, datagram, &mut each)? => return Ok(()),
+                Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut each)? => return Ok(()),
                 Ok(_) => {}
-                Err(error) => return Err(no_answer(error)),
+                Err(error) => return Err(no_reply(error)),
             }
         }
     }
 
-    /// Asks for a dump and hands each message to `each`.
+    /// Requests a dump and passes each message to `each`.
     ///
-    /// Where the kernel says that the dump was interrupted by a change (`NLM_F_DUMP_INTR`), it is read again until one
-    /// reading is consistent; `each` only ever sees that one.
+    /// If the kernel marks the dump as interrupted by a change (`NLM_F_DUMP_INTR`), it is repeated until one is consistent;
+    /// `each` only sees the messages of that one.
     pub fn dump<M, R>(&mut self, message: &M, each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
@@ -105,28 +105,28 @@ impl Socket {
         Err(Error::Interrupted { attempts: DUMP_ATTEMPTS })
     }
 
-    /// Asks for a dump and returns each message as it comes, for lists that are too long to be held. Where the dump is
-    /// interrupted some entries may be missing, or come twice: see [`Stream::is_interrupted`].
+    /// Requests a dump and returns each message as it arrives, for dumps that are too large to hold in memory. If the dump
+    /// is interrupted, entries may be missing or repeated: see [`Stream::is_interrupted`].
     pub fn stream<M, R>(&mut self, message: &M) -> Result<Stream<'_, R>, Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
     {
-        let dumping = self.outgoing.dump(message);
+        let pending = self.outgoing.dump(message);
         self.send()?;
-        self.is_dumping = true;
-        Ok(Stream { socket: self, dumping, of: PhantomData })
+        self.has_unread_dump = true;
+        Ok(Stream { socket: self, pending, of: PhantomData })
     }
 
     /// Sends many requests in few `send`s and returns one result each, in order.
     ///
-    /// A batch is plain messages one after another in one datagram, at most [`BATCH_MESSAGES`](crate::BATCH_MESSAGES) of
-    /// them. The kernel handles them one by one and goes on after a refusal: a batch is not atomic. Only the last message
-    /// asks to be acknowledged, since refusals always come back by themselves; its answer also says that all others are
-    /// queued. (The kernel gives no answer to a request that fails with `EINTR`: the last one of a part is found out by that,
-    /// any other seems to have succeeded.) In a user-mode Linux 6.1 this takes 0.8–3.4 µs for a new IPVS service, against 15 µs one request at a time.
+    /// A batch consists of plain messages, up to [`BATCH_MESSAGES`](crate::BATCH_MESSAGES) in one datagram. The kernel handles
+    /// them one by one and continues after a refusal: a batch is not atomic. Only the last message requests an ACK, since
+    /// the kernel always reports refusals; once that reply arrives, all others are queued. The kernel sends no reply to a
+    /// request that fails with `EINTR`: this is detected for the last request of a datagram, while any other appears to have
+    /// succeeded. In a user-mode Linux 6.1 this takes 0.8–3.4 µs for a new IPVS service, against 15 µs one request at a time.
     ///
-    /// An `Err` of the whole means that the socket failed: requests may or may not have been handled.
+    /// The outer `Err` means that the socket failed: requests may or may not have been handled.
     pub fn batch<M>(
         &mut self,
         requests: impl IntoIterator<Item = Request<M>>,
@@ -135,17 +135,17 @@ impl Socket {
         M: NetlinkSerializable,
     {
         #[cfg(feature = "fault-points")]
-        let (requests, refused) = crate::fault::withhold(requests);
+        let (requests, refused) = crate::fault::take_refused(requests);
         let mut requests = requests.into_iter();
         let mut results = Vec::with_capacity(requests.size_hint().0);
-        while let Some(batching) = self.outgoing.batch(&mut requests, &mut results) {
+        while let Some(pending) = self.outgoing.batch(&mut requests, &mut results) {
             self.send()?;
             loop {
-                match receive(&self.raw, &mut self.incoming).map_err(no_answer) {
-                    Ok(datagram) if batching.receive(&self.outgoing, datagram, &mut results)? => break,
+                match receive(&self.raw, &mut self.incoming).map_err(no_reply) {
+                    Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut results)? => break,
                     Ok(_) => {}
                     Err(Error::Refused(refusal)) => {
-                        batching.refuse_last(refusal, &mut results);
+                        pending.refuse_last(refusal, &mut results);
                         break;
                     }
                     Err(error) => return Err(error),
@@ -153,19 +153,19 @@ impl Socket {
             }
         }
         #[cfg(feature = "fault-points")]
-        for (place, refusal) in refused {
-            results.insert(place, Err(refusal));
+        for (index, refusal) in refused {
+            results.insert(index, Err(refusal));
         }
         Ok(results)
     }
 
-    /// Sends requests as one transaction, in one datagram between two messages that say where it begins and ends: the
-    /// way of nfnetlink, where either all of it takes effect at one instant or nothing does.
+    /// Sends requests as one transaction: one datagram between a begin message and an end message, as nfnetlink has it. The
+    /// transaction is atomic: either all of it takes effect or nothing does.
     ///
-    /// The inner result is the first request that was refused, by its place, and why; nothing of the transaction took
-    /// effect then. A refusal of the transaction as a whole stands for its first request.
+    /// The inner `Err` is the index of the first refused request and its refusal; nothing took effect then. A refusal of the
+    /// transaction as a whole has the index 0.
     ///
-    /// The send buffer grows to what the datagram needs, which takes `CAP_NET_ADMIN` beyond the system's limit.
+    /// The send buffer grows to the size of the datagram, which needs `CAP_NET_ADMIN` above the system's limit.
     pub fn transaction<M>(
         &mut self,
         begin: &M,
@@ -180,14 +180,14 @@ impl Socket {
         if let Some(refusal) = crate::fault::refusal() {
             return Ok(Err((0, refusal)));
         }
-        self.make_room()?;
+        self.grow_send_buffer()?;
         match self.send() {
             Err(Error::Send(error)) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 return Ok(Err((0, Refusal::new(libc::EMSGSIZE))));
             }
             sent => sent?,
         }
-        // All answers are queued by now.
+        // All replies are queued by now.
         loop {
             match receive_queued(&self.raw, &mut self.incoming) {
                 Ok(Some(datagram)) => transaction.receive(&self.outgoing, datagram)?,
@@ -198,8 +198,8 @@ impl Socket {
         }
     }
 
-    /// Lets the send buffer take the datagram at hand: the kernel refuses one that is larger than the buffer.
-    fn make_room(&self) -> Result<(), Error> {
+    /// Grows the send buffer for the current datagram: the kernel refuses one that is larger than the buffer.
+    fn grow_send_buffer(&self) -> Result<(), Error> {
         let needed = self.outgoing.datagram().len() * 2;
         if needed <= BATCH_BYTES * 2 || sockopt::socket_send_buffer_size(&self.raw).is_ok_and(|size| size >= needed) {
             return Ok(());
@@ -210,8 +210,8 @@ impl Socket {
     }
 
     fn send(&mut self) -> Result<(), Error> {
-        if std::mem::take(&mut self.is_dumping) {
-            // What was not read of an earlier dump; it comes as fast as it is received.
+        if std::mem::take(&mut self.has_unread_dump) {
+            // Discards the rest of an earlier dump. The kernel produces it as fast as it is received.
             drop_queued(&self.raw, &mut self.incoming);
         }
         #[cfg(feature = "fault-points")]
@@ -224,20 +224,20 @@ impl Socket {
     }
 }
 
-/// The messages of a dump as they come. One that cannot be decoded is an error, after which the rest follows. What is not
-/// read when this is dropped is skipped.
+/// The messages of a dump as they arrive. One that cannot be decoded is an error and does not end the dump. Messages that
+/// are unread when this is dropped are discarded.
 #[derive(Debug)]
 pub struct Stream<'a, R> {
     socket: &'a mut Socket,
-    dumping: Dumping,
+    pending: PendingDump,
     of: PhantomData<fn() -> R>,
 }
 
 impl<R> Stream<'_, R> {
-    /// Whether the kernel has said so far that what it lists changed meanwhile.
+    /// Whether the kernel has marked the dump as inconsistent so far (`NLM_F_DUMP_INTR`).
     #[must_use]
     pub fn is_interrupted(&self) -> bool {
-        self.dumping.is_interrupted()
+        self.pending.is_interrupted()
     }
 }
 
@@ -246,17 +246,17 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            let Socket { raw, outgoing, incoming, is_dumping } = &mut *self.socket;
-            let next = self.dumping.next(outgoing, incoming);
-            *is_dumping = !self.dumping.is_done();
+            let Socket { raw, outgoing, incoming, has_unread_dump } = &mut *self.socket;
+            let next = self.pending.next(outgoing, incoming);
+            *has_unread_dump = !self.pending.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
-                Ok(None) if self.dumping.is_done() => return None,
+                Ok(None) if self.pending.is_done() => return None,
                 Ok(None) => match receive(raw, incoming) {
-                    Ok(datagram) => self.dumping.received(datagram.len()),
+                    Ok(datagram) => self.pending.received(datagram.len()),
                     Err(error) => {
-                        self.dumping.give_up();
-                        return Some(Err(no_answer(error)));
+                        self.pending.abort();
+                        return Some(Err(no_reply(error)));
                     }
                 },
                 Err(error) => return Some(Err(error)),
@@ -265,8 +265,8 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
     }
 }
 
-/// Why a request has no answer. The kernel leaves out those to requests that failed with `EINTR` (`netlink_rcv_skb`).
-pub(crate) fn no_answer(error: io::Error) -> Error {
+/// The error for a missing reply. The kernel sends none to a request that failed with `EINTR` (`netlink_rcv_skb`).
+pub(crate) fn no_reply(error: io::Error) -> Error {
     match error.kind() {
         io::ErrorKind::WouldBlock => Refusal::new(libc::EINTR).into(),
         _ => Error::Receive(error),
@@ -275,8 +275,8 @@ pub(crate) fn no_answer(error: io::Error) -> Error {
 
 /// Receives one datagram.
 ///
-/// Where the kernel says that it had to drop some (`ENOBUFS`), those it has still queued are dropped too: until the queue
-/// is empty the kernel drops all that follows, and does not say so again.
+/// After an overrun (`ENOBUFS`) the queued datagrams are discarded too: until the queue is empty the kernel drops what
+/// follows without reporting it again.
 pub(crate) fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::Result<&'a [u8]> {
     let received = retry(|| raw.recv(&mut &mut buffer[..], 0));
     if is_overrun(&received) {
@@ -298,7 +298,7 @@ pub(crate) fn receive_queued<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::R
     }
 }
 
-/// Empties the queue.
+/// Discards all queued datagrams.
 pub(crate) fn drop_queued(raw: &RawSocket, buffer: &mut [u8]) {
     loop {
         let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));

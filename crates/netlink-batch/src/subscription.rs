@@ -1,4 +1,4 @@
-//! Notifications: what the kernel tells a multicast group.
+//! Notifications of the kernel's multicast groups.
 
 use netlink_packet_core::{NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN, NetlinkDeserializable};
 use netlink_sys::{Socket as RawSocket, SocketAddr};
@@ -7,13 +7,13 @@ use crate::error::Error;
 use crate::exchange::{RECEIVE_BYTES, decode, next_message};
 use crate::socket::receive;
 
-/// What a wait for notifications ended with.
+/// The result of waiting for notifications.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Received {
     /// One or more notifications.
     Notifications,
-    /// Some were lost since they came faster than they were read (`ENOBUFS`), and those that were not are dropped: what
-    /// they were about must be read anew. Nothing that happens from now on is missed.
+    /// The receive buffer overran (`ENOBUFS`): notifications were lost, and the queued ones were discarded. The state they
+    /// were about must be read again. Later notifications are not affected.
     Overrun,
 }
 
@@ -25,8 +25,8 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Joins the groups, by number as in `RTNLGRP_LINK`, in the network namespace of the calling thread. Nothing that
-    /// happens after this call is missed.
+    /// Joins the groups, by number as in `RTNLGRP_LINK`, in the network namespace of the calling thread. Every change after
+    /// this call is notified.
     pub fn open(protocol: isize, groups: &[u32]) -> Result<Self, Error> {
         let open = || {
             let mut raw = RawSocket::new(protocol)?;
@@ -41,7 +41,7 @@ impl Subscription {
         Ok(Self { raw, incoming: vec![0; RECEIVE_BYTES] })
     }
 
-    /// Waits for notifications and hands each to `each`.
+    /// Waits for notifications and passes each to `each`.
     pub fn receive<R: NetlinkDeserializable>(&mut self, mut each: impl FnMut(R)) -> Result<Received, Error> {
         let mut rest = match receive(&self.raw, &mut self.incoming) {
             Ok(datagram) => datagram,

@@ -24,16 +24,16 @@ fn open() -> Socket {
     Socket::open(NETLINK_ROUTE).unwrap()
 }
 
-fn name(answer: &RouteNetlinkMessage) -> Option<&str> {
-    let RouteNetlinkMessage::NewLink(link) = answer else { return None };
+fn name(reply: &RouteNetlinkMessage) -> Option<&str> {
+    let RouteNetlinkMessage::NewLink(link) = reply else { return None };
     link.attributes.iter().find_map(|attribute| match attribute {
         LinkAttribute::IfName(name) => Some(name.as_str()),
         _ => None,
     })
 }
 
-fn address(answer: &RouteNetlinkMessage) -> Option<IpAddr> {
-    let RouteNetlinkMessage::NewAddress(message) = answer else { return None };
+fn address(reply: &RouteNetlinkMessage) -> Option<IpAddr> {
+    let RouteNetlinkMessage::NewAddress(message) = reply else { return None };
     message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
         _ => None,
@@ -45,31 +45,31 @@ fn addresses(socket: &mut Socket) -> Vec<IpAddr> {
     let mut seen = Vec::new();
     let mut ask = AddressMessage::default();
     ask.header.family = AddressFamily::Inet;
-    socket.dump(&RouteNetlinkMessage::GetAddress(ask), |answer| seen.extend(address(&answer))).unwrap();
+    socket.dump(&RouteNetlinkMessage::GetAddress(ask), |reply| seen.extend(address(&reply))).unwrap();
     seen.retain(|address| !address.is_loopback());
     seen
 }
 
 #[test]
-fn a_request_is_answered() {
+fn a_request_gets_its_reply() {
     let mut names = Vec::new();
     open()
-        .request(&get_link(LOOPBACK).into(), |answer: RouteNetlinkMessage| {
-            names.extend(name(&answer).map(str::to_owned));
+        .request(&get_link(LOOPBACK).into(), |reply: RouteNetlinkMessage| {
+            names.extend(name(&reply).map(str::to_owned));
         })
         .unwrap();
     assert_eq!(names, ["lo"]);
 }
 
 #[test]
-fn a_dump_lists_all() {
+fn a_dump_lists_every_link() {
     let mut names = Vec::new();
-    open().dump(&get_link(0), |answer: RouteNetlinkMessage| names.extend(name(&answer).map(str::to_owned))).unwrap();
+    open().dump(&get_link(0), |reply: RouteNetlinkMessage| names.extend(name(&reply).map(str::to_owned))).unwrap();
     assert_eq!(names.iter().filter(|name| *name == "lo").count(), 1, "{names:?}");
 }
 
 #[test]
-fn a_refusal_says_why_and_the_socket_goes_on() {
+fn a_refusal_has_an_errno_and_the_socket_stays_usable() {
     let mut socket = open();
     let error = socket.request(&get_link(NO_DEVICE).into(), |_: RouteNetlinkMessage| ()).unwrap_err();
     assert_eq!(error.refusal().map(|refusal| refusal.errno), Some(ENODEV), "{error}");
@@ -78,7 +78,7 @@ fn a_refusal_says_why_and_the_socket_goes_on() {
 }
 
 #[test]
-fn a_refusal_names_the_attribute_and_has_the_kernels_words() {
+fn a_refusal_has_the_attribute_and_the_kernels_message() {
     const RTA_OIF: u16 = 4;
     let mut message = RouteMessage::default();
     message.header.address_family = AddressFamily::Inet;
@@ -100,21 +100,21 @@ fn a_refusal_names_the_attribute_and_has_the_kernels_words() {
 }
 
 #[test]
-fn a_batch_of_any_length_has_every_refusal_at_its_place() {
+fn a_batch_of_any_length_has_one_result_per_request() {
     let mut socket = open();
     for length in [0, 1, BATCH_MESSAGES - 1, BATCH_MESSAGES, BATCH_MESSAGES + 1, 256, 257, 1000] {
-        // Refusals are the answers that fill the receive buffer.
+        // Refusals are the replies that fill the receive buffer.
         let results = socket.batch((0..length).map(|_| get_link(NO_DEVICE).into())).unwrap();
         assert_eq!(results.len(), length);
         let refused = results.iter().filter(|result| matches!(result, Err(refusal) if refusal.errno == ENODEV));
         assert_eq!(refused.count(), length);
     }
-    // With nothing left over for the next request.
+    // No reply is left over for the next request.
     assert_eq!(socket.batch([get_link(LOOPBACK).into()]).unwrap(), [Ok(())]);
 }
 
 #[test]
-fn a_protocol_that_does_not_exist_cannot_be_opened() {
+fn opening_an_unknown_protocol_fails() {
     let error = Socket::open(31).unwrap_err();
     assert!(matches!(error, Error::Open { protocol: 31, .. }));
     assert!(error.to_string().starts_with("cannot open a netlink socket of protocol 31: "), "{error}");
@@ -123,7 +123,7 @@ fn a_protocol_that_does_not_exist_cannot_be_opened() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn of_a_thousand_addresses_exactly_those_added_twice_are_refused() {
+fn only_the_addresses_added_twice_are_refused() {
     lab::netns::isolate().unwrap();
     let mut socket = open();
     let unique: Vec<Ipv4Addr> = (0..1000_u32).map(|number| Ipv4Addr::from(0x0a60_0000 + number)).collect();
@@ -150,7 +150,7 @@ fn of_a_thousand_addresses_exactly_those_added_twice_are_refused() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_dump_that_cannot_be_decoded_does_not_stand_in_the_way_of_the_next() {
+fn an_undecodable_dump_does_not_block_the_next() {
     #[derive(Debug)]
     struct Unreadable;
     impl NetlinkDeserializable for Unreadable {
@@ -161,20 +161,20 @@ fn a_dump_that_cannot_be_decoded_does_not_stand_in_the_way_of_the_next() {
     }
     lab::netns::isolate().unwrap();
     let mut socket = open();
-    // Enough for the kernel to be in the middle of the dump when the first answer is read.
+    // Enough that the kernel is still dumping when the first reply is read.
     let count = 2000;
     for result in socket.batch((0..count).map(|number| add_address(Ipv4Addr::from(0x0a60_0000 + number)))).unwrap() {
         result.unwrap();
     }
     let ask = RouteNetlinkMessage::GetAddress(AddressMessage::default());
     let error = socket.dump(&ask, |_: Unreadable| ()).unwrap_err();
-    assert_eq!(error.to_string(), "cannot decode an answer of the kernel: unreadable");
+    assert_eq!(error.to_string(), "cannot decode a reply of the kernel: unreadable");
     assert_eq!(addresses(&mut socket).len(), count as usize);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_dump_of_nothing_is_no_error() {
+fn an_empty_dump_is_not_an_error() {
     lab::netns::isolate().unwrap();
     let ask = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
     let mut count = 0;
@@ -184,7 +184,7 @@ fn a_dump_of_nothing_is_no_error() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_subscription_sees_what_others_change_from_its_first_moment() {
+fn a_subscription_receives_every_change_after_it_is_opened() {
     lab::netns::isolate().unwrap();
     let mut subscription = Subscription::open(NETLINK_ROUTE, &[RTNLGRP_IPV4_IFADDR]).unwrap();
     let added = [Ipv4Addr::new(10, 96, 0, 1), Ipv4Addr::new(10, 96, 0, 2)];
@@ -193,7 +193,7 @@ fn a_subscription_sees_what_others_change_from_its_first_moment() {
     }
     let mut seen = Vec::new();
     while seen.len() < added.len() {
-        let received = subscription.receive(|answer: RouteNetlinkMessage| seen.extend(address(&answer))).unwrap();
+        let received = subscription.receive(|reply: RouteNetlinkMessage| seen.extend(address(&reply))).unwrap();
         assert_eq!(received, Received::Notifications);
     }
     assert_eq!(seen, added.map(IpAddr::from));
@@ -201,7 +201,7 @@ fn a_subscription_sees_what_others_change_from_its_first_moment() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_subscription_that_is_not_read_says_once_that_it_missed_some_and_then_misses_none() {
+fn a_subscription_reports_an_overrun_once_and_then_misses_nothing() {
     lab::netns::isolate().unwrap();
     let mut subscription = Subscription::open(NETLINK_ROUTE, &[RTNLGRP_IPV4_IFADDR]).unwrap();
     let mut socket = open();
@@ -209,20 +209,20 @@ fn a_subscription_that_is_not_read_says_once_that_it_missed_some_and_then_misses
         result.unwrap();
     }
     assert_eq!(subscription.receive(|_: RouteNetlinkMessage| ()).unwrap(), Received::Overrun);
-    // From then on nothing is missed: neither is there anything left from before, nor is something dropped in silence.
+    // After that, no old notification is left and no new one is dropped.
     let late = Ipv4Addr::new(10, 97, 0, 1);
     socket.batch([add_address(late)]).unwrap().remove(0).unwrap();
     let mut seen = Vec::new();
     assert_eq!(
-        subscription.receive(|answer: RouteNetlinkMessage| seen.extend(address(&answer))).unwrap(),
+        subscription.receive(|reply: RouteNetlinkMessage| seen.extend(address(&reply))).unwrap(),
         Received::Notifications
     );
     assert_eq!(seen, [IpAddr::from(late)]);
 }
 
-/// The request type of this crate's users need not be that of `netlink_packet_route`.
+/// Users of this crate may have their own message types.
 #[test]
-fn an_empty_payload_is_a_message_too() {
+fn a_message_may_have_an_empty_payload() {
     struct Noop;
     impl NetlinkSerializable for Noop {
         fn message_type(&self) -> u16 {

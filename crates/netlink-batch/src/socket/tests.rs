@@ -1,4 +1,4 @@
-//! Answers no real kernel gives on demand: crafted bytes, and a kernel played by a second socket of this process.
+//! Replies that a real kernel cannot be made to give: crafted bytes, and a second socket of this process as the kernel.
 
 use std::thread;
 use std::time::Duration;
@@ -13,12 +13,12 @@ use rustix::net::sockopt::set_socket_timeout;
 
 use super::*;
 use crate::exchange::{
-    Answer, BATCH_MESSAGES, HEADER_BYTES, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, answer, next_message,
+    BATCH_MESSAGES, HEADER_BYTES, NLM_F_ACK_TLVS, NLM_F_CAPPED, NLM_F_DUMP_INTR, Reply, next_message, parse_reply,
 };
 
 const KIND: u16 = 0x20;
 
-/// A message of any content; as an answer it is understood unless it is empty.
+/// A message of any content; as a reply it can be decoded unless it is empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Bytes(Vec<u8>);
 
@@ -65,7 +65,7 @@ fn done(flags: u16, sequence: u32) -> Vec<u8> {
     message(NLMSG_DONE, NLM_F_MULTIPART | flags, sequence, &[0; 4])
 }
 
-/// An ACK of the request, or its refusal, capped to the request's header, with TLVs.
+/// An ACK or a refusal of the request, capped to the request's header, with TLVs.
 fn error(request: &[u8], errno: i32, tlvs: &[u8]) -> Vec<u8> {
     let mut payload = vec![0; 4];
     emit_i32(&mut payload, -errno).unwrap();
@@ -79,11 +79,11 @@ fn sequence_of(request: &[u8]) -> u32 {
     NetlinkBuffer::new(request).sequence_number()
 }
 
-/// Makes the datagrams that answer one.
-type Play = fn(&[u8]) -> Vec<Vec<u8>>;
+/// Makes the datagrams that reply to one.
+type AnswerFn = fn(&[u8]) -> Vec<Vec<u8>>;
 
-/// A socket whose kernel answers each datagram as the script says.
-fn played<const N: usize>(script: [Play; N]) -> Socket {
+/// A socket whose fake kernel replies to each datagram with the next function of the script.
+fn fake_kernel<const N: usize>(script: [AnswerFn; N]) -> Socket {
     let open = || {
         let mut socket = RawSocket::new(NETLINK_USERSOCK).unwrap();
         let address = socket.bind_auto().unwrap();
@@ -91,13 +91,13 @@ fn played<const N: usize>(script: [Play; N]) -> Socket {
     };
     let ((raw, address), (kernel, kernel_address)) = (open(), open());
     raw.connect(&kernel_address).unwrap();
-    // A kernel whose assertions fail answers no more.
-    limit_waiting(&raw);
+    // A fake kernel whose assertions fail stops replying.
+    set_receive_timeout(&raw);
     thread::spawn(move || {
-        for answers in script {
+        for replies in script {
             let mut request = vec![0; 2 * BATCH_BYTES];
             let length = kernel.recv(&mut &mut request[..], 0).unwrap();
-            for datagram in answers(&request[..length]) {
+            for datagram in replies(&request[..length]) {
                 kernel.send_to(&datagram, &address, 0).unwrap();
             }
         }
@@ -105,20 +105,20 @@ fn played<const N: usize>(script: [Play; N]) -> Socket {
     Socket::of(raw)
 }
 
-/// A test that would wait for ever is to fail instead.
-fn limit_waiting(raw: &RawSocket) {
+/// Makes a test fail that would otherwise wait for ever.
+fn set_receive_timeout(raw: &RawSocket) {
     set_socket_timeout(raw, Timeout::Recv, Some(Duration::from_secs(10))).unwrap();
 }
 
 fn dump(socket: &mut Socket) -> Result<Vec<u8>, Error> {
     let mut seen = Vec::new();
-    socket.dump(&Bytes(Vec::new()), |answer: Bytes| seen.extend(answer.0))?;
+    socket.dump(&Bytes(Vec::new()), |reply: Bytes| seen.extend(reply.0))?;
     Ok(seen)
 }
 
 #[test]
-fn a_dump_of_several_datagrams_is_handed_over_in_order_and_whole() {
-    let mut socket = played([|request| {
+fn a_dump_of_several_datagrams_is_complete_and_in_order() {
+    let mut socket = fake_kernel([|request| {
         let sequence = sequence_of(request);
         assert_eq!(NetlinkBuffer::new(request).flags(), NLM_F_REQUEST | NLM_F_DUMP);
         let first = [data(sequence, &[1]), data(sequence, &[2, 3])].concat();
@@ -128,14 +128,14 @@ fn a_dump_of_several_datagrams_is_handed_over_in_order_and_whole() {
 }
 
 #[test]
-fn a_dump_of_nothing_is_no_error() {
-    let mut socket = played([|request| vec![done(0, sequence_of(request))]]);
+fn an_empty_dump_is_not_an_error() {
+    let mut socket = fake_kernel([|request| vec![done(0, sequence_of(request))]]);
     assert_eq!(dump(&mut socket).unwrap(), []);
 }
 
 #[test]
-fn an_interrupted_dump_is_read_again_and_only_the_consistent_one_is_seen() {
-    let mut socket = played([
+fn an_interrupted_dump_is_repeated_until_it_is_consistent() {
+    let mut socket = fake_kernel([
         |request| {
             let sequence = sequence_of(request);
             let interrupted = message(KIND, NLM_F_MULTIPART | NLM_F_DUMP_INTR, sequence, &[2]);
@@ -149,18 +149,18 @@ fn an_interrupted_dump_is_read_again_and_only_the_consistent_one_is_seen() {
 }
 
 #[test]
-fn a_dump_that_is_always_interrupted_ends_as_an_error() {
+fn a_dump_that_is_always_interrupted_fails() {
     fn interrupted(request: &[u8]) -> Vec<Vec<u8>> {
         vec![done(NLM_F_DUMP_INTR, sequence_of(request))]
     }
-    let mut socket = played([interrupted; DUMP_ATTEMPTS as usize]);
+    let mut socket = fake_kernel([interrupted; DUMP_ATTEMPTS as usize]);
     let error = dump(&mut socket).unwrap_err();
     assert!(matches!(error, Error::Interrupted { attempts: DUMP_ATTEMPTS }), "{error}");
 }
 
 #[test]
-fn a_dump_that_fails_half_way_is_a_refusal_with_the_kernels_words() {
-    let mut socket = played([|request| {
+fn a_dump_that_fails_half_way_is_a_refusal_with_the_kernels_message() {
+    let mut socket = fake_kernel([|request| {
         let sequence = sequence_of(request);
         let mut end = (-libc::EMSGSIZE).to_ne_bytes().to_vec();
         end.extend_from_slice(&[8, 0, 1, 0]);
@@ -173,8 +173,8 @@ fn a_dump_that_fails_half_way_is_a_refusal_with_the_kernels_words() {
 }
 
 #[test]
-fn an_answer_that_cannot_be_decoded_fails_its_dump_and_not_the_next_one() {
-    let mut socket = played([
+fn an_undecodable_reply_fails_its_dump_but_not_the_next() {
+    let mut socket = fake_kernel([
         |request| {
             let sequence = sequence_of(request);
             vec![data(sequence, &[]), data(sequence, &[1]), done(0, sequence)]
@@ -182,13 +182,13 @@ fn an_answer_that_cannot_be_decoded_fails_its_dump_and_not_the_next_one() {
         |request| vec![data(sequence_of(request), &[2]), done(0, sequence_of(request))],
     ]);
     let error = dump(&mut socket).unwrap_err();
-    assert_eq!(error.to_string(), "cannot decode an answer of the kernel: empty");
+    assert_eq!(error.to_string(), "cannot decode a reply of the kernel: empty");
     assert_eq!(dump(&mut socket).unwrap(), [2]);
 }
 
 #[test]
-fn answers_to_earlier_requests_are_skipped() {
-    let mut socket = played([|request| {
+fn replies_to_earlier_requests_are_skipped() {
+    let mut socket = fake_kernel([|request| {
         let sequence = sequence_of(request);
         let mut earlier = request.to_vec();
         NetlinkBuffer::new(&mut earlier).set_sequence_number(sequence - 1);
@@ -199,21 +199,21 @@ fn answers_to_earlier_requests_are_skipped() {
     }]);
     socket.outgoing.sequence = 7;
     let mut seen = Vec::new();
-    socket.request(&Bytes(vec![9]).into(), |answer: Bytes| seen.extend(answer.0)).unwrap();
+    socket.request(&Bytes(vec![9]).into(), |reply: Bytes| seen.extend(reply.0)).unwrap();
     assert_eq!(seen, [2]);
 }
 
 #[test]
-fn lost_answers_are_an_error() {
-    let mut socket = played([|request| vec![message(NLMSG_OVERRUN, 0, sequence_of(request), &[])]]);
+fn lost_replies_are_an_error() {
+    let mut socket = fake_kernel([|request| vec![message(NLMSG_OVERRUN, 0, sequence_of(request), &[])]]);
     let error = socket.request(&Bytes(vec![9]).into(), |_: Bytes| ()).unwrap_err();
     assert!(matches!(&error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{error}");
 }
 
 #[test]
-fn after_more_answers_than_the_kernel_can_queue_the_socket_goes_on() {
+fn the_socket_works_after_a_receive_buffer_overrun() {
     let mut socket = Socket::open(NETLINK_ROUTE).unwrap();
-    limit_waiting(&socket.raw);
+    set_receive_timeout(&socket.raw);
     socket.raw.set_rx_buf_sz(4096_u32).unwrap();
     // Refused with and without privileges: a new routing rule of no family.
     let refused = || Request::from(Bytes(vec![0]));
@@ -226,9 +226,9 @@ fn after_more_answers_than_the_kernel_can_queue_the_socket_goes_on() {
 }
 
 #[test]
-fn only_the_last_message_of_a_batch_asks_for_an_ack_and_refusals_find_their_requests() {
-    let mut socket = played([|mut datagram| {
-        let mut answers = Vec::new();
+fn a_batch_requests_one_ack_and_matches_refusals_to_requests() {
+    let mut socket = fake_kernel([|mut datagram| {
+        let mut replies = Vec::new();
         let mut requests = Vec::new();
         while let Some((header, payload)) = next_message(&mut datagram).unwrap() {
             requests.push(message(header.message_type, header.flags, header.sequence_number, payload));
@@ -237,11 +237,11 @@ fn only_the_last_message_of_a_batch_asks_for_an_ack_and_refusals_find_their_requ
         assert_eq!(flags.collect::<Vec<_>>(), [NLM_F_REQUEST, NLM_F_REQUEST | 0x400, NLM_F_REQUEST | NLM_F_ACK]);
         // The second message, padded to 4 bytes, has its attribute 9 at offset 16.
         let offset = [8, 0, 2, 0, 16, 0, 0, 0];
-        answers.push(error(&requests[1], libc::EINVAL, &offset));
-        answers.push([data(sequence_of(&requests[2]), &[1]), error(&requests[2], 0, &[])].concat());
-        answers
+        replies.push(error(&requests[1], libc::EINVAL, &offset));
+        replies.push([data(sequence_of(&requests[2]), &[1]), error(&requests[2], 0, &[])].concat());
+        replies
     }]);
-    // Sequence numbers run over within the batch.
+    // Sequence numbers wrap around within the batch.
     socket.outgoing.sequence = u32::MAX - 1;
     let second = Request { message: Bytes(vec![5, 0, 9, 0x80, 1]), flags: 0x400 };
     let results = socket.batch([Bytes(vec![1, 2]).into(), second, Bytes(vec![3]).into()]).unwrap();
@@ -251,7 +251,7 @@ fn only_the_last_message_of_a_batch_asks_for_an_ack_and_refusals_find_their_requ
 }
 
 #[test]
-fn a_batch_goes_out_in_datagrams_of_limited_number_and_size() {
+fn a_batch_is_split_by_message_count_and_size() {
     fn count<const MESSAGES: usize>(mut datagram: &[u8]) -> Vec<Vec<u8>> {
         let (mut count, mut last) = (0, 0);
         assert!(datagram.len() <= BATCH_BYTES + 40_016);
@@ -262,15 +262,15 @@ fn a_batch_goes_out_in_datagrams_of_limited_number_and_size() {
         vec![error(&message(KIND, 0, last, &[]), 0, &[])]
     }
     let small = Bytes(vec![1; 5]);
-    let mut socket = played([count::<128>, count::<1>]);
+    let mut socket = fake_kernel([count::<128>, count::<1>]);
     assert_eq!(socket.batch(vec![small.into(); BATCH_MESSAGES + 1]).unwrap().len(), 129);
     let large = Bytes(vec![1; 40_000]);
-    let mut socket = played([count::<2>, count::<1>]);
+    let mut socket = fake_kernel([count::<2>, count::<1>]);
     assert_eq!(socket.batch(vec![large.into(); 3]).unwrap().len(), 3);
     assert_eq!(socket.batch(Vec::<Request<Bytes>>::new()).unwrap(), []);
 }
 
-/// What a refusal says when the kernel echoes the whole request, as one does that cannot cap it.
+/// A kernel without `NETLINK_CAP_ACK` echoes the whole request.
 #[test]
 fn an_extended_ack_is_found_after_an_echo_of_the_whole_request() {
     let request = message(KIND, NLM_F_REQUEST, 3, &[0, 0, 0, 0, 1]);
@@ -279,7 +279,7 @@ fn an_extended_ack_is_found_after_an_echo_of_the_whole_request() {
     payload.extend_from_slice(&[7, 0, 1, 0, b'n', b'o', 0, 0]);
     let bytes = message(NLMSG_ERROR, NLM_F_ACK_TLVS, 3, &payload);
     let (header, payload) = next_message(&mut &bytes[..]).unwrap().unwrap();
-    let Some(Answer::Refused(refusal)) = answer(&header, payload, &request).unwrap() else { panic!("not refused") };
+    let Some(Reply::Refused(refusal)) = parse_reply(&header, payload, &request).unwrap() else { panic!("not refused") };
     assert_eq!(refusal.message.as_deref(), Some("no"));
 }
 
@@ -295,10 +295,10 @@ fn malformed_datagrams_are_errors() {
         assert!(next_message(&mut &valid[..end]).is_err(), "{end} bytes");
     }
     assert!(next_message(&mut &[][..]).unwrap().is_none());
-    // An error without a number is none.
+    // NLMSG_ERROR needs an error code.
     let mut header = NetlinkHeader::default();
     header.message_type = NLMSG_ERROR;
-    assert!(answer(&header, &[0; 3], &[]).is_err());
+    assert!(parse_reply(&header, &[0; 3], &[]).is_err());
 }
 
 #[test]
@@ -314,24 +314,24 @@ fn the_last_message_of_a_datagram_needs_no_padding() {
 fn read_all(mut datagram: &[u8], sent: &[u8]) {
     let mut left = datagram.len();
     while let Ok(Some((header, payload))) = next_message(&mut datagram) {
-        assert!(datagram.len() < left, "reading does not come to an end");
+        assert!(datagram.len() < left, "reading does not end");
         left = datagram.len();
-        let _ = answer(&header, payload, sent);
+        let _ = parse_reply(&header, payload, sent);
     }
 }
 
 proptest! {
     #[test]
-    fn arbitrary_bytes_do_no_harm(
+    fn arbitrary_bytes_do_not_panic(
         datagram in proptest::collection::vec(any::<u8>(), 0..200),
         sent in proptest::collection::vec(any::<u8>(), 0..200),
     ) {
         read_all(&datagram, &sent);
     }
 
-    /// Bytes that get past the first checks: answers of all kinds with some bytes changed.
+    /// Bytes that pass the first checks: replies of all kinds with some bytes changed.
     #[test]
-    fn damaged_answers_do_no_harm(
+    fn damaged_replies_do_not_panic(
         kind in prop_oneof![Just(NLMSG_ERROR), Just(NLMSG_DONE), Just(NLMSG_NOOP), any::<u16>()],
         flags in any::<u16>(),
         payload in proptest::collection::vec(any::<u8>(), 0..60),

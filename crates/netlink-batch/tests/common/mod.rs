@@ -1,4 +1,4 @@
-//! Requests of the route family that several tests make.
+//! Requests of the route family, shared by the tests.
 
 #![allow(dead_code, clippy::allow_attributes, reason = "helpers of tests, of which every test file uses a part")]
 
@@ -12,7 +12,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 pub(crate) const ENODEV: i32 = 19;
 
-/// The loopback device, and a device that nobody has.
+/// The loopback device, and an interface index that does not exist.
 pub(crate) const LOOPBACK: u32 = 1;
 pub(crate) const NO_DEVICE: u32 = 0x7fff_fff0;
 

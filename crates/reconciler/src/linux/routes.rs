@@ -138,7 +138,7 @@ fn destination(family: u8, prefix: u8, value: &[u8]) -> Option<IpNet> {
 pub(crate) fn open() -> Result<Socket, Error> {
     let mut socket = Socket::open(netlink_batch::protocols::NETLINK_ROUTE)?;
     // Then the kernel looks for our routes itself (since Linux 4.20); before, it tells all of them.
-    socket.heed_filters();
+    socket.enable_strict_checking();
     Ok(socket)
 }
 

@@ -1,4 +1,4 @@
-//! Dumps that are not read to their end, and the socket that is awaited.
+//! Dumps that are not read to their end, and the asynchronous socket.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -14,7 +14,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::LinkMessage;
 
-/// So many that the kernel is in the middle of a dump when the first answer is read.
+/// Enough that the kernel is still dumping when the first reply is read.
 const ADDRESSES: u32 = 2000;
 
 fn all_addresses() -> RouteNetlinkMessage {
@@ -36,7 +36,7 @@ fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
+fn an_unfinished_dump_does_not_block_the_next() {
     let mut socket = isolate();
     for read in [0, 1, 100] {
         let stream = socket.stream(&all_addresses()).unwrap();
@@ -50,7 +50,7 @@ fn a_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_awaited_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
+fn an_unfinished_async_dump_does_not_block_the_next() {
     drop(isolate());
     on_one_thread(async {
         let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
@@ -68,7 +68,7 @@ fn an_awaited_dump_that_is_left_off_does_not_stand_in_the_way_of_the_next() {
 }
 
 #[test]
-fn awaited_requests_have_the_same_answers() {
+fn async_requests_have_the_same_replies() {
     on_one_thread(async {
         let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
         let mut seen = 0;
@@ -91,7 +91,7 @@ fn awaited_requests_have_the_same_answers() {
 }
 
 #[test]
-fn other_tasks_get_their_turn_between_requests() {
+fn other_tasks_run_between_requests() {
     on_one_thread(async {
         let turns = std::rc::Rc::new(std::cell::Cell::new(0));
         let counted = turns.clone();
@@ -115,7 +115,7 @@ fn other_tasks_get_their_turn_between_requests() {
 }
 
 #[test]
-fn a_future_that_is_dropped_leaves_the_socket_usable() {
+fn a_dropped_future_leaves_the_socket_usable() {
     on_one_thread(async {
         let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
         for _ in 0..100 {
