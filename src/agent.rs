@@ -16,7 +16,9 @@ use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
 use reconciler::outcome::{Failure, Outcome};
 use reconciler::policy::Families;
 use reconciler::run::{Input, Observer, Taken};
-use service_watch::{ApiServer, Change, Connection, Counters, Events, Manifests, Message, Serving, Source};
+use service_watch::{
+    ApiServer, Change, Connection, Counters, EventRecorder, ExistingState, Manifests, Message, Source,
+};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
@@ -301,7 +303,7 @@ async fn credentials_changed(origin: Origin) {
 
 /// Posts Events, once there is an API server to post them to.
 #[derive(Clone, Default)]
-struct Posts(Arc<OnceLock<Events>>);
+struct Posts(Arc<OnceLock<EventRecorder>>);
 
 impl Posts {
     fn post(&self, event: service_watch::Event) {
@@ -311,7 +313,7 @@ impl Posts {
     }
 
     fn dropped(&self) -> u64 {
-        self.0.get().map_or(0, Events::dropped)
+        self.0.get().map_or(0, EventRecorder::dropped)
     }
 }
 
@@ -358,8 +360,8 @@ impl Observer for Witness {
 /// What is to be known of a change before it is dealt with.
 fn take_note(change: &Change, now: Instant, health: &Health, families: Families) {
     match change {
-        Change::Node(node) => health.node(!node.is_leaving),
-        Change::NodeGone => health.node(false),
+        Change::Node(node) => health.node(!node.is_being_removed),
+        Change::NodeDeleted => health.node(false),
         _ => {}
     }
     health.change_heard(now);
@@ -401,7 +403,7 @@ async fn source(
     origin: Origin,
     node_name: &str,
     all_nodes: bool,
-    serving: Option<Serving>,
+    serving: Option<ExistingState>,
     posts: &Posts,
     counted: &Counted,
 ) -> Result<Source> {
@@ -416,7 +418,7 @@ async fn source(
                 server = server.confirm_disappearance(serving);
             }
             info!(server = server.server(), "taking Services from an API server");
-            posts.0.get_or_init(|| server.events()).publish(events::starting());
+            posts.0.get_or_init(|| server.event_recorder()).publish(events::starting());
             (Source::ApiServer(server), 3)
         }
     };

@@ -3,7 +3,7 @@
 
 use reconciler::contribution::Holder;
 use reconciler::outcome::Outcome;
-use service_watch::{Event, EventKind, EventSubject, ObjectName};
+use service_watch::{Event, EventObject, EventType, ObjectName};
 
 /// More Services than this that fail in one sync have a reason in common: the Node is told, and they are not.
 const FEW: usize = 5;
@@ -70,8 +70,8 @@ pub(crate) fn setting(problem: String) -> Event {
 
 pub(crate) fn starting() -> Event {
     Event {
-        subject: EventSubject::Node,
-        kind: EventKind::Normal,
+        regarding: EventObject::Node,
+        event_type: EventType::Normal,
         reason: "Starting".to_owned(),
         action: "StartKubeIpvs".to_owned(),
         note: concat!("kube-ipvs ", env!("CARGO_PKG_VERSION")).to_owned(),
@@ -81,8 +81,8 @@ pub(crate) fn starting() -> Event {
 /// On a Service, or on the own Node.
 fn warning(service: Option<&ObjectName>, reason: &str, action: &str, note: String) -> Event {
     Event {
-        subject: service.map_or(EventSubject::Node, |service| EventSubject::Service(service.clone())),
-        kind: EventKind::Warning,
+        regarding: service.map_or(EventObject::Node, |service| EventObject::Service(service.clone())),
+        event_type: EventType::Warning,
         reason: reason.to_owned(),
         action: action.to_owned(),
         note,
@@ -105,20 +105,20 @@ mod tests {
         }
     }
 
-    fn subjects(failures: Vec<Failure>) -> Vec<EventSubject> {
-        of(&Outcome { failures, ..Outcome::default() }).into_iter().map(|event| event.subject).collect()
+    fn subjects(failures: Vec<Failure>) -> Vec<EventObject> {
+        of(&Outcome { failures, ..Outcome::default() }).into_iter().map(|event| event.regarding).collect()
     }
 
     #[test]
     fn what_fails_once_is_not_told_and_what_keeps_failing_is_told_to_its_service() {
         assert_eq!(subjects(vec![failure("a", false)]), []);
         let told = subjects(vec![failure("a", true), failure("b", false)]);
-        assert_eq!(told, [EventSubject::Service(ObjectName::new("default", "a"))]);
+        assert_eq!(told, [EventObject::Service(ObjectName::new("default", "a"))]);
     }
 
     #[test]
     fn many_failures_at_once_are_one_event_of_the_node() {
         let told = subjects(["a", "b", "c", "d", "e", "f"].map(|name| failure(name, true)).into());
-        assert_eq!(told, [EventSubject::Node]);
+        assert_eq!(told, [EventObject::Node]);
     }
 }

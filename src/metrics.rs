@@ -197,11 +197,11 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
 /// A source said something.
 pub(crate) fn change_heard(change: &Change, families: Families) {
     match change {
-        Change::Service(_) | Change::ServiceGone(_) => {
+        Change::Service(_) | Change::ServiceDeleted(_) => {
             counter!(SERVICE_CHANGES).increment(1);
             gauge!(SERVICE_CHANGES_PENDING).increment(1.0);
         }
-        Change::Slice(_) | Change::SliceGone(_) => {
+        Change::Slice(_) | Change::SliceDeleted(_) => {
             counter!(ENDPOINT_CHANGES).increment(1);
             gauge!(ENDPOINT_CHANGES_PENDING).increment(1.0);
         }

@@ -12,7 +12,7 @@ use reconciler::kernel::{Kernel as _, Scope};
 use reconciler::linux::LinuxKernel;
 use reconciler::policy::{DetectLocal, Families, Policy};
 use rustix::process::{Resource, getrlimit, setrlimit};
-use service_watch::Serving;
+use service_watch::ExistingState;
 use tracing::{info, warn};
 
 /// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
@@ -104,11 +104,11 @@ pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
 }
 
 /// What the node serves before anything is known of what it should. What cannot be read is nothing.
-pub(crate) fn serving(ipvs: &mut Client) -> Serving {
+pub(crate) fn serving(ipvs: &mut Client) -> ExistingState {
     let listed = ipvs.virtual_servers().inspect_err(|error| warn!("{error}")).unwrap_or_default();
     let front_ends = listed.iter().filter_map(|entry| FrontEnd::of(&entry.server.id));
     let vips: BTreeSet<IpAddr> = front_ends.map(|front_end| front_end.address).collect();
-    Serving { vips: vips.len() }
+    ExistingState { vips: vips.len() }
 }
 
 /// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.

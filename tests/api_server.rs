@@ -151,7 +151,7 @@ fn a_server_that_lists_nothing_at_a_start_is_asked_again_before_anything_goes() 
     // It was an error.
     let empty = Cluster::new();
     let mut agent = empty.apply(NODE).agent(&[]);
-    agent.says("0 where there were 12: it is read again in 5 s before anything goes");
+    agent.says("0 entries where there were 12: it is read again in 5 s before anything is deleted");
     fill(&empty);
     agent.says("audited, nothing to change");
     assert_eq!((ipvs(), addresses()), before);
@@ -160,7 +160,7 @@ fn a_server_that_lists_nothing_at_a_start_is_asked_again_before_anything_goes() 
     // It was none.
     let empty = Cluster::new();
     let mut agent = empty.apply(NODE).agent(&[]);
-    agent.says("0 where there were 12");
+    agent.says("0 entries where there were 12");
     assert_eq!((ipvs(), addresses()), before);
     agent.has(&[]);
     assert_eq!(addresses(), [""; 0]);
@@ -185,7 +185,7 @@ fn a_server_that_forbids_or_speaks_html_is_named_and_nothing_is_lost() {
     agent.says("watch of services").says("system:node-proxier");
     assert_eq!(ipvs().len(), 3, "nothing is programmed before all is known");
     cluster.server.answer_with(None, 200, "text/html", "<html>a proxy's login page</html>");
-    agent.says("what came is not what an API server sends");
+    agent.says("is not what an API server sends");
     assert_eq!((ipvs().len(), addresses()), (3, vec!["10.96.0.10/32".to_owned()]));
     cluster.server.recover();
     cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));

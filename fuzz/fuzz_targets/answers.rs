@@ -4,4 +4,4 @@
 
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| service_watch::fuzzing::answer(data));
+fuzz_target!(|data: &[u8]| service_watch::fuzzing::api_response(data));

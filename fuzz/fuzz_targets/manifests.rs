@@ -6,7 +6,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|text: &str| {
     for is_json in [false, true] {
-        let read = service_watch::fuzzing::manifest(text, is_json);
-        assert_eq!(read, service_watch::fuzzing::manifest(text, is_json));
+        let read = service_watch::fuzzing::manifest_file(text, is_json);
+        assert_eq!(read, service_watch::fuzzing::manifest_file(text, is_json));
     }
 });

@@ -13,10 +13,10 @@ use crate::socket::{drop_queued, no_reply, open, receive_queued, retry};
 
 /// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///
-/// The kernel handles a request inside the system call that sends it and has queued the reply when that returns, so this
-/// socket never waits for readiness. It yields to other tasks, by tokio's cooperative budget, between the datagrams of a
-/// dump and the parts of a batch. Dropping a future leaves the socket usable, but whether the kernel carried out what was
-/// sent is then unknown.
+/// The kernel handles a request inside the system call that sends it and has queued the reply when that returns, so
+/// this socket never waits for readiness. It yields to other tasks, by tokio's cooperative budget, between the
+/// datagrams of a dump and the parts of a batch. Dropping a future leaves the socket usable, but whether the kernel
+/// carried out what was sent is then unknown.
 #[derive(Debug)]
 pub struct AsyncSocket {
     raw: RawSocket,
@@ -27,8 +27,8 @@ pub struct AsyncSocket {
 }
 
 impl AsyncSocket {
-    /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network namespace
-    /// of the calling thread.
+    /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network
+    /// namespace of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
         Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false })

@@ -1,5 +1,5 @@
-//! The netlink protocol without I/O: encodes requests into datagrams and decodes the kernel's replies. The synchronous and
-//! the asynchronous socket only move bytes between this module and the kernel.
+//! The netlink protocol without I/O: encodes requests into datagrams and decodes the kernel's replies. The synchronous
+//! and the asynchronous socket only move bytes between this module and the kernel.
 
 use std::io;
 
@@ -342,8 +342,8 @@ impl PendingBatch {
     }
 }
 
-/// A transaction whose replies are being read. No reply is known to be the last one: for a transaction that is refused as
-/// a whole, the kernel sends no ACK.
+/// A transaction whose replies are being read. No reply is known to be the last one: for a transaction that is refused
+/// as a whole, the kernel sends no ACK.
 #[derive(Debug)]
 pub(crate) struct PendingTransaction {
     begin_sequence: u32,

@@ -2,9 +2,10 @@
 //!
 //! - `NETLINK_KILL_AT=12-before` and `12-after` kill the process before or after its twelfth `send`, counted over
 //!   all sockets, without any cleanup.
-//! - `NETLINK_REFUSE=5:12:/path` refuses every fifth request with the errno 12, without sending it, while the file `/path`
-//!   exists. A transaction counts as one request.
-//! - `NETLINK_FAIL=5:105:/path` fails every fifth `send` with the errno 105, as on a closed socket, while the file exists.
+//! - `NETLINK_REFUSE=5:12:/path` refuses every fifth request with the errno 12, without sending it, while the file
+//!   `/path` exists. A transaction counts as one request.
+//! - `NETLINK_FAIL=5:105:/path` fails every fifth `send` with the errno 105, as on a closed socket, while the file
+//!   exists.
 
 use std::io;
 use std::path::PathBuf;

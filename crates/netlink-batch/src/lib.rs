@@ -15,8 +15,8 @@
 //! # Ok::<(), netlink_batch::Error>(())
 //! ```
 //!
-//! With the feature `tokio` there is `AsyncSocket`, with the same methods except for transactions. Both are thin layers over
-//! one core that does no I/O.
+//! With the feature `tokio` there is `AsyncSocket`, with the same methods except for transactions. Both are thin layers
+//! over one core that does no I/O.
 //!
 //! [`Socket::batch`] explains what a batch is and gives measurements.
 

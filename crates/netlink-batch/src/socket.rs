@@ -21,8 +21,8 @@ pub struct Socket {
     has_unread_dump: bool,
 }
 
-/// The receive timeout. Most families reply before `send` returns; in a few, such as audit, a kernel thread sends the reply
-/// shortly after. A reply that has not arrived by then never arrives.
+/// The receive timeout. Most families reply before `send` returns; in a few, such as audit, a kernel thread sends the
+/// reply shortly after. A reply that has not arrived by then never arrives.
 const RECEIVE_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// Opens a socket that is connected to the kernel.
@@ -42,8 +42,8 @@ pub(crate) fn open(protocol: isize) -> Result<RawSocket, Error> {
 }
 
 impl Socket {
-    /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network namespace
-    /// of the calling thread.
+    /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network
+    /// namespace of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         open(protocol).map(Self::of)
     }
@@ -52,8 +52,8 @@ impl Socket {
         Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false }
     }
 
-    /// Enables strict checking of dump requests (`NETLINK_GET_STRICT_CHK`): the kernel applies the filters in a request and
-    /// refuses those it does not know. Since Linux 4.20; an older kernel ignores the filters and dumps everything.
+    /// Enables strict checking of dump requests (`NETLINK_GET_STRICT_CHK`): the kernel applies the filters in a request
+    /// and refuses those it does not know. Since Linux 4.20; an older kernel ignores the filters and dumps everything.
     pub fn enable_strict_checking(&mut self) {
         let _ = self.raw.set_netlink_get_strict_chk(true);
     }
@@ -87,8 +87,8 @@ impl Socket {
 
     /// Requests a dump and passes each message to `each`.
     ///
-    /// If the kernel marks the dump as interrupted by a change (`NLM_F_DUMP_INTR`), it is repeated until one is consistent;
-    /// `each` only sees the messages of that one.
+    /// If the kernel marks the dump as interrupted by a change (`NLM_F_DUMP_INTR`), it is repeated until one is
+    /// consistent; `each` only sees the messages of that one.
     pub fn dump<M, R>(&mut self, message: &M, each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
@@ -105,8 +105,8 @@ impl Socket {
         Err(Error::Interrupted { attempts: DUMP_ATTEMPTS })
     }
 
-    /// Requests a dump and returns each message as it arrives, for dumps that are too large to hold in memory. If the dump
-    /// is interrupted, entries may be missing or repeated: see [`Stream::is_interrupted`].
+    /// Requests a dump and returns each message as it arrives, for dumps that are too large to hold in memory. If the
+    /// dump is interrupted, entries may be missing or repeated: see [`Stream::is_interrupted`].
     pub fn stream<M, R>(&mut self, message: &M) -> Result<Stream<'_, R>, Error>
     where
         M: NetlinkSerializable,
@@ -120,11 +120,12 @@ impl Socket {
 
     /// Sends many requests in few `send`s and returns one result each, in order.
     ///
-    /// A batch consists of plain messages, up to [`BATCH_MESSAGES`](crate::BATCH_MESSAGES) in one datagram. The kernel handles
-    /// them one by one and continues after a refusal: a batch is not atomic. Only the last message requests an ACK, since
-    /// the kernel always reports refusals; once that reply arrives, all others are queued. The kernel sends no reply to a
-    /// request that fails with `EINTR`: this is detected for the last request of a datagram, while any other appears to have
-    /// succeeded. In a user-mode Linux 6.1 this takes 0.8–3.4 µs for a new IPVS service, against 15 µs one request at a time.
+    /// A batch consists of plain messages, up to [`BATCH_MESSAGES`](crate::BATCH_MESSAGES) in one datagram. The kernel
+    /// handles them one by one and continues after a refusal: a batch is not atomic. Only the last message requests an
+    /// ACK, since the kernel always reports refusals; once that reply arrives, all others are queued. The kernel sends
+    /// no reply to a request that fails with `EINTR`: this is detected for the last request of a datagram, while any
+    /// other appears to have succeeded. In a user-mode Linux 6.1 this takes 0.8–3.4 µs for a new IPVS service, against
+    /// 15 µs one request at a time.
     ///
     /// The outer `Err` means that the socket failed: requests may or may not have been handled.
     pub fn batch<M>(
@@ -159,11 +160,11 @@ impl Socket {
         Ok(results)
     }
 
-    /// Sends requests as one transaction: one datagram between a begin message and an end message, as nfnetlink has it. The
-    /// transaction is atomic: either all of it takes effect or nothing does.
+    /// Sends requests as one transaction: one datagram between a begin message and an end message, as nfnetlink has it.
+    /// The transaction is atomic: either all of it takes effect or nothing does.
     ///
-    /// The inner `Err` is the index of the first refused request and its refusal; nothing took effect then. A refusal of the
-    /// transaction as a whole has the index 0.
+    /// The inner `Err` is the index of the first refused request and its refusal; nothing took effect then. A refusal
+    /// of the transaction as a whole has the index 0.
     ///
     /// The send buffer grows to the size of the datagram, which needs `CAP_NET_ADMIN` above the system's limit.
     pub fn transaction<M>(
@@ -224,8 +225,8 @@ impl Socket {
     }
 }
 
-/// The messages of a dump as they arrive. One that cannot be decoded is an error and does not end the dump. Messages that
-/// are unread when this is dropped are discarded.
+/// The messages of a dump as they arrive. One that cannot be decoded is an error and does not end the dump. Messages
+/// that are unread when this is dropped are discarded.
 #[derive(Debug)]
 pub struct Stream<'a, R> {
     socket: &'a mut Socket,

@@ -12,8 +12,8 @@ use crate::socket::receive;
 pub enum Received {
     /// One or more notifications.
     Notifications,
-    /// The receive buffer overran (`ENOBUFS`): notifications were lost, and the queued ones were discarded. The state they
-    /// were about must be read again. Later notifications are not affected.
+    /// The receive buffer overran (`ENOBUFS`): notifications were lost, and the queued ones were discarded. The state
+    /// they were about must be read again. Later notifications are not affected.
     Overrun,
 }
 
@@ -25,8 +25,8 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Joins the groups, by number as in `RTNLGRP_LINK`, in the network namespace of the calling thread. Every change after
-    /// this call is notified.
+    /// Joins the groups, by number as in `RTNLGRP_LINK`, in the network namespace of the calling thread. Every change
+    /// after this call is notified.
     pub fn open(protocol: isize, groups: &[u32]) -> Result<Self, Error> {
         let open = || {
             let mut raw = RawSocket::new(protocol)?;

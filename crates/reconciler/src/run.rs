@@ -55,8 +55,8 @@ pub struct Taken {
 impl Taken {
     fn count(&mut self, change: &Change) {
         match change {
-            Change::Service(_) | Change::ServiceGone(_) => self.services += 1,
-            Change::Slice(_) | Change::SliceGone(_) => self.slices += 1,
+            Change::Service(_) | Change::ServiceDeleted(_) => self.services += 1,
+            Change::Slice(_) | Change::SliceDeleted(_) => self.slices += 1,
             _ => {}
         }
     }

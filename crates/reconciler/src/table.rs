@@ -53,7 +53,7 @@ impl ServiceTable {
                     entry.service = Some(Arc::new(service));
                 }
             }
-            Change::ServiceGone(name) => {
+            Change::ServiceDeleted(name) => {
                 if let Some(entry) = self.entries.get_mut(&name)
                     && entry.service.take().is_some()
                 {
@@ -79,7 +79,7 @@ impl ServiceTable {
                     dirty.insert(owner);
                 }
             }
-            Change::SliceGone(name) => {
+            Change::SliceDeleted(name) => {
                 if let Some(owner) = self.owners.remove(&name) {
                     self.remove_slice(&owner, &name);
                     dirty.insert(owner);
@@ -92,18 +92,18 @@ impl ServiceTable {
                 }
             }
             // As if it had never been known: what is programmed follows from what the API holds, not from its history.
-            Change::NodeGone => {
+            Change::NodeDeleted => {
                 if self.node.take().is_some() {
                     return Dirty::Node;
                 }
             }
-            Change::Neighbour(name, addresses) => {
+            Change::PeerNode(name, addresses) => {
                 if self.neighbours.get(&name) != Some(&addresses) {
                     self.neighbours.insert(name, addresses);
                     return Dirty::Node;
                 }
             }
-            Change::NeighbourGone(name) => {
+            Change::PeerNodeDeleted(name) => {
                 if self.neighbours.remove(&name).is_some() {
                     return Dirty::Node;
                 }

@@ -73,21 +73,21 @@ impl Objects {
             Event::Change(Change::Service(service)) => {
                 self.services.insert(service.name.clone(), service);
             }
-            Event::Change(Change::ServiceGone(name)) => {
+            Event::Change(Change::ServiceDeleted(name)) => {
                 self.services.remove(&name);
             }
             Event::Change(Change::Slice(slice)) => {
                 self.slices.insert(slice.name.clone(), slice);
             }
-            Event::Change(Change::SliceGone(name)) => {
+            Event::Change(Change::SliceDeleted(name)) => {
                 self.slices.remove(&name);
             }
             Event::Change(Change::Node(node)) => self.node = Some(node),
-            Event::Change(Change::NodeGone) => self.node = None,
-            Event::Change(Change::Neighbour(name, addresses)) => {
+            Event::Change(Change::NodeDeleted) => self.node = None,
+            Event::Change(Change::PeerNode(name, addresses)) => {
                 self.neighbours.insert(name, addresses);
             }
-            Event::Change(Change::NeighbourGone(name)) => {
+            Event::Change(Change::PeerNodeDeleted(name)) => {
                 self.neighbours.remove(&name);
             }
             Event::Change(Change::Synced | Change::Incomplete(_)) | Event::Audit => {}
@@ -100,7 +100,7 @@ impl Objects {
         let slices = self.slices.values().rev().cloned().map(Change::Slice);
         let services = self.services.values().rev().cloned().map(Change::Service);
         let neighbours = self.neighbours.clone().into_iter();
-        let neighbours = neighbours.map(|(name, addresses)| Change::Neighbour(name, addresses));
+        let neighbours = neighbours.map(|(name, addresses)| Change::PeerNode(name, addresses));
         slices.chain(services).chain(self.node.clone().map(Change::Node)).chain(neighbours).collect()
     }
 
@@ -215,7 +215,7 @@ fn slice() -> impl Strategy<Value = EndpointSlice> {
             is_ipv6: false,
             ports,
             endpoints,
-            triggered: None,
+            trigger_time: None,
         },
     )
 }
@@ -227,7 +227,7 @@ fn node() -> impl Strategy<Value = Node> {
         addresses,
         zone: zone.map(Into::into),
         pod_cidrs: pod_cidrs.into_iter().map(|text| text.parse().unwrap()).collect(),
-        is_leaving: false,
+        is_being_removed: false,
     })
 }
 
@@ -237,13 +237,13 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         6 => service().prop_map(|service| Event::Change(Change::Service(service))),
         8 => slice().prop_map(|slice| Event::Change(Change::Slice(slice))),
-        2 => select(&SERVICES[..]).prop_map(|of| Event::Change(Change::ServiceGone(name(of)))),
-        2 => select(&SLICES[..]).prop_map(|of| Event::Change(Change::SliceGone(name(of)))),
+        2 => select(&SERVICES[..]).prop_map(|of| Event::Change(Change::ServiceDeleted(name(of)))),
+        2 => select(&SLICES[..]).prop_map(|of| Event::Change(Change::SliceDeleted(name(of)))),
         2 => node().prop_map(|node| Event::Change(Change::Node(node))),
-        1 => Just(Event::Change(Change::NodeGone)),
+        1 => Just(Event::Change(Change::NodeDeleted)),
         1 => (select(vec!["n1", "n2"]), addresses(&VIPS))
-            .prop_map(|(name, addresses)| Event::Change(Change::Neighbour(name.into(), addresses))),
-        1 => select(vec!["n1", "n2"]).prop_map(|name| Event::Change(Change::NeighbourGone(name.into()))),
+            .prop_map(|(name, addresses)| Event::Change(Change::PeerNode(name.into(), addresses))),
+        1 => select(vec!["n1", "n2"]).prop_map(|name| Event::Change(Change::PeerNodeDeleted(name.into()))),
         1 => interfaces,
         1 => Just(Event::Audit),
     ]

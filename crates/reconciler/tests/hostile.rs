@@ -27,7 +27,7 @@ fn cluster() -> World {
         Service { created: Some(100), kind: ServiceKind::NodePort, ports, ..service("victim", &["10.96.0.10"]) };
     world.apply_all(vec![
         Change::Node(node),
-        Change::Neighbour("node-b".into(), vec![ip(OTHER_NODE)]),
+        Change::PeerNode("node-b".into(), vec![ip(OTHER_NODE)]),
         Change::Service(service("kubernetes", &["10.96.0.1"])),
         Change::Slice(ready("kubernetes", "kubernetes", &[API_SERVER])),
         Change::Service(victim),
@@ -117,7 +117,7 @@ fn a_cluster_ip_goes_to_whom_it_is_handed_out_however_long_another_has_asked_for
     assert!(!world.weights("10.96.0.77", 80).contains_key("10.66.6.6:8080"));
     // When it goes, who asked may have it.
     world
-        .apply_all(vec![Change::ServiceGone(common::name("late")), Change::SliceGone(common::name("late-1"))])
+        .apply_all(vec![Change::ServiceDeleted(common::name("late")), Change::SliceDeleted(common::name("late-1"))])
         .settle();
     assert_eq!(world.weights("10.96.0.77", 80), [("10.66.6.6:8080".to_owned(), 1)].into());
 }

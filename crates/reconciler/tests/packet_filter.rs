@@ -153,7 +153,7 @@ fn a_health_check_port_is_known_while_a_load_balancer_has_policy_local() {
 #[test]
 fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
     let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
-    world.apply(Change::Neighbour("node-b".into(), vec![ip(EXTERNAL)]));
+    world.apply(Change::PeerNode("node-b".into(), vec![ip(EXTERNAL)]));
     world.apply(Change::Service(Service { external_ips: vec![ip(OWN), ip(EXTERNAL)], ..balancer() }));
     let outcome = world.sync();
     let mut refused = outcome.refused;
@@ -166,7 +166,7 @@ fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
     assert!(!world.kernel().filter.entries.contains(&Entry::Vip(ip(OWN))), "a node is never shielded");
     assert_eq!(world.audit().refused, []);
     // Another node goes away: now it is an address like any other.
-    world.apply(Change::NeighbourGone("node-b".into())).settle();
+    world.apply(Change::PeerNodeDeleted("node-b".into())).settle();
     assert!(world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
 }
 
@@ -200,7 +200,7 @@ fn a_guard_stays_for_as_long_as_what_it_guards() {
         Operation::DeleteVirtualServer(front_end) if front_end.address == ip(BALANCED) => Some(Cause::Refused),
         _ => None,
     }));
-    world.apply(Change::ServiceGone(name("web"))).sync();
+    world.apply(Change::ServiceDeleted(name("web"))).sync();
     let filter = &world.kernel().filter;
     assert_eq!(filter.front_ends.keys().collect::<Vec<_>>(), [&tcp(BALANCED, 80)]);
     assert!(filter.entries.contains(&Entry::Vip(ip(BALANCED))));
@@ -282,7 +282,7 @@ fn a_table_is_not_replaced_while_its_elements_must_be_kept() {
 #[test]
 fn no_kubelet_switches_off_a_cluster_ip() {
     let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
-    world.apply(Change::Neighbour("node-b".into(), vec![ip(CLUSTER_IP)])).settle();
+    world.apply(Change::PeerNode("node-b".into(), vec![ip(CLUSTER_IP)])).settle();
     assert!(world.kernel().servers.contains_key(&tcp(CLUSTER_IP, 80)));
 }
 
@@ -346,7 +346,7 @@ fn stale_udp_flows_go_when_their_real_server_or_their_service_goes_or_when_the_f
     // An endpoint more: everybody stays where he is.
     world.apply(udp_slice(&["10.0.0.2", "10.0.0.3"])).sync();
     assert_eq!(world.kernel().flows.len(), 1);
-    world.apply(Change::ServiceGone(name("dns"))).sync();
+    world.apply(Change::ServiceDeleted(name("dns"))).sync();
     assert!(world.kernel().flows.is_empty());
     // To nobody at first, then to somebody.
     world.apply(Change::Service(dns)).apply(udp_slice(&[])).settle();

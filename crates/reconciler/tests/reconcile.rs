@@ -127,7 +127,7 @@ fn while_something_cannot_be_understood_nothing_that_was_found_is_taken_away() {
         assert_eq!(world.weights("10.96.0.11", 80).len(), 0, "what is new comes");
         world.audit();
     }
-    world.apply(Change::ServiceGone(name("new")));
+    world.apply(Change::ServiceDeleted(name("new")));
     world.audit();
     assert_eq!(world.kernel().servers.len(), 2, "what was understood and is gone goes");
     world.apply(Change::Incomplete(false)).settle();
@@ -292,7 +292,7 @@ fn udp_and_sctp_real_servers_go_at_once() {
 fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
     let mut world = web();
     world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
-    world.apply(Change::ServiceGone(name("web")));
+    world.apply(Change::ServiceDeleted(name("web")));
     let outcome = world.sync();
     assert_eq!((outcome.done.servers_deleted, outcome.done.addresses_unbound, outcome.done.total()), (1, 1, 4));
     assert_eq!(outcome.done.filter_removed, 2, "the front end and the VIP");
@@ -329,9 +329,9 @@ fn a_vip_of_two_services_stays_until_the_last_is_gone() {
     };
     let mut world = World::new();
     world.apply(Change::Service(shared("a", "10.96.0.1", 81))).apply(Change::Service(shared("b", "10.96.0.2", 82)));
-    world.settle().apply(Change::ServiceGone(name("a"))).settle();
+    world.settle().apply(Change::ServiceDeleted(name("a"))).settle();
     assert!(world.kernel().addresses.as_ref().unwrap().contains_key(&ip("203.0.113.1")));
-    world.apply(Change::ServiceGone(name("b"))).settle();
+    world.apply(Change::ServiceDeleted(name("b"))).settle();
     assert!(world.kernel().addresses.as_ref().unwrap().is_empty());
 }
 
@@ -357,7 +357,7 @@ fn the_older_of_two_services_has_the_front_end_and_the_clash_is_told_once() {
         world.settle();
         assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.1:8080", 1)]));
         assert_eq!(world.weights("10.96.0.2", 80), weights(&[("10.0.0.2:8080", 1)]), "the loser keeps its own");
-        world.apply(Change::ServiceGone(name("old"))).settle();
+        world.apply(Change::ServiceDeleted(name("old"))).settle();
         assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.2:8080", 1)]), "the loser inherits");
     }
 }
@@ -422,7 +422,7 @@ fn a_virtual_server_that_is_nobodys_by_any_proof_stays() {
         world.kernel().servers.insert(front_end, other.clone());
     }
     assert_eq!(world.audit().drifted, []);
-    world.apply(Change::ServiceGone(name("web"))).settle();
+    world.apply(Change::ServiceDeleted(name("web"))).settle();
     assert_eq!(
         world.kernel().servers.keys().copied().collect::<Vec<_>>(),
         [tcp("10.77.0.1", 80), tcp("10.96.0.10", 81)]
@@ -539,7 +539,7 @@ fn operations_come_in_phases() {
     world.connections(("10.96.0.10", 80), "10.0.0.1:8080", 1);
     world.kernel().log.clear();
     world.apply(Change::Service(service("gone", &["10.96.0.98"]))).settle();
-    world.apply(Change::ServiceGone(name("gone")));
+    world.apply(Change::ServiceDeleted(name("gone")));
     world.apply(Change::Service(service("new", &["10.96.0.11"])));
     world.apply(Change::Slice(ready("new-1", "new", &["10.0.0.7"])));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"])));
@@ -607,7 +607,7 @@ fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
 #[test]
 fn a_service_that_goes_together_with_a_change_of_the_node_goes() {
     let mut world = web();
-    world.apply(Change::ServiceGone(name("web")));
+    world.apply(Change::ServiceDeleted(name("web")));
     world.apply(Change::Node(Node { zone: Some("b".into()), ..Default::default() })).settle();
     assert!(world.kernel().servers.is_empty());
 }
@@ -637,7 +637,7 @@ fn what_proves_a_virtual_server_stays_until_the_kernel_shows_that_it_is_gone() {
         }
         _ => None,
     }));
-    world.apply_all(vec![Change::ServiceGone(name("web")), Change::SliceGone(name("web-1"))]).settle();
+    world.apply_all(vec![Change::ServiceDeleted(name("web")), Change::SliceDeleted(name("web-1"))]).settle();
     assert_eq!(world.kernel().servers, BTreeMap::new());
     assert_eq!(world.kernel().filter.front_ends, BTreeMap::new());
 }

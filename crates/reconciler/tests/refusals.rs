@@ -70,7 +70,7 @@ fn history() -> Vec<Vec<Change>> {
         vec![Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"]))],
         vec![Change::Service(balancer("192.168.0.0/16")), Change::Slice(slice("balancer-1", "balancer", vec![]))],
         vec![Change::Slice(service_watch::EndpointSlice { endpoints: vec![endpoint("10.0.1.2")], ..dns })],
-        vec![Change::ServiceGone(name("balancer")), Change::ServiceGone(name("ranged"))],
+        vec![Change::ServiceDeleted(name("balancer")), Change::ServiceDeleted(name("ranged"))],
         vec![Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.3"]))],
     ]
 }

@@ -66,7 +66,7 @@ fn load_balancers_are_told_how_many_addresses_are_ready_here() {
     assert_eq!(told(&mut world, more), Some(vec![check(Family::Ipv4, 3), check(Family::Ipv6, 0)]));
     let cluster = Service { external_policy: TrafficPolicy::Cluster, ..checked(&["10.96.0.10"]) };
     assert_eq!(told(&mut world, vec![Change::Service(cluster)]), Some(vec![]), "nobody is told any more");
-    assert_eq!(told(&mut world, vec![Change::ServiceGone(name("web"))]), None);
+    assert_eq!(told(&mut world, vec![Change::ServiceDeleted(name("web"))]), None);
 }
 
 #[test]
@@ -180,7 +180,7 @@ fn totals_count_what_there_is() {
     world.apply(Change::Slice(ready("a", "web", &["10.0.0.1", "10.0.0.3"])));
     let totals = world.sync().totals;
     assert_eq!((totals.real_servers, totals.draining), (3, 1), "one has a connection, and so is still there");
-    world.apply(Change::ServiceGone(name("web")));
+    world.apply(Change::ServiceDeleted(name("web")));
     let totals = world.sync().totals;
     assert_eq!((totals.services, totals.virtual_servers, totals.real_servers, totals.draining), (1, 1, 0, 0));
 }
@@ -201,7 +201,7 @@ fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() 
     world.kernel().fault = None;
     world.kernel().servers.clear();
     world.kernel().filter.front_ends.clear();
-    world.apply(Change::ServiceGone(name("web")));
+    world.apply(Change::ServiceDeleted(name("web")));
     assert_eq!(world.sync().totals.draining, 0);
     assert_eq!(world.reconciler.next_look(), None);
 }
@@ -210,14 +210,14 @@ fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() 
 fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
     let mut world = World::new();
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
-    let changed = |addresses: &[&str]| EndpointSlice { triggered: Some(at), ..ready("a", "web", addresses) };
+    let changed = |addresses: &[&str]| EndpointSlice { trigger_time: Some(at), ..ready("a", "web", addresses) };
     world.apply(Change::Service(service("web", &["10.96.0.10"]))).apply(Change::Slice(changed(&["10.0.0.1"])));
     assert_eq!(world.sync().triggers, [(Family::Ipv4, at)]);
     world.apply(Change::Slice(changed(&["10.0.0.1"])));
     assert_eq!(world.sync().triggers, [], "it says nothing new");
     world.apply(Change::Slice(changed(&[])));
     assert_eq!(world.sync().triggers, [(Family::Ipv4, at)], "to become empty is a change");
-    world.apply(Change::SliceGone(name("a")));
+    world.apply(Change::SliceDeleted(name("a")));
     assert_eq!(world.sync().triggers, [], "what goes has no such time");
 }
 

@@ -69,7 +69,7 @@ fn each_way_of_binding_makes_what_it_is_called() {
         }
         assert_eq!(world.audit().done.total(), 0, "{binding:?}");
         assert_eq!(world.audit().drifted, []);
-        world.apply(Change::ServiceGone(name("web"))).settle();
+        world.apply(Change::ServiceDeleted(name("web"))).settle();
         let ranges = held_routes.iter().filter(|route| RANGES.contains(route)).copied().collect::<Vec<_>>();
         assert_eq!(held(world.kernel()), (vec![], strings(&ranges)), "a range stays, whatever is in it");
         assert!(world.kernel().filter.entries.is_empty());
@@ -167,7 +167,7 @@ fn a_vip_of_a_range_is_opened_once_it_is_served_and_closed_before_it_is_not() {
     let mut world = World::with(FakeKernel::default(), with(routes(&RANGES)), vec![]);
     world.kernel().log.clear();
     world.apply_all(web());
-    world.settle().apply(Change::ServiceGone(name("web"))).settle();
+    world.settle().apply(Change::ServiceDeleted(name("web"))).settle();
     let log = std::mem::take(&mut world.kernel().log);
     let place = |wanted: &dyn Fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
     let vip = ip("10.96.0.10");
@@ -285,7 +285,7 @@ fn change() -> impl Strategy<Value = Change> {
                 let external_ips = vips.into_iter().map(ip).collect();
                 Change::Service(Service { external_ips, ..service(named, &cluster_ips) })
             }),
-        1 => named.prop_map(|named| Change::ServiceGone(name(named))),
+        1 => named.prop_map(|named| Change::ServiceDeleted(name(named))),
     ]
 }
 
@@ -324,7 +324,7 @@ proptest! {
             for change in changes {
                 match &change {
                     Change::Service(service) => _ = objects.insert(service.name.to_string(), change.clone()),
-                    Change::ServiceGone(name) => _ = objects.remove(&name.to_string()),
+                    Change::ServiceDeleted(name) => _ = objects.remove(&name.to_string()),
                     _ => {}
                 }
                 world.apply(change);

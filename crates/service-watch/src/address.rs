@@ -1,11 +1,11 @@
-//! IP addresses, and ranges of them, as Kubernetes reads them.
+//! Parses IP addresses and CIDR ranges as Kubernetes does.
 
 use std::net::IpAddr;
 
 use ipnet::IpNet;
 
-/// Reads an address as kube-proxy does (Go's old parser): leading zeros are decimal (`010.0.0.1` is `10.0.0.1`), and an
-/// IPv4-mapped IPv6 address is the IPv4 address.
+/// Parses an address as kube-proxy does (`netutils.ParseIPSloppy`, Go's parser before 1.17): leading zeros are decimal
+/// (`010.0.0.1` is `10.0.0.1`), and an IPv4-mapped IPv6 address is the IPv4 address.
 pub fn parse_ip(text: &str) -> Option<IpAddr> {
     if let Ok(address) = text.parse::<IpAddr>() {
         return Some(address.to_canonical());
@@ -24,9 +24,9 @@ pub fn parse_ip(text: &str) -> Option<IpAddr> {
     plain.parse::<IpAddr>().ok().map(|address| address.to_canonical())
 }
 
-/// Reads a range such as `10.0.0.0/8`, its address as [`parse_ip`] does. Bits beyond the prefix are cut off.
+/// Parses a range such as `10.0.0.0/8`, its address as [`parse_ip`] does. Bits beyond the prefix are cleared.
 ///
-/// A range of IPv4-mapped addresses is the IPv4 range; one that reaches beyond them is none.
+/// A range of IPv4-mapped addresses becomes the IPv4 range; one that includes other addresses is invalid.
 pub fn parse_range(text: &str) -> Option<IpNet> {
     let (address_text, length) = text.split_once('/')?;
     if length.is_empty() || !length.bytes().all(|c| c.is_ascii_digit()) {
@@ -44,7 +44,7 @@ mod tests {
     use super::{parse_ip, parse_range};
 
     #[test]
-    fn ranges_are_read_with_leading_zeros_and_bits_beyond_the_prefix() {
+    fn ranges_may_have_leading_zeros_and_bits_beyond_the_prefix() {
         for (text, read) in [
             ("10.0.0.0/8", Some("10.0.0.0/8")),
             ("010.001.002.003/08", Some("10.0.0.0/8")),
@@ -75,7 +75,7 @@ mod tests {
     }
 
     #[test]
-    fn addresses_are_read_as_the_old_go_parser_does() {
+    fn addresses_are_parsed_like_go_before_1_17() {
         for (text, read) in [
             ("10.96.0.10", Some("10.96.0.10")),
             ("010.096.000.010", Some("10.96.0.10")),

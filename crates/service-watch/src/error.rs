@@ -1,9 +1,9 @@
-//! What keeps a source from starting.
+//! Errors that keep a source from starting.
 
 use std::io;
 use std::path::PathBuf;
 
-/// Why a source could not start. What goes wrong later is told as a [`Report`](crate::Report) and tried again.
+/// Why a source could not start. Later errors are sent as a [`Report`](crate::Report) and retried.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -23,15 +23,15 @@ pub enum Error {
         /// What is missing.
         problem: String,
     },
-    /// The address that overrides the server is no URL.
+    /// The address that overrides the server is not a URL.
     #[error("cannot use {url:?} as address of the API server: {problem}; give a URL such as https://192.0.2.1:6443")]
     Master {
-        /// What was given.
+        /// The given address.
         url: String,
         /// What is wrong with it.
         problem: String,
     },
-    /// No client could be made of what was read: certificates, keys or proxies that do not fit.
+    /// The client could not be created, for example because of invalid certificates or keys.
     #[error(
         "cannot set up the connection to the API server {server}: {problem}; check the certificates, key and token that the kubeconfig names"
     )]
@@ -49,9 +49,9 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
-    /// Changes in the directory cannot be followed.
-    #[error("cannot follow changes in {}: {source}; if the limit of watches is reached, raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches", path.display())]
-    Follow {
+    /// The directory cannot be watched for changes.
+    #[error("cannot watch the directory {} for changes: {source}; if the limit of watches is reached, raise the sysctls fs.inotify.max_user_instances and fs.inotify.max_user_watches", path.display())]
+    Watch {
         /// The directory.
         path: PathBuf,
         /// What the system says.

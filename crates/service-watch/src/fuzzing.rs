@@ -1,4 +1,4 @@
-//! What a fuzz target sees of the inside: manifests, and what an API server sends.
+//! Entry points for fuzz targets: manifests, and responses of an API server.
 
 use std::path::Path;
 
@@ -8,20 +8,20 @@ use crate::convert::{Converter, Object};
 use crate::manifests::read::read_text;
 use crate::wire;
 
-/// Reads a file of manifests, and says what was understood of it.
-pub fn manifest(text: &str, is_json: bool) -> String {
+/// Parses a file of manifests; returns the result in its debug format.
+pub fn manifest_file(text: &str, is_json: bool) -> String {
     let path = Path::new(if is_json { "fuzz.json" } else { "fuzz.yaml" });
-    format!("{:?}", read_text(text, path, &mut Converter::by_hand("node".into())))
+    format!("{:?}", read_text(text, path, &mut Converter::for_manifests("node".into())))
 }
 
-/// Reads an object, a list, or an event of a watch, of each kind.
-pub fn answer(json: &[u8]) {
-    read::<wire::Service>(json);
-    read::<wire::EndpointSlice>(json);
-    read::<wire::Node>(json);
+/// Decodes and converts an object, a list, or a watch event, of each kind.
+pub fn api_response(json: &[u8]) {
+    convert_all::<wire::Service>(json);
+    convert_all::<wire::EndpointSlice>(json);
+    convert_all::<wire::Node>(json);
 }
 
-fn read<K: Object>(json: &[u8]) {
+fn convert_all<K: Object>(json: &[u8]) {
     let mut converter = Converter::new("node".into());
     let mut objects: Vec<K> = serde_json::from_slice(json).into_iter().collect();
     if let Ok(WatchEvent::Added(object) | WatchEvent::Modified(object) | WatchEvent::Deleted(object)) =
@@ -33,7 +33,7 @@ fn read<K: Object>(json: &[u8]) {
         objects.extend(items);
     }
     for object in objects {
-        if let Some(name) = Converter::name(object.meta()) {
+        if let Some(name) = Converter::object_name(object.meta()) {
             drop(format!("{:?}", object.convert(&name, &mut converter)));
         }
     }

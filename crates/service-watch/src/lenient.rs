@@ -1,7 +1,7 @@
-//! Decoding that cannot fail: a field of the wrong type costs that field, not the page of objects around it.
+//! Lenient decoding: a field of the wrong type makes only that field invalid, not the page of objects around it.
 //!
-//! [`Lenient`] reads whatever it is given, straight from the input and without buffering, and remembers what it found
-//! if that was not what the field wants.
+//! [`Lenient`] accepts any input, without buffering it, and records what it found where that is not of the expected
+//! type.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -9,46 +9,46 @@ use std::marker::PhantomData;
 
 use serde::de::{Deserialize, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// A field as it came.
+/// A field that may have the wrong type.
 #[derive(Clone, Debug, Default)]
 pub(crate) enum Lenient<T> {
     /// Absent or `null`.
     #[default]
     Absent,
     /// Of the right type.
-    Given(T),
+    Present(T),
     /// Of another type.
-    Wrong(Wrong),
+    Mismatch(TypeMismatch),
 }
 
-/// What was found in place of a field's type.
+/// A value of the wrong type.
 #[derive(Clone, Debug)]
-pub(crate) struct Wrong {
+pub(crate) struct TypeMismatch {
     found: Box<str>,
-    wanted: &'static str,
+    expected: &'static str,
 }
 
-impl fmt::Display for Wrong {
+impl fmt::Display for TypeMismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "is {}, not {}", self.found, self.wanted)
+        write!(f, "is {}, not {}", self.found, self.expected)
     }
 }
 
 impl<T> Lenient<T> {
-    /// The value, if there is one; an error if there is something else.
-    pub(crate) fn get(&self) -> Result<Option<&T>, &Wrong> {
+    /// The value if present; an error if it has the wrong type.
+    pub(crate) fn get(&self) -> Result<Option<&T>, &TypeMismatch> {
         match self {
             Self::Absent => Ok(None),
-            Self::Given(value) => Ok(Some(value)),
-            Self::Wrong(wrong) => Err(wrong),
+            Self::Present(value) => Ok(Some(value)),
+            Self::Mismatch(mismatch) => Err(mismatch),
         }
     }
 }
 
-/// What a [`Lenient`] can hold: says from which inputs it can be made.
-pub(crate) trait Shape: Sized {
-    /// The type in words: "not `WANTED`".
-    const WANTED: &'static str;
+/// A type that a [`Lenient`] can hold: the inputs it can be made from.
+pub(crate) trait LenientValue: Sized {
+    /// The type in words, for messages: "not `EXPECTED`".
+    const EXPECTED: &'static str;
 
     fn text(_: &str) -> Option<Self> {
         None
@@ -58,7 +58,7 @@ pub(crate) trait Shape: Sized {
         None
     }
 
-    fn flag(_: bool) -> Option<Self> {
+    fn boolean(_: bool) -> Option<Self> {
         None
     }
 
@@ -75,35 +75,35 @@ pub(crate) trait Shape: Sized {
     }
 }
 
-impl Shape for Box<str> {
-    const WANTED: &'static str = "text";
+impl LenientValue for Box<str> {
+    const EXPECTED: &'static str = "text";
 
     fn text(text: &str) -> Option<Self> {
         Some(text.into())
     }
 }
 
-impl Shape for i64 {
-    const WANTED: &'static str = "a whole number";
+impl LenientValue for i64 {
+    const EXPECTED: &'static str = "a whole number";
 
     fn number(number: i64) -> Option<Self> {
         Some(number)
     }
 }
 
-impl Shape for bool {
-    const WANTED: &'static str = "true or false";
+impl LenientValue for bool {
+    const EXPECTED: &'static str = "true or false";
 
-    fn flag(flag: bool) -> Option<Self> {
-        Some(flag)
+    fn boolean(boolean: bool) -> Option<Self> {
+        Some(boolean)
     }
 }
 
-impl<T: Shape> Shape for Vec<Lenient<T>> {
-    const WANTED: &'static str = "a list";
+impl<T: LenientValue> LenientValue for Vec<Lenient<T>> {
+    const EXPECTED: &'static str = "a list";
 
     fn list<'de, A: SeqAccess<'de>>(mut seq: A) -> Result<Option<Self>, A::Error> {
-        // The hint is the input's claim: not trusted with memory.
+        // The hint comes from the input, so it does not decide how much memory is allocated.
         let mut items = Self::with_capacity(seq.size_hint().unwrap_or(0).min(1024));
         while let Some(item) = seq.next_element()? {
             items.push(item);
@@ -112,8 +112,8 @@ impl<T: Shape> Shape for Vec<Lenient<T>> {
     }
 }
 
-impl<T: Shape> Shape for BTreeMap<String, Lenient<T>> {
-    const WANTED: &'static str = "a map";
+impl<T: LenientValue> LenientValue for BTreeMap<String, Lenient<T>> {
+    const EXPECTED: &'static str = "a map";
 
     fn map<'de, A: MapAccess<'de>>(mut map: A) -> Result<Option<Self>, A::Error> {
         let mut entries = Self::new();
@@ -124,11 +124,11 @@ impl<T: Shape> Shape for BTreeMap<String, Lenient<T>> {
     }
 }
 
-/// Makes structs that derive `Deserialize` readable from a map.
-macro_rules! records {
+/// Implements [`LenientValue`] for structs that derive `Deserialize`.
+macro_rules! lenient_structs {
     ($($record:ty),+ $(,)?) => {$(
-        impl $crate::lenient::Shape for $record {
-            const WANTED: &'static str = "a map";
+        impl $crate::lenient::LenientValue for $record {
+            const EXPECTED: &'static str = "a map";
 
             fn map<'de, A: serde::de::MapAccess<'de>>(map: A) -> Result<Option<Self>, A::Error> {
                 serde::Deserialize::deserialize(serde::de::value::MapAccessDeserializer::new(map)).map(Some)
@@ -136,20 +136,20 @@ macro_rules! records {
         }
     )+};
 }
-pub(crate) use records;
+pub(crate) use lenient_structs;
 
 struct LenientVisitor<T>(PhantomData<T>);
 
-impl<T: Shape> LenientVisitor<T> {
-    fn settle(value: Option<T>, found: impl FnOnce() -> String) -> Lenient<T> {
+impl<T: LenientValue> LenientVisitor<T> {
+    fn value_or_mismatch(value: Option<T>, found: impl FnOnce() -> String) -> Lenient<T> {
         match value {
-            Some(value) => Lenient::Given(value),
-            None => Lenient::Wrong(Wrong { found: found().into(), wanted: T::WANTED }),
+            Some(value) => Lenient::Present(value),
+            None => Lenient::Mismatch(TypeMismatch { found: found().into(), expected: T::EXPECTED }),
         }
     }
 }
 
-impl<'de, T: Shape> Visitor<'de> for LenientVisitor<T> {
+impl<'de, T: LenientValue> Visitor<'de> for LenientVisitor<T> {
     type Value = Lenient<T>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -168,47 +168,47 @@ impl<'de, T: Shape> Visitor<'de> for LenientVisitor<T> {
         Lenient::deserialize(deserializer)
     }
 
-    fn visit_bool<E>(self, flag: bool) -> Result<Self::Value, E> {
-        Ok(Self::settle(T::flag(flag), || flag.to_string()))
+    fn visit_bool<E>(self, boolean: bool) -> Result<Self::Value, E> {
+        Ok(Self::value_or_mismatch(T::boolean(boolean), || boolean.to_string()))
     }
 
     fn visit_i64<E>(self, number: i64) -> Result<Self::Value, E> {
-        Ok(Self::settle(T::number(number), || format!("the number {number}")))
+        Ok(Self::value_or_mismatch(T::number(number), || format!("the number {number}")))
     }
 
     fn visit_u64<E>(self, number: u64) -> Result<Self::Value, E> {
         let value = i64::try_from(number).ok().and_then(T::number);
-        Ok(Self::settle(value, || format!("the number {number}")))
+        Ok(Self::value_or_mismatch(value, || format!("the number {number}")))
     }
 
     fn visit_f64<E>(self, number: f64) -> Result<Self::Value, E> {
-        Ok(Self::settle(None, || format!("the number {number}")))
+        Ok(Self::value_or_mismatch(None, || format!("the number {number}")))
     }
 
     fn visit_str<E>(self, text: &str) -> Result<Self::Value, E> {
-        Ok(Self::settle(T::text(text), || format!("the text {:?}", Short(text))))
+        Ok(Self::value_or_mismatch(T::text(text), || format!("the text {:?}", Truncated(text))))
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<Self::Value, A::Error> {
-        Ok(Self::settle(T::list(seq)?, || "a list".into()))
+        Ok(Self::value_or_mismatch(T::list(seq)?, || "a list".into()))
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
-        Ok(Self::settle(T::map(map)?, || "a map".into()))
+        Ok(Self::value_or_mismatch(T::map(map)?, || "a map".into()))
     }
 }
 
-impl<'de, T: Shape> Deserialize<'de> for Lenient<T> {
+impl<'de, T: LenientValue> Deserialize<'de> for Lenient<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(LenientVisitor(PhantomData))
     }
 }
 
-/// The first characters of a text that somebody else chose: it goes into messages.
-pub(crate) struct Short<'a>(pub(crate) &'a str);
+/// Truncates text from outside when it is shown in messages.
+pub(crate) struct Truncated<'a>(pub(crate) &'a str);
 
-impl Short<'_> {
-    fn cut(&self) -> (&str, &'static str) {
+impl Truncated<'_> {
+    fn split(&self) -> (&str, &'static str) {
         match self.0.char_indices().nth(200) {
             Some((end, _)) => (&self.0[..end], "…"),
             None => (self.0, ""),
@@ -216,16 +216,16 @@ impl Short<'_> {
     }
 }
 
-impl fmt::Debug for Short<'_> {
+impl fmt::Debug for Truncated<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (text, rest) = self.cut();
+        let (text, rest) = self.split();
         write!(f, "{text:?}{rest}")
     }
 }
 
-impl fmt::Display for Short<'_> {
+impl fmt::Display for Truncated<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (text, rest) = self.cut();
+        let (text, rest) = self.split();
         write!(f, "{text}{rest}")
     }
 }

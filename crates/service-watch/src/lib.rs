@@ -1,19 +1,20 @@
-//! Services, EndpointSlices and Nodes as compact [`Change`]s, from an API server or a directory of manifests.
+//! Watches Services, EndpointSlices and Nodes on an API server or in a directory of manifests, as compact [`Change`]s.
 //!
-//! The vocabulary ([`Change`] and what it holds) is plain values and always there. The sources are behind the feature
+//! The data model ([`Change`] and its parts) is plain values and always compiled. The sources are behind the feature
 //! `sources` (on by default):
 //!
-//! - [`ApiServer`] watches a Kubernetes API server and survives whatever it does; it also posts [`Events`];
-//! - [`Manifests`] reads the YAML and JSON files of a directory and follows their changes.
+//! - [`ApiServer`] lists and watches with a Kubernetes API server, and recovers from its failures; its
+//!   [`EventRecorder`] posts Kubernetes Events;
+//! - [`Manifests`] reads the YAML and JSON files of a directory and watches them for changes.
 //!
-//! Both say the same things to whoever listens, as [`Message`]s: changes, one [`Change::Synced`] once all that existed
-//! at the start was said, and [`Report`]s about what could not be used. What they cannot understand they skip, as small
-//! a part as possible, and keep what was good before; an error is never taken for an empty cluster.
+//! Both send [`Message`]s to a sink: changes, one [`Change::Synced`] after the initial list, and [`Report`]s about
+//! invalid objects and failures. They skip as small a part of an object as possible, and keep the last valid version of
+//! an object that is invalid as a whole. An error is never treated as an empty cluster.
 //!
 //! ```text
-//!  API server ─ watcher ─┐
-//!                        ├─ wire (slim, total) ─ convert (checked) ─ Outlet (told once) ─▶ Message
-//!  directory ─ inotify ──┘
+//!  API server ─ Reflector ─────┐
+//!                              ├─ wire (lenient decoding) ─ convert (validation) ─ Emitter (deduplication) ─▶ Message
+//!  directory ─ DirectoryWatch ─┘
 //! ```
 
 #![forbid(unsafe_code)]
@@ -49,7 +50,7 @@ pub use reserved::RESERVED;
 #[cfg(feature = "sources")]
 pub use self::{
     address::{parse_ip, parse_range},
-    api_server::{ApiServer, Connection, Event, EventKind, EventSubject, Events, Serving},
+    api_server::{ApiServer, Connection, Event, EventObject, EventRecorder, EventType, ExistingState},
     error::Error,
     manifests::Manifests,
     report::{Counters, Kind, Message, Report, Subject},
@@ -67,8 +68,8 @@ pub enum Source {
 
 #[cfg(feature = "sources")]
 impl Source {
-    /// Tells `sink` all there is and then every change, until `sink` breaks off: that is `Ok`. An error is one that
-    /// no waiting mends; everything else is told as a [`Report`] and tried again.
+    /// Sends all existing objects to `sink` and then every change, until `sink` breaks: that is `Ok`. Only an error
+    /// that no retry can fix is returned; any other is sent as a [`Report`] and retried.
     ///
     /// Runs on a tokio runtime with timers and I/O; one thread is enough. `sink` must not block.
     pub async fn run(self, sink: impl FnMut(Message) -> std::ops::ControlFlow<()>) -> Result<(), Error> {
@@ -78,7 +79,7 @@ impl Source {
         }
     }
 
-    /// What has been counted so far; stays readable while the source runs.
+    /// The counters of this source; they stay readable while it runs.
     pub fn counters(&self) -> std::sync::Arc<Counters> {
         match self {
             Self::ApiServer(source) => source.counters(),

@@ -1,8 +1,8 @@
-//! The vocabulary of changes: plain values without a client library's types. Whoever acts on changes needs this and no more.
+//! The data model of changes: plain values, without the types of a client library.
 //!
-//! A source (an API server, a directory of manifests) turns what it reads into [`Change`]s. Everything here is already
-//! checked: an address is an [`IpAddr`], a port is not zero, a name is not empty. What could not be understood never
-//! becomes a `Change`; the source reports it.
+//! A source (an API server, a directory of manifests) converts what it reads into [`Change`]s. All values are
+//! validated: an address is an [`IpAddr`], a port is not zero, a name is not empty. Invalid input never becomes a
+//! `Change`; the source reports it.
 
 use std::cmp::Ordering;
 use std::fmt;
@@ -24,12 +24,12 @@ pub enum Protocol {
     Sctp,
 }
 
-/// Namespace and name of an object, as in `default/web`. Small, for each is kept in many places.
+/// The namespace and name of an object, as in `default/web`. Cheap to clone, since it is kept in many places.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ObjectName(Arc<str>);
 
 impl ObjectName {
-    /// `namespace/name`. Neither is empty, and a namespace has no `/` in it.
+    /// Creates a name. Neither part may be empty, and the namespace must not contain `/`.
     pub fn new(namespace: &str, name: &str) -> Self {
         Self([namespace, "/", name].concat().into())
     }
@@ -49,10 +49,10 @@ impl ObjectName {
     }
 }
 
-/// By namespace, and then by name.
+/// Ordered by namespace, then by name.
 impl Ord for ObjectName {
     fn cmp(&self, other: &Self) -> Ordering {
-        // What ends a namespace comes before all that may be in one.
+        // The separator sorts before every character of a namespace.
         let rank = |byte| if byte == b'/' { 0 } else { byte };
         self.0.bytes().map(rank).cmp(other.0.bytes().map(rank))
     }
@@ -70,7 +70,7 @@ impl fmt::Display for ObjectName {
     }
 }
 
-/// What `internalTrafficPolicy` and `externalTrafficPolicy` say.
+/// `internalTrafficPolicy` or `externalTrafficPolicy`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum TrafficPolicy {
     /// Any endpoint of the cluster.
@@ -80,7 +80,7 @@ pub enum TrafficPolicy {
     Local,
 }
 
-/// `spec.type`, as far as it matters to a proxy. Headless and `ExternalName` Services never become a [`Service`].
+/// `spec.type`. Headless and `ExternalName` Services never become a [`Service`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ServiceKind {
     /// `ClusterIP`.
@@ -95,14 +95,14 @@ pub enum ServiceKind {
 /// A Service that has at least one ClusterIP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
-    /// Which Service.
+    /// Namespace and name.
     pub name: ObjectName,
-    /// `metadata.creationTimestamp` in seconds since 1970; `None` where the source has none. Of two Services that
-    /// claim one front end the older wins.
+    /// `metadata.creationTimestamp` in seconds since 1970; `None` where the source has none. Of Services that
+    /// claim the same front end, the oldest gets it.
     pub created: Option<i64>,
     /// `spec.type`.
     pub kind: ServiceKind,
-    /// At most one ClusterIP a family; never empty.
+    /// At most one ClusterIP of each family; never empty.
     pub cluster_ips: Vec<IpAddr>,
     /// `spec.externalIPs`, both families.
     pub external_ips: Vec<IpAddr>,
@@ -116,10 +116,10 @@ pub struct Service {
     pub internal_policy: TrafficPolicy,
     /// `spec.externalTrafficPolicy`.
     pub external_policy: TrafficPolicy,
-    /// `spec.loadBalancerSourceRanges`, both families: who may connect to [`Service::load_balancer_ips`]. `None` means
-    /// everybody; a list in which nothing is left means nobody.
+    /// `spec.loadBalancerSourceRanges`, both families: the clients that may connect to
+    /// [`Service::load_balancer_ips`]. `None` allows all; an empty list allows none.
     pub source_ranges: Option<Vec<IpNet>>,
-    /// `spec.healthCheckNodePort`: where the node tells load balancers whether it has endpoints of the Service.
+    /// `spec.healthCheckNodePort`: where load balancers ask whether the node has endpoints of the Service.
     pub health_check_node_port: Option<NonZeroU16>,
 }
 
@@ -139,7 +139,7 @@ pub struct ServicePort {
 /// A slice of a Service's endpoints, all of one family.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct EndpointSlice {
-    /// Which slice.
+    /// Namespace and name.
     pub name: ObjectName,
     /// The Service it belongs to (label `kubernetes.io/service-name`), in the slice's namespace.
     pub service: ObjectName,
@@ -149,9 +149,9 @@ pub struct EndpointSlice {
     pub ports: Vec<SlicePort>,
     /// The endpoints.
     pub endpoints: Vec<Endpoint>,
-    /// When what the slice now says began to be so, as the controller that writes slices has it (annotation
-    /// `endpoints.kubernetes.io/last-change-trigger-time`).
-    pub triggered: Option<SystemTime>,
+    /// The time of the change that led to this version of the slice (annotation
+    /// `endpoints.kubernetes.io/last-change-trigger-time`, set by the EndpointSlice controller).
+    pub trigger_time: Option<SystemTime>,
 }
 
 /// A port of an EndpointSlice; it serves the Service port of the same name and protocol.
@@ -178,11 +178,11 @@ pub struct Endpoint {
     pub terminating: bool,
     /// `nodeName`.
     pub node: Option<Arc<str>>,
-    /// `hints`. Boxed, since most endpoints have none and there may be very many.
+    /// `hints`. Boxed to keep endpoints small: most have none.
     pub hints: Option<Box<Hints>>,
 }
 
-/// Who is to use an endpoint.
+/// `hints` of an endpoint.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hints {
     /// `hints.forZones`.
@@ -191,44 +191,44 @@ pub struct Hints {
     pub nodes: Vec<Arc<str>>,
 }
 
-/// The agent's own Node object.
+/// This agent's Node object.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Node {
     /// IP addresses of `status.addresses`: first those of type `InternalIP`, then `ExternalIP`.
     pub addresses: Vec<IpAddr>,
     /// Label `topology.kubernetes.io/zone`; `None` when unset or empty.
     pub zone: Option<Arc<str>>,
-    /// `spec.podCIDRs`, or `spec.podCIDR` alone: the ranges of the pods on this node, at most one a family.
+    /// `spec.podCIDRs`, or `spec.podCIDR` alone: the pod ranges of this node, at most one of each family.
     pub pod_cidrs: Vec<IpNet>,
-    /// Whether it is to go: it is being deleted, or the cluster autoscaler has marked it (taint
+    /// Whether the Node is being deleted, or about to be by the cluster autoscaler (taint
     /// `ToBeDeletedByClusterAutoscaler`).
-    pub is_leaving: bool,
+    pub is_being_removed: bool,
 }
 
-/// What a source says.
+/// A change that a source sends.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// A Service is new or changed.
     Service(Service),
-    /// A Service is gone, or no longer one a proxy serves.
-    ServiceGone(ObjectName),
+    /// A Service was deleted, or is no longer served by this proxy.
+    ServiceDeleted(ObjectName),
     /// A slice is new or changed.
     Slice(EndpointSlice),
-    /// A slice is gone, or no longer one a proxy reads.
-    SliceGone(ObjectName),
-    /// The agent's own Node is new or changed.
+    /// A slice was deleted, or is no longer read by this proxy.
+    SliceDeleted(ObjectName),
+    /// This agent's Node is new or changed.
     Node(Node),
-    /// The agent's own Node is gone.
-    NodeGone,
+    /// This agent's Node was deleted.
+    NodeDeleted,
     /// Another Node is new or changed: its name, and its addresses as in [`Node::addresses`].
-    Neighbour(Arc<str>, Vec<IpAddr>),
-    /// Another Node is gone.
-    NeighbourGone(Arc<str>),
-    /// Whether there is something that could not be understood even once, such as a file that did not parse at the start.
-    /// While there is, what is missing may be in it: nothing may be taken for gone. Said before `Synced` and when it changes;
-    /// not said means no.
+    PeerNode(Arc<str>, Vec<IpAddr>),
+    /// Another Node was deleted.
+    PeerNodeDeleted(Arc<str>),
+    /// Whether there is input that never could be parsed, such as an invalid file at the start. While there is, missing
+    /// objects may be in it, so nothing may be treated as deleted. Sent before `Synced` and when it changes; initially
+    /// false.
     Incomplete(bool),
-    /// Said once: all that existed at the start has been said. Nothing is programmed before.
+    /// Sent once, after all objects that existed at the start. Nothing may be programmed before.
     Synced,
 }
 

@@ -1,4 +1,4 @@
-//! What a source says, and the one place it says it through.
+//! Messages of a source, and the emitter that sends them.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -11,23 +11,23 @@ use tracing::{info, warn};
 
 use crate::model::{Change, ObjectName};
 
-/// What a source says.
+/// A message of a source.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Something is new, changed or gone; or all that existed at the start has been said.
+    /// A change of an object, or of the state of the source.
     Change(Change),
-    /// What is wrong with something has changed.
+    /// The problems of something have changed.
     Report(Report),
 }
 
-/// All that is wrong with one thing, in place of what an earlier report said of it.
+/// The problems of one subject; replaces the earlier report about it.
 ///
-/// Said when it changes, not each time it is met again.
+/// Sent when the problems change, not each time they are found again.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// With what.
+    /// What the report is about.
     pub subject: Subject,
-    /// Each says what was found, what follows, and what to do. Empty: all is well again.
+    /// Each says what was found, the effect, and what to do. Empty if all were resolved.
     pub problems: Vec<String>,
 }
 
@@ -42,7 +42,7 @@ pub enum Subject {
     Node(Arc<str>),
     /// A file of manifests, or their directory.
     File(PathBuf),
-    /// Reading objects of a kind from the API server.
+    /// The watch of a kind on the API server.
     Watch(Kind),
 }
 
@@ -76,7 +76,7 @@ pub enum Kind {
     Service,
     /// EndpointSlices.
     EndpointSlice,
-    /// Nodes: the agent's own, or all.
+    /// Nodes: this agent's, or all.
     Node,
 }
 
@@ -91,7 +91,7 @@ impl Kind {
     }
 }
 
-/// What a source has counted since it was made.
+/// Counters of a source since it was created.
 #[derive(Debug, Default)]
 pub struct Counters {
     changes: AtomicU64,
@@ -101,12 +101,12 @@ pub struct Counters {
 }
 
 impl Counters {
-    /// Changes said.
+    /// Changes sent.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Relaxed)
     }
 
-    /// Objects and parts of objects that could not be used, each time one was read.
+    /// Invalid objects and parts of objects, counted each time one was read.
     pub fn problems(&self) -> u64 {
         self.problems.load(Ordering::Relaxed)
     }
@@ -116,78 +116,78 @@ impl Counters {
         self.errors.load(Ordering::Relaxed)
     }
 
-    /// Complete lists read: one per kind from an API server at the start, one per reading of the whole directory. More
-    /// say how often the source had to begin anew.
+    /// Complete lists: from an API server one for each kind at the start, then one for each relist; from a directory
+    /// one for each reading of all files.
     pub fn lists(&self) -> u64 {
         self.lists.load(Ordering::Relaxed)
     }
 }
 
-/// Where a source says what it has to say: counts, logs, and does not repeat itself.
-pub(crate) struct Outlet<F> {
+/// Sends messages to the sink: counts, logs and deduplicates them.
+pub(crate) struct Emitter<F> {
     sink: F,
     counters: Arc<Counters>,
-    /// Only what is wrong now.
+    /// The current problems.
     reported: HashMap<Subject, Vec<String>>,
-    /// What was last said of it.
+    /// The last value sent.
     incomplete: bool,
-    closed: bool,
+    is_closed: bool,
 }
 
-impl<F: FnMut(Message) -> ControlFlow<()>> Outlet<F> {
+impl<F: FnMut(Message) -> ControlFlow<()>> Emitter<F> {
     pub(crate) fn new(sink: F, counters: Arc<Counters>) -> Self {
-        Self { sink, counters, reported: HashMap::new(), incomplete: false, closed: false }
+        Self { sink, counters, reported: HashMap::new(), incomplete: false, is_closed: false }
     }
 
-    /// Whether the sink has broken off.
-    pub(crate) fn closed(&self) -> bool {
-        self.closed
+    /// Whether the sink has ended the run.
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_closed
     }
 
     pub(crate) fn change(&mut self, change: Change) {
         self.counters.changes.fetch_add(1, Ordering::Relaxed);
-        self.say(Message::Change(change));
+        self.emit(Message::Change(change));
     }
 
-    /// Says whether there is something that could not be understood even once, if that is news.
-    pub(crate) fn incomplete(&mut self, incomplete: bool) {
+    /// Sends [`Change::Incomplete`] if it changed.
+    pub(crate) fn set_incomplete(&mut self, incomplete: bool) {
         if self.incomplete != incomplete {
             self.incomplete = incomplete;
             self.change(Change::Incomplete(incomplete));
         }
     }
 
-    /// Says what is wrong with an object, if that is news.
+    /// Reports the problems of an object if they changed.
     pub(crate) fn problems(&mut self, subject: Subject, problems: Vec<String>) {
         self.counters.problems.fetch_add(problems.len() as u64, Ordering::Relaxed);
         self.report(subject, problems);
     }
 
-    /// Says why something could not be read, if that is news.
+    /// Counts a failure to read something, and reports it if it changed.
     pub(crate) fn error(&mut self, subject: Subject, problem: String) {
-        self.failed();
+        self.count_error();
         self.report(subject, vec![problem]);
     }
 
-    /// Counts something that could not be read.
-    pub(crate) fn failed(&self) {
+    /// Counts a failure to read something.
+    pub(crate) fn count_error(&self) {
         self.counters.errors.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// All is well with `subject`, or it is gone.
-    pub(crate) fn well(&mut self, subject: Subject) {
+    /// Reports that `subject` has no problems, or no longer exists.
+    pub(crate) fn resolve(&mut self, subject: Subject) {
         self.report(subject, Vec::new());
     }
 
-    /// All is well with those that `gone` says are gone.
-    pub(crate) fn forget(&mut self, gone: impl Fn(&Subject) -> bool) {
-        let gone: Vec<Subject> = self.reported.keys().filter(|subject| gone(subject)).cloned().collect();
-        for subject in gone {
-            self.well(subject);
+    /// Resolves the subjects that `matches` selects.
+    pub(crate) fn resolve_matching(&mut self, matches: impl Fn(&Subject) -> bool) {
+        let subjects: Vec<Subject> = self.reported.keys().filter(|subject| matches(subject)).cloned().collect();
+        for subject in subjects {
+            self.resolve(subject);
         }
     }
 
-    pub(crate) fn listed(&self) {
+    pub(crate) fn count_list(&self) {
         self.counters.lists.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -200,17 +200,17 @@ impl<F: FnMut(Message) -> ControlFlow<()>> Outlet<F> {
             warn!("{subject}: {problem}");
         }
         if problems.is_empty() {
-            info!("{subject}: well again, or gone");
+            info!("{subject}: the problems are resolved, or the object was deleted");
             self.reported.remove(&subject);
         } else {
             self.reported.insert(subject.clone(), problems.clone());
         }
-        self.say(Message::Report(Report { subject, problems }));
+        self.emit(Message::Report(Report { subject, problems }));
     }
 
-    fn say(&mut self, message: Message) {
-        if !self.closed && (self.sink)(message).is_break() {
-            self.closed = true;
+    fn emit(&mut self, message: Message) {
+        if !self.is_closed && (self.sink)(message).is_break() {
+            self.is_closed = true;
         }
     }
 }

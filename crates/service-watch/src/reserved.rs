@@ -1,10 +1,10 @@
-//! Addresses that are nobody's in a cluster's network, and so neither a VIP nor an endpoint.
+//! Reserved addresses, which can be neither a VIP nor an endpoint.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// Ranges of such addresses, and what they are: what the API server admits neither as an external IP nor as an endpoint
+/// Reserved ranges and their names: those that the API server rejects for external IPs and endpoints
 /// (`ValidateNonSpecialIP`), and all of "this network" (RFC 1122), multicast and broadcast.
 pub const RESERVED: [(IpNet, &str); 9] = [
     v4([0, 0, 0, 0], 8, "unspecified"),
@@ -26,7 +26,7 @@ const fn v6(first: u16, last: u16, length: u8, word: &str) -> (IpNet, &str) {
     (IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::new(first, 0, 0, 0, 0, 0, 0, last), length)), word)
 }
 
-/// What an address is, where it is such a one.
+/// The name of the reserved range that an address is in, if any.
 #[cfg(feature = "sources")]
 pub(crate) fn reserved(address: IpAddr) -> Option<&'static str> {
     RESERVED.iter().find_map(|(range, word)| range.contains(&address).then_some(*word))
@@ -38,7 +38,7 @@ mod tests {
     use crate::address::parse_ip;
 
     #[test]
-    fn addresses_that_are_nobodys_in_a_network_are_told_by_what_they_are() {
+    fn reserved_addresses_are_recognized() {
         for (text, word) in [
             ("0.0.0.0", Some("unspecified")),
             ("0.1.2.3", Some("unspecified")),

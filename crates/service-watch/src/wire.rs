@@ -1,7 +1,8 @@
-//! Services, EndpointSlices and Nodes as the API has them, reduced to what a proxy reads.
+//! The API's Services, EndpointSlices and Nodes, reduced to the fields that a proxy reads.
 //!
-//! Decoding is total ([`Lenient`]), and metadata is reduced too: managed fields and annotations are often larger than
-//! the rest of the object. (Whoever needs an annotation adds it to [`Metadata`].)
+//! Decoding never fails for a field of the wrong type ([`Lenient`]). Metadata is reduced too: managed fields and
+//! annotations are often larger than the rest of the object. (An annotation that is needed must be added to
+//! [`Metadata`].)
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -11,7 +12,7 @@ use kube::api::ObjectMeta;
 use kube::core::{ClusterResourceScope, NamespaceResourceScope};
 use serde::{Deserialize, Deserializer};
 
-use crate::lenient::{Lenient, records};
+use crate::lenient::{Lenient, lenient_structs};
 
 type Text = Lenient<Box<str>>;
 type List<T> = Lenient<Vec<Lenient<T>>>;
@@ -172,7 +173,7 @@ pub(crate) struct NodeAddress {
     pub(crate) address: Text,
 }
 
-/// The metadata that is used; the rest is never allocated.
+/// The metadata that is used; the rest is not allocated.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 struct Metadata {
@@ -185,7 +186,7 @@ struct Metadata {
     annotations: Lenient<Annotations>,
 }
 
-/// Of annotations, the one that is used.
+/// The only annotation that is used.
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default)]
 struct Annotations {
@@ -193,18 +194,18 @@ struct Annotations {
     trigger_time: Text,
 }
 
-/// When what an EndpointSlice says began to be so.
+/// The annotation with the time of the change that led to an EndpointSlice.
 pub(crate) const TRIGGER_TIME: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
-/// A label's value. The API only has text; a hand-written manifest may have forgotten the quotes, and for most labels
-/// only their presence counts.
+/// A label's value. The API only has strings; in a manifest the quotes may be missing, and most labels count by their
+/// presence alone.
 type Label = Lenient<LabelText>;
 
 #[derive(Clone, Debug)]
 struct LabelText(String);
 
-impl crate::lenient::Shape for LabelText {
-    const WANTED: &'static str = "text";
+impl crate::lenient::LenientValue for LabelText {
+    const EXPECTED: &'static str = "text";
 
     fn text(text: &str) -> Option<Self> {
         Some(Self(text.to_owned()))
@@ -214,12 +215,12 @@ impl crate::lenient::Shape for LabelText {
         Some(Self(number.to_string()))
     }
 
-    fn flag(flag: bool) -> Option<Self> {
-        Some(Self(flag.to_string()))
+    fn boolean(boolean: bool) -> Option<Self> {
+        Some(Self(boolean.to_string()))
     }
 }
 
-records!(
+lenient_structs!(
     ServiceSpec,
     ServicePort,
     AffinityConfig,
@@ -241,34 +242,34 @@ records!(
 );
 
 fn metadata<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
-    let Lenient::Given(slim) = Lenient::<Metadata>::deserialize(deserializer)? else {
+    let Lenient::Present(slim) = Lenient::<Metadata>::deserialize(deserializer)? else {
         return Ok(ObjectMeta::default());
     };
     let text = |text: Text| match text {
-        Lenient::Given(text) => Some(String::from(text)),
-        Lenient::Absent | Lenient::Wrong(_) => None,
+        Lenient::Present(text) => Some(String::from(text)),
+        Lenient::Absent | Lenient::Mismatch(_) => None,
     };
-    // Only decides between two Services that claim one front end, so one that cannot be read is as good as none.
+    // Only used to order Services that claim the same front end, so an unreadable time is ignored.
     let time = |text: Option<String>| text.and_then(|time| serde_json::from_value(time.into()).ok());
     let creation_timestamp = time(text(slim.creation_timestamp));
     let deletion_timestamp = time(text(slim.deletion_timestamp));
     let annotations = match slim.annotations {
-        Lenient::Given(annotations) => {
+        Lenient::Present(annotations) => {
             text(annotations.trigger_time).map(|time| [(TRIGGER_TIME.to_owned(), time)].into())
         }
-        Lenient::Absent | Lenient::Wrong(_) => None,
+        Lenient::Absent | Lenient::Mismatch(_) => None,
     };
     let labels = match slim.labels {
-        Lenient::Given(labels) => Some(
+        Lenient::Present(labels) => Some(
             labels
                 .into_iter()
                 .map(|(key, value)| match value {
-                    Lenient::Given(LabelText(value)) => (key, value),
-                    Lenient::Absent | Lenient::Wrong(_) => (key, String::new()),
+                    Lenient::Present(LabelText(value)) => (key, value),
+                    Lenient::Absent | Lenient::Mismatch(_) => (key, String::new()),
                 })
                 .collect(),
         ),
-        Lenient::Absent | Lenient::Wrong(_) => None,
+        Lenient::Absent | Lenient::Mismatch(_) => None,
     };
     Ok(ObjectMeta {
         name: text(slim.name),

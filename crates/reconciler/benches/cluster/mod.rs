@@ -157,7 +157,7 @@ pub(crate) fn slice_of(service: u32, number: u32, addresses: impl Iterator<Item 
         is_ipv6: false,
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
         endpoints: addresses.map(endpoint).collect(),
-        triggered: None,
+        trigger_time: None,
     }
 }
 

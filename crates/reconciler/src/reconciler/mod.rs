@@ -113,7 +113,7 @@ impl<K: Kernel> Reconciler<K> {
         let trigger = match &change {
             Change::Slice(slice) => {
                 let family = if slice.is_ipv6 { Family::Ipv6 } else { Family::Ipv4 };
-                slice.triggered.map(|at| (family, at))
+                slice.trigger_time.map(|at| (family, at))
             }
             _ => None,
         };

@@ -85,7 +85,7 @@ pub fn slice(slice_name: &str, service: &str, endpoints: Vec<Endpoint>) -> Endpo
         is_ipv6: endpoints.first().is_some_and(|endpoint| endpoint.address.is_ipv6()),
         ports: vec![SlicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
         endpoints,
-        triggered: None,
+        trigger_time: None,
     }
 }
 

@@ -1,4 +1,4 @@
-//! Finding the API server.
+//! The connection to the API server.
 
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -10,22 +10,22 @@ use kube::{Client, Config};
 use crate::address::parse_ip;
 use crate::error::{Error, chain};
 
-/// How to reach an API server: what kube-proxy's flags `--kubeconfig` and `--master` say.
+/// How to reach an API server, as kube-proxy's flags `--kubeconfig` and `--master` define it.
 #[derive(Clone, Debug, Default)]
 pub struct Connection {
-    /// The kubeconfig to read. Without it and without `master`, the service account of the pod this runs in.
+    /// The kubeconfig to read. Without it and without `master`, the in-cluster configuration is used.
     pub kubeconfig: Option<PathBuf>,
-    /// The server's URL, in place of the kubeconfig's.
+    /// The server's URL, which overrides the kubeconfig's.
     pub master: Option<String>,
-    /// What the API server's audit log calls this program, as `kube-ipvs/0.1.0`.
+    /// The `User-Agent` header, such as `kube-ipvs/0.1.0`; it is in the API server's audit log.
     pub user_agent: Option<String>,
 }
 
-/// Where a pod has the certificate of its API server's authority.
-const IN_CLUSTER_AUTHORITY: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
+/// The CA certificate of the API server in a pod.
+const IN_CLUSTER_CA: &str = "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt";
 
 impl Connection {
-    /// The address of the API server, where it is known by its address and not by a name.
+    /// The IP address of the API server, unless its URL has a host name.
     pub fn server_address(&self) -> Option<IpAddr> {
         let of_url = |server: &str| {
             let server = url(server, "https").ok()?;
@@ -42,11 +42,11 @@ impl Connection {
         of_url(&cluster.server?)
     }
 
-    /// The files that are read once, when a connection is made: where one of them changes, it is to be made anew. Tokens
-    /// are not among them, they are read again and again.
+    /// The files that are read once, when the client is created. If one of them changes, the client must be created
+    /// again. Token files are not among them: the client reloads those.
     pub fn files(&self) -> Vec<PathBuf> {
         let Some(path) = &self.kubeconfig else {
-            return if self.master.is_none() { vec![IN_CLUSTER_AUTHORITY.into()] } else { Vec::new() };
+            return if self.master.is_none() { vec![IN_CLUSTER_CA.into()] } else { Vec::new() };
         };
         let mut files = vec![path.clone()];
         if let Ok(kubeconfig) = Kubeconfig::read_from(path) {
@@ -60,7 +60,7 @@ impl Connection {
     }
 }
 
-/// A client, and the server's address.
+/// Creates a client; also returns the server's address.
 pub(super) async fn client(connection: &Connection) -> Result<(Client, String), Error> {
     let mut config = match (&connection.kubeconfig, &connection.master) {
         (Some(path), _) => {
@@ -72,7 +72,7 @@ pub(super) async fn client(connection: &Connection) -> Result<(Client, String), 
         (None, Some(master)) => Config::new(url(master, "http")?),
     };
     if let Some(master) = &connection.master {
-        // As client-go takes an address without scheme.
+        // As client-go does for an address without scheme.
         let secure = config.root_cert.is_some()
             || config.accept_invalid_certs
             || config.auth_info.client_certificate.is_some()
@@ -80,10 +80,10 @@ pub(super) async fn client(connection: &Connection) -> Result<(Client, String), 
         config.cluster_url = url(master, if secure { "https" } else { "http" })?;
     }
     if config.cluster_url.scheme_str() == Some("http") && config.root_cert.is_none() {
-        // Otherwise the system's certificates are looked for, and missing ones are an error, although none is needed.
+        // Otherwise kube loads the system's certificates and fails without any, although HTTP needs none.
         config.root_cert = Some(Vec::new());
     }
-    // Feeds pause and try again themselves, and say so.
+    // Reflectors retry with a backoff of their own, and report failures.
     config.default_retry = false;
     if let Some(agent) = connection.user_agent.as_deref().and_then(|agent| HeaderValue::from_str(agent).ok()) {
         config.headers.push((header::USER_AGENT, agent));

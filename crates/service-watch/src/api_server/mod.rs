@@ -1,13 +1,13 @@
 //! A Kubernetes API server as a source.
 //!
-//! One [`Feed`] per kind keeps a watch going whatever happens; here its events become changes, and what a new list no
-//! longer has becomes gone.
+//! A [`Reflector`] for each kind lists and watches; here its events become changes, and objects that a new list lacks
+//! become deletions.
 
 mod connect;
-mod doubt;
 mod events;
-mod feed;
-mod patience;
+mod limits;
+mod mass_deletion;
+mod reflector;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,14 +19,14 @@ use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client};
 
 pub use self::connect::Connection;
-pub use self::doubt::Serving;
-use self::doubt::{AGAIN, Doubt, Lacking};
-pub use self::events::{Event, EventKind, EventSubject, Events};
-use self::feed::{Feed, Step};
-use crate::convert::{Converted, Converter, Object, Outcome, consequence};
+pub use self::events::{Event, EventObject, EventRecorder, EventType};
+pub use self::mass_deletion::ExistingState;
+use self::mass_deletion::{CONFIRMATION_DELAY, MassDeletion, MassDeletionCheck};
+use self::reflector::{Reflector, ReflectorEvent};
+use crate::convert::{Conversion, Converted, Converter, Object, invalid_object};
 use crate::error::Error;
 use crate::model::{Change, ObjectName};
-use crate::report::{Counters, Kind, Message, Outlet, Subject};
+use crate::report::{Counters, Emitter, Kind, Message, Subject};
 use crate::wire;
 
 /// Services, EndpointSlices and Nodes from an API server.
@@ -35,8 +35,8 @@ pub struct ApiServer {
     server: String,
     node: Arc<str>,
     all_nodes: bool,
-    /// What the node serves already; `None` where every list is believed.
-    serving: Option<Serving>,
+    /// What the node already serves; `None` if mass deletions need no confirmation.
+    existing: Option<ExistingState>,
     counters: Arc<Counters>,
 }
 
@@ -47,50 +47,50 @@ impl fmt::Debug for ApiServer {
 }
 
 impl ApiServer {
-    /// The API server that `connection` describes; `node` is the name of the own Node.
+    /// An API server as `connection` describes it; `node` is the name of this agent's Node.
     ///
-    /// Reads files but sends no request: a server that does not answer is reported and tried again while running.
+    /// Reads files but sends no request: an unreachable server is reported and retried while the source runs.
     pub async fn connect(connection: &Connection, node: impl Into<Arc<str>>) -> Result<Self, Error> {
         let (client, server) = connect::client(connection).await?;
         Ok(Self::with_client(client, server, node))
     }
 
-    /// An API server reached through `client`; `server` is what messages call it.
+    /// An API server reached through `client`; messages call it `server`.
     pub fn with_client(client: Client, server: impl Into<String>, node: impl Into<Arc<str>>) -> Self {
         Self {
             client,
             server: server.into(),
             node: node.into(),
             all_nodes: false,
-            serving: None,
+            existing: None,
             counters: Arc::default(),
         }
     }
 
-    /// Whether to watch all Nodes, for [`Change::Neighbour`], instead of the own one alone. In a large cluster that is
-    /// much: each Node is written every few minutes, and each write goes to every watcher.
+    /// Whether to watch all Nodes, for [`Change::PeerNode`], instead of this agent's alone. This is expensive in a
+    /// large cluster: each Node is written every few minutes, and each write goes to every watcher.
     #[must_use]
     pub fn watch_all_nodes(mut self, all: bool) -> Self {
         self.all_nodes = all;
         self
     }
 
-    /// Has lists that lack most of what there was read a second time, a few seconds later, before anything goes for their
-    /// sake. `serving` is what the node serves already. Without this every list is believed.
+    /// Confirms mass deletions: a list that lacks most of the known objects is read again, a few seconds later, before
+    /// any of them is deleted. `existing` is what the node already serves.
     #[must_use]
-    pub fn confirm_disappearance(mut self, serving: Serving) -> Self {
-        self.serving = Some(serving);
+    pub fn confirm_disappearance(mut self, existing: ExistingState) -> Self {
+        self.existing = Some(existing);
         self
     }
 
-    /// The client, for whoever has something to tell the API server.
+    /// The client, for other requests to the API server.
     pub fn client(&self) -> &Client {
         &self.client
     }
 
-    /// A way to post Kubernetes Events, as `kube-ipvs` on the own Node. Must be called on a tokio runtime.
-    pub fn events(&self) -> Events {
-        Events::new(self.client.clone(), self.node.clone())
+    /// A recorder of Kubernetes Events, which reports as `kube-ipvs` on this Node. Must be called on a tokio runtime.
+    pub fn event_recorder(&self) -> EventRecorder {
+        EventRecorder::new(self.client.clone(), self.node.clone())
     }
 
     /// The address of the API server.
@@ -98,194 +98,202 @@ impl ApiServer {
         &self.server
     }
 
-    /// What has been counted so far.
+    /// The counters of this source.
     pub fn counters(&self) -> Arc<Counters> {
         self.counters.clone()
     }
 
-    /// As [`Source::run`](crate::Source::run). There is no error that ends it.
+    /// As [`Source::run`](crate::Source::run). No error ends it.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
-        let Self { client, server, node, all_nodes, serving, counters } = self;
-        let mut outlet = Outlet::new(sink, counters);
+        let Self { client, server, node, all_nodes, existing, counters } = self;
+        let mut emitter = Emitter::new(sink, counters);
         let mut converter = Converter::new(node.clone());
-        let doubt = || serving.map_or_else(Doubt::default, |serving| Doubt::of(serving.vips));
-        let mut services = Tracker { doubt: doubt(), ..Tracker::default() };
-        let mut slices = Tracker { doubt: doubt(), ..Tracker::default() };
-        let mut nodes = Tracker { only: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
+        let mass_deletion =
+            || existing.map_or_else(MassDeletionCheck::default, |existing| MassDeletionCheck::new(existing.vips));
+        let mut services = Tracker { mass_deletion: mass_deletion(), ..Tracker::default() };
+        let mut slices = Tracker { mass_deletion: mass_deletion(), ..Tracker::default() };
+        let mut nodes = Tracker { only_name: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
 
-        // What kube-proxy asks for: nothing of other proxies, nothing headless.
-        let services_wanted =
+        // kube-proxy's selectors: no Services of other proxies, no headless ones.
+        let services_config =
             Config::default().labels("!service.kubernetes.io/service-proxy-name").fields("spec.clusterIP!=None");
-        let slices_wanted = Config::default().labels("!service.kubernetes.io/headless");
-        let nodes_wanted =
+        let slices_config = Config::default().labels("!service.kubernetes.io/headless");
+        let nodes_config =
             if all_nodes { Config::default() } else { Config::default().fields(&format!("metadata.name={node}")) };
-        let feeds = stream::select(
-            feed(&client, &server, services_wanted, &services).map(Said::Service),
+        let events = stream::select(
+            reflect(&client, &server, services_config, &services).map(SourceEvent::Service),
             stream::select(
-                feed(&client, &server, slices_wanted, &slices).map(Said::Slice),
-                feed(&client, &server, nodes_wanted, &nodes).map(Said::Node),
+                reflect(&client, &server, slices_config, &slices).map(SourceEvent::Slice),
+                reflect(&client, &server, nodes_config, &nodes).map(SourceEvent::Node),
             ),
         );
-        let mut feeds = std::pin::pin!(feeds);
+        let mut events = std::pin::pin!(events);
         let mut synced = false;
-        while !outlet.closed() {
-            match feeds.next().await {
-                Some(Said::Service(step)) => services.take(step, &mut converter, &mut outlet),
-                Some(Said::Slice(step)) => slices.take(step, &mut converter, &mut outlet),
-                Some(Said::Node(step)) => nodes.take(step, &mut converter, &mut outlet),
+        while !emitter.is_closed() {
+            match events.next().await {
+                Some(SourceEvent::Service(event)) => services.handle(event, &mut converter, &mut emitter),
+                Some(SourceEvent::Slice(event)) => slices.handle(event, &mut converter, &mut emitter),
+                Some(SourceEvent::Node(event)) => nodes.handle(event, &mut converter, &mut emitter),
                 None => break,
             }
-            outlet.incomplete([&services, &slices, &nodes].iter().any(|tracker| !tracker.obscure.is_empty()));
-            if !synced && services.listed && slices.listed && nodes.listed {
+            emitter.set_incomplete([&services, &slices, &nodes].iter().any(|tracker| !tracker.invalid.is_empty()));
+            if !synced && services.has_synced && slices.has_synced && nodes.has_synced {
                 synced = true;
-                outlet.change(Change::Synced);
+                emitter.change(Change::Synced);
             }
         }
         Ok(())
     }
 }
 
-/// A step of one of the feeds.
+/// An event of one of the reflectors.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time")]
-enum Said {
-    Service(Step<wire::Service>),
-    Slice(Step<wire::EndpointSlice>),
-    Node(Step<wire::Node>),
+enum SourceEvent {
+    Service(ReflectorEvent<wire::Service>),
+    Slice(ReflectorEvent<wire::EndpointSlice>),
+    Node(ReflectorEvent<wire::Node>),
 }
 
-fn feed<K: Object>(
+fn reflect<K: Object>(
     client: &Client,
     server: &str,
-    wanted: Config,
+    config: Config,
     tracker: &Tracker,
-) -> impl stream::Stream<Item = Step<K>> + use<K> {
-    let (client, heard) = patience::patient(client.clone());
-    let feed = Feed::new(Api::<K>::all(client), server.to_owned(), wanted, heard, tracker.doubt.again());
-    stream::unfold(feed, |mut feed| async {
-        let step = feed.next().await;
-        Some((step, feed))
+) -> impl stream::Stream<Item = ReflectorEvent<K>> + use<K> {
+    let (client, responses) = limits::limited_client(client.clone());
+    let reflector = Reflector::new(
+        Api::<K>::all(client),
+        server.to_owned(),
+        config,
+        responses,
+        tracker.mass_deletion.relist_requested(),
+    );
+    stream::unfold(reflector, |mut reflector| async {
+        let event = reflector.next().await;
+        Some((event, reflector))
     })
 }
 
-/// The names of the objects of a kind that have been said: all that is needed to say which are gone.
+/// The names of the known objects of a kind: enough to find which a new list lacks.
 #[derive(Debug, Default)]
 struct Tracker {
     known: HashSet<ObjectName>,
-    /// Objects that make no sense and are not known.
-    obscure: HashSet<ObjectName>,
-    /// While a list is being read: what was in it so far.
-    seen: Option<HashSet<ObjectName>>,
-    /// A list has been read to its end.
-    listed: bool,
-    /// Only the object of this name counts.
-    only: Option<Arc<str>>,
-    doubt: Doubt,
+    /// Objects that are invalid as a whole and never were valid.
+    invalid: HashSet<ObjectName>,
+    /// While a list is being read: the names in it so far.
+    current_list: Option<HashSet<ObjectName>>,
+    /// Whether a list has been read to its end.
+    has_synced: bool,
+    /// If set, objects of other names are ignored.
+    only_name: Option<Arc<str>>,
+    mass_deletion: MassDeletionCheck,
 }
 
 impl Tracker {
-    fn take<K: Object, F: FnMut(Message) -> ControlFlow<()>>(
+    fn handle<K: Object, F: FnMut(Message) -> ControlFlow<()>>(
         &mut self,
-        step: Step<K>,
+        event: ReflectorEvent<K>,
         converter: &mut Converter,
-        outlet: &mut Outlet<F>,
+        emitter: &mut Emitter<F>,
     ) {
         let watch = Subject::Watch(K::KIND);
-        match step {
-            Step::Failed(problem) => return outlet.error(watch, problem),
-            Step::Event(watcher::Event::Init) => {
-                self.seen = Some(HashSet::new());
-                self.doubt.begin();
+        match event {
+            ReflectorEvent::Failed(problem) => return emitter.error(watch, problem),
+            ReflectorEvent::Event(watcher::Event::Init) => {
+                self.current_list = Some(HashSet::new());
+                self.mass_deletion.begin_list();
                 return;
             }
-            Step::Well => {}
-            Step::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
-                self.apply(&object, converter, outlet);
+            ReflectorEvent::Recovered => {}
+            ReflectorEvent::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
+                self.apply(&object, converter, emitter);
             }
-            Step::Event(watcher::Event::Delete(object)) => {
-                if let Some(name) = Converter::name(object.meta()) {
-                    self.gone(K::KIND, &name, converter, outlet);
+            ReflectorEvent::Event(watcher::Event::Delete(object)) => {
+                if let Some(name) = Converter::object_name(object.meta()) {
+                    self.delete(K::KIND, &name, converter, emitter);
                 }
             }
-            Step::Event(watcher::Event::InitDone) => {
-                let seen = self.seen.take().unwrap_or_default();
-                let gone: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
-                let known_before = if self.listed { self.known.len() } else { 0 };
-                if let Some(Lacking { before, left }) = self.doubt.end(known_before, gone.len()) {
-                    let again = AGAIN.as_secs();
-                    return outlet.error(
+            ReflectorEvent::Event(watcher::Event::InitDone) => {
+                let seen = self.current_list.take().unwrap_or_default();
+                let deleted: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
+                let known_before = if self.has_synced { self.known.len() } else { 0 };
+                if let Some(MassDeletion { before, remaining }) = self.mass_deletion.finish(known_before, deleted.len())
+                {
+                    let again = CONFIRMATION_DELAY.as_secs();
+                    return emitter.error(
                         watch,
                         format!(
-                            "the list has {left} where there were {before}: it is read again in {again} s before anything goes; if \
-                             so much was deleted, nothing need be done"
+                            "the list has {remaining} entries where there were {before}: it is read again in {again} s before anything is deleted; \
+                             if so many were deleted on purpose, nothing need be done"
                         ),
                     );
                 }
-                for name in gone {
-                    self.gone(K::KIND, &name, converter, outlet);
+                for name in deleted {
+                    self.delete(K::KIND, &name, converter, emitter);
                 }
-                // Objects that never were good enough to be known.
-                self.obscure.retain(|name| seen.contains(name));
-                outlet.forget(|subject| {
+                // Objects that never were valid.
+                self.invalid.retain(|name| seen.contains(name));
+                emitter.resolve_matching(|subject| {
                     matches!((K::KIND, subject),
                         (Kind::Service, Subject::Service(name)) | (Kind::EndpointSlice, Subject::EndpointSlice(name))
                             if !seen.contains(name))
                 });
-                self.listed = true;
-                outlet.listed();
+                self.has_synced = true;
+                emitter.count_list();
             }
         }
-        outlet.well(watch);
+        emitter.resolve(watch);
     }
 
     fn apply<K: Object, F: FnMut(Message) -> ControlFlow<()>>(
         &mut self,
         object: &K,
         converter: &mut Converter,
-        outlet: &mut Outlet<F>,
+        emitter: &mut Emitter<F>,
     ) {
-        let Some(name) = Converter::name(object.meta()) else { return };
-        if self.only.as_ref().is_some_and(|only| **only != *name.name()) {
+        let Some(name) = Converter::object_name(object.meta()) else { return };
+        if self.only_name.as_ref().is_some_and(|only| **only != *name.name()) {
             return;
         }
-        let Converted { outcome, mut problems } = object.convert(&name, converter);
-        if let Some(seen) = &mut self.seen {
+        let Converted { conversion, mut problems } = object.convert(&name, converter);
+        if let Some(seen) = &mut self.current_list {
             seen.insert(name.clone());
         }
-        match outcome {
-            Outcome::Serve(change) => {
+        match conversion {
+            Conversion::Serve(change) => {
                 self.known.insert(name.clone());
-                self.obscure.remove(&name);
-                if self.seen.is_some() {
-                    self.doubt.take(&change);
+                self.invalid.remove(&name);
+                if self.current_list.is_some() {
+                    self.mass_deletion.count(&change);
                 }
-                outlet.change(change);
+                emitter.change(change);
             }
-            Outcome::Ignore => self.gone(K::KIND, &name, converter, outlet),
-            Outcome::Broken => {
+            Conversion::Ignore => self.delete(K::KIND, &name, converter, emitter),
+            Conversion::Invalid => {
                 let before = self.known.contains(&name);
-                problems.push(consequence(before));
+                problems.push(invalid_object(before));
                 if !before {
-                    self.obscure.insert(name.clone());
+                    self.invalid.insert(name.clone());
                 }
             }
         }
-        outlet.problems(Subject::object(K::KIND, name), problems);
+        emitter.problems(Subject::object(K::KIND, name), problems);
     }
 
-    fn gone<F: FnMut(Message) -> ControlFlow<()>>(
+    fn delete<F: FnMut(Message) -> ControlFlow<()>>(
         &mut self,
         kind: Kind,
         name: &ObjectName,
         converter: &Converter,
-        outlet: &mut Outlet<F>,
+        emitter: &mut Emitter<F>,
     ) {
         let subject = Subject::object(kind, name.clone());
-        self.obscure.remove(name);
+        self.invalid.remove(name);
         if self.known.remove(name)
-            && let Some(gone) = converter.gone(subject.clone())
+            && let Some(deleted) = converter.deletion(subject.clone())
         {
-            outlet.change(gone);
+            emitter.change(deleted);
         }
-        outlet.well(subject);
+        emitter.resolve(subject);
     }
 }

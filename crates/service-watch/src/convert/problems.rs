@@ -1,4 +1,4 @@
-//! Reading fields while keeping a list of what is wrong with them.
+//! Reads fields of an object and collects the problems found.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashSet;
@@ -10,41 +10,41 @@ use std::sync::Arc;
 use ipnet::IpNet;
 
 use crate::address::{parse_ip, parse_range};
-use crate::convert::{Converted, Outcome};
-use crate::lenient::{Lenient, Short};
+use crate::convert::{Conversion, Converted};
+use crate::lenient::{Lenient, Truncated};
 use crate::reserved::reserved;
 
-/// More problems than this of one object are only counted.
-const TOLD: usize = 12;
+/// The maximum number of problems listed for one object; further ones are only counted.
+const MAX_PROBLEMS: usize = 12;
 
-/// A field was of the wrong type, and that has been told.
-pub(crate) struct Told;
+/// A field is invalid, and the problem has been added.
+pub(crate) struct InvalidField;
 
-/// What is wrong with an object, while it is being read.
+/// The problems of an object that is being converted.
 ///
-/// `at` says where in the object, `effect` what follows from leaving the thing out.
+/// In its methods `at` is the path of a field and `effect` the consequence of skipping it.
 #[derive(Debug, Default)]
 pub(crate) struct Problems {
-    told: RefCell<Vec<String>>,
-    more: Cell<usize>,
+    list: RefCell<Vec<String>>,
+    omitted: Cell<usize>,
 }
 
 impl Problems {
     pub(crate) fn add(&self, problem: impl fmt::Display) {
-        let mut told = self.told.borrow_mut();
-        if told.len() < TOLD {
-            told.push(problem.to_string());
+        let mut list = self.list.borrow_mut();
+        if list.len() < MAX_PROBLEMS {
+            list.push(problem.to_string());
         } else {
-            self.more.set(self.more.get() + 1);
+            self.omitted.set(self.omitted.get() + 1);
         }
     }
 
-    pub(crate) fn with<T>(self, outcome: Outcome<T>) -> Converted<T> {
-        let mut problems = self.told.into_inner();
-        if self.more.get() > 0 {
-            problems.push(format!("and {} more of this kind", self.more.get()));
+    pub(crate) fn into_converted<T>(self, conversion: Conversion<T>) -> Converted<T> {
+        let mut problems = self.list.into_inner();
+        if self.omitted.get() > 0 {
+            problems.push(format!("and {} more problems", self.omitted.get()));
         }
-        Converted { outcome, problems }
+        Converted { conversion, problems }
     }
 
     /// A field that may be absent.
@@ -53,44 +53,44 @@ impl Problems {
         field: &'a Lenient<T>,
         at: impl fmt::Display,
         effect: &str,
-    ) -> Result<Option<&'a T>, Told> {
-        field.get().map_err(|wrong| {
-            self.add(format_args!("{at} {wrong}: {effect}; correct it"));
-            Told
+    ) -> Result<Option<&'a T>, InvalidField> {
+        field.get().map_err(|mismatch| {
+            self.add(format_args!("{at} {mismatch}: {effect}; correct it"));
+            InvalidField
         })
     }
 
-    /// A field for which absent and wrong come to the same.
+    /// A field for which an invalid value has the same effect as an absent one.
     pub(crate) fn value<'a, T>(&self, field: &'a Lenient<T>, at: impl fmt::Display, effect: &str) -> Option<&'a T> {
         self.field(field, at, effect).ok().flatten()
     }
 
-    /// The items of a list with their place in it; none if it is absent.
+    /// The items of a list with their paths; none if the list is absent.
     pub(crate) fn items<'a, T, A: fmt::Display + Copy>(
         &self,
         list: &'a Lenient<Vec<Lenient<T>>>,
         at: A,
         effect: &str,
-    ) -> impl Iterator<Item = (Item<A>, &'a Lenient<T>)> + use<'a, T, A> {
+    ) -> impl Iterator<Item = (Index<A>, &'a Lenient<T>)> + use<'a, T, A> {
         let items = self.value(list, at, effect).map_or(&[][..], Vec::as_slice);
-        items.iter().enumerate().map(move |(index, item)| (Item(at, index), item))
+        items.iter().enumerate().map(move |(index, item)| (Index(at, index), item))
     }
 
     /// An address.
     pub(crate) fn ip(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpAddr> {
         let address = parse_ip(text);
         if address.is_none() {
-            self.add(format_args!("{at} {:?} is no IP address: {effect}; correct it", Short(text)));
+            self.add(format_args!("{at} {:?} is no IP address: {effect}; correct it", Truncated(text)));
         }
         address
     }
 
-    /// An address that somebody can have, for a VIP or an endpoint: with `127.0.0.1` whoever may write Services would reach
-    /// what listens for the node alone, with `169.254.169.254` they would be everybody's cloud.
-    pub(crate) fn ordinary_ip(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpAddr> {
+    /// An address that a VIP or an endpoint may have. With `127.0.0.1`, users who may write Services could reach what
+    /// listens for the node alone; with `169.254.169.254`, they could pose as the cloud's metadata service.
+    pub(crate) fn usable_ip(&self, text: &str, at: impl fmt::Display, effect: &str) -> Option<IpAddr> {
         let address = self.ip(text, &at, effect)?;
         let Some(word) = reserved(address) else { return Some(address) };
-        self.add(format_args!("{at} {address} is a {word} address: {effect}; give another"));
+        self.add(format_args!("{at} {address} is a {word} address: {effect}; use another address"));
         None
     }
 
@@ -100,7 +100,7 @@ impl Problems {
         if range.is_none() {
             self.add(format_args!(
                 "{at} {:?} is no range of IP addresses: {effect}; write it as in 192.0.2.0/24 or 2001:db8::/32",
-                Short(text)
+                Truncated(text)
             ));
         }
         range
@@ -115,38 +115,38 @@ impl Problems {
         port
     }
 
-    /// A word that is none of those it may be.
-    pub(crate) fn unknown(&self, word: &str, at: impl fmt::Display, effect: &str, words: &str) {
-        self.add(format_args!("{at} is {:?}: {effect}; give {words}", Short(word)));
+    /// Adds the problem of a value that is not one of `words`.
+    pub(crate) fn unknown_value(&self, word: &str, at: impl fmt::Display, effect: &str, words: &str) {
+        self.add(format_args!("{at} is {:?}: {effect}; give {words}", Truncated(word)));
     }
 }
 
-/// Where in an object: `spec.ports[1]`.
+/// The path of a list item, as in `spec.ports[1]`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Item<A>(pub(crate) A, pub(crate) usize);
+pub(crate) struct Index<A>(pub(crate) A, pub(crate) usize);
 
-impl<A: fmt::Display> fmt::Display for Item<A> {
+impl<A: fmt::Display> fmt::Display for Index<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}[{}]", self.0, self.1)
     }
 }
 
-/// Where in an item: `spec.ports[1].name`.
+/// The path of a child field, as in `spec.ports[1].name`.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct In<A>(pub(crate) A, pub(crate) &'static str);
+pub(crate) struct Child<A>(pub(crate) A, pub(crate) &'static str);
 
-impl<A: fmt::Display> fmt::Display for In<A> {
+impl<A: fmt::Display> fmt::Display for Child<A> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.0, self.1)
     }
 }
 
-/// One copy of each text that many objects have in common: port names, nodes, zones.
+/// Interns strings that many objects have in common: names of ports, Nodes and zones.
 #[derive(Debug, Default)]
 pub(crate) struct Interner {
     texts: HashSet<Arc<str>>,
-    /// At this size, texts nobody uses any more are dropped.
-    full: usize,
+    /// At this size, unused strings are dropped.
+    threshold: usize,
 }
 
 impl Interner {
@@ -154,9 +154,9 @@ impl Interner {
         if let Some(known) = self.texts.get(text) {
             return known.clone();
         }
-        if self.texts.len() >= self.full {
+        if self.texts.len() >= self.threshold {
             self.texts.retain(|text| Arc::strong_count(text) > 1);
-            self.full = (self.texts.len() * 2).max(1024);
+            self.threshold = (self.texts.len() * 2).max(1024);
         }
         let text: Arc<str> = text.into();
         self.texts.insert(text.clone());
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_interner_keeps_one_copy_and_drops_what_nobody_uses() {
+    fn the_interner_keeps_one_copy_and_drops_unused_strings() {
         let mut interner = Interner::default();
         let kept = interner.get("node-a");
         assert!(Arc::ptr_eq(&kept, &interner.get("node-a")));
@@ -181,12 +181,12 @@ mod tests {
     }
 
     #[test]
-    fn many_problems_of_one_object_are_counted_not_listed() {
+    fn only_the_first_problems_of_an_object_are_listed() {
         let problems = Problems::default();
         for i in 0..100 {
             problems.add(i);
         }
-        let told = problems.with(Outcome::<()>::Ignore).problems;
-        assert_eq!((told.len(), told[TOLD].as_str()), (TOLD + 1, "and 88 more of this kind"));
+        let list = problems.into_converted(Conversion::<()>::Ignore).problems;
+        assert_eq!((list.len(), list[MAX_PROBLEMS].as_str()), (MAX_PROBLEMS + 1, "and 88 more problems"));
     }
 }

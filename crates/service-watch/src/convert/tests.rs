@@ -1,8 +1,8 @@
-//! The intake rules as a table of objects.
+//! Tests of the conversion, as tables of objects.
 
 use serde_json::{Value, json};
 
-use super::{Converted, Converter, Object, Outcome};
+use super::{Conversion, Converted, Converter, Object};
 use crate::model::{Change, EndpointSlice, Node, Service, ServiceKind, TrafficPolicy};
 use crate::wire;
 
@@ -10,7 +10,7 @@ fn convert<K: Object>(object: &Value) -> Converted<Change> {
     // As from the API server: text, not a value.
     let object: K = serde_json::from_str(&object.to_string()).unwrap();
     let mut converter = Converter::new("node-a".into());
-    let name = Converter::name(object.meta()).unwrap();
+    let name = Converter::object_name(object.meta()).unwrap();
     object.convert(&name, &mut converter)
 }
 
@@ -50,12 +50,12 @@ fn service_json() -> Value {
     })
 }
 
-/// What becomes of the base Service with this patch: the Service and the problems.
+/// Converts the base Service with this patch; returns the Service and the problems.
 fn service(patch: &Value) -> (Option<Service>, Vec<String>) {
     let converted = convert::<wire::Service>(&patched(service_json(), patch));
-    match converted.outcome {
-        Outcome::Serve(Change::Service(service)) => (Some(service), converted.problems),
-        Outcome::Ignore => (None, converted.problems),
+    match converted.conversion {
+        Conversion::Serve(Change::Service(service)) => (Some(service), converted.problems),
+        Conversion::Ignore => (None, converted.problems),
         other => panic!("{other:?} {:?}", converted.problems),
     }
 }
@@ -71,7 +71,7 @@ fn ips<I: ToString>(ips: impl IntoIterator<Item = I>) -> Vec<String> {
 }
 
 #[test]
-fn a_plain_service_is_read_whole() {
+fn a_plain_service_is_read() {
     let service = good_service(&json!({}));
     assert_eq!(service.name.to_string(), "default/web");
     assert_eq!(service.created, Some(1_767_323_045));
@@ -85,7 +85,7 @@ fn a_plain_service_is_read_whole() {
 }
 
 #[test]
-fn services_that_a_proxy_does_not_serve_are_ignored_without_a_word() {
+fn services_for_other_proxies_or_headless_are_ignored() {
     for patch in [
         json!({ "spec": { "clusterIP": "None", "clusterIPs": ["None"] } }),
         json!({ "spec": { "clusterIP": "", "clusterIPs": [] } }),
@@ -104,13 +104,13 @@ fn services_that_a_proxy_does_not_serve_are_ignored_without_a_word() {
 }
 
 #[test]
-fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
-    let mut converter = Converter::by_hand("node-a".into());
+fn manifests_without_fields_an_api_server_sets_have_a_problem() {
+    let mut converter = Converter::for_manifests("node-a".into());
     let mut read = |patch: &Value| {
         let object: wire::Service = serde_json::from_value(patched(service_json(), patch)).unwrap();
-        let name = Converter::name(&object.metadata).unwrap();
-        let Converted { outcome, problems } = object.convert(&name, &mut converter);
-        assert_eq!(outcome, Outcome::Ignore, "{patch}");
+        let name = Converter::object_name(&object.metadata).unwrap();
+        let Converted { conversion, problems } = object.convert(&name, &mut converter);
+        assert_eq!(conversion, Conversion::Ignore, "{patch}");
         problems
     };
     for patch in [
@@ -132,7 +132,7 @@ fn what_only_an_api_server_adds_is_missed_where_there_is_none() {
 }
 
 #[test]
-fn cluster_ips_go_by_the_families_at_their_index() {
+fn cluster_ips_match_the_families_at_their_index() {
     let v4 = "10.96.0.10";
     let v6 = "fd00:10:96::a";
     for (single, list, families, read) in [
@@ -153,7 +153,7 @@ fn cluster_ips_go_by_the_families_at_their_index() {
 }
 
 #[test]
-fn a_cluster_ip_that_makes_no_sense_costs_its_family_only() {
+fn an_invalid_cluster_ip_affects_its_family_only() {
     for (list, families, read) in [
         (json!(["10.96.0.10", "nonsense"]), json!(["IPv4", "IPv6"]), ["10.96.0.10"]),
         (json!([5, "fd00::1"]), json!(["IPv4", "IPv6"]), ["fd00::1"]),
@@ -169,7 +169,7 @@ fn a_cluster_ip_that_makes_no_sense_costs_its_family_only() {
 }
 
 #[test]
-fn a_service_that_makes_no_sense_as_a_whole_stays_as_it_was() {
+fn a_service_without_a_usable_cluster_ip_or_spec_is_invalid() {
     for (patch, named) in [
         (json!({ "spec": { "clusterIP": "10.96.0", "clusterIPs": ["10.96.0"] } }), "10.96.0"),
         (json!({ "spec": { "clusterIP": 10 } }), "spec.clusterIP is the number 10, not text"),
@@ -178,13 +178,13 @@ fn a_service_that_makes_no_sense_as_a_whole_stays_as_it_was() {
         (json!({ "spec": { "ipFamilies": ["IPv6"] } }), "IPv6"),
     ] {
         let read = convert::<wire::Service>(&patched(service_json(), &patch));
-        assert_eq!(read.outcome, Outcome::Broken, "{patch}");
+        assert_eq!(read.conversion, Conversion::Invalid, "{patch}");
         assert!(read.problems.iter().any(|problem| problem.contains(named)), "{:?}", read.problems);
     }
 }
 
 #[test]
-fn ports_that_make_no_sense_are_left_out_and_the_others_served() {
+fn invalid_ports_are_skipped_and_the_others_served() {
     let good = json!({ "name": "good", "port": 443, "protocol": "UDP", "nodePort": 30443 });
     for (bad, said) in [
         (json!({ "name": "x", "port": 0 }), "spec.ports[1].port is 0: this port is not served"),
@@ -210,7 +210,7 @@ fn ports_that_make_no_sense_are_left_out_and_the_others_served() {
 }
 
 #[test]
-fn ports_default_and_a_wrong_node_port_costs_only_itself() {
+fn ports_have_defaults_and_an_invalid_node_port_is_skipped_alone() {
     let ports = |ports: Value| service(&json!({ "spec": { "ports": ports } }));
     let (service, problems) = ports(json!([{ "port": 53, "nodePort": 0 }, { "port": 5, "protocol": "SCTP" }]));
     let service = service.unwrap();
@@ -226,7 +226,7 @@ fn ports_default_and_a_wrong_node_port_costs_only_itself() {
 }
 
 #[test]
-fn external_and_load_balancer_addresses_are_taken_where_they_are_usable() {
+fn valid_external_and_load_balancer_addresses_are_used() {
     let (service, problems) = service(&json!({
         "spec": { "type": "LoadBalancer", "externalIPs": ["198.51.100.1", "fd00::7", "nonsense", "198.51.100.02", 5] },
         "status": { "loadBalancer": { "ingress": [
@@ -247,7 +247,7 @@ fn external_and_load_balancer_addresses_are_taken_where_they_are_usable() {
 }
 
 #[test]
-fn addresses_that_are_nobodys_in_a_network_are_neither_vips_nor_endpoints() {
+fn reserved_addresses_are_neither_vips_nor_endpoints() {
     for (address, word) in [
         ("0.0.0.0", "unspecified"),
         ("127.0.0.1", "loopback"),
@@ -270,7 +270,7 @@ fn addresses_that_are_nobodys_in_a_network_are_neither_vips_nor_endpoints() {
         // Such a ClusterIP leaves nothing of the Service.
         let patch = json!({ "spec": { "clusterIP": address, "clusterIPs": [address] } });
         let converted = convert::<wire::Service>(&patched(service_json(), &patch));
-        assert!(matches!(converted.outcome, Outcome::Broken), "{converted:?}");
+        assert!(matches!(converted.conversion, Conversion::Invalid), "{converted:?}");
 
         let (read, problems) =
             slice(&json!({ "endpoints": [{ "addresses": [address] }, { "addresses": ["10.0.0.1"] }] }));
@@ -281,7 +281,7 @@ fn addresses_that_are_nobodys_in_a_network_are_neither_vips_nor_endpoints() {
 }
 
 #[test]
-fn affinity_has_the_seconds_it_says_or_three_hours() {
+fn affinity_timeout_defaults_to_three_hours() {
     let with = |config: Value| json!({ "spec": { "sessionAffinity": "ClientIP", "sessionAffinityConfig": config } });
     for (patch, seconds, problems) in [
         (json!({ "spec": { "sessionAffinity": null } }), None, 0),
@@ -302,7 +302,7 @@ fn affinity_has_the_seconds_it_says_or_three_hours() {
 }
 
 #[test]
-fn type_and_policies_are_read_and_unknown_ones_default() {
+fn unknown_types_and_policies_have_defaults() {
     let local = good_service(&json!({ "spec": {
         "type": "NodePort", "internalTrafficPolicy": "Local", "externalTrafficPolicy": "Local",
     } }));
@@ -317,7 +317,7 @@ fn type_and_policies_are_read_and_unknown_ones_default() {
 }
 
 #[test]
-fn source_ranges_are_read_sloppily_and_a_wrong_one_opens_nothing() {
+fn source_ranges_are_parsed_leniently_and_invalid_ones_allow_nobody() {
     for (ranges, read, problems) in [
         (Value::Null, None, 0),
         (json!([]), None, 0),
@@ -347,14 +347,14 @@ fn source_ranges_are_read_sloppily_and_a_wrong_one_opens_nothing() {
     assert_eq!(
         told,
         [
-            "spec.loadBalancerSourceRanges[1] \"192.0.2.9\" is no range of IP addresses: this entry lets nobody in; write it \
+            "spec.loadBalancerSourceRanges[1] \"192.0.2.9\" is no range of IP addresses: this entry allows nobody; write it \
              as in 192.0.2.0/24 or 2001:db8::/32"
         ]
     );
 }
 
 #[test]
-fn a_health_check_node_port_is_read_and_a_wrong_one_left_out() {
+fn an_invalid_health_check_node_port_is_skipped() {
     for (port, read, problems) in [
         (Value::Null, None, 0),
         (json!(0), None, 0),
@@ -371,7 +371,7 @@ fn a_health_check_node_port_is_read_and_a_wrong_one_left_out() {
 }
 
 #[test]
-fn wrong_types_of_what_nobody_reads_do_not_matter() {
+fn unused_fields_may_have_any_type() {
     let service = good_service(&json!({
         "metadata": { "creationTimestamp": 5, "annotations": 7, "ownerReferences": "x", "generation": "many" },
         "spec": { "selector": [1], "allocateLoadBalancerNodePorts": {}, "future": [[[]]] },
@@ -391,9 +391,9 @@ fn slice_json() -> Value {
 
 fn slice(patch: &Value) -> (Option<EndpointSlice>, Vec<String>) {
     let converted = convert::<wire::EndpointSlice>(&patched(slice_json(), patch));
-    match converted.outcome {
-        Outcome::Serve(Change::Slice(slice)) => (Some(slice), converted.problems),
-        Outcome::Ignore => (None, converted.problems),
+    match converted.conversion {
+        Conversion::Serve(Change::Slice(slice)) => (Some(slice), converted.problems),
+        Conversion::Ignore => (None, converted.problems),
         other => panic!("{other:?} {:?}", converted.problems),
     }
 }
@@ -428,7 +428,7 @@ fn slices_that_a_proxy_does_not_read_are_ignored_without_a_word() {
 fn a_slice_of_unknown_type_stays_as_it_was() {
     for wrong in [json!("IPv5"), json!(4), json!("")] {
         let read = convert::<wire::EndpointSlice>(&patched(slice_json(), &json!({ "addressType": wrong })));
-        assert_eq!((read.outcome, read.problems.len()), (Outcome::Broken, 1), "{wrong}");
+        assert_eq!((read.conversion, read.problems.len()), (Conversion::Invalid, 1), "{wrong}");
     }
 }
 
@@ -471,7 +471,7 @@ fn unset_conditions_mean_ready_serving_and_not_terminating() {
 }
 
 #[test]
-fn endpoints_that_make_no_sense_are_left_out_and_the_others_served() {
+fn invalid_endpoints_are_skipped_and_the_others_served() {
     for (bad, said) in [
         (json!({ "addresses": [] }), "endpoints[1] has no address"),
         (json!({}), "endpoints[1] has no address"),
@@ -493,7 +493,7 @@ fn endpoints_that_make_no_sense_are_left_out_and_the_others_served() {
 }
 
 #[test]
-fn endpoint_addresses_are_read_sloppily_and_mapped_ones_are_ipv4() {
+fn endpoint_addresses_may_have_leading_zeros_or_be_ipv4_mapped() {
     for (family, address, read) in [
         ("IPv4", "010.244.001.005", "10.244.1.5"),
         ("IPv4", "::ffff:10.244.1.5", "10.244.1.5"),
@@ -506,7 +506,7 @@ fn endpoint_addresses_are_read_sloppily_and_mapped_ones_are_ipv4() {
 }
 
 #[test]
-fn hints_are_read_and_wrong_ones_are_left_out() {
+fn invalid_hints_are_skipped() {
     let (slice, problems) = slice(&json!({ "endpoints": [
         { "addresses": ["10.0.0.1"], "hints": {
             "forZones": [{ "name": "z1" }, { "name": "z2" }], "forNodes": [{ "name": "n1" }],
@@ -524,14 +524,14 @@ fn hints_are_read_and_wrong_ones_are_left_out() {
 
 fn node(object: &Value) -> (Node, Vec<String>) {
     let converted = convert::<wire::Node>(object);
-    match converted.outcome {
-        Outcome::Serve(Change::Node(node)) => (node, converted.problems),
+    match converted.conversion {
+        Conversion::Serve(Change::Node(node)) => (node, converted.problems),
         other => panic!("{other:?}"),
     }
 }
 
 #[test]
-fn a_node_has_its_internal_addresses_before_its_external_ones_and_its_zone() {
+fn a_node_has_internal_before_external_addresses_and_a_zone() {
     let (read, problems) = node(&json!({
         "metadata": { "name": "node-a", "labels": { "topology.kubernetes.io/zone": "zone-1" } },
         "status": { "addresses": [
@@ -551,7 +551,7 @@ fn a_node_has_its_internal_addresses_before_its_external_ones_and_its_zone() {
 }
 
 #[test]
-fn a_node_has_one_pod_range_a_family() {
+fn a_node_has_one_pod_range_per_family() {
     for (spec, read, problems) in [
         (Value::Null, vec![], 0),
         (json!({}), vec![], 0),
@@ -582,8 +582,8 @@ fn a_node_has_one_pod_range_a_family() {
 }
 
 #[test]
-fn a_node_is_leaving_when_it_is_deleted_or_the_autoscaler_says_so() {
-    for (object, is_leaving) in [
+fn a_node_with_deletion_timestamp_or_taint_is_being_removed() {
+    for (object, is_being_removed) in [
         (json!({ "metadata": { "name": "node-a" } }), false),
         (json!({ "metadata": { "name": "node-a", "deletionTimestamp": "2026-01-01T00:00:00Z" } }), true),
         (json!({ "metadata": { "name": "node-a" }, "spec": { "taints": [{ "key": "other" }, 5, {}] } }), false),
@@ -593,15 +593,15 @@ fn a_node_is_leaving_when_it_is_deleted_or_the_autoscaler_says_so() {
         ),
         (json!({ "metadata": { "name": "node-a" }, "spec": { "taints": "ToBeDeletedByClusterAutoscaler" } }), false),
     ] {
-        assert_eq!(node(&object).0.is_leaving, is_leaving, "{object}");
+        assert_eq!(node(&object).0.is_being_removed, is_being_removed, "{object}");
     }
 }
 
 #[test]
-fn a_slice_says_since_when_it_is_so_if_that_can_be_read() {
+fn the_trigger_time_of_a_slice_is_read_if_valid() {
     let at = |time: Value| {
         let annotations = json!({ "endpoints.kubernetes.io/last-change-trigger-time": time, "other": "x" });
-        slice(&json!({ "metadata": { "annotations": annotations } })).0.unwrap().triggered
+        slice(&json!({ "metadata": { "annotations": annotations } })).0.unwrap().trigger_time
     };
     let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1_767_225_600);
     assert_eq!(at(json!("2026-01-01T00:00:00Z")), Some(time));
@@ -611,7 +611,7 @@ fn a_slice_says_since_when_it_is_so_if_that_can_be_read() {
 }
 
 #[test]
-fn another_node_is_a_neighbour_of_which_only_the_addresses_count() {
+fn of_a_peer_node_only_the_addresses_are_read() {
     let converted = convert::<wire::Node>(&json!({
         "metadata": { "name": "node-b", "labels": { "topology.kubernetes.io/zone": "z" } },
         "spec": { "podCIDR": "nonsense" },
@@ -620,14 +620,14 @@ fn another_node_is_a_neighbour_of_which_only_the_addresses_count() {
             { "type": "InternalIP", "address": "nonsense" },
         ] },
     }));
-    let Outcome::Serve(Change::Neighbour(name, addresses)) = converted.outcome else { panic!("{converted:?}") };
+    let Conversion::Serve(Change::PeerNode(name, addresses)) = converted.conversion else { panic!("{converted:?}") };
     assert_eq!((&*name, ips(addresses)), ("node-b", vec!["192.168.10.12".to_owned(), "198.51.100.2".to_owned()]));
     assert_eq!(converted.problems.len(), 1, "{:?}", converted.problems);
     assert!(converted.problems[0].starts_with("status.addresses[2].address"), "{:?}", converted.problems);
 }
 
 #[test]
-fn one_odd_object_does_not_cost_the_others_of_its_page() {
+fn an_invalid_object_does_not_affect_its_page() {
     let odd =
         patched(service_json(), &json!({ "metadata": { "name": "odd", "labels": "x" }, "spec": 7, "status": [1] }));
     let page = json!({
@@ -641,7 +641,7 @@ fn one_odd_object_does_not_cost_the_others_of_its_page() {
 }
 
 #[test]
-fn metadata_that_is_not_used_is_not_kept() {
+fn unused_metadata_is_dropped() {
     let object: wire::Service = serde_json::from_str(&service_json().to_string()).unwrap();
     assert_eq!((object.metadata.annotations, object.metadata.managed_fields), (None, None));
 }

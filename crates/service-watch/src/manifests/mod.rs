@@ -1,14 +1,14 @@
-//! A directory of manifests as a source: what `kubectl get -o yaml` prints, kept in files.
+//! A directory of manifests as a source: files with what `kubectl get -o yaml` prints.
 //!
-//! All files `*.yaml`, `*.yml` and `*.json` directly in the directory count, except hidden ones. A file may hold
-//! several documents and lists. A file that does not parse, or cannot be read, keeps what it said before; a file that
-//! is gone takes its objects away. A directory that is lost keeps what it said, until there is one in its place with a
-//! manifest in it: an empty one is a mount that failed rather than a wish. Where two files have the same object, the
-//! file that sorts first wins.
+//! All files `*.yaml`, `*.yml` and `*.json` directly in the directory are read, except hidden ones. A file may have
+//! several documents and lists. If a file cannot be read or parsed, its last valid content stays in use; deleting a
+//! file deletes its objects. If the directory disappears, its content stays in use until there is a directory with a
+//! manifest at its path: an empty one is more likely a failed mount. If two files define the same object, the file that
+//! sorts first wins.
 
-mod follow;
 pub(crate) mod read;
-mod shelf;
+mod store;
+mod watch;
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -20,21 +20,20 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use self::follow::{Changed, Follower};
-use self::shelf::Shelf;
+use self::store::ManifestStore;
+use self::watch::{DirectoryEvents, DirectoryWatch};
 use crate::error::Error;
 use crate::model::Change;
-use crate::report::{Counters, Message, Outlet, Subject};
+use crate::report::{Counters, Emitter, Message, Subject};
 
-/// How often a directory that has vanished is looked for.
-const LOOK_AGAIN: Duration = Duration::from_secs(1);
-/// How often all files are looked at: inotify says nothing of edits behind a symbolic link, nor of those that another
-/// machine makes.
-const LOOK: Duration = Duration::from_secs(30);
-/// How soon after a look that found a file to differ it is looked at again.
-const LOOK_SOON: Duration = Duration::from_secs(1);
+/// How often a missing directory is looked for.
+const DIRECTORY_RETRY_INTERVAL: Duration = Duration::from_secs(1);
+/// How often all files are polled: inotify does not notify of edits behind a symbolic link or by other machines (NFS).
+const POLL_INTERVAL: Duration = Duration::from_secs(30);
+/// The interval to the next poll after one that found a changed file.
+const FAST_POLL_INTERVAL: Duration = Duration::from_secs(1);
 
-const HOLLOW: &str = "the directory is back and empty: what was known stays; put a file there, an empty one if there is \
+const DIRECTORY_EMPTY: &str = "the directory is back and empty: its last content stays in use; put a file there, an empty one if there is \
                       nothing to serve, or restart";
 
 /// Services, EndpointSlices and Nodes from the files of a directory.
@@ -46,62 +45,62 @@ pub struct Manifests {
 }
 
 impl Manifests {
-    /// The manifests in `directory`; `node` is the name of the own Node.
+    /// The manifests in `directory`; `node` is the name of this agent's Node.
     pub fn new(directory: impl Into<PathBuf>, node: impl Into<Arc<str>>) -> Self {
         Self { directory: directory.into(), node: node.into(), counters: Arc::default() }
     }
 
-    /// What has been counted so far.
+    /// The counters of this source.
     pub fn counters(&self) -> Arc<Counters> {
         self.counters.clone()
     }
 
-    /// As [`Source::run`](crate::Source::run). An error is a directory that cannot be read at the start; one that
-    /// vanishes later is reported and looked for, and what it said stays.
+    /// As [`Source::run`](crate::Source::run). Fails if the directory cannot be read at the start. If it disappears
+    /// later, that is reported and retried, and its last content stays in use.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
         let Self { directory, node, counters } = self;
-        let mut outlet = Outlet::new(sink, counters);
-        // Watched first and read then, so that nothing falls between.
-        let mut follower = Follower::new(&directory)?;
+        let mut emitter = Emitter::new(sink, counters);
+        // The watch starts before the files are read, so that no change is missed.
+        let mut watch = DirectoryWatch::new(&directory)?;
         let names = list(&directory).map_err(|source| Error::Directory { path: directory.clone(), source })?;
-        let mut files = Shelf::new(directory.clone(), node);
-        files.read(names, &mut outlet);
-        outlet.listed();
-        outlet.change(Change::Synced);
-        let mut next_look = Instant::now() + LOOK;
-        // The directory was lost, and the one in its place has not had a manifest yet.
-        let mut hollow = false;
-        while !outlet.closed() {
-            let mut changed = follower.changed(next_look).await;
-            if Instant::now() >= next_look {
-                let soon = look(&directory, &follower, &mut files, &mut changed);
-                next_look = Instant::now() + if soon { LOOK_SOON } else { LOOK };
+        let mut store = ManifestStore::new(directory.clone(), node);
+        store.read(names, &mut emitter);
+        emitter.count_list();
+        emitter.change(Change::Synced);
+        let mut next_poll = Instant::now() + POLL_INTERVAL;
+        // The directory was replaced, and the new one has had no manifest yet.
+        let mut awaits_manifests = false;
+        while !emitter.is_closed() {
+            let mut changed = watch.changed(next_poll).await;
+            if Instant::now() >= next_poll {
+                let soon = poll(&directory, &watch, &mut store, &mut changed);
+                next_poll = Instant::now() + if soon { FAST_POLL_INTERVAL } else { POLL_INTERVAL };
             }
             let mut names = changed.names;
-            if changed.all || hollow {
-                let (listed, lost) = settled(&directory, &mut follower, changed.lost, &mut outlet).await;
-                // One that is still being written is no manifest yet.
+            if changed.all || awaits_manifests {
+                let (listed, lost) = list_or_wait(&directory, &mut watch, changed.lost, &mut emitter).await;
+                // A file that is still being written does not count yet.
                 let filled = if changed.all { !listed.is_empty() } else { !listed.is_disjoint(&names) };
-                hollow = (hollow || lost) && !filled && !files.is_empty();
-                if hollow {
-                    outlet.problems(Subject::File(directory.clone()), vec![HOLLOW.into()]);
+                awaits_manifests = (awaits_manifests || lost) && !filled && !store.is_empty();
+                if awaits_manifests {
+                    emitter.problems(Subject::File(directory.clone()), vec![DIRECTORY_EMPTY.into()]);
                     continue;
                 }
-                outlet.well(Subject::File(directory.clone()));
-                // What was there before and is no longer must be read too: that is how it is taken away.
-                names.extend(files.names());
+                emitter.resolve(Subject::File(directory.clone()));
+                // Files that no longer exist are read too: that deletes their objects.
+                names.extend(store.names());
                 names.extend(listed);
-                outlet.listed();
+                emitter.count_list();
             }
-            files.read(names, &mut outlet);
+            store.read(names, &mut emitter);
         }
         Ok(())
     }
 }
 
-/// Adds to `changed` what inotify has not told. Says whether there is more to be found soon.
-fn look(directory: &Path, follower: &Follower, files: &mut Shelf, changed: &mut Changed) -> bool {
-    if follower.strayed() {
+/// Adds the changes that inotify did not notify of. Returns whether to poll again soon.
+fn poll(directory: &Path, watch: &DirectoryWatch, store: &mut ManifestStore, changed: &mut DirectoryEvents) -> bool {
+    if watch.is_replaced() {
         changed.all = true;
         changed.lost = true;
         return false;
@@ -110,48 +109,48 @@ fn look(directory: &Path, follower: &Follower, files: &mut Shelf, changed: &mut 
         changed.all = true;
         return false;
     };
-    let (differing, soon) = files.look(&names);
+    let (differing, soon) = store.changed_files(&names);
     changed.names.extend(differing);
     soon
 }
 
-/// Lists the directory, waiting for it to exist (again); and says whether it was lost.
-async fn settled<F: FnMut(Message) -> ControlFlow<()>>(
+/// Lists the directory, waiting until it exists. Also returns whether it was lost.
+async fn list_or_wait<F: FnMut(Message) -> ControlFlow<()>>(
     directory: &Path,
-    follower: &mut Follower,
+    watch: &mut DirectoryWatch,
     mut lost: bool,
-    outlet: &mut Outlet<F>,
+    emitter: &mut Emitter<F>,
 ) -> (BTreeSet<OsString>, bool) {
     loop {
-        let listed = if lost { follower.watch(directory).and_then(|()| list(directory)) } else { list(directory) };
+        let listed = if lost { watch.watch(directory).and_then(|()| list(directory)) } else { list(directory) };
         match listed {
             Ok(names) => return (names, lost),
             Err(error) => {
                 lost = true;
-                outlet.error(
+                emitter.error(
                     Subject::File(directory.to_owned()),
-                    format!("cannot be read: {error}; all that was in it stays as it was; bring the directory back"),
+                    format!("cannot be read: {error}; its last content stays in use; restore the directory"),
                 );
-                tokio::time::sleep(LOOK_AGAIN).await;
+                tokio::time::sleep(DIRECTORY_RETRY_INTERVAL).await;
             }
         }
     }
 }
 
-/// The names in a directory that count.
+/// The names of the manifests in a directory.
 fn list(directory: &Path) -> io::Result<BTreeSet<OsString>> {
     let mut names = BTreeSet::new();
     for entry in std::fs::read_dir(directory)? {
         let name = entry?.file_name();
-        if counts(&name) {
+        if is_manifest_name(&name) {
             names.insert(name);
         }
     }
     Ok(names)
 }
 
-/// Whether a name in the directory is one of a manifest.
-fn counts(name: &OsStr) -> bool {
+/// Whether a file of this name is a manifest.
+fn is_manifest_name(name: &OsStr) -> bool {
     let extension = Path::new(name).extension().and_then(OsStr::to_str);
     !name.as_encoded_bytes().starts_with(b".") && matches!(extension, Some("yaml" | "yml" | "json"))
 }

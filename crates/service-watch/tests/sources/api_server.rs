@@ -38,12 +38,12 @@ async fn failure(listener: &mut Listener, kind: Kind) -> String {
     report.problems[0].clone()
 }
 
-fn well(kind: Kind) -> Report {
+fn resolved(kind: Kind) -> Report {
     Report { subject: Subject::Watch(kind), problems: vec![] }
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_there_is_is_said_and_then_synced_with_one_streaming_list_a_kind() {
+async fn all_objects_come_before_synced_with_one_streaming_list_per_kind() {
     let server = Server::new();
     running(&server).await;
     for resource in ["services", "endpointslices", "nodes"] {
@@ -52,7 +52,7 @@ async fn all_there_is_is_said_and_then_synced_with_one_streaming_list_a_kind() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_server_is_asked_for_what_a_proxy_serves_and_for_the_own_node() {
+async fn requests_have_kube_proxys_selectors_and_the_nodes_name() {
     let server = Server::new();
     server.streaming(Streaming::Refused(422));
     running(&server).await;
@@ -76,7 +76,7 @@ async fn the_server_is_asked_for_what_a_proxy_serves_and_for_the_own_node() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_node_that_does_not_exist_does_not_hold_up_and_is_followed_when_it_comes() {
+async fn a_missing_node_does_not_delay_synced_and_is_watched() {
     let server = Server::new();
     server.apply(node("node-b", "z"));
     let mut listener = listen(source(&server));
@@ -89,7 +89,7 @@ async fn a_node_that_does_not_exist_does_not_hold_up_and_is_followed_when_it_com
 }
 
 #[tokio::test(start_paused = true)]
-async fn all_nodes_are_watched_when_asked_for_and_gone_ones_are_missed() {
+async fn all_nodes_are_watched_if_requested_and_deletions_are_found() {
     for streaming in [Streaming::Yes, Streaming::Refused(422)] {
         let server = Server::new();
         server.streaming(streaming);
@@ -97,12 +97,12 @@ async fn all_nodes_are_watched_when_asked_for_and_gone_ones_are_missed() {
             server.apply(node(name, zone));
         }
         let mut listener = listen(Source::ApiServer(api_server(&server).watch_all_nodes(true)));
-        assert_eq!(listener.synced().await, ["neighbour node-b", "neighbour node-c", "node z"]);
+        assert_eq!(listener.synced().await, ["peer node-b", "peer node-c", "node z"]);
         assert!(server.asked().iter().all(|asked| !asked.query.contains("metadata.name")), "{:?}", server.asked());
         server.apply(node("node-d", "y"));
-        assert_eq!(listener.change().await, "neighbour node-d");
+        assert_eq!(listener.change().await, "peer node-d");
         server.delete("Node", "", "node-b");
-        assert_eq!(listener.change().await, "-neighbour node-b");
+        assert_eq!(listener.change().await, "-peer node-b");
         // Also what went while nobody watched: those after the own Node and before it.
         server.refuse();
         server.delete("Node", "", "node-c");
@@ -111,20 +111,20 @@ async fn all_nodes_are_watched_when_asked_for_and_gone_ones_are_missed() {
         server.compact();
         server.recover();
         let changes = listener.changes(4).await;
-        assert_eq!(changes, ["-neighbour node-c", "-node", "neighbour node-0", "neighbour node-d"], "{streaming:?}");
+        assert_eq!(changes, ["-peer node-c", "-node", "peer node-0", "peer node-d"], "{streaming:?}");
         server.apply(node("node-a", "x"));
         assert_eq!(listener.change().await, "node x");
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_wrong_address_of_a_neighbour_is_reported_until_the_node_goes() {
+async fn an_invalid_address_of_a_peer_node_is_reported_until_it_is_deleted() {
     let server = Server::new();
     let mut odd = node("node-b", "z");
     odd["status"]["addresses"][0]["address"] = json!("nonsense");
     server.apply(odd);
     let mut listener = listen(Source::ApiServer(api_server(&server).watch_all_nodes(true)));
-    assert_eq!(listener.synced().await, ["neighbour node-b"]);
+    assert_eq!(listener.synced().await, ["peer node-b"]);
     let report = listener.report().await;
     assert_eq!(report.subject, Subject::Node("node-b".into()));
     assert!(report.problems[0].contains("\"nonsense\" is no IP address"), "{report:?}");
@@ -132,13 +132,13 @@ async fn a_wrong_address_of_a_neighbour_is_reported_until_the_node_goes() {
     server.delete("Node", "", "node-b");
     server.compact();
     server.recover();
-    assert_eq!(listener.change().await, "-neighbour node-b");
-    let well = Report { subject: Subject::Node("node-b".into()), problems: vec![] };
-    while listener.report().await != well {}
+    assert_eq!(listener.change().await, "-peer node-b");
+    let resolved = Report { subject: Subject::Node("node-b".into()), problems: vec![] };
+    while listener.report().await != resolved {}
 }
 
 #[tokio::test(start_paused = true)]
-async fn changes_are_said_as_they_come() {
+async fn changes_are_sent_as_they_happen() {
     let server = Server::new();
     let mut listener = running(&server).await;
     server.apply(service("b", "10.96.0.2"));
@@ -153,7 +153,7 @@ async fn changes_are_said_as_they_come() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_object_that_a_proxy_no_longer_serves_is_gone() {
+async fn an_object_that_is_no_longer_served_is_deleted() {
     let server = Server::new();
     let mut listener = running(&server).await;
     let service_a = service("a", "10.96.0.1");
@@ -179,7 +179,7 @@ async fn an_object_that_a_proxy_no_longer_serves_is_gone() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_refuses_streaming_lists_is_listed_in_pages_from_then_on() {
+async fn a_server_that_refuses_streaming_lists_gets_paged_lists() {
     for refusal in [400, 422] {
         let server = Server::new();
         server.streaming(Streaming::Refused(refusal));
@@ -204,7 +204,7 @@ async fn a_server_that_refuses_streaming_lists_is_listed_in_pages_from_then_on()
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_does_not_know_streaming_lists_is_found_out_within_a_minute() {
+async fn missing_support_for_streaming_lists_is_detected_within_a_minute() {
     let server = Server::new();
     server.streaming(Streaming::Unknown);
     server.apply(service("a", "10.96.0.1"));
@@ -216,7 +216,7 @@ async fn a_server_that_does_not_know_streaming_lists_is_found_out_within_a_minut
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_was_deleted_while_disconnected_is_gone_after_the_new_list() {
+async fn objects_deleted_while_disconnected_are_deleted_by_the_relist() {
     for (streaming, gone) in [
         (Streaming::Yes, Gone::Status),
         (Streaming::Yes, Gone::Event),
@@ -243,7 +243,7 @@ async fn what_was_deleted_while_disconnected_is_gone_after_the_new_list() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_watch_that_expires_is_begun_anew_without_a_report() {
+async fn an_expired_watch_is_relisted_without_a_report() {
     let server = Server::new();
     let mut listener = running(&server).await;
     let start = Instant::now();
@@ -256,7 +256,7 @@ async fn a_watch_that_expires_is_begun_anew_without_a_report() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_ends_watches_is_resumed_at_once_with_nothing_lost() {
+async fn an_ended_watch_is_resumed_at_once_without_losing_changes() {
     let server = Server::new();
     let mut listener = running(&server).await;
     for (i, break_off) in [Server::cut, Server::break_off].into_iter().enumerate() {
@@ -273,7 +273,7 @@ async fn a_server_that_ends_watches_is_resumed_at_once_with_nothing_lost() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_silent_connection_is_given_up_within_a_minute() {
+async fn a_silent_connection_times_out_within_a_minute() {
     let server = Server::new();
     let mut listener = running(&server).await;
     sleep(MINUTE / 6).await;
@@ -286,7 +286,7 @@ async fn a_silent_connection_is_given_up_within_a_minute() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_does_not_answer_is_reported_within_a_minute_and_asked_again() {
+async fn an_unresponsive_server_is_reported_within_a_minute_and_retried() {
     let server = Server::new();
     server.silence();
     server.apply(service("a", "10.96.0.1"));
@@ -294,13 +294,13 @@ async fn a_server_that_does_not_answer_is_reported_within_a_minute_and_asked_aga
     let mut listener = listen(source(&server));
     let kinds = [listener.report().await, listener.report().await, listener.report().await];
     assert!(start.elapsed() < MINUTE, "{:?}", start.elapsed());
-    assert!(kinds.iter().all(|report| report.problems[0].contains("no answer within 50 s")), "{kinds:?}");
+    assert!(kinds.iter().all(|report| report.problems[0].contains("no response within 50 s")), "{kinds:?}");
     server.recover();
     assert_eq!(listener.synced().await, ["a 10.96.0.1"]);
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_list_that_stops_in_the_middle_is_given_up_within_a_minute() {
+async fn a_list_that_stalls_times_out_within_a_minute() {
     for streaming in [Streaming::Yes, Streaming::Refused(422)] {
         let server = Server::new();
         server.streaming(streaming);
@@ -318,7 +318,7 @@ async fn a_list_that_stops_in_the_middle_is_given_up_within_a_minute() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn being_forbidden_is_reported_once_with_what_to_do_and_ends_when_allowed() {
+async fn forbidden_is_reported_once_with_advice_and_resolved_when_allowed() {
     let server = Server::new();
     server.apply(service("a", "10.96.0.1"));
     server.forbid(Some("endpointslices"));
@@ -335,7 +335,7 @@ async fn being_forbidden_is_reported_once_with_what_to_do_and_ends_when_allowed(
     assert_eq!(counters.errors(), server.count("endpointslices", Verb::StreamingList) as u64);
     server.recover();
     assert_eq!(listener.synced().await, [""; 0]);
-    assert_eq!(listener.reports, [well(Kind::EndpointSlice)]);
+    assert_eq!(listener.reports, [resolved(Kind::EndpointSlice)]);
 }
 
 /// The next report, whatever changes come before it.
@@ -345,7 +345,7 @@ async fn failure_after_changes(listener: &mut Listener, kind: Kind) -> String {
 }
 
 #[tokio::test(start_paused = true)]
-async fn pauses_between_attempts_grow() {
+async fn retries_back_off_exponentially() {
     let server = Server::new();
     server.refuse();
     let _listener = listen(source(&server));
@@ -359,7 +359,7 @@ async fn pauses_between_attempts_grow() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_error_never_takes_away_what_is_known() {
+async fn an_error_never_deletes_known_objects() {
     let html = "<html><body>Welcome to the login page</body></html>";
     // Lists with something wrong in them, and then their end.
     let list_end = r#"{"type": "BOOKMARK", "object": {"kind": "Service", "apiVersion": "v1", "metadata":
@@ -412,7 +412,7 @@ async fn an_error_never_takes_away_what_is_known() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_version_that_the_server_never_had_leads_to_a_new_list() {
+async fn an_unknown_resource_version_leads_to_a_relist() {
     // As after a server was restored from a backup.
     let server = Server::new();
     let mut listener = running(&server).await;
@@ -427,7 +427,7 @@ async fn a_version_that_the_server_never_had_leads_to_a_new_list() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_page_of_html_is_reported_as_what_it_is() {
+async fn an_html_response_is_reported_as_not_an_api_server() {
     let server = Server::new();
     server.streaming(Streaming::Refused(422));
     let mut listener = running(&server).await;
@@ -443,7 +443,7 @@ async fn a_page_of_html_is_reported_as_what_it_is() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_refused_connection_is_reported_and_its_end_too_without_a_change() {
+async fn a_refused_connection_and_its_recovery_are_reported() {
     let server = Server::new();
     let mut listener = running(&server).await;
     server.refuse();
@@ -462,12 +462,12 @@ async fn a_refused_connection_is_reported_and_its_end_too_without_a_change() {
     server.recover();
     let mut ended = vec![listener.report().await, listener.report().await, listener.report().await];
     ended.sort_by(|a, b| a.subject.cmp(&b.subject));
-    assert_eq!(ended, [well(Kind::Service), well(Kind::EndpointSlice), well(Kind::Node)]);
+    assert_eq!(ended, [resolved(Kind::Service), resolved(Kind::EndpointSlice), resolved(Kind::Node)]);
     listener.quiet(5 * MINUTE).await;
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_was_away_for_long_is_listed_anew_for_it_may_be_another() {
+async fn a_long_outage_leads_to_a_relist() {
     let server = Server::new();
     let mut listener = running(&server).await;
     server.refuse();
@@ -486,7 +486,7 @@ async fn a_server_that_was_away_for_long_is_listed_anew_for_it_may_be_another() 
 }
 
 #[tokio::test(start_paused = true)]
-async fn bookmarks_save_a_new_list() {
+async fn bookmarks_avoid_a_relist() {
     let server = Server::new();
     let mut listener = running(&server).await;
     // Other objects move the version on; without a bookmark the watch would be resumed from before that.
@@ -506,7 +506,7 @@ async fn bookmarks_save_a_new_list() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_ends_every_watch_at_once_is_not_stormed() {
+async fn a_server_that_ends_every_watch_at_once_is_not_flooded() {
     let server = Server::new();
     let listener = running(&server).await;
     let before = server.count("services", Verb::Watch);
@@ -521,7 +521,7 @@ async fn a_server_that_ends_every_watch_at_once_is_not_stormed() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn objects_that_make_no_sense_cost_themselves_only() {
+async fn an_invalid_object_does_not_affect_others() {
     let server = Server::new();
     let mut odd = service("odd", "10.96.0.9");
     odd["spec"]["ports"] = json!([{ "port": "x" }, { "port": 443 }]);
@@ -534,7 +534,7 @@ async fn objects_that_make_no_sense_cost_themselves_only() {
     let reports = std::mem::take(&mut listener.reports);
     assert_eq!(reports.len(), 2, "{reports:?}");
     assert!(of_service(&reports[0], "broken") && of_service(&reports[1], "odd"), "{reports:?}");
-    assert!(reports[0].problems[1].contains("nothing it may have held is taken away"), "{reports:?}");
+    assert!(reports[0].problems[1].contains("nothing is removed"), "{reports:?}");
     assert!(reports[1].problems[0].contains("spec.ports[0].port is the text \"x\""), "{reports:?}");
     // Nothing is said twice, and what becomes broken stays as it was, also over a new list.
     server.apply(odd.clone());
@@ -542,7 +542,10 @@ async fn objects_that_make_no_sense_cost_themselves_only() {
     odd["spec"]["clusterIP"] = json!("nonsense");
     server.apply(odd);
     let report = listener.report().await;
-    assert!(of_service(&report, "odd") && report.problems.iter().any(|p| p.contains("stays as it was")), "{report:?}");
+    assert!(
+        of_service(&report, "odd") && report.problems.iter().any(|p| p.contains("last valid version stays in use")),
+        "{report:?}"
+    );
     server.compact();
     server.expire_watches();
     assert_eq!(listener.change().await, "a 10.96.0.1");
@@ -555,16 +558,16 @@ async fn objects_that_make_no_sense_cost_themselves_only() {
     server.delete("Service", "default", "broken");
     server.compact();
     server.recover();
-    let mut well = false;
+    let mut resolved = false;
     loop {
         match listener.message().await {
             service_watch::Message::Report(report) if of_service(&report, "broken") => {
                 assert_eq!(report.problems, [""; 0]);
-                well = true;
+                resolved = true;
             }
             service_watch::Message::Change(service_watch::Change::Incomplete(incomplete)) => {
                 // With the last one that never made sense, nothing is missing any more.
-                assert!(well && !incomplete);
+                assert!(resolved && !incomplete);
                 break;
             }
             _ => {}
@@ -580,7 +583,7 @@ async fn running_with(server: &Server, expected: &[&str]) -> Listener {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_run_ends_when_nobody_listens() {
+async fn the_run_ends_when_the_sink_breaks() {
     let server = Server::new();
     server.apply(service("a", "10.96.0.1"));
     let Source::ApiServer(source) = source(&server) else { unreachable!() };

@@ -1,4 +1,4 @@
-//! What the tests of both sources share.
+//! Helpers for the tests of both sources.
 
 use std::ops::ControlFlow;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use service_watch::{Change, Error, Message, Report, Source, Subject};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::task::JoinHandle;
 
-/// A running source and what it says.
+/// A running source and its messages.
 pub(crate) struct Listener {
     messages: UnboundedReceiver<Message>,
     pub(crate) task: JoinHandle<Result<(), Error>>,
@@ -75,7 +75,7 @@ impl Listener {
         }
     }
 
-    /// No change is said for a while; reports are put by.
+    /// Asserts that no change is sent for a while; keeps reports.
     pub(crate) async fn unchanged(&mut self, time: Duration) {
         let end = tokio::time::Instant::now() + time;
         while let Ok(message) = tokio::time::timeout_at(end, self.messages.recv()).await {
@@ -86,7 +86,7 @@ impl Listener {
         }
     }
 
-    /// Nothing is said for a while.
+    /// Asserts that no message is sent for a while.
     pub(crate) async fn quiet(&mut self, time: Duration) {
         if let Ok(message) = tokio::time::timeout(time, self.messages.recv()).await {
             panic!("nothing is due, not {message:?}");
@@ -94,20 +94,20 @@ impl Listener {
     }
 }
 
-/// A change in a few characters.
+/// A short text for a change.
 pub(crate) fn short(change: &Change) -> String {
     match change {
         Change::Service(service) => format!("{} {}", service.name.name(), service.cluster_ips[0]),
-        Change::ServiceGone(name) => format!("-{}", name.name()),
+        Change::ServiceDeleted(name) => format!("-{}", name.name()),
         Change::Slice(slice) => {
             let addresses: Vec<String> = slice.endpoints.iter().map(|endpoint| endpoint.address.to_string()).collect();
             format!("{} of {}: {}", slice.name.name(), slice.service.name(), addresses.join(","))
         }
-        Change::SliceGone(name) => format!("-slice {}", name.name()),
+        Change::SliceDeleted(name) => format!("-slice {}", name.name()),
         Change::Node(node) => format!("node {}", node.zone.as_deref().unwrap_or("-")),
-        Change::NodeGone => "-node".into(),
-        Change::Neighbour(name, _) => format!("neighbour {name}"),
-        Change::NeighbourGone(name) => format!("-neighbour {name}"),
+        Change::NodeDeleted => "-node".into(),
+        Change::PeerNode(name, _) => format!("peer {name}"),
+        Change::PeerNodeDeleted(name) => format!("-peer {name}"),
         Change::Incomplete(incomplete) => if *incomplete { "incomplete" } else { "complete" }.into(),
         Change::Synced => "synced".into(),
     }

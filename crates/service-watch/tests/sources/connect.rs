@@ -1,4 +1,4 @@
-//! Finding the API server: over HTTP, on real time.
+//! The connection to the API server, over HTTP and in real time.
 
 use service_watch::{ApiServer, Connection, Error, Source};
 use test_apiserver::Server;
@@ -6,7 +6,7 @@ use test_apiserver::Server;
 use crate::common::{listen, service};
 
 #[tokio::test]
-async fn a_kubeconfig_leads_to_the_server_and_master_overrides_it() {
+async fn a_kubeconfig_names_the_server_and_master_overrides_it() {
     let server = Server::new();
     server.apply(service("a", "10.96.0.1"));
     let address = server.listen().await.unwrap();
@@ -38,7 +38,7 @@ async fn a_kubeconfig_leads_to_the_server_and_master_overrides_it() {
 }
 
 #[tokio::test]
-async fn a_kubeconfig_that_cannot_be_used_is_an_error_that_names_it() {
+async fn an_unusable_kubeconfig_is_an_error_with_its_path() {
     let directory = tempfile::tempdir().unwrap();
     let empty = directory.path().join("empty");
     std::fs::write(&empty, "apiVersion: v1\nkind: Config\n").unwrap();

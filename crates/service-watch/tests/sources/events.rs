@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use kube::Client;
 use serde_json::{Value, json};
-use service_watch::{ApiServer, Event, EventKind, EventSubject, Events, ObjectName};
+use service_watch::{ApiServer, Event, EventObject, EventRecorder, EventType, ObjectName};
 use test_apiserver::{Server, Verb};
 use tokio::time::sleep;
 
@@ -12,15 +12,15 @@ use crate::common::service;
 
 const MINUTE: Duration = Duration::from_secs(60);
 
-fn events(server: &Server) -> Events {
+fn events(server: &Server) -> EventRecorder {
     let client = Client::new(server.service(), "default");
-    ApiServer::with_client(client, "https://test", "node-a").events()
+    ApiServer::with_client(client, "https://test", "node-a").event_recorder()
 }
 
 fn about_web(note: &str) -> Event {
     Event {
-        subject: EventSubject::Service(ObjectName::new("shop", "web")),
-        kind: EventKind::Warning,
+        regarding: EventObject::Service(ObjectName::new("shop", "web")),
+        event_type: EventType::Warning,
         reason: "AddressInUse".into(),
         action: "RefuseAddress".into(),
         note: note.into(),
@@ -67,8 +67,8 @@ async fn an_event_of_a_service_is_posted_with_its_uid_in_its_namespace() {
 async fn an_event_of_the_node_is_posted_in_the_default_namespace() {
     let server = Server::new();
     let event = Event {
-        subject: EventSubject::Node,
-        kind: EventKind::Normal,
+        regarding: EventObject::Node,
+        event_type: EventType::Normal,
         reason: "Starting".into(),
         action: "StartKubeIpvs".into(),
         note: String::new(),
@@ -82,7 +82,7 @@ async fn an_event_of_the_node_is_posted_in_the_default_namespace() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn the_same_is_not_said_twice_in_ten_minutes_and_other_notes_are_events_of_their_own() {
+async fn equal_events_are_posted_once_in_ten_minutes_and_notes_differ() {
     let server = Server::new();
     let events = events(&server);
     for _ in 0..5 {
@@ -100,7 +100,7 @@ async fn the_same_is_not_said_twice_in_ten_minutes_and_other_notes_are_events_of
 }
 
 #[tokio::test(start_paused = true)]
-async fn many_events_come_slowly_and_too_many_are_dropped() {
+async fn many_events_are_rate_limited_and_too_many_are_dropped() {
     let server = Server::new();
     let events = events(&server);
     for i in 0..150 {
@@ -120,7 +120,7 @@ async fn many_events_come_slowly_and_too_many_are_dropped() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_event_waits_for_a_server_that_is_away_for_a_moment() {
+async fn an_event_is_retried_during_a_short_outage() {
     let server = Server::new();
     server.refuse();
     let events = events(&server);
@@ -143,7 +143,7 @@ async fn an_event_waits_for_a_server_that_is_away_for_a_moment() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_event_that_is_forbidden_is_given_up_at_once() {
+async fn a_forbidden_event_is_not_retried() {
     let server = Server::new();
     server.forbid(Some("events"));
     let events = events(&server);
@@ -154,7 +154,7 @@ async fn an_event_that_is_forbidden_is_given_up_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_long_note_is_cut_between_characters() {
+async fn a_long_note_is_truncated_between_characters() {
     let server = Server::new();
     events(&server).publish(about_web(&format!("x{}", "ä".repeat(1000))));
     sleep(MINUTE).await;

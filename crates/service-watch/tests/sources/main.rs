@@ -1,10 +1,10 @@
-//! Both sources against what they read from: a directory, and a test API server.
+//! Both sources: the API server source against a test server, the manifest source on a directory.
 #![cfg(test)]
 
 mod api_server;
 mod common;
 mod connect;
-mod doubt;
 mod events;
 mod manifests;
+mod mass_deletion;
 mod misbehaviour;

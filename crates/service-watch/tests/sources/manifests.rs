@@ -40,7 +40,7 @@ async fn an_empty_directory_is_synced_at_once() {
 }
 
 #[tokio::test]
-async fn a_directory_that_is_not_there_is_an_error_that_names_it() {
+async fn a_missing_directory_is_an_error_with_its_path() {
     for path in ["/nonexistent/manifests", "/dev/null"] {
         let error = follow(Path::new(path)).task.await.unwrap().unwrap_err();
         assert!(matches!(error, Error::Directory { .. }), "{error:?}");
@@ -85,7 +85,7 @@ async fn all_kinds_of_files_and_documents_are_read() {
             "five 10.96.0.5",
             "four 10.96.0.4",
             "four-1 of four: 10.0.0.4",
-            "neighbour node-b",
+            "peer node-b",
             "node z",
             "one 10.96.0.1",
             "s of six: 10.0.0.6",
@@ -99,7 +99,7 @@ async fn all_kinds_of_files_and_documents_are_read() {
 }
 
 #[tokio::test]
-async fn a_file_that_comes_changes_and_goes_is_followed() {
+async fn created_changed_and_deleted_files_are_noticed() {
     let directory = directory();
     let mut listener = follow(directory.path());
     assert_eq!(listener.synced().await, [""; 0]);
@@ -121,32 +121,32 @@ async fn a_file_that_comes_changes_and_goes_is_followed() {
 }
 
 #[tokio::test]
-async fn other_nodes_are_neighbours() {
+async fn other_nodes_are_peer_nodes() {
     let directory = directory();
     write(&directory, "b.yaml", &node("node-b", "z"));
     let mut listener = follow(directory.path());
-    assert_eq!(listener.synced().await, ["neighbour node-b"]);
+    assert_eq!(listener.synced().await, ["peer node-b"]);
     write(&directory, "a.yaml", &node("node-a", "z"));
     assert_eq!(listener.change().await, "node z");
     let mut moved = node("node-b", "z");
     moved["status"]["addresses"] = json!([{ "type": "InternalIP", "address": "192.168.10.99" }]);
     write(&directory, "b.yaml", &moved);
-    assert_eq!(listener.change().await, "neighbour node-b");
+    assert_eq!(listener.change().await, "peer node-b");
     // The zone of another is nobody's concern.
     moved["metadata"]["labels"]["topology.kubernetes.io/zone"] = json!("y");
     write(&directory, "b.yaml", &moved);
     listener.quiet(A_WHILE).await;
     // A file whose Node gets another name.
     write(&directory, "b.yaml", &node("node-c", "z"));
-    assert_eq!(listener.changes(2).await, ["-neighbour node-b", "neighbour node-c"]);
+    assert_eq!(listener.changes(2).await, ["-peer node-b", "peer node-c"]);
     fs::remove_file(directory.path().join("b.yaml")).unwrap();
-    assert_eq!(listener.change().await, "-neighbour node-c");
+    assert_eq!(listener.change().await, "-peer node-c");
     fs::remove_file(directory.path().join("a.yaml")).unwrap();
     assert_eq!(listener.change().await, "-node");
 }
 
 #[tokio::test]
-async fn what_happens_at_once_is_said_at_once_with_what_goes_first() {
+async fn simultaneous_changes_are_sent_together_deletions_first() {
     let directory = directory();
     write(&directory, "old.yaml", &service("old", "10.96.0.1"));
     let mut listener = follow(directory.path());
@@ -158,7 +158,7 @@ async fn what_happens_at_once_is_said_at_once_with_what_goes_first() {
 }
 
 #[tokio::test]
-async fn a_file_that_does_not_parse_keeps_what_it_said_and_is_reported_once() {
+async fn an_unparsable_file_keeps_its_objects_and_is_reported_once() {
     let directory = directory();
     let path = write(&directory, "a.yaml", &service("a", "10.96.0.1"));
     let mut listener = follow(directory.path());
@@ -168,7 +168,7 @@ async fn a_file_that_does_not_parse_keeps_what_it_said_and_is_reported_once() {
         tokio::time::sleep(A_WHILE).await;
     }
     let problem = problem_of(&listener.report().await, &path);
-    assert!(problem.contains("does not parse") && problem.contains("what it said before stays"), "{problem}");
+    assert!(problem.contains("does not parse") && problem.contains("its last valid content stays in use"), "{problem}");
     assert!(!problem.contains('\n'), "{problem}");
     // Neither the objects nor a second report.
     listener.quiet(A_WHILE).await;
@@ -184,7 +184,7 @@ async fn a_file_that_does_not_parse_keeps_what_it_said_and_is_reported_once() {
 }
 
 #[tokio::test]
-async fn a_file_that_does_not_parse_at_the_start_does_not_hold_up_the_others() {
+async fn an_unparsable_file_at_the_start_does_not_delay_the_others() {
     let directory = directory();
     let broken = directory.path().join("a.json");
     fs::write(&broken, r#"{"kind": "Service""#).unwrap();
@@ -194,36 +194,36 @@ async fn a_file_that_does_not_parse_at_the_start_does_not_hold_up_the_others() {
     let mut listener = listen(source);
     assert_eq!(listener.synced().await, ["b 10.96.0.1", "incomplete"]);
     let problem = problem_of(&listener.reports[0], &broken);
-    assert!(problem.contains("nothing it may have held is taken away until it is corrected"), "{problem}");
+    assert!(problem.contains("nothing is removed until it is corrected"), "{problem}");
     assert_eq!((counters.errors(), counters.lists(), counters.changes()), (1, 1, 3));
 }
 
 #[tokio::test]
-async fn while_a_file_has_never_been_understood_what_is_said_is_incomplete() {
+async fn a_file_that_never_parsed_makes_the_state_incomplete() {
     let directory = directory();
     let first = write(&directory, "a.yaml", &json!("no object"));
     fs::write(&first, "{").unwrap();
     let mut listener = follow(directory.path());
     // Before anything is programmed.
     assert_eq!(listener.changes(2).await, ["incomplete", "synced"]);
-    // Another one, and the first once more, are no news; nor is what can be read.
+    // Further unparsable files change nothing, and readable ones are applied.
     let second = directory.path().join("b.yaml");
     fs::write(&second, "{").unwrap();
     fs::write(&first, "{ {").unwrap();
     write(&directory, "c.yaml", &service("c", "10.96.0.3"));
     assert_eq!(listener.change().await, "c 10.96.0.3");
-    // Both must be well again: one corrected, the other removed.
+    // Both must be resolved: one is corrected, the other removed.
     write(&directory, "a.yaml", &service("a", "10.96.0.1"));
     assert_eq!(listener.change().await, "a 10.96.0.1");
     fs::remove_file(&second).unwrap();
     assert_eq!(listener.change().await, "complete");
-    // One that was good is broken now: what it said is known.
+    // A file that was valid and is now unparsable keeps its objects.
     listener.unchanged(A_WHILE).await;
     listener.reports.clear();
     fs::write(&first, "{").unwrap();
     let problem = problem_of(&listener.report().await, &first);
-    assert!(problem.ends_with("what it said before stays"), "{problem}");
-    // Broken in the same moment in which it got its name: said before the old one is gone.
+    assert!(problem.ends_with("its last valid content stays in use"), "{problem}");
+    // A renamed unparsable file: incomplete is sent before the deletion.
     fs::rename(&first, &second).unwrap();
     assert_eq!(listener.change().await, "incomplete");
     assert_eq!(listener.change().await, "-a");
@@ -233,7 +233,7 @@ async fn while_a_file_has_never_been_understood_what_is_said_is_incomplete() {
 }
 
 #[tokio::test]
-async fn while_an_object_has_never_made_sense_what_is_said_is_incomplete() {
+async fn an_object_that_never_was_valid_makes_the_state_incomplete() {
     let directory = directory();
     let odd = service("odd", "nonsense");
     write(&directory, "b.yaml", &odd);
@@ -241,13 +241,13 @@ async fn while_an_object_has_never_made_sense_what_is_said_is_incomplete() {
     assert_eq!(listener.changes(2).await, ["incomplete", "synced"]);
     let report = listener.report().await;
     assert!(of_service(&report, "odd"), "{report:?}");
-    let is_true = "nothing it may have held is taken away until it is corrected";
+    let is_true = "nothing is removed until it is corrected";
     assert!(report.problems.iter().any(|problem| problem.contains(is_true)), "{report:?}");
-    assert!(!report.problems.iter().any(|problem| problem.contains("stays as it was")), "{report:?}");
+    assert!(!report.problems.iter().any(|problem| problem.contains("last valid version stays in use")), "{report:?}");
     // Read again it is as it was.
     write(&directory, "b.yaml", &odd);
     listener.quiet(A_WHILE).await;
-    // Another file has it, and is believed.
+    // A valid definition in a file that sorts first wins.
     let first = write(&directory, "a.yaml", &service("odd", "10.96.0.1"));
     assert_eq!(listener.changes(2).await, ["complete", "odd 10.96.0.1"]);
     fs::remove_file(&first).unwrap();
@@ -256,7 +256,7 @@ async fn while_an_object_has_never_made_sense_what_is_said_is_incomplete() {
     write(&directory, "b.yaml", &service("odd", "10.96.0.2"));
     assert_eq!(listener.change().await, "odd 10.96.0.2");
     assert_eq!(listener.change().await, "complete");
-    // What has made sense stays as it was.
+    // An object that was valid keeps its last valid version.
     write(&directory, "b.yaml", &odd);
     tokio::time::sleep(A_WHILE).await;
     fs::remove_file(directory.path().join("b.yaml")).unwrap();
@@ -265,7 +265,7 @@ async fn while_an_object_has_never_made_sense_what_is_said_is_incomplete() {
 }
 
 #[tokio::test]
-async fn what_only_an_api_server_would_add_is_missed_aloud() {
+async fn fields_that_an_api_server_would_set_are_reported_if_missing() {
     let directory = directory();
     let mut bare = service("bare", "");
     bare["spec"].as_object_mut().unwrap().remove("clusterIP");
@@ -295,7 +295,7 @@ async fn what_only_an_api_server_would_add_is_missed_aloud() {
 }
 
 #[tokio::test]
-async fn parts_that_make_no_sense_are_reported_and_the_rest_is_served() {
+async fn invalid_parts_are_reported_and_the_rest_is_served() {
     let directory = directory();
     let mut odd = service("odd", "10.96.0.1");
     odd["spec"]["ports"] = json!([{ "port": "x" }, { "port": 443 }]);
@@ -309,19 +309,21 @@ async fn parts_that_make_no_sense_are_reported_and_the_rest_is_served() {
     assert!(listener.reports[0].problems[0].contains("spec.ports[0].port"), "{:?}", listener.reports);
     let file = &listener.reports[1].problems;
     assert_eq!(file.len(), 3, "{file:?}");
-    assert!(file[0].contains("document 2 is no object") && file[1].contains("document 3: has no usable metadata.name"));
+    assert!(
+        file[0].contains("document 2 is not an object") && file[1].contains("document 3: has no usable metadata.name")
+    );
     assert!(file[2].contains("document 4 has no apiVersion or no kind"), "{file:?}");
     listener.reports.clear();
     // An object that becomes broken as a whole stays as it was.
     odd["spec"]["clusterIP"] = json!("nonsense");
     fs::write(&path, odd.to_string()).unwrap();
-    assert!(listener.report().await.problems.iter().any(|problem| problem.contains("stays as it was")));
+    assert!(listener.report().await.problems.iter().any(|problem| problem.contains("last valid version stays in use")));
     assert_eq!(listener.report().await, Report { subject: Subject::File(path), problems: vec![] });
     listener.quiet(A_WHILE).await;
 }
 
 #[tokio::test]
-async fn an_object_that_a_proxy_no_longer_serves_is_gone() {
+async fn an_object_that_is_no_longer_served_is_deleted() {
     let directory = directory();
     let (web, its_slice) = (service("web", "10.96.0.1"), slice("web-1", "web", &["10.0.0.1"]));
     write(&directory, "service.yaml", &web);
@@ -346,7 +348,7 @@ async fn an_object_that_a_proxy_no_longer_serves_is_gone() {
 }
 
 #[tokio::test]
-async fn of_two_files_with_one_object_the_first_wins_until_it_goes() {
+async fn of_two_files_with_one_object_the_first_wins_until_deleted() {
     let directory = directory();
     let first = write(&directory, "a.yaml", &service("web", "10.96.0.1"));
     let second = write(&directory, "b.yaml", &service("web", "10.96.0.2"));
@@ -374,7 +376,7 @@ async fn of_two_files_with_one_object_the_first_wins_until_it_goes() {
 }
 
 #[tokio::test]
-async fn a_config_map_that_is_swapped_is_read_anew() {
+async fn a_swapped_config_map_is_read_again() {
     // As the kubelet mounts one: names link to ..data, which links to a directory of one version.
     let directory = directory();
     let version = |name: &str, files: &[(&str, Value)]| {
@@ -403,7 +405,7 @@ async fn a_config_map_that_is_swapped_is_read_anew() {
 }
 
 #[tokio::test]
-async fn a_link_to_nothing_keeps_what_was_said_and_is_reported() {
+async fn a_dangling_link_keeps_its_objects_and_is_reported() {
     let outside = directory();
     let target = write(&outside, "target", &service("a", "10.96.0.1"));
     let directory = directory();
@@ -419,7 +421,7 @@ async fn a_link_to_nothing_keeps_what_was_said_and_is_reported() {
 }
 
 #[tokio::test]
-async fn a_file_that_is_still_being_written_is_read_when_it_is_closed() {
+async fn a_file_is_read_when_it_is_closed_after_writing() {
     use std::io::Write as _;
     let directory = directory();
     let mut listener = follow(directory.path());
@@ -435,7 +437,7 @@ async fn a_file_that_is_still_being_written_is_read_when_it_is_closed() {
 }
 
 #[tokio::test]
-async fn a_directory_that_vanishes_keeps_what_it_said_until_it_is_back() {
+async fn a_missing_directory_keeps_its_objects_until_it_is_back() {
     let parent = directory();
     let path = parent.path().join("manifests");
     fs::create_dir(&path).unwrap();
@@ -462,10 +464,10 @@ async fn a_directory_that_vanishes_keeps_what_it_said_until_it_is_back() {
 }
 
 #[tokio::test]
-async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
+async fn an_empty_directory_in_place_of_a_lost_one_deletes_nothing() {
     let parent = directory();
     let path = parent.path().join("manifests");
-    let well = Report { subject: Subject::File(path.clone()), problems: vec![] };
+    let resolved = Report { subject: Subject::File(path.clone()), problems: vec![] };
     fs::create_dir(&path).unwrap();
     fs::write(path.join("a.yaml"), service("a", "10.96.0.1").to_string()).unwrap();
     let mut listener = follow(&path);
@@ -474,11 +476,11 @@ async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
     fs::create_dir(&path).unwrap();
     let mut report = listener.report().await;
     if report.problems.iter().any(|problem| problem.contains("cannot be read")) {
-        // It has looked in between.
+        // It polled in between.
         report = listener.report().await;
     }
     let problem = problem_of(&report, &path);
-    assert!(problem.contains("is back and empty: what was known stays; put a file there"), "{problem}");
+    assert!(problem.contains("is back and empty: its last content stays in use; put a file there"), "{problem}");
     // Nor what comes that is no manifest, or is still being written, nor losing it once more.
     fs::write(path.join("notes.txt"), "x").unwrap();
     let file = fs::File::create(path.join("b.yaml")).unwrap();
@@ -492,7 +494,7 @@ async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
     listener.quiet(A_WHILE).await;
     fs::write(path.join("b.yaml"), service("b", "10.96.0.2").to_string()).unwrap();
     assert_eq!(listener.changes(2).await, ["-a", "b 10.96.0.2"]);
-    assert_eq!(listener.report().await, well);
+    assert_eq!(listener.report().await, resolved);
     // In a directory that is not lost, the last file may go.
     fs::remove_file(path.join("b.yaml")).unwrap();
     assert_eq!(listener.change().await, "-b");
@@ -500,7 +502,7 @@ async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
     fs::remove_dir_all(&path).unwrap();
     assert!(problem_of(&listener.report().await, &path).contains("cannot be read"));
     fs::create_dir(&path).unwrap();
-    assert_eq!(listener.report().await, well);
+    assert_eq!(listener.report().await, resolved);
     fs::write(path.join("c.yaml"), service("c", "10.96.0.3").to_string()).unwrap();
     assert_eq!(listener.change().await, "c 10.96.0.3");
     // An empty file says that there is nothing to serve.
@@ -509,7 +511,7 @@ async fn an_empty_directory_in_place_of_a_lost_one_takes_nothing_away() {
     while !listener.report().await.problems.iter().any(|problem| problem.contains("back and empty")) {}
     fs::write(path.join("none.yaml"), "").unwrap();
     assert_eq!(listener.change().await, "-c");
-    assert_eq!(listener.report().await, well);
+    assert_eq!(listener.report().await, resolved);
 }
 
 #[tokio::test(start_paused = true)]
@@ -577,7 +579,7 @@ async fn another_directory_at_the_same_path_is_found_within_a_minute() {
 }
 
 #[tokio::test]
-async fn the_run_ends_when_nobody_listens() {
+async fn the_run_ends_when_the_sink_breaks() {
     let directory = directory();
     let listener = follow(directory.path());
     let task = listener.task;
@@ -594,7 +596,7 @@ async fn the_run_ends_when_nobody_listens() {
 }
 
 #[tokio::test]
-async fn a_file_without_permission_is_read_once_it_has_it() {
+async fn a_file_is_read_once_its_permissions_allow() {
     let directory = directory();
     let path = write(&directory, "a.yaml", &service("a", "10.96.0.1"));
     fs::set_permissions(&path, fs::Permissions::from_mode(0o000)).unwrap();

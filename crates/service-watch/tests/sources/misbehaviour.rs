@@ -1,11 +1,10 @@
-//! An API server that misbehaves, in every way one by one: in the end what is told is what there is, and nothing was taken away
-//! that was not gone.
+//! An API server with every kind of fault: the state converges, and no existing object is deleted meanwhile.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use kube::Client;
-use service_watch::{ApiServer, Kind, Serving, Source, Subject};
+use service_watch::{ApiServer, ExistingState, Kind, Source, Subject};
 use test_apiserver::{Server, Streaming};
 use tokio::time::Instant;
 
@@ -24,18 +23,18 @@ fn running(server: &Server) -> Listener {
 fn source(server: &Server) -> Source {
     let client = Client::new(server.service(), "default");
     let source = ApiServer::with_client(client, "https://test", "node-a");
-    Source::ApiServer(source.confirm_disappearance(Serving::default()))
+    Source::ApiServer(source.confirm_disappearance(ExistingState::default()))
 }
 
-/// What is known after some changes: the last word on each object.
+/// The state after some changes, in short form.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Known(BTreeMap<String, String>);
 
 impl Known {
-    fn take_in(&mut self, change: &str) {
+    fn apply(&mut self, change: &str) {
         if let Some(gone) = change.strip_prefix('-') {
             let name = gone.strip_prefix("slice ").unwrap_or(gone);
-            assert!(self.0.remove(name).is_some(), "{name} went that was not there");
+            assert!(self.0.remove(name).is_some(), "{name} was deleted but not known");
         } else {
             let (name, _) = change.split_once(' ').unwrap_or((change, ""));
             self.0.insert(name.to_owned(), change.to_owned());
@@ -44,21 +43,21 @@ impl Known {
 
     async fn all(listener: &mut Listener) -> Self {
         let mut known = Self::default();
-        listener.synced().await.iter().for_each(|change| known.take_in(change));
+        listener.synced().await.iter().for_each(|change| known.apply(change));
         known
     }
 
-    /// Takes changes in until this is the last word on an object; `None`: that it is gone.
+    /// Applies changes until an object has this state; `None` if it is deleted.
     async fn until(&mut self, listener: &mut Listener, name: &str, last: Option<&str>) {
         while self.0.get(name).map(String::as_str) != last {
             let change = listener.change().await;
-            self.take_in(&change);
+            self.apply(&change);
         }
     }
 }
 
-/// While the server does this, Services come, change and go; then it recovers.
-async fn in_the_end_all_is_known(streaming: Streaming, misbehave: impl Fn(&Server), duration: Duration) {
+/// Services are created, changed and deleted while the server has a fault; then it recovers.
+async fn converges_after_faults(streaming: Streaming, misbehave: impl Fn(&Server), duration: Duration) {
     let server = Server::new();
     server.streaming(streaming);
     let mut listener = running(&server);
@@ -78,21 +77,21 @@ async fn in_the_end_all_is_known(streaming: Streaming, misbehave: impl Fn(&Serve
     for gone in ["s10", "s11", "s12"] {
         known.until(&mut listener, gone, None).await;
     }
-    // It is as one that begins now would know it.
+    // The state equals that of a new source.
     while let Ok(change) = tokio::time::timeout(5 * MINUTE, listener.change()).await {
-        known.take_in(&change);
+        known.apply(&change);
     }
     let mut fresh = listen(source(&server));
     assert_eq!(known, Known::all(&mut fresh).await);
 }
 
-/// A way to misbehave, and its name.
-type Way = (&'static str, fn(&Server));
+/// The name of a fault and how to cause it.
+type FaultCase = (&'static str, fn(&Server));
 
 const JSON: &str = "application/json";
 const EMPTY: &str = r#"{"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "0"}, "items": []}"#;
 
-const WAYS: [Way; 16] = [
+const FAULTS: [FaultCase; 16] = [
     ("watches end", Server::cut),
     ("watches break off", Server::break_off),
     ("watches expire", Server::expire_watches),
@@ -137,19 +136,19 @@ const WAYS: [Way; 16] = [
 ];
 
 #[tokio::test(start_paused = true)]
-async fn whatever_a_server_does_what_is_known_in_the_end_is_what_there_is() {
-    for (name, misbehave) in WAYS {
+async fn the_state_converges_after_every_kind_of_fault() {
+    for (name, misbehave) in FAULTS {
         for streaming in [Streaming::Yes, Streaming::Refused(422)] {
             for duration in [Duration::from_secs(3), 3 * MINUTE] {
                 println!("{name}, {streaming:?}, {duration:?}");
-                in_the_end_all_is_known(streaming, misbehave, duration).await;
+                converges_after_faults(streaming, misbehave, duration).await;
             }
         }
     }
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_server_that_has_too_many_requests_is_left_alone_for_as_long_as_it_says_and_a_minute_at_most() {
+async fn retry_after_is_respected_up_to_a_minute() {
     for (asked_for, at_least, at_most) in [(7, 7, 12), (3600, 50, 60)] {
         let server = Server::new();
         let mut listener = running(&server);
@@ -171,7 +170,7 @@ async fn a_server_that_has_too_many_requests_is_left_alone_for_as_long_as_it_say
 }
 
 #[tokio::test(start_paused = true)]
-async fn an_answer_that_never_ends_is_given_up_before_it_takes_all_memory() {
+async fn an_endless_response_is_aborted() {
     for streaming in [Streaming::Yes, Streaming::Refused(422)] {
         let server = Server::new();
         server.streaming(streaming);
@@ -185,16 +184,16 @@ async fn an_answer_that_never_ends_is_given_up_before_it_takes_all_memory() {
                 break report;
             }
         };
-        assert!(report.problems[0].contains("more than 64 MiB came without an end"), "{report:?}");
+        assert!(report.problems[0].contains("the response exceeds 64 MiB"), "{report:?}");
         server.recover();
         server.apply(service("s01", "10.97.0.9"));
         while listener.change().await != "s01 10.97.0.9" {}
     }
 }
 
-/// As large as an object may be that somebody writes to be in the way.
+/// Objects of about the maximum size that an API server accepts.
 #[tokio::test(start_paused = true)]
-async fn a_page_of_very_large_objects_is_asked_for_in_smaller_ones() {
+async fn pages_of_very_large_objects_become_smaller() {
     let server = Server::new();
     server.streaming(Streaming::Refused(422));
     for number in 0..600 {

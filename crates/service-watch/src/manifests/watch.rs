@@ -1,4 +1,4 @@
-//! Following a directory with inotify.
+//! Watches a directory with inotify.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -15,52 +15,52 @@ use rustix::io::Errno;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use super::counts;
+use super::is_manifest_name;
 use crate::error::Error;
 
-/// A change is read once nothing more has happened for this long: whoever writes one file often writes another.
-const SETTLE: Duration = Duration::from_millis(10);
-/// But no later than this.
-const SETTLE_AT_MOST: Duration = Duration::from_millis(100);
-/// The symbolic link that the kubelet swaps when a mounted ConfigMap changes: then all files have.
+/// Changes are reported once none has followed for this long, since several files are often written together.
+const DEBOUNCE: Duration = Duration::from_millis(10);
+/// The maximum delay by [`DEBOUNCE`].
+const MAX_DEBOUNCE: Duration = Duration::from_millis(100);
+/// The symbolic link that the kubelet replaces when a mounted ConfigMap changes: then any file may have changed.
 const CONFIG_MAP_LINK: &str = "..data";
 
-/// Tells what changes in a directory.
+/// A watch on a directory.
 #[derive(Debug)]
-pub(super) struct Follower {
+pub(super) struct DirectoryWatch {
     directory: PathBuf,
     inotify: AsyncFd<OwnedFd>,
     watch: i32,
-    /// Device and inode of the directory that is watched.
+    /// Device and inode of the watched directory.
     identity: Option<(u64, u64)>,
 }
 
-/// What has changed.
+/// The changes since the last call.
 #[derive(Debug, Default)]
-pub(super) struct Changed {
-    /// These files.
+pub(super) struct DirectoryEvents {
+    /// Files that changed.
     pub(super) names: BTreeSet<OsString>,
-    /// Possibly any file.
+    /// Any file may have changed.
     pub(super) all: bool,
-    /// And the directory is no longer there or no longer watched.
+    /// The directory no longer exists or is no longer watched.
     pub(super) lost: bool,
 }
 
-impl Follower {
+impl DirectoryWatch {
     pub(super) fn new(directory: &Path) -> Result<Self, Error> {
-        let follow = |source: io::Error| Error::Follow { path: directory.to_owned(), source };
-        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| follow(e.into()))?;
+        let watch_error = |source: io::Error| Error::Watch { path: directory.to_owned(), source };
+        let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| watch_error(e.into()))?;
         #[expect(deprecated, reason = "sound for an OwnedFd, whose descriptor never changes; its successor is unsafe")]
-        let inotify = AsyncFd::new(inotify).map_err(follow)?;
-        let mut follower = Self { directory: directory.to_owned(), inotify, watch: -1, identity: None };
-        match follower.watch(directory) {
-            Ok(()) => Ok(follower),
-            Err(source) if source.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) => Err(follow(source)),
+        let inotify = AsyncFd::new(inotify).map_err(watch_error)?;
+        let mut watch = Self { directory: directory.to_owned(), inotify, watch: -1, identity: None };
+        match watch.watch(directory) {
+            Ok(()) => Ok(watch),
+            Err(source) if source.raw_os_error() == Some(Errno::NOSPC.raw_os_error()) => Err(watch_error(source)),
             Err(source) => Err(Error::Directory { path: directory.to_owned(), source }),
         }
     }
 
-    /// Watches the directory anew; the path may mean another one now.
+    /// Watches the directory at the path again, which may be another one now.
     pub(super) fn watch(&mut self, directory: &Path) -> io::Result<()> {
         let flags = WatchFlags::ONLYDIR
             | WatchFlags::CLOSE_WRITE
@@ -71,36 +71,36 @@ impl Follower {
             | WatchFlags::DELETE_SELF
             | WatchFlags::MOVE_SELF;
         let before = self.watch;
-        // Asked for first: if the directory changes in between, the next look sees another one.
+        // Before the watch is added: if the directory is replaced in between, the next poll detects it.
         self.identity = identity(directory);
         self.watch = inotify::add_watch(self.inotify.get_ref(), directory, flags)?;
         if before >= 0 && before != self.watch {
-            // Gone already if the directory was deleted; still there if it was moved away.
+            // The old watch is gone if its directory was deleted, but not if it was moved.
             let _ = inotify::remove_watch(self.inotify.get_ref(), before);
         }
         Ok(())
     }
 
-    /// Whether the path now leads to another directory than the watched one, or to none. Of a parent that is moved or
-    /// a file system that is mounted over it, inotify says nothing.
-    pub(super) fn strayed(&self) -> bool {
+    /// Whether the path now leads to another directory than the watched one, or to none. inotify does not notify of a
+    /// moved parent or a file system mounted over it.
+    pub(super) fn is_replaced(&self) -> bool {
         identity(&self.directory) != self.identity
     }
 
-    /// Waits until something changes, and then a little for more; or until `end`.
-    pub(super) async fn changed(&mut self, end: Instant) -> Changed {
-        let mut changed = Changed::default();
+    /// Waits for changes until `end`, and then a little for more of them.
+    pub(super) async fn changed(&mut self, end: Instant) -> DirectoryEvents {
+        let mut changed = DirectoryEvents::default();
         while changed.names.is_empty() && !changed.all {
             if Instant::now() >= end || timeout_at(end, self.collect(&mut changed)).await.is_err() {
                 return changed;
             }
         }
-        let latest = Instant::now() + SETTLE_AT_MOST;
-        while timeout(SETTLE, self.collect(&mut changed)).await.is_ok() && Instant::now() < latest {}
+        let latest = Instant::now() + MAX_DEBOUNCE;
+        while timeout(DEBOUNCE, self.collect(&mut changed)).await.is_ok() && Instant::now() < latest {}
         changed
     }
 
-    async fn collect(&self, changed: &mut Changed) {
+    async fn collect(&self, changed: &mut DirectoryEvents) {
         let Ok(mut ready) = self.inotify.readable().await else {
             // The runtime is shutting down.
             return std::future::pending().await;
@@ -109,7 +109,7 @@ impl Follower {
         let mut events = Reader::new(self.inotify.get_ref(), &mut buffer);
         loop {
             match events.next() {
-                Ok(event) => self.note(&event, changed),
+                Ok(event) => self.record(&event, changed),
                 Err(Errno::INTR) => {}
                 Err(_) => break,
             }
@@ -117,14 +117,14 @@ impl Follower {
         ready.clear_ready();
     }
 
-    fn note(&self, event: &inotify::Event<'_>, changed: &mut Changed) {
+    fn record(&self, event: &inotify::Event<'_>, changed: &mut DirectoryEvents) {
         let what = event.events();
         if what.contains(ReadFlags::QUEUE_OVERFLOW) {
             changed.all = true;
             return;
         }
         if event.wd() != self.watch {
-            // Left over from a directory that was here before.
+            // From the watch of an earlier directory.
             return;
         }
         if what.intersects(ReadFlags::IGNORED | ReadFlags::DELETE_SELF | ReadFlags::MOVE_SELF | ReadFlags::UNMOUNT) {
@@ -135,14 +135,13 @@ impl Follower {
         let Some(name) = event.file_name().map(|name| OsStr::from_bytes(name.to_bytes())) else { return };
         if name == CONFIG_MAP_LINK {
             changed.all = true;
-        } else if counts(name) && (!what.contains(ReadFlags::CREATE) || self.whole(name)) {
+        } else if is_manifest_name(name) && (!what.contains(ReadFlags::CREATE) || self.is_complete(name)) {
             changed.names.insert(name.to_owned());
         }
     }
 
-    /// Whether a name that has just appeared has its content already: links have. A file that is being written is
-    /// read when it is closed.
-    fn whole(&self, name: &OsStr) -> bool {
+    /// Whether a new name has its content already: links have. A file that is being written is read when it is closed.
+    fn is_complete(&self, name: &OsStr) -> bool {
         std::fs::symlink_metadata(self.directory.join(name)).is_ok_and(|meta| meta.is_symlink() || meta.nlink() > 1)
     }
 }

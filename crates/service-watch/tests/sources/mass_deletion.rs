@@ -1,8 +1,8 @@
-//! Lists that lack most of what there was.
+//! Confirmation of mass deletions.
 
 use std::time::Duration;
 
-use service_watch::{ApiServer, Serving, Source, Subject};
+use service_watch::{ApiServer, ExistingState, Source, Subject};
 use test_apiserver::Server;
 use tokio::time::Instant;
 
@@ -10,7 +10,7 @@ use crate::common::{Listener, listen, node, service, slice};
 
 const SERVICES: u8 = 12;
 
-fn source(server: &Server, serving: Option<Serving>) -> Source {
+fn source(server: &Server, serving: Option<ExistingState>) -> Source {
     let client = kube::Client::new(server.service(), "default");
     let source = ApiServer::with_client(client, "https://test", "node-a");
     Source::ApiServer(match serving {
@@ -34,8 +34,8 @@ fn empty(server: &Server) {
     }
 }
 
-/// One whose server has lost everything while it could not be reached, and has just been listed anew.
-async fn after_the_first_empty_list(server: &Server, serving: Option<Serving>) -> Listener {
+/// A listener whose server lost all objects during an outage and was then relisted.
+async fn after_first_empty_list(server: &Server, serving: Option<ExistingState>) -> Listener {
     fill(server);
     let mut listener = listen(source(server, serving));
     listener.synced().await;
@@ -47,20 +47,24 @@ async fn after_the_first_empty_list(server: &Server, serving: Option<Serving>) -
     listener
 }
 
-/// How many objects are gone when everything has been listed anew. The Node is said again.
-async fn gone(listener: &mut Listener) -> usize {
+/// The number of deletions after a relist, which sends the Node again.
+async fn deletions(listener: &mut Listener) -> usize {
     let changes = listener.changes(2 * usize::from(SERVICES) + 1).await;
     changes.iter().filter(|change| change.starts_with('-')).count()
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_second_list_has_again_never_went() {
+async fn objects_that_a_second_list_has_again_are_not_deleted() {
     let server = Server::new();
-    let mut listener = after_the_first_empty_list(&server, Some(Serving::default())).await;
+    let mut listener = after_first_empty_list(&server, Some(ExistingState::default())).await;
     assert_eq!(listener.change().await, "node z");
     loop {
         let report = listener.report().await;
-        if report.problems.iter().any(|problem| problem.contains("0 where there were 12: it is read again in 5 s")) {
+        if report
+            .problems
+            .iter()
+            .any(|problem| problem.contains("0 entries where there were 12: it is read again in 5 s"))
+        {
             break;
         }
     }
@@ -71,32 +75,32 @@ async fn what_a_second_list_has_again_never_went() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_a_second_list_lacks_too_is_gone() {
+async fn objects_that_a_second_list_lacks_too_are_deleted() {
     let server = Server::new();
-    let mut listener = after_the_first_empty_list(&server, Some(Serving::default())).await;
+    let mut listener = after_first_empty_list(&server, Some(ExistingState::default())).await;
     let start = Instant::now();
-    assert_eq!(gone(&mut listener).await, 2 * usize::from(SERVICES));
+    assert_eq!(deletions(&mut listener).await, 2 * usize::from(SERVICES));
     assert!(start.elapsed() >= Duration::from_secs(5), "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]
-async fn whoever_wants_every_list_believed_has_it_so() {
+async fn without_confirmation_the_first_list_deletes() {
     let server = Server::new();
-    let mut listener = after_the_first_empty_list(&server, None).await;
-    assert_eq!(gone(&mut listener).await, 2 * usize::from(SERVICES));
-    let is_doubt = |problem: &String| problem.contains("read again");
-    assert!(!listener.reports.iter().any(|report| report.problems.iter().any(is_doubt)));
+    let mut listener = after_first_empty_list(&server, None).await;
+    assert_eq!(deletions(&mut listener).await, 2 * usize::from(SERVICES));
+    let is_confirmation = |problem: &String| problem.contains("read again");
+    assert!(!listener.reports.iter().any(|report| report.problems.iter().any(is_confirmation)));
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_start_on_a_node_that_serves_much_waits_for_a_second_list_where_the_first_is_empty() {
+async fn an_empty_first_list_is_confirmed_if_the_node_serves_many_vips() {
     let server = Server::new();
     let start = Instant::now();
-    let mut listener = listen(source(&server, Some(Serving { vips: 20 })));
+    let mut listener = listen(source(&server, Some(ExistingState { vips: 20 })));
     for _ in 0..2 {
         let report = listener.report().await;
         assert!(matches!(report.subject, Subject::Watch(_)), "{report:?}");
-        assert!(report.problems[0].contains("0 where there were 20"), "{report:?}");
+        assert!(report.problems[0].contains("0 entries where there were 20"), "{report:?}");
     }
     fill(&server);
     assert_eq!(listener.synced().await.len(), 2 * usize::from(SERVICES) + 1);
@@ -104,10 +108,10 @@ async fn a_start_on_a_node_that_serves_much_waits_for_a_second_list_where_the_fi
 }
 
 #[tokio::test(start_paused = true)]
-async fn a_few_that_go_are_gone_at_once() {
+async fn a_few_deletions_need_no_confirmation() {
     let server = Server::new();
     fill(&server);
-    let mut listener = listen(source(&server, Some(Serving { vips: 12 })));
+    let mut listener = listen(source(&server, Some(ExistingState { vips: 12 })));
     listener.synced().await;
     server.delete("Service", "default", "s00");
     assert_eq!(listener.change().await, "-s00");
