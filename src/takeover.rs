@@ -12,12 +12,12 @@ pub(crate) fn remove_leftovers() -> usize {
     for object in &report.objects {
         info!("done: delete {object}");
     }
-    for left in &report.left {
-        info!("left: {left}");
+    for kept in &report.kept {
+        info!("left: {kept}");
     }
     // An image that has nothing but the agent has no tools either.
-    for unseen in &report.unseen {
-        warn!("not looked at: {unseen}");
+    for unchecked in &report.unchecked {
+        warn!("not looked at: {unchecked}");
     }
     for problem in &report.problems {
         error!("{problem}");

@@ -8,6 +8,6 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     if let Some((kind, payload)) = data.split_first_chunk() {
         reconciler::fuzzing::read(u16::from_ne_bytes(*kind), payload);
-        takeover::fuzzing::read(payload);
+        takeover::fuzzing::read_payload(payload);
     }
 });

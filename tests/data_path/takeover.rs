@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::kube_proxy::{Iptables, leave, recording};
+use crate::kube_proxy::{Iptables, install_recording, recording};
 use serde_json::json;
 
 use crate::common::{Manifests, addresses, ipvs, run};
@@ -60,7 +60,7 @@ fn left_by_kube_proxy(network: &Network, iptables: Iptables, tool: &str) {
 
 /// Its chains and sets, with the endpoints that are here.
 fn rules_of_kube_proxy(network: &Network, iptables: Iptables) {
-    leave(&recording(RECORDING), iptables);
+    install_recording(&recording(RECORDING), iptables);
     for pod in &network.pods {
         run(&format!("ipset add KUBE-LOOP-BACK {0},tcp:8080,{0}", pod.v4));
     }

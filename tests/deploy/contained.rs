@@ -8,7 +8,7 @@ use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 
-use crate::kube_proxy::{Iptables, leave, recording};
+use crate::kube_proxy::{Iptables, install_recording, recording};
 use k8s_openapi::api::rbac::v1::ClusterRole;
 use lab::netns::isolate;
 use serde_json::Value;
@@ -194,7 +194,7 @@ fn the_daemon_set_of_kube_proxy_goes_on_with_another_image_and_its_own_command()
 
 /// Goes through the start of a pod that takes a node over, up to its container `name`.
 fn taken_over(pod: &mut Pod, url: &str, name: &str) {
-    leave(&recording("dualstack-nodeport"), Iptables::Nft);
+    install_recording(&recording("dualstack-nodeport"), Iptables::Nft);
     let kube_proxys = || (run("nft list ruleset").matches("KUBE-").count(), run("ipset list -n").lines().count());
     assert!(kube_proxys().0 > 20 && kube_proxys().1 > 10, "{:?}", kube_proxys());
     // All but the address: the token and the certificate are those of the service account.

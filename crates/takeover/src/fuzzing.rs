@@ -1,4 +1,4 @@
-//! What a fuzz target sees of the inside: messages of `nf_tables` and ipset, and what `iptables-save` says.
+//! Entry points for fuzz targets: messages of `nf_tables` and ipset, and the output of `iptables-save`.
 
 use std::collections::BTreeSet;
 
@@ -6,20 +6,22 @@ use netlink_packet_core::{NetlinkDeserializable as _, NetlinkHeader};
 
 use crate::nfnetlink::Attributes;
 use crate::report::{Backend, Family, Iptables, Report};
-use crate::{legacy, names, nf_tables};
+use crate::{kube_proxy_names, legacy, nf_tables};
 
-/// Reads the payload of a message of nfnetlink.
-pub fn read(payload: &[u8]) {
+/// Parses the payload of an nfnetlink message.
+pub fn read_payload(payload: &[u8]) {
     let header = NetlinkHeader::default();
     let _ = nf_tables::Rule::deserialize(&header, payload);
     if let Ok(attributes) = Attributes::deserialize(&header, payload) {
         for kind in 0..8 {
-            let _ = attributes.text(kind).is_some_and(|name| names::is_set(&name) || names::is_chain(&name));
+            let _ = attributes
+                .text(kind)
+                .is_some_and(|name| kube_proxy_names::is_set(&name) || kube_proxy_names::is_chain(&name));
         }
     }
 }
 
-/// Reads the output of `iptables-save`. Panics where a line that is to be deleted was not in it.
+/// Parses the output of `iptables-save`. Panics if a rule to delete is not a line of it.
 pub fn read_saved(saved: &str) {
     for table in legacy::parse(Iptables { backend: Backend::Legacy, family: Family::Ip }, saved) {
         let plan = table.plan(&BTreeSet::new());

@@ -1,6 +1,6 @@
-//! kube-proxy's chains in iptables-legacy. Its kernel interface replaces whole tables in a layout that only its own tools
-//! know, so this is the one place where other programs run; and only where the kernel has such tables already, since the
-//! tools would load them.
+//! kube-proxy's chains in iptables-legacy. Its kernel interface replaces whole tables in a layout that only the
+//! iptables tools know, so this module runs them; and only if the kernel has such tables already, since the tools would
+//! create them.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -8,45 +8,47 @@ use std::fs;
 use std::io::{self, Write as _};
 use std::process::{Command, Output, Stdio};
 
-use crate::Mode;
-use crate::names::{self, TABLES};
-use crate::report::{AGAIN, Backend, Error, Family, Iptables, Report};
+use crate::Action;
+use crate::kube_proxy_names::{self, TABLES};
+use crate::report::{Backend, Error, Family, Iptables, RETRY_ADVICE, Report};
 use crate::rules::{Jump, Plan, Table};
 
-/// How often a table is tried that others have changed meanwhile.
+/// How often a table is attempted when other processes change it meanwhile.
 const ATTEMPTS: u32 = 3;
 
-pub(crate) fn clear(mode: Mode, report: &mut Report) {
+pub(crate) fn clean_up(action: Action, report: &mut Report) {
     for family in Family::BOTH {
-        if let Err(problem) = clear_family(family, version, mode, report) {
+        if let Err(problem) = clean_up_family(family, version, action, report) {
             report.problems.push(problem);
         }
     }
 }
 
 /// `version` is as [`Tools::find`] takes it.
-fn clear_family(
+fn clean_up_family(
     family: Family,
     version: impl Fn(&str) -> Option<String>,
-    mode: Mode,
+    action: Action,
     report: &mut Report,
 ) -> Result<(), Error> {
     let iptables = Iptables { backend: Backend::Legacy, family };
-    let unread =
-        |reason: String, advice: String| Error::Unread { place: format!("the rules of {iptables}"), reason, advice };
-    let in_use = tables_in_use(family).map_err(|error| unread(error.to_string(), AGAIN.into()))?;
+    let cannot_inspect = |reason: String, advice: String| Error::CannotInspect {
+        location: format!("the rules of {iptables}"),
+        reason,
+        advice,
+    };
+    let in_use = tables_in_use(family).map_err(|error| cannot_inspect(error.to_string(), RETRY_ADVICE.into()))?;
     if in_use.is_empty() {
         return Ok(());
     }
     let Some(tools) = Tools::find(family, version) else {
-        let reason =
-            format!("the kernel has tables of it ({}), and its tools are not installed here", in_use.join(" "));
-        report.unseen.push(unread(reason, by_hand(family)));
+        let reason = format!("the kernel has tables of it ({}), and its tools are not installed", in_use.join(" "));
+        report.unchecked.push(cannot_inspect(reason, manual_command(family)));
         return Ok(());
     };
-    let read = || tools.save().map_err(|reason| unread(reason, by_hand(family)));
+    let read = || tools.save().map_err(|reason| cannot_inspect(reason, manual_command(family)));
     for table in parse(iptables, &read()?) {
-        if let Err(problem) = clear_table(&tools, table, &read, mode, report) {
+        if let Err(problem) = clean_up_table(&tools, table, &read, action, report) {
             report.problems.push(problem);
         }
     }
@@ -54,17 +56,17 @@ fn clear_family(
 }
 
 /// One table is one transaction.
-fn clear_table(
+fn clean_up_table(
     tools: &Tools,
     mut table: Table<String>,
     read: &impl Fn() -> Result<String, Error>,
-    mode: Mode,
+    action: Action,
     report: &mut Report,
 ) -> Result<(), Error> {
     let mut attempts = 0;
     loop {
         let plan = table.plan(&BTreeSet::new());
-        if mode == Mode::Find || plan.is_empty() {
+        if action == Action::Find || plan.is_empty() {
             plan.report(report);
             return Ok(());
         }
@@ -75,23 +77,23 @@ fn clear_table(
         attempts += 1;
         if attempts == ATTEMPTS {
             plan.report_kept(report);
-            return Err(Error::ChainsRemain {
+            return Err(Error::CannotRemoveChains {
                 iptables: table.iptables,
                 table: table.name.clone(),
                 chains: plan.chains.iter().map(|&chain| chain.to_owned()).collect(),
                 reason,
-                advice: by_hand(table.iptables.family),
+                advice: manual_command(table.iptables.family),
             });
         }
         let (iptables, name) = (table.iptables, table.name);
         let tables = parse(iptables, &read()?);
-        // A table that is not there any more has nothing to be removed.
-        let Some(again) = tables.into_iter().find(|table| table.name == name) else { return Ok(()) };
-        table = again;
+        // A table that no longer exists needs no cleanup.
+        let Some(reread) = tables.into_iter().find(|table| table.name == name) else { return Ok(()) };
+        table = reread;
     }
 }
 
-/// The tables the kernel has. `/proc/net` would be that of the process's main thread.
+/// The tables in the kernel. Not from `/proc/net`, which has the namespace of the process's main thread.
 fn tables_in_use(family: Family) -> io::Result<Vec<String>> {
     match fs::read_to_string(format!("/proc/thread-self/net/{family}_tables_names")) {
         Ok(names) => Ok(names.lines().map(str::to_owned).collect()),
@@ -101,12 +103,12 @@ fn tables_in_use(family: Family) -> io::Result<Vec<String>> {
     }
 }
 
-/// What an administrator can do where the tools are.
-fn by_hand(family: Family) -> String {
+/// The command for an administrator to run where the tools are installed.
+fn manual_command(family: Family) -> String {
     let program = program(family);
     format!(
-        "where these tools are, run `{program}-legacy-save -c | grep -vE '{}' | {program}-legacy-restore -c`",
-        names::pattern()
+        "where the tools are installed, run `{program}-legacy-save -c | grep -vE '{}' | {program}-legacy-restore -c`",
+        kube_proxy_names::pattern()
     )
 }
 
@@ -125,8 +127,8 @@ struct Tools {
 }
 
 impl Tools {
-    /// Those that are legacy by name, or those that say they are. `version` is what a program says with `--version`, if there
-    /// is one.
+    /// The tools with `-legacy` in their names, or plain ones whose version has the legacy backend. `version` returns
+    /// the output of a program with `--version`, if it exists.
     fn find(family: Family, version: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let program = program(family);
         [format!("{program}-legacy"), program.to_owned()].into_iter().find_map(|name| {
@@ -136,7 +138,7 @@ impl Tools {
         })
     }
 
-    /// The rules of all tables in use. Without a table's name the program asks for none the kernel does not have.
+    /// The rules of all tables in use. Without a table name the program creates none.
     fn save(&self) -> Result<String, String> {
         let output = Command::new(&self.save).stdin(Stdio::null()).output();
         output_of(&self.save, output).map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
@@ -147,7 +149,7 @@ impl Tools {
             let mut command = Command::new(&self.restore);
             command.args(["--wait=5", "--noflush"]).stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
             let mut child = command.spawn()?;
-            // One that ends without reading all of it says why.
+            // A program that exits early reports why on stderr.
             if let Some(mut stdin) = child.stdin.take() {
                 let _ = stdin.write_all(input.as_bytes());
             }
@@ -172,7 +174,7 @@ fn version(program: &str) -> Option<String> {
     output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
-/// Reads the output of `iptables-save`. What a rule is deleted by is its line.
+/// Parses the output of `iptables-save`. A rule is identified by its line.
 pub(crate) fn parse(iptables: Iptables, saved: &str) -> Vec<Table<String>> {
     let mut tables: Vec<Table<String>> = Vec::new();
     for line in saved.lines() {
@@ -186,27 +188,27 @@ pub(crate) fn parse(iptables: Iptables, saved: &str) -> Vec<Table<String>> {
             table.jumps.push(Jump { chain: chain.to_owned(), target: target.to_owned(), rule: line.to_owned() });
         }
     }
-    tables.retain(|table| TABLES.contains(&table.name.as_str()) && table.is_of_interest());
+    tables.retain(|table| TABLES.contains(&table.name.as_str()) && table.has_kubernetes_chains());
     tables
 }
 
-/// The chain a rule is in and the one it leads to. A target that is a chain has no options, so it comes last; a name in a
-/// comment or a log prefix does not follow `-j`, unless these are quoted as one word.
+/// The chain of a rule and its target chain. A chain as target has no options, so it comes last. A name in a comment or
+/// a log prefix does not follow `-j` as a word of its own.
 fn jump(line: &str) -> Option<(&str, &str)> {
     let chain = line.strip_prefix("-A ")?.split(' ').next()?;
     let (rest, target) = line.rsplit_once(' ')?;
     let (_, option) = rest.rsplit_once(' ')?;
-    (matches!(option, "-j" | "-g") && names::is_chain(target)).then_some((chain, target))
+    (matches!(option, "-j" | "-g") && kube_proxy_names::is_chain(target)).then_some((chain, target))
 }
 
-/// What `iptables-restore --noflush` is to do: there a chain that is declared is emptied, and all others stay as they are.
+/// The input for `iptables-restore --noflush`, which flushes declared chains and keeps all others.
 pub(crate) fn restore_input(plan: &Plan<'_, String>, table: &str) -> String {
     let mut input = format!("*{table}\n");
     for chain in &plan.chains {
         let _ = writeln!(input, ":{chain} - [0:0]");
     }
     for jump in &plan.jumps {
-        // The rest of the line is quoted as the program wants to read it.
+        // The line is already quoted as the program expects.
         let _ = writeln!(input, "{}", jump.rule.replacen("-A ", "-D ", 1));
     }
     for chain in &plan.chains {

@@ -1,8 +1,8 @@
-//! What kube-proxy left on a node: finds it and takes it away.
+//! Finds and removes what kube-proxy left on a node.
 //!
-//! That is its chains in the tables of iptables-nft and iptables-legacy with the rules that lead to them, the tables
-//! `kube-proxy` of its nftables mode, and its ipsets. What is its own shows by name: see `names.rs`. What kubelet and
-//! anybody else made stays as it is, counters included.
+//! That is its chains in the tables of iptables-nft and iptables-legacy with the rules that jump to them, the tables
+//! `kube-proxy` of its nftables mode, and its ipsets, all identified by name (`kube_proxy_names.rs`). Objects of
+//! kubelet and of other software are not changed, counters included.
 //!
 //! ```no_run
 //! let report = takeover::remove();
@@ -14,45 +14,45 @@
 //! }
 //! ```
 //!
-//! All but iptables-legacy is done over netlink, in the network namespace of the calling thread, and takes
-//! `CAP_NET_ADMIN`. Virtual servers and the device `kube-ipvs0` are not this crate's business.
+//! Everything except iptables-legacy uses netlink, in the network namespace of the calling thread, and requires
+//! `CAP_NET_ADMIN`. This crate does not handle virtual servers or the device `kube-ipvs0`.
 
 #![forbid(unsafe_code)]
 
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod ipset;
+mod kube_proxy_names;
 mod legacy;
-mod names;
 mod nf_tables;
 mod nfnetlink;
 mod report;
 mod rules;
 
-pub use report::{Backend, Error, Family, Iptables, Left, Object, Report};
+pub use report::{Backend, Error, Family, Iptables, Kept, Object, Report};
 
-/// Says what [`remove`] would remove and what it would leave, and changes nothing.
+/// Reports what [`remove`] would remove and keep, without changing anything.
 pub fn find() -> Report {
-    clear(Mode::Find)
+    clean_up(Action::Find)
 }
 
-/// Removes what kube-proxy left: rules first, then the sets they use. What fails holds up nothing else, so it may be run
-/// again; where there is nothing it does nothing, and the report is empty.
+/// Removes what kube-proxy left: rules first, then the sets they use. An error does not stop the rest, and it may be
+/// run again. If there is nothing to remove, the report is empty.
 pub fn remove() -> Report {
-    clear(Mode::Remove)
+    clean_up(Action::Remove)
 }
 
-/// Whether to look or to act.
+/// What to do with the objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
+enum Action {
     Find,
     Remove,
 }
 
-fn clear(mode: Mode) -> Report {
+fn clean_up(action: Action) -> Report {
     let mut report = Report::default();
-    nf_tables::clear(mode, &mut report);
-    legacy::clear(mode, &mut report);
-    ipset::clear(mode, &mut report);
+    nf_tables::clean_up(action, &mut report);
+    legacy::clean_up(action, &mut report);
+    ipset::clean_up(action, &mut report);
     report
 }

@@ -1,17 +1,18 @@
-//! What kube-proxy has in `nf_tables`: chains among those of iptables-nft, and the tables of its nftables mode.
+//! kube-proxy's objects in `nf_tables`: chains in the tables of iptables-nft, and the tables of its nftables mode.
 //!
-//! iptables-nft keeps its tables as tables of `nf_tables` with the same names, in families `ip` and `ip6`; a rule that leads
-//! to a chain has an `immediate` expression with the verdict. Constants are those of `linux/netfilter/nf_tables.h`.
+//! iptables-nft keeps its tables as tables of `nf_tables` with the same names, in families `ip` and `ip6`; a rule that
+//! leads to a chain has an `immediate` expression with the verdict. Constants are those of
+//! `linux/netfilter/nf_tables.h`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use netlink_batch::{Error as NetlinkError, Refusal, Request, Socket};
 use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, parse_string, parse_u64_be};
 
-use crate::Mode;
-use crate::names::{self, NFT_TABLE, TABLES};
+use crate::Action;
+use crate::kube_proxy_names::{self, NFT_TABLE, TABLES};
 use crate::nfnetlink::{self, ANY_FAMILY, Attributes, EBUSY, ENOENT, ERESTART, Message};
-use crate::report::{AGAIN, Backend, Error, Family, Iptables, Object, Report};
+use crate::report::{Backend, Error, Family, Iptables, Object, RETRY_ADVICE, Report};
 use crate::rules::{Jump, Plan, Table};
 
 /// `NFNL_SUBSYS_NFTABLES`.
@@ -41,32 +42,32 @@ const NFTA_IMMEDIATE_DATA: u16 = 2;
 const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 
-/// How often a table is read again because others changed `nf_tables` meanwhile.
+/// How often a table is attempted when other processes change `nf_tables` meanwhile.
 const ATTEMPTS: u32 = 16;
 
-pub(crate) fn clear(mode: Mode, report: &mut Report) {
-    let unread = |error: &NetlinkError| Error::Unread {
-        place: "the tables of nf_tables".into(),
+pub(crate) fn clean_up(action: Action, report: &mut Report) {
+    let cannot_inspect = |error: &NetlinkError| Error::CannotInspect {
+        location: "the tables of nf_tables".into(),
         reason: error.to_string(),
-        advice: AGAIN.into(),
+        advice: RETRY_ADVICE.into(),
     };
     let mut socket = match nfnetlink::open() {
         Ok(Some(socket)) => socket,
         Ok(None) => return,
-        Err(error) => return report.problems.push(unread(&error)),
+        Err(error) => return report.problems.push(cannot_inspect(&error)),
     };
     match generation(&mut socket) {
         Err(error) if nfnetlink::is_missing(&error) => return,
-        Err(error) => return report.problems.push(unread(&error)),
+        Err(error) => return report.problems.push(cannot_inspect(&error)),
         Ok(_) => {}
     }
     for family in Family::BOTH {
-        clear_own_table(&mut socket, family, mode, report);
+        clean_up_nftables_mode(&mut socket, family, action, report);
     }
     for family in Family::BOTH {
         let iptables = Iptables { backend: Backend::Nft, family };
         for name in TABLES {
-            if let Err(problem) = clear_table(&mut socket, iptables, name, mode, report) {
+            if let Err(problem) = clean_up_table(&mut socket, iptables, name, action, report) {
                 report.problems.push(problem);
             }
         }
@@ -74,61 +75,65 @@ pub(crate) fn clear(mode: Mode, report: &mut Report) {
 }
 
 /// The table of the nftables mode.
-fn clear_own_table(socket: &mut Socket, family: Family, mode: Mode, report: &mut Report) {
+fn clean_up_nftables_mode(socket: &mut Socket, family: Family, action: Action, report: &mut Report) {
     let object = Object::Table { family };
-    let mut is_there = false;
+    let mut exists = false;
     let read = socket.dump(&message(NFT_MSG_GETTABLE, family), |table: Attributes| {
-        is_there |= table.text(NFTA_TABLE_NAME).as_deref() == Some(NFT_TABLE);
+        exists |= table.text(NFTA_TABLE_NAME).as_deref() == Some(NFT_TABLE);
     });
     if let Err(error) = read {
-        let (reason, advice) = (error.to_string(), AGAIN.to_owned());
-        return report.problems.push(Error::Unread { place: object.to_string(), reason, advice });
+        let (reason, advice) = (error.to_string(), RETRY_ADVICE.to_owned());
+        return report.problems.push(Error::CannotInspect { location: object.to_string(), reason, advice });
     }
-    if !is_there {
+    if !exists {
         return;
     }
-    if mode == Mode::Remove {
+    if action == Action::Remove {
         let request = message(NFT_MSG_DELTABLE, family).with_text(NFTA_TABLE_NAME, NFT_TABLE);
         let reason = match transaction(socket, None, vec![request]) {
             Ok(Ok(())) => None,
-            // Somebody was faster.
+            // Another process has deleted it meanwhile.
             Ok(Err((_, refusal))) if refusal.errno == ENOENT => return,
             Ok(Err((_, refusal))) => Some(refusal.to_string()),
             Err(error) => Some(error.to_string()),
         };
         if let Some(reason) = reason {
-            return report.problems.push(Error::Remains { object: object.into(), reason, advice: AGAIN.into() });
+            return report.problems.push(Error::CannotRemove {
+                object: object.into(),
+                reason,
+                advice: RETRY_ADVICE.into(),
+            });
         }
     }
     report.objects.push(object);
 }
 
-/// Takes kube-proxy's chains out of a table of iptables-nft, in one transaction. One that something else than a rule uses,
-/// such as a verdict map, stays; the others go.
-fn clear_table(
+/// Removes kube-proxy's chains from a table of iptables-nft, in one transaction. A chain that something other than a
+/// rule uses, such as a verdict map, is kept.
+fn clean_up_table(
     socket: &mut Socket,
     iptables: Iptables,
     name: &str,
-    mode: Mode,
+    action: Action,
     report: &mut Report,
 ) -> Result<(), Error> {
-    let unread = |error: &dyn std::fmt::Display| Error::Unread {
-        place: format!("table {name} of {iptables}"),
+    let cannot_inspect = |error: &dyn std::fmt::Display| Error::CannotInspect {
+        location: format!("table {name} of {iptables}"),
         reason: error.to_string(),
-        advice: AGAIN.into(),
+        advice: RETRY_ADVICE.into(),
     };
-    let mut stuck: BTreeMap<String, Refusal> = BTreeMap::new();
+    let mut busy_chains: BTreeMap<String, Refusal> = BTreeMap::new();
     let mut attempts = 0;
     loop {
-        // What is deleted is deleted by what was read: the kernel refuses if it is not the same any more.
-        let generation = generation(socket).map_err(|error| unread(&error))?;
-        let table = read(socket, iptables, name).map_err(|error| unread(&error))?;
-        let plan = table.plan(&stuck.keys().cloned().collect::<BTreeSet<_>>());
-        if mode == Mode::Find || plan.is_empty() {
-            finish(&plan, &table, stuck, report);
+        // The kernel refuses the transaction if the generation has changed since the table was read.
+        let generation = generation(socket).map_err(|error| cannot_inspect(&error))?;
+        let table = read(socket, iptables, name).map_err(|error| cannot_inspect(&error))?;
+        let plan = table.plan(&busy_chains.keys().cloned().collect::<BTreeSet<_>>());
+        if action == Action::Find || plan.is_empty() {
+            finish(&plan, &table, busy_chains, report);
             return Ok(());
         }
-        let remain = |reason: String, advice: &str| Error::ChainsRemain {
+        let remain = |reason: String, advice: &str| Error::CannotRemoveChains {
             iptables,
             table: name.to_owned(),
             chains: plan.chains.iter().map(|&chain| chain.to_owned()).collect(),
@@ -138,50 +143,53 @@ fn clear_table(
         let (requests, deletions) = requests(&plan, iptables.family, name);
         let result = match transaction(socket, Some(generation), requests) {
             Ok(result) => result,
-            Err(error) => return Err(remain(error.to_string(), AGAIN)),
+            Err(error) => return Err(remain(error.to_string(), RETRY_ADVICE)),
         };
         match result {
             Ok(()) => {
-                finish(&plan, &table, stuck, report);
+                finish(&plan, &table, busy_chains, report);
                 return Ok(());
             }
             Err((_, refusal)) if refusal.errno == ERESTART => {
                 attempts += 1;
                 if attempts == ATTEMPTS {
-                    let reason = "others keep changing nf_tables".to_owned();
+                    let reason = "other processes keep changing nf_tables".to_owned();
                     return Err(remain(reason, "run it again when they are done"));
                 }
             }
             Err((index, refusal)) => match deletions.get(&index) {
                 Some(chain) if refusal.errno == EBUSY => {
-                    stuck.insert((*chain).to_owned(), refusal);
+                    busy_chains.insert((*chain).to_owned(), refusal);
                 }
                 _ => {
                     plan.report_kept(report);
-                    return Err(remain(refusal.to_string(), AGAIN));
+                    return Err(remain(refusal.to_string(), RETRY_ADVICE));
                 }
             },
         }
     }
 }
 
-fn finish(plan: &Plan<'_, u64>, table: &Table<u64>, stuck: BTreeMap<String, Refusal>, report: &mut Report) {
+fn finish(plan: &Plan<'_, u64>, table: &Table<u64>, busy_chains: BTreeMap<String, Refusal>, report: &mut Report) {
     plan.report(report);
-    report.problems.extend(stuck.into_iter().map(|(chain, refusal)| Error::Remains {
-        advice: format!("something else leads to it: see `nft list table {} {}`", table.iptables.family, table.name),
+    report.problems.extend(busy_chains.into_iter().map(|(chain, refusal)| Error::CannotRemove {
+        advice: format!(
+            "something other than a rule uses it: see `nft list table {} {}`",
+            table.iptables.family, table.name
+        ),
         object: table.chain(&chain).into(),
         reason: refusal.to_string(),
     }));
 }
 
-/// The requests that carry out a plan, and at which place each chain is deleted. Rules go first, since no chain goes that
-/// is in use.
+/// The requests that carry out a plan, and the index at which each chain is deleted. Rules come first, since a chain in
+/// use cannot be deleted.
 fn requests<'a>(plan: &Plan<'a, u64>, family: Family, table: &str) -> (Vec<Message>, BTreeMap<usize, &'a str>) {
     let of_chain = |chain: &str| {
         message(NFT_MSG_DELRULE, family).with_text(NFTA_RULE_TABLE, table).with_text(NFTA_RULE_CHAIN, chain)
     };
     let jumps = plan.jumps.iter().map(|jump| of_chain(&jump.chain).with(NFTA_RULE_HANDLE, &jump.rule.to_be_bytes()));
-    // Without a handle these are all rules of the chain.
+    // Without a handle, all rules of the chain are deleted.
     let flushes = plan.chains.iter().map(|chain| of_chain(chain));
     let mut requests: Vec<Message> = jumps.chain(flushes).collect();
     let mut deletions = BTreeMap::new();
@@ -197,7 +205,7 @@ fn message(command: u8, family: Family) -> Message {
     Message::new(SUBSYSTEM, command, family.number())
 }
 
-/// The number that grows with each change to `nf_tables`, as the kernel writes it.
+/// The ruleset's generation ID, which changes with each transaction, as raw bytes.
 fn generation(socket: &mut Socket) -> Result<Vec<u8>, NetlinkError> {
     let mut generation = None;
     socket.request(&Message::new(SUBSYSTEM, NFT_MSG_GETGEN, ANY_FAMILY).into(), |answer: Attributes| {
@@ -206,13 +214,13 @@ fn generation(socket: &mut Socket) -> Result<Vec<u8>, NetlinkError> {
     generation.ok_or_else(|| DecodeError::from("nf_tables has no generation").into())
 }
 
-/// The inner result is the first refusal, with the place of the request.
+/// The inner error is the first refusal, with the index of its request.
 fn transaction(
     socket: &mut Socket,
     generation: Option<Vec<u8>>,
     requests: Vec<Message>,
 ) -> Result<Result<(), (usize, Refusal)>, NetlinkError> {
-    let (mut begin, end) = Message::brackets(SUBSYSTEM);
+    let (mut begin, end) = Message::batch_begin_and_end(SUBSYSTEM);
     if let Some(generation) = generation {
         begin = begin.with(NFNL_BATCH_GENID, &generation);
     }
@@ -227,8 +235,8 @@ fn read(socket: &mut Socket, iptables: Iptables, name: &str) -> Result<Table<u64
             table.chains.extend(chain.text(NFTA_CHAIN_NAME));
         }
     })?;
-    // A table of somebody else may have very many rules.
-    if table.is_of_interest() {
+    // A foreign table may have very many rules, so they are only read if needed.
+    if table.has_kubernetes_chains() {
         let request = message(NFT_MSG_GETRULE, iptables.family).with_text(NFTA_RULE_TABLE, name);
         socket.dump(&request, |Rule(rule)| {
             if let Some((_, jump)) = rule.filter(|(table, _)| table == name) {
@@ -239,7 +247,7 @@ fn read(socket: &mut Socket, iptables: Iptables, name: &str) -> Result<Table<u64
     Ok(table)
 }
 
-/// A rule with its table, if it leads to a chain of kube-proxy or kubelet; of others nothing is kept.
+/// A rule with its table, if it jumps to a chain of kube-proxy.
 pub(crate) struct Rule(Option<(String, Jump<u64>)>);
 
 impl NetlinkDeserializable for Rule {
@@ -252,16 +260,16 @@ impl NetlinkDeserializable for Rule {
 
 fn jump(rule: &[u8]) -> Option<(String, Jump<u64>)> {
     let expressions = nfnetlink::attribute(rule, NFTA_RULE_EXPRESSIONS)?;
-    let target = nfnetlink::each(expressions)
+    let target = nfnetlink::iter_attributes(expressions)
         .filter(|(kind, _)| *kind == NFTA_LIST_ELEM)
         .find_map(|(_, expression)| verdict_chain(expression))
-        .filter(|target| names::is_chain(target))?;
+        .filter(|target| kube_proxy_names::is_chain(target))?;
     let chain = nfnetlink::text(rule, NFTA_RULE_CHAIN)?;
     let handle = parse_u64_be(nfnetlink::attribute(rule, NFTA_RULE_HANDLE)?).ok()?;
     Some((nfnetlink::text(rule, NFTA_RULE_TABLE)?, Jump { chain, target, rule: handle }))
 }
 
-/// The chain an `immediate` expression leads to: only the verdicts `NFT_JUMP` and `NFT_GOTO` have one.
+/// The target chain of an `immediate` expression: only the verdicts `NFT_JUMP` and `NFT_GOTO` have one.
 fn verdict_chain(expression: &[u8]) -> Option<String> {
     if nfnetlink::text(expression, NFTA_EXPR_NAME)? != "immediate" {
         return None;
@@ -311,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_leads_to_the_chain_of_its_verdict() {
+    fn the_target_of_a_rule_is_the_chain_of_its_verdict() {
         let expected = Jump { chain: "OUTPUT".into(), target: "KUBE-SERVICES".into(), rule: 7 };
         assert_eq!(jump(&rule("immediate", "KUBE-SERVICES")), Some(("nat".into(), expected)));
         assert_eq!(jump(&rule("immediate", "DOCKER")), None);
@@ -319,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_is_cut_short_leads_nowhere_or_where_it_did() {
+    fn a_truncated_rule_has_the_same_target_or_none() {
         let rule = rule("immediate", "KUBE-SERVICES");
         for length in 0..rule.len() {
             assert!(jump(&rule[..length]).is_none_or(|(_, jump)| jump.target == "KUBE-SERVICES"), "{length}");
@@ -328,7 +336,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-    fn nothing_is_deleted_by_a_reading_that_is_out_of_date() {
+    fn a_transaction_with_an_old_generation_is_refused() {
         lab::netns::isolate().unwrap();
         let nft = |command: &str| assert!(Command::new("nft").arg(command).status().unwrap().success(), "{command}");
         nft("add table ip kube-proxy");

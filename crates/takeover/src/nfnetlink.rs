@@ -35,7 +35,7 @@ fn is_unknown_protocol(error: &io::Error) -> bool {
     error.raw_os_error() == Some(EPROTONOSUPPORT)
 }
 
-/// Whether the kernel says that it does not have a subsystem, and could not load it.
+/// Whether the kernel lacks a subsystem and could not load it.
 pub(crate) fn is_missing(error: &Error) -> bool {
     error.refusal().is_some_and(|refusal| matches!(refusal.errno, ENOENT | EINVAL | EOPNOTSUPP))
 }
@@ -53,14 +53,14 @@ impl Message {
     }
 
     /// The message that begins a transaction of a subsystem, and the one that ends it.
-    pub(crate) fn brackets(subsystem: u8) -> (Self, Self) {
+    pub(crate) fn batch_begin_and_end(subsystem: u8) -> (Self, Self) {
         let message = |kind| Self { kind, bytes: vec![ANY_FAMILY, 0, 0, subsystem] };
         (message(NFNL_MSG_BATCH_BEGIN), message(NFNL_MSG_BATCH_END))
     }
 
     /// Appends an attribute.
     pub(crate) fn with(mut self, kind: u16, value: &[u8]) -> Self {
-        // Longer than any value here; one that is cut short the kernel refuses.
+        // No value here is that long; the kernel refuses an attribute with a wrong length.
         let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
         self.bytes.extend(length.to_ne_bytes());
         self.bytes.extend(kind.to_ne_bytes());
@@ -118,7 +118,7 @@ pub(crate) fn after_header(payload: &[u8]) -> Result<&[u8], DecodeError> {
 
 /// The value of the first attribute of a kind.
 pub(crate) fn attribute(attributes: &[u8], kind: u16) -> Option<&[u8]> {
-    each(attributes).find(|(it, _)| *it == kind).map(|(_, value)| value)
+    iter_attributes(attributes).find(|(it, _)| *it == kind).map(|(_, value)| value)
 }
 
 /// The first attribute of a kind as a text.
@@ -126,8 +126,9 @@ pub(crate) fn text(attributes: &[u8], kind: u16) -> Option<String> {
     parse_string(attribute(attributes, kind)?).ok()
 }
 
-/// All attributes, up to the first that is malformed. (The library's iterator keeps what it yields no longer than itself.)
-pub(crate) fn each(attributes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
+/// All attributes, up to the first that is malformed. (The library's iterator keeps what it yields no longer than
+/// itself.)
+pub(crate) fn iter_attributes(attributes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     let mut rest = attributes;
     std::iter::from_fn(move || {
         let [a, b, c, d, ..] = *rest else { return None };
@@ -160,7 +161,7 @@ mod tests {
 
     #[test]
     fn a_transaction_says_whose_it_is_in_network_byte_order() {
-        let (begin, end) = Message::brackets(10);
+        let (begin, end) = Message::batch_begin_and_end(10);
         assert_eq!((begin.message_type(), end.message_type()), (0x10, 0x11));
         assert_eq!(begin.bytes, [0, 0, 0, 10]);
     }
@@ -177,7 +178,7 @@ mod tests {
     #[test]
     fn malformed_attributes_end_the_reading() {
         for bytes in [&[][..], &[1, 2, 3], &[0; 4], &[3, 0, 1, 0], &[200, 0, 1, 0, 7], &[0xff; 8]] {
-            assert_eq!(each(bytes).count(), 0, "{bytes:?}");
+            assert_eq!(iter_attributes(bytes).count(), 0, "{bytes:?}");
         }
         assert!(after_header(&[0; 3]).is_err());
     }

@@ -1,23 +1,23 @@
-//! What was found, removed and left, in words for an administrator.
+//! The report of what was found, removed and kept.
 
 use std::fmt;
 
-/// What [`find`](crate::find) found, or what became of it under [`remove`](crate::remove).
+/// The result of [`find`](crate::find) or [`remove`](crate::remove).
 #[derive(Debug, Default)]
 pub struct Report {
-    /// What is kube-proxy's: found, or removed. What could not be removed is among the problems instead.
+    /// Objects of kube-proxy that were found or removed. Those that could not be removed are in `problems` instead.
     pub objects: Vec<Object>,
-    /// What stays on purpose.
-    pub left: Vec<Left>,
-    /// What could not be looked at or removed.
+    /// Objects that are kept on purpose.
+    pub kept: Vec<Kept>,
+    /// Objects that could not be inspected or removed.
     pub problems: Vec<Error>,
-    /// What cannot be looked at from here, for want of the tools that know it: there may be something of kube-proxy's in it,
-    /// and to try again would not help.
-    pub unseen: Vec<Error>,
+    /// What could not be checked because the tools for it are missing: it may have objects of kube-proxy, and a retry
+    /// would not help.
+    pub unchecked: Vec<Error>,
 }
 
 impl Report {
-    /// Whether there is nothing of kube-proxy's, as far as one could see everything.
+    /// Whether nothing of kube-proxy was found and nothing failed.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.objects.is_empty() && self.problems.is_empty()
@@ -54,7 +54,7 @@ impl fmt::Display for Family {
     }
 }
 
-/// Which part of the kernel holds the rules of an `iptables`.
+/// The kernel subsystem that has the rules of an `iptables`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Backend {
     /// `nf_tables`.
@@ -63,10 +63,10 @@ pub enum Backend {
     Legacy,
 }
 
-/// One of the four programs that are called iptables.
+/// One of the four variants of iptables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Iptables {
-    /// Where its rules are.
+    /// The subsystem of its rules.
     pub backend: Backend,
     /// The family of its rules.
     pub family: Family,
@@ -82,7 +82,7 @@ impl fmt::Display for Iptables {
     }
 }
 
-/// Something kube-proxy made, or kubelet.
+/// An object of kube-proxy or kubelet.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Object {
@@ -91,20 +91,20 @@ pub enum Object {
         /// The family of the table.
         family: Family,
     },
-    /// A rule in a chain that is not kube-proxy's, which leads to one that is.
+    /// A rule in a foreign chain that jumps to a chain of kube-proxy.
     Rule {
-        /// Whose rule.
+        /// The iptables variant.
         iptables: Iptables,
         /// The table.
         table: String,
-        /// The chain it is in.
+        /// Its chain.
         chain: String,
-        /// The chain it leads to.
+        /// Its target chain.
         target: String,
     },
     /// A chain with its rules.
     Chain {
-        /// Whose chain.
+        /// The iptables variant.
         iptables: Iptables,
         /// The table.
         table: String,
@@ -121,7 +121,7 @@ pub enum Object {
 impl fmt::Display for Object {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Table { family } => write!(f, "table {family} {} of nf_tables", crate::names::NFT_TABLE),
+            Self::Table { family } => write!(f, "table {family} {} of nf_tables", crate::kube_proxy_names::NFT_TABLE),
             Self::Rule { iptables, table, chain, target } => {
                 write!(f, "rule in {table}/{chain} of {iptables} that leads to {target}")
             }
@@ -131,49 +131,49 @@ impl fmt::Display for Object {
     }
 }
 
-/// What stays on purpose, and why.
+/// An object that is kept on purpose, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Left {
-    /// What stays.
+pub struct Kept {
+    /// The object.
     pub object: Object,
-    /// Why, as the end of a sentence.
+    /// The reason.
     pub reason: String,
 }
 
-impl fmt::Display for Left {
+impl fmt::Display for Kept {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.object, self.reason)
     }
 }
 
-/// What could not be looked at or removed, why, and what to do about it.
+/// What could not be inspected or removed, why, and what to do about it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Some of it may still be there, unseen.
-    #[error("cannot look at {place}: {reason}; {advice}")]
-    Unread {
-        /// Where.
-        place: String,
+    /// Something could not be inspected; it may have objects of kube-proxy.
+    #[error("cannot inspect {location}: {reason}; {advice}")]
+    CannotInspect {
+        /// What could not be inspected.
+        location: String,
         /// What went wrong.
         reason: String,
         /// What to do.
         advice: String,
     },
-    /// One thing is still there.
+    /// An object could not be removed.
     #[error("cannot remove {object}: {reason}; {advice}")]
-    Remains {
-        /// What.
+    CannotRemove {
+        /// The object.
         object: Box<Object>,
         /// What went wrong.
         reason: String,
         /// What to do.
         advice: String,
     },
-    /// All chains of a table are still there.
+    /// The chains of a table could not be removed.
     #[error("cannot remove the {} chains of kube-proxy from table {table} of {iptables}: {reason}; {advice}", chains.len())]
-    ChainsRemain {
-        /// Whose table.
+    CannotRemoveChains {
+        /// The iptables variant.
         iptables: Iptables,
         /// The table.
         table: String,
@@ -186,6 +186,6 @@ pub enum Error {
     },
 }
 
-/// What helps against most refusals.
-pub(crate) const AGAIN: &str =
-    "it takes CAP_NET_ADMIN in the node's network namespace; see to the reason and run it again";
+/// The advice for most errors.
+pub(crate) const RETRY_ADVICE: &str =
+    "CAP_NET_ADMIN in the node's network namespace is required; fix the cause and run it again";

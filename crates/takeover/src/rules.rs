@@ -1,14 +1,14 @@
-//! What of a table of iptables goes and what stays: the same for both backends.
+//! Which rules and chains of an iptables table are removed and which are kept, for both backends.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::names;
-use crate::report::{Iptables, Left, Object, Report};
+use crate::kube_proxy_names;
+use crate::report::{Iptables, Kept, Object, Report};
 
-/// The chains that the kernel itself calls.
+/// The built-in chains.
 const BUILT_IN: [&str; 5] = ["PREROUTING", "INPUT", "FORWARD", "OUTPUT", "POSTROUTING"];
 
-/// A table, as far as it matters here. `R` is what a backend deletes a rule by.
+/// A table's chains and jumps. `R` identifies a rule for its backend.
 #[derive(Debug)]
 pub(crate) struct Table<R> {
     pub(crate) iptables: Iptables,
@@ -17,7 +17,7 @@ pub(crate) struct Table<R> {
     pub(crate) jumps: Vec<Jump<R>>,
 }
 
-/// A rule that leads to another chain and may come back or not.
+/// A rule with a jump or goto to another chain.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Jump<R> {
     pub(crate) chain: String,
@@ -25,53 +25,55 @@ pub(crate) struct Jump<R> {
     pub(crate) rule: R,
 }
 
-/// What is to be done to a table.
+/// The changes to a table.
 #[derive(Debug)]
 pub(crate) struct Plan<'a, R> {
     table: &'a Table<R>,
-    /// Rules of others to be deleted.
+    /// Rules in built-in chains to delete.
     pub(crate) jumps: Vec<&'a Jump<R>>,
-    /// Chains to be emptied and deleted.
+    /// Chains to flush and delete.
     pub(crate) chains: BTreeSet<&'a str>,
-    /// Chains that stay, with the reason.
+    /// Chains that are kept, with the reason.
     kept: BTreeMap<&'a str, String>,
 }
 
 impl<R> Table<R> {
-    /// What goes, if these chains have to stay besides kubelet's. A chain that stays works as before: what it leads to stays
-    /// as well, and so do the rules that lead to it. Others' chains are not changed either, as that of a CNI plugin that
-    /// marks packets by way of `KUBE-MARK-MASQ`; only from the kernel's own chains rules go.
-    pub(crate) fn plan(&self, stuck: &BTreeSet<String>) -> Plan<'_, R> {
+    /// Plans the removal, where `busy_chains` are kept besides kubelet's. A kept chain keeps working: its target chains
+    /// and the rules that jump to it are kept too. Foreign chains are not changed, such as a CNI plugin's that marks
+    /// packets with `KUBE-MARK-MASQ`; rules are removed from the built-in chains only.
+    pub(crate) fn plan(&self, busy_chains: &BTreeSet<String>) -> Plan<'_, R> {
         let mut kept = BTreeMap::new();
-        let mut look_at: Vec<&str> = Vec::new();
+        let mut unvisited: Vec<&str> = Vec::new();
         for chain in self.chains.iter().map(String::as_str) {
-            if names::is_kubelet_chain(chain) {
+            if kube_proxy_names::is_kubelet_chain(chain) {
                 kept.insert(chain, "it is kubelet's".to_owned());
-                look_at.push(chain);
-            } else if stuck.contains(chain) || !(names::is_chain(chain) || BUILT_IN.contains(&chain)) {
-                look_at.push(chain);
+                unvisited.push(chain);
+            } else if busy_chains.contains(chain) || !(kube_proxy_names::is_chain(chain) || BUILT_IN.contains(&chain)) {
+                unvisited.push(chain);
             }
         }
-        while let Some(chain) = look_at.pop() {
+        while let Some(chain) = unvisited.pop() {
             for jump in self.jumps.iter().filter(|jump| jump.chain == chain) {
                 let target = jump.target.as_str();
-                if names::is_chain(target) && !stuck.contains(target) && !kept.contains_key(target) {
-                    let is_known = names::is_chain(chain) || names::is_kubelet_chain(chain);
+                if kube_proxy_names::is_chain(target) && !busy_chains.contains(target) && !kept.contains_key(target) {
+                    let is_known = kube_proxy_names::is_chain(chain) || kube_proxy_names::is_kubelet_chain(chain);
                     let whose = if is_known { "stays" } else { "is not kube-proxy's" };
                     kept.insert(target, format!("{chain}, which {whose}, leads there"));
-                    look_at.push(target);
+                    unvisited.push(target);
                 }
             }
         }
-        let goes = |chain: &str| names::is_chain(chain) && !stuck.contains(chain) && !kept.contains_key(chain);
+        let goes = |chain: &str| {
+            kube_proxy_names::is_chain(chain) && !busy_chains.contains(chain) && !kept.contains_key(chain)
+        };
         let chains = self.chains.iter().map(String::as_str).filter(|chain| goes(chain)).collect();
         let jumps = self.jumps.iter().filter(|jump| goes(&jump.target) && !goes(&jump.chain)).collect();
         Plan { table: self, jumps, chains, kept }
     }
 
-    /// Whether there is anything to report of.
-    pub(crate) fn is_of_interest(&self) -> bool {
-        self.chains.iter().any(|chain| names::is_chain(chain) || names::is_kubelet_chain(chain))
+    /// Whether it has chains of kube-proxy or kubelet.
+    pub(crate) fn has_kubernetes_chains(&self) -> bool {
+        self.chains.iter().any(|chain| kube_proxy_names::is_chain(chain) || kube_proxy_names::is_kubelet_chain(chain))
     }
 }
 
@@ -80,7 +82,7 @@ impl<R> Plan<'_, R> {
         self.chains.is_empty()
     }
 
-    /// Takes in what this plan finds, or has done.
+    /// Adds the objects of this plan to a report.
     pub(crate) fn report(&self, report: &mut Report) {
         let rules = self.jumps.iter().map(|jump| Object::Rule {
             iptables: self.table.iptables,
@@ -93,11 +95,11 @@ impl<R> Plan<'_, R> {
         self.report_kept(report);
     }
 
-    /// Takes in what stays.
+    /// Adds the kept chains to a report.
     pub(crate) fn report_kept(&self, report: &mut Report) {
         let left =
-            self.kept.iter().map(|(chain, reason)| Left { object: self.table.chain(chain), reason: reason.clone() });
-        report.left.extend(left);
+            self.kept.iter().map(|(chain, reason)| Kept { object: self.table.chain(chain), reason: reason.clone() });
+        report.kept.extend(left);
     }
 }
 
@@ -127,15 +129,15 @@ mod tests {
     }
 
     /// The chains and the rules that go, and the chains that stay.
-    fn planned(table: &Table<usize>, stuck: &[&str]) -> (Vec<String>, Vec<usize>, Vec<String>) {
-        let plan = table.plan(&stuck.iter().map(|&chain| chain.to_owned()).collect());
+    fn planned(table: &Table<usize>, busy_chains: &[&str]) -> (Vec<String>, Vec<usize>, Vec<String>) {
+        let plan = table.plan(&busy_chains.iter().map(|&chain| chain.to_owned()).collect());
         let owned = |names: Vec<&&str>| names.into_iter().map(|&name| name.to_owned()).collect();
         let jumps = plan.jumps.iter().map(|jump| jump.rule).collect();
         (owned(plan.chains.iter().collect()), jumps, owned(plan.kept.keys().collect()))
     }
 
     #[test]
-    fn chains_go_with_the_rules_of_the_kernels_chains_that_lead_to_them_and_those_stay_that_others_go_by() {
+    fn chains_are_removed_with_jumps_from_built_in_chains_unless_in_use() {
         let table = table(
             &["OUTPUT", "DOCKER", "KUBE-SERVICES", "KUBE-MARK-MASQ", "KUBE-ROUTER-OUTPUT"],
             &[
@@ -153,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_chain_of_kubelet_leads_to_stays_and_all_that_follows() {
+    fn chains_reachable_from_kubelets_chains_are_kept() {
         let table = table(
             &["OUTPUT", "KUBE-FIREWALL", "KUBE-MARK-DROP", "KUBE-SEP-A", "KUBE-SERVICES"],
             &[
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_go_keeps_what_it_needs_and_holds_up_nothing_else() {
+    fn a_busy_chain_keeps_its_targets_and_nothing_else() {
         let table = table(
             &["INPUT", "KUBE-NODE-PORT", "KUBE-MARK-MASQ", "KUBE-FORWARD"],
             &[("INPUT", "KUBE-NODE-PORT"), ("KUBE-NODE-PORT", "KUBE-MARK-MASQ"), ("INPUT", "KUBE-FORWARD")],
@@ -183,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_that_lead_to_each_other_go_together() {
+    fn chains_in_a_cycle_are_removed() {
         let jumps = [("KUBE-SVC-A", "KUBE-SVC-B"), ("KUBE-SVC-B", "KUBE-SVC-A")];
         let (chains, jumps, _) = planned(&table(&["KUBE-SVC-A", "KUBE-SVC-B"], &jumps), &[]);
         assert_eq!(chains, ["KUBE-SVC-A", "KUBE-SVC-B"]);

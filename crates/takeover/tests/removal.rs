@@ -1,43 +1,43 @@
-//! A node that kube-proxy has left, with others on it, before and after the removal.
+//! Removal of kube-proxy's rules on a node that has foreign rules too.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod foreign_rules;
 mod kube_proxy;
-mod node;
 
 use std::process::Command;
 
-use kube_proxy::{Iptables, leave, recording};
+use foreign_rules::{ForeignRules, run};
+use kube_proxy::{Iptables, install_recording, recording};
 use lab::netns::isolate;
-use node::{Neighbours, run};
 use takeover::{Report, find, remove};
 
 /// Plain Services, source ranges, IPv6, NodePorts of both families, everything masqueraded.
 const CASES: [&str; 5] =
     ["clusterip-tcp", "lb-source-ranges", "v6-only-service", "dualstack-nodeport", "masquerade-all"];
 
-/// The names of what a report says is kube-proxy's, sorted.
+/// The objects of a report, sorted.
 fn objects(report: &Report) -> Vec<String> {
     let mut objects: Vec<String> = report.objects.iter().map(ToString::to_string).collect();
     objects.sort();
     objects
 }
 
-fn left(report: &Report) -> Vec<String> {
-    report.left.iter().map(ToString::to_string).collect()
+fn kept(report: &Report) -> Vec<String> {
+    report.kept.iter().map(ToString::to_string).collect()
 }
 
-/// Removes what there is, without any problem. Then nothing is found and nothing to be done.
+/// Removes everything without problems, and checks that nothing is found afterwards.
 fn removed() -> Report {
     let found = find();
     assert!(found.problems.is_empty(), "{:#?}", found.problems);
     let removed = remove();
     assert!(removed.problems.is_empty(), "{:#?}", removed.problems);
     assert_eq!(objects(&removed), objects(&found), "found and removed");
-    assert_eq!(left(&removed), left(&found), "found and left");
+    assert_eq!(kept(&removed), kept(&found), "found and left");
     for again in [find(), remove()] {
         assert!(again.is_empty(), "{again:#?}");
-        assert_eq!(left(&again), left(&removed));
+        assert_eq!(kept(&again), kept(&removed));
     }
     removed
 }
@@ -48,18 +48,18 @@ fn assert_has(all: &[String], wanted: &[&str]) {
     }
 }
 
-/// With each case in a network of its own.
-fn leaves_nothing_but_the_neighbours(iptables: Iptables, word: &str) {
+/// Runs each case in its own network namespace.
+fn leaves_only_foreign_rules(iptables: Iptables, word: &str) {
     for case in CASES {
         isolate().unwrap();
-        let neighbours = Neighbours::new(iptables);
-        leave(&recording(case), iptables);
-        let with_kube_proxy = neighbours.state();
-        assert_ne!(with_kube_proxy, neighbours.before, "{case}: there is something to be removed");
+        let foreign = ForeignRules::new(iptables);
+        install_recording(&recording(case), iptables);
+        let with_kube_proxy = foreign.state();
+        assert_ne!(with_kube_proxy, foreign.before, "{case}: there is something to be removed");
         find();
-        assert_eq!(neighbours.state(), with_kube_proxy, "{case}: to find changes nothing");
+        assert_eq!(foreign.state(), with_kube_proxy, "{case}: to find changes nothing");
         let report = removed();
-        assert_eq!(neighbours.state(), neighbours.before, "{case}");
+        assert_eq!(foreign.state(), foreign.before, "{case}");
         for family in ["ip", "ip6"] {
             let chain = |chain: &str| format!("chain {chain} of iptables-{word} ({family})");
             let rule = |chain: &str, target: &str| {
@@ -79,31 +79,31 @@ fn leaves_nothing_but_the_neighbours(iptables: Iptables, word: &str) {
             assert_has(&objects, &["ipset KUBE-6-LOAD-BALANCER-SOURCE-CID", "ipset KUBE-LOOP-BACK"]);
             let kubelets = ["filter/KUBE-FIREWALL", "mangle/KUBE-IPTABLES-HINT", "nat/KUBE-KUBELET-CANARY"];
             let kubelets = kubelets.map(|name| format!("{}: it is kubelet's", chain(name)));
-            assert_has(&left(&report), &kubelets.each_ref().map(String::as_str));
+            assert_has(&kept(&report), &kubelets.each_ref().map(String::as_str));
         }
     }
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_kube_proxy_left_in_iptables_nft_goes_and_what_others_have_stays_as_it_is() {
-    leaves_nothing_but_the_neighbours(Iptables::Nft, "nft");
+fn iptables_nft_rules_are_removed_and_foreign_ones_kept() {
+    leaves_only_foreign_rules(Iptables::Nft, "nft");
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_kube_proxy_left_in_iptables_legacy_goes_and_what_others_have_stays_as_it_is() {
-    leaves_nothing_but_the_neighbours(Iptables::Legacy, "legacy");
+fn iptables_legacy_rules_are_removed_and_foreign_ones_kept() {
+    leaves_only_foreign_rules(Iptables::Legacy, "legacy");
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_was_left_in_both_kinds_of_iptables_goes_from_both() {
+fn rules_in_both_iptables_backends_are_removed() {
     isolate().unwrap();
-    let (nft, legacy) = (Neighbours::new(Iptables::Nft), Neighbours::new(Iptables::Legacy));
+    let (nft, legacy) = (ForeignRules::new(Iptables::Nft), ForeignRules::new(Iptables::Legacy));
     let (nft_before, legacy_before) = (nft.state(), legacy.state());
-    leave(&recording("dualstack-nodeport"), Iptables::Nft);
-    leave(&recording("lb-source-ranges"), Iptables::Legacy);
+    install_recording(&recording("dualstack-nodeport"), Iptables::Nft);
+    install_recording(&recording("lb-source-ranges"), Iptables::Legacy);
     let objects = objects(&removed());
     assert_has(&objects, &["chain nat/KUBE-SERVICES of iptables-nft (ip6)"]);
     assert_has(&objects, &["chain nat/KUBE-SERVICES of iptables-legacy (ip6)"]);
@@ -112,11 +112,11 @@ fn what_was_left_in_both_kinds_of_iptables_goes_from_both() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_the_modes_iptables_and_nftables_left_goes_and_the_tables_of_kube_ipvs_stay() {
+fn other_proxy_modes_are_removed_and_kube_ipvs_tables_kept() {
     isolate().unwrap();
-    let neighbours = Neighbours::new(Iptables::Nft);
+    let foreign = ForeignRules::new(Iptables::Nft);
     run("nft add table ip kube-ipvs && nft add chain ip kube-ipvs c");
-    let before = (neighbours.state(), run("nft -a list table ip kube-ipvs"));
+    let before = (foreign.state(), run("nft -a list table ip kube-ipvs"));
     run("iptables-nft-restore --noflush <<'EOF'
 *mangle
 :KUBE-PROXY-CANARY - [0:0]
@@ -163,7 +163,7 @@ EOF"
         ));
     }
     let objects = objects(&removed());
-    assert_eq!((neighbours.state(), run("nft -a list table ip kube-ipvs")), before);
+    assert_eq!((foreign.state(), run("nft -a list table ip kube-ipvs")), before);
     assert_eq!(
         objects,
         [
@@ -181,18 +181,18 @@ EOF"
     );
 }
 
-/// In a chain of somebody else's, with rules on both sides.
-fn what_others_go_by_stays(iptables: Iptables, word: &str) {
+/// With rules of a foreign chain that jump to a chain of kube-proxy.
+fn a_chain_that_foreign_rules_use_is_kept(iptables: Iptables, word: &str) {
     isolate().unwrap();
-    let neighbours = Neighbours::new(iptables);
-    leave(&recording("clusterip-tcp"), iptables);
+    let foreign = ForeignRules::new(iptables);
+    install_recording(&recording("clusterip-tcp"), iptables);
     run(&format!(
         "iptables-{word} -t nat -I CNI-HOSTPORT-DNAT 2 -s 10.0.0.1 -m comment --comment 'say \"-j\" twice' -j KUBE-MARK-MASQ
          iptables-{word} -t nat -A CNI-HOSTPORT-DNAT -s 10.0.0.2 -g KUBE-MARK-MASQ"
     ));
     let report = removed();
     let chain = format!("chain nat/KUBE-MARK-MASQ of iptables-{word} (ip)");
-    assert_has(&left(&report), &[&format!("{chain}: CNI-HOSTPORT-DNAT, which is not kube-proxy's, leads there")]);
+    assert_has(&kept(&report), &[&format!("{chain}: CNI-HOSTPORT-DNAT, which is not kube-proxy's, leads there")]);
     let rules = run(&format!("iptables-{word}-save -t nat"));
     for rule in ["-s 10.0.0.1/32", "-s 10.0.0.2/32", "-A KUBE-MARK-MASQ -j MARK"] {
         assert!(rules.contains(rule), "{rules}");
@@ -204,46 +204,46 @@ fn what_others_go_by_stays(iptables: Iptables, word: &str) {
         "iptables-{word} -t nat -D CNI-HOSTPORT-DNAT -s 10.0.0.1 -m comment --comment 'say \"-j\" twice' -j KUBE-MARK-MASQ"
     ));
     assert_eq!(objects(&removed()), [chain]);
-    assert_eq!(neighbours.state(), neighbours.before);
+    assert_eq!(foreign.state(), foreign.before);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_chain_of_kube_proxy_that_others_go_by_stays_until_they_do_not() {
-    what_others_go_by_stays(Iptables::Nft, "nft");
-    what_others_go_by_stays(Iptables::Legacy, "legacy");
+fn a_chain_is_kept_while_foreign_rules_jump_to_it() {
+    a_chain_that_foreign_rules_use_is_kept(Iptables::Nft, "nft");
+    a_chain_that_foreign_rules_use_is_kept(Iptables::Legacy, "legacy");
 }
 
-/// kubelet marked packets to be dropped, until Kubernetes 1.28.
-fn what_kubelet_uses_stays(iptables: Iptables, word: &str) {
+/// kubelet had `KUBE-MARK-DROP` until Kubernetes 1.28.
+fn a_chain_that_kubelet_uses_is_kept(iptables: Iptables, word: &str) {
     isolate().unwrap();
-    let neighbours = Neighbours::new(iptables);
+    let foreign = ForeignRules::new(iptables);
     run(&format!(
         "iptables-{word} -N KUBE-MARK-DROP
          iptables-{word} -A KUBE-MARK-DROP -j MARK --set-xmark 0x8000/0x8000
          iptables-{word} -A KUBE-FIREWALL -s 192.0.2.1 -j KUBE-MARK-DROP"
     ));
-    let before = neighbours.state();
-    leave(&recording("clusterip-tcp"), iptables);
+    let before = foreign.state();
+    install_recording(&recording("clusterip-tcp"), iptables);
     run(&format!("iptables-{word} -A KUBE-FORWARD -s 192.0.2.2 -j KUBE-MARK-DROP"));
     let report = removed();
-    assert_eq!(neighbours.state(), before);
+    assert_eq!(foreign.state(), before);
     let chain = format!("chain filter/KUBE-MARK-DROP of iptables-{word} (ip)");
-    assert_has(&left(&report), &[&format!("{chain}: KUBE-FIREWALL, which stays, leads there")]);
+    assert_has(&kept(&report), &[&format!("{chain}: KUBE-FIREWALL, which stays, leads there")]);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_chain_that_kubelet_leads_to_stays() {
-    what_kubelet_uses_stays(Iptables::Nft, "nft");
-    what_kubelet_uses_stays(Iptables::Legacy, "legacy");
+    a_chain_that_kubelet_uses_is_kept(Iptables::Nft, "nft");
+    a_chain_that_kubelet_uses_is_kept(Iptables::Legacy, "legacy");
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_set_that_a_rule_of_somebody_else_uses_is_reported_and_stays_and_the_rest_goes() {
+fn a_set_used_by_a_foreign_rule_is_kept_and_reported() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp"), Iptables::Nft);
+    install_recording(&recording("clusterip-tcp"), Iptables::Nft);
     run("iptables-nft -A INPUT -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT");
     let report = remove();
     let [problem] = &report.problems[..] else { panic!("{:#?}", report.problems) };
@@ -259,12 +259,12 @@ fn a_set_that_a_rule_of_somebody_else_uses_is_reported_and_stays_and_the_rest_go
     assert!(remove().is_empty());
 }
 
-/// As those of deleted rules are, which `nf_tables` destroys a moment later.
+/// As with the sets of deleted rules, which `nf_tables` releases asynchronously.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_set_that_is_let_go_of_a_moment_later_goes() {
+fn a_set_released_a_moment_later_is_removed() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp"), Iptables::Nft);
+    install_recording(&recording("clusterip-tcp"), Iptables::Nft);
     run("iptables-nft -A INPUT -m set --match-set KUBE-CLUSTER-IP dst,dst -j ACCEPT");
     let mut letting_go = Command::new("sh").args(["-c", "sleep 1; iptables-nft -F INPUT"]).spawn().unwrap();
     let report = remove();
@@ -275,16 +275,16 @@ fn a_set_that_is_let_go_of_a_moment_later_goes() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_chain_that_a_verdict_map_leads_to_is_reported_and_stays_whole_and_the_rest_goes() {
+fn a_chain_used_by_a_verdict_map_is_kept_and_reported() {
     isolate().unwrap();
-    leave(&recording("clusterip-tcp"), Iptables::Nft);
+    install_recording(&recording("clusterip-tcp"), Iptables::Nft);
     run("nft add map ip nat mine '{ type inet_service : verdict; elements = { 80 : jump KUBE-LOAD-BALANCER }; }'");
     let report = remove();
     let [problem] = &report.problems[..] else { panic!("{:#?}", report.problems) };
     let expected = "cannot remove chain nat/KUBE-LOAD-BALANCER of iptables-nft (ip): Device or resource busy";
     assert!(problem.to_string().starts_with(expected), "{problem}");
     assert_eq!(
-        left(&report),
+        kept(&report),
         ["chain nat/KUBE-MARK-MASQ of iptables-nft (ip): KUBE-LOAD-BALANCER, which stays, leads there"]
     );
     let rules = "-A KUBE-LOAD-BALANCER -j KUBE-MARK-MASQ\n-A KUBE-MARK-MASQ -j MARK --set-xmark 0x4000/0x4000\n";
@@ -299,10 +299,10 @@ fn a_chain_that_a_verdict_map_leads_to_is_reported_and_stays_whole_and_the_rest_
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn where_there_is_nothing_nothing_is_done_and_no_table_of_iptables_legacy_comes_to_be() {
+fn without_rules_nothing_is_changed_and_no_table_created() {
     isolate().unwrap();
     for report in [find(), remove()] {
-        assert!(report.is_empty() && report.left.is_empty(), "{report:#?}");
+        assert!(report.is_empty() && report.kept.is_empty(), "{report:#?}");
     }
     assert_eq!(run("nft list ruleset; ipset save; cat /proc/net/ip_tables_names /proc/net/ip6_tables_names"), "");
 }

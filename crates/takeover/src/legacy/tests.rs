@@ -10,7 +10,7 @@ fn input(saved: &str) -> String {
 }
 
 #[test]
-fn what_is_saved_is_turned_into_what_takes_it_away() {
+fn saved_rules_become_the_input_that_removes_them() {
     struct Case {
         name: &'static str,
         saved: &'static str,
@@ -83,7 +83,7 @@ COMMIT
 }
 
 #[test]
-fn tools_must_say_that_they_are_legacy() {
+fn tools_must_report_the_legacy_backend() {
     let legacy = |_: &str| Some("v1.8.9 (legacy)".to_owned());
     let by_name = Tools { save: "ip6tables-legacy-save".into(), restore: "ip6tables-legacy-restore".into() };
     assert_eq!(Tools::find(Family::Ip6, legacy), Some(by_name));
@@ -98,7 +98,7 @@ fn tools_must_say_that_they_are_legacy() {
 }
 
 #[test]
-fn what_is_advised_to_do_by_hand_leaves_what_is_not_kube_proxys() {
+fn the_manual_command_keeps_foreign_rules() {
     let saved = "*nat
 :OUTPUT ACCEPT [5:300]
 :KUBE-SERVICES - [0:0]
@@ -114,7 +114,7 @@ fn what_is_advised_to_do_by_hand_leaves_what_is_not_kube_proxys() {
 COMMIT
 ";
     let mut grep = Command::new("grep")
-        .args(["-vE", &names::pattern()])
+        .args(["-vE", &kube_proxy_names::pattern()])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
@@ -130,12 +130,12 @@ COMMIT
 COMMIT
 ";
     assert_eq!(kept, expected);
-    assert!(by_hand(Family::Ip6).contains("ip6tables-legacy-restore"));
+    assert!(manual_command(Family::Ip6).contains("ip6tables-legacy-restore"));
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn where_the_tools_are_missing_the_report_says_by_which_command_the_rules_go() {
+fn without_tools_the_report_has_a_command_to_remove_the_rules() {
     let sh = |command: &str| {
         let output = Command::new("sh").args(["-c", command]).output().unwrap();
         assert!(output.status.success(), "{command}: {output:?}");
@@ -148,11 +148,11 @@ fn where_the_tools_are_missing_the_report_says_by_which_command_the_rules_go() {
     sh("iptables-legacy -N KUBE-SVC-A && iptables-legacy -I INPUT -j KUBE-SVC-A && iptables-legacy -A KUBE-SVC-A");
     let mut report = Report::default();
     let missing = |_: &str| None;
-    clear_family(Family::Ip6, missing, Mode::Remove, &mut report).unwrap();
-    clear_family(Family::Ip, missing, Mode::Remove, &mut report).unwrap();
-    let problem = report.unseen[0].to_string();
+    clean_up_family(Family::Ip6, missing, Action::Remove, &mut report).unwrap();
+    clean_up_family(Family::Ip, missing, Action::Remove, &mut report).unwrap();
+    let problem = report.unchecked[0].to_string();
     assert!(report.is_empty() && save().contains("KUBE-SVC-A"));
-    assert!(problem.contains("cannot look at the rules of iptables-legacy (ip): the kernel has tables of it (filter)"));
+    assert!(problem.contains("cannot inspect the rules of iptables-legacy (ip): the kernel has tables of it (filter)"));
     let (_, command) = problem.split_once('`').unwrap();
     sh(command.trim_end_matches('`'));
     assert_eq!(save(), before);

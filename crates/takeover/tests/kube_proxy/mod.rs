@@ -1,7 +1,8 @@
-//! The packet filter of a node that kube-proxy has left, made from a recording of it with the real tools.
+//! Installs kube-proxy's rules and sets from a recording, with the real tools.
 //!
-//! A recording (`tests/conformance/*/raw-*.txt`) has the rules and the entries of sets; the definitions of chains and sets,
-//! which are always the same, were left out of it and are made here. The tests of the agent include this file too.
+//! A recording (`tests/conformance/*/raw-*.txt`) has the rules and the entries of sets; the definitions of chains and
+//! sets, which are always the same, were left out of it and are made here. The tests of the agent include this file
+//! too.
 
 #![allow(
     dead_code,
@@ -74,7 +75,7 @@ pub enum Iptables {
     Legacy,
 }
 
-/// What kube-proxy had made at the end of the first step of a conformance case.
+/// The recording of kube-proxy's rules after the first step of a conformance case.
 pub fn recording(case: &str) -> String {
     // The package that includes this file is the agent's, at the root, or this crate.
     let package = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -85,9 +86,9 @@ pub fn recording(case: &str) -> String {
 
 /// Makes the sets, chains and rules of a recording in the calling thread's network namespace, beside what is there.
 ///
-/// kube-proxy puts its rules before those of others, and so are they here. Rules with the match `physdev` are left out: the
+/// As kube-proxy does, its rules are inserted before the others. Rules with the match `physdev` are left out: the
 /// guest's kernel has none.
-pub fn leave(recording: &str, iptables: Iptables) {
+pub fn install_recording(recording: &str, iptables: Iptables) {
     let kind = match iptables {
         Iptables::Nft => "nft",
         Iptables::Legacy => "legacy",
@@ -190,7 +191,7 @@ add KUBE-IPVS-IPS 10.96.0.10
 ";
 
     #[test]
-    fn rules_of_others_chains_come_first_in_their_order() {
+    fn rules_in_foreign_chains_are_inserted_in_order() {
         let input = rules(section(RECORDING, "iptables-save"));
         let inserted =
             "-I INPUT 1 -j KUBE-PROXY-FIREWALL\n-I INPUT 1 -j KUBE-NODE-PORT\n-A KUBE-NODE-PORT -j ACCEPT\nCOMMIT";
@@ -200,7 +201,7 @@ add KUBE-IPVS-IPS 10.96.0.10
     }
 
     #[test]
-    fn each_family_has_17_sets_whose_names_fit() {
+    fn each_family_has_17_sets_with_valid_names() {
         let input = sets(section(RECORDING, "ipset save"));
         let names: BTreeSet<&str> =
             input.lines().filter_map(|line| line.strip_prefix("create ")?.split(' ').next()).collect();

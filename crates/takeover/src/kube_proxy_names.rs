@@ -1,19 +1,19 @@
-//! What is kube-proxy's, by name.
+//! The names of kube-proxy's chains, sets and tables.
 //!
-//! A name that begins with `KUBE-` proves nothing: kube-router, which is in k3s too, calls the chains of its network
-//! policies `KUBE-ROUTER-*`, `KUBE-POD-FW-*` and `KUBE-NWPLCY-*`. So kube-proxy's names are listed.
+//! The prefix `KUBE-` is not enough: kube-router, which is part of k3s, names the chains of its network policies
+//! `KUBE-ROUTER-*`, `KUBE-POD-FW-*` and `KUBE-NWPLCY-*`. So kube-proxy's names are listed.
 
 /// The tables of iptables that kube-proxy and kubelet have chains in.
 pub(crate) const TABLES: [&str; 4] = ["filter", "nat", "mangle", "raw"];
 
-/// The table of kube-proxy's nftables mode, in families `ip` and `ip6`.
+/// The table of kube-proxy's nftables action, in families `ip` and `ip6`.
 pub(crate) const NFT_TABLE: &str = "kube-proxy";
 
-/// Chains that kubelet makes and watches over.
+/// Chains that kubelet creates and maintains.
 const KUBELET_CHAINS: [&str; 3] = ["KUBE-FIREWALL", "KUBE-IPTABLES-HINT", "KUBE-KUBELET-CANARY"];
 
-/// Chains of the ipvs mode and the iptables mode. `KUBE-MARK-MASQ`, `KUBE-MARK-DROP` and `KUBE-POSTROUTING` were made by
-/// kubelet too, until Kubernetes 1.28.
+/// Chains of the ipvs mode and the iptables mode. Until Kubernetes 1.28 kubelet created `KUBE-MARK-MASQ`,
+/// `KUBE-MARK-DROP` and `KUBE-POSTROUTING` too.
 const CHAINS: [&str; 14] = [
     "KUBE-EXTERNAL-SERVICES",
     "KUBE-FORWARD",
@@ -31,7 +31,7 @@ const CHAINS: [&str; 14] = [
     "KUBE-SOURCE-RANGES-FIREWALL",
 ];
 
-/// Chains of the iptables mode, one for each port of a Service or each endpoint: these with a hash after them.
+/// Chains of the iptables action, one for each port of a Service or each endpoint: these prefixes and a hash.
 const CHAIN_PREFIXES: [&str; 6] = ["KUBE-EXT-", "KUBE-FW-", "KUBE-SEP-", "KUBE-SVC-", "KUBE-SVL-", "KUBE-XLB-"];
 
 /// The ipsets for IPv4.
@@ -73,7 +73,7 @@ pub(crate) fn is_set(name: &str) -> bool {
     SETS.iter().any(|set| name == *set || name == for_ipv6(set))
 }
 
-/// What kube-proxy calls the set for IPv6.
+/// kube-proxy's name of the set for IPv6.
 fn for_ipv6(set: &str) -> String {
     let mut name = set.replacen("KUBE-", "KUBE-6-", 1);
     name.truncate(SET_NAME_BYTES);
@@ -91,7 +91,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chains_of_the_ipvs_mode_and_the_iptables_mode_are_kube_proxys() {
+    fn chains_of_both_modes_belong_to_kube_proxy() {
         for chain in ["KUBE-SERVICES", "KUBE-IPVS-FILTER", "KUBE-NODEPORTS", "KUBE-MARK-MASQ", "KUBE-PROXY-CANARY"] {
             assert!(is_chain(chain), "{chain}");
         }
@@ -102,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn chains_of_kubelet_and_of_network_policies_are_not() {
+    fn chains_of_kubelet_and_kube_router_do_not() {
         for chain in KUBELET_CHAINS {
             assert!(!is_chain(chain) && is_kubelet_chain(chain), "{chain}");
         }
@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn sets_for_ipv6_have_names_of_their_own_that_the_kernel_has_room_for() {
+    fn ipv6_sets_have_truncated_names() {
         assert_eq!(for_ipv6("KUBE-CLUSTER-IP"), "KUBE-6-CLUSTER-IP");
         assert_eq!(for_ipv6("KUBE-LOAD-BALANCER-SOURCE-CIDR"), "KUBE-6-LOAD-BALANCER-SOURCE-CID");
         assert_eq!(for_ipv6("KUBE-NODE-PORT-LOCAL-SCTP-HASH"), "KUBE-6-NODE-PORT-LOCAL-SCTP-HAS");
@@ -136,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_listed_once() {
+    fn names_are_sorted_and_unique() {
         for list in [&CHAINS[..], &SETS[..], &CHAIN_PREFIXES[..]] {
             assert!(list.is_sorted_by(|a, b| a < b), "{list:?}");
         }

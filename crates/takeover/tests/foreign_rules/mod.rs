@@ -1,11 +1,11 @@
-//! Who else has rules and sets on a node: Docker, Calico, a network plugin, kube-router's network policies, kubelet, and an
-//! administrator.
+//! Foreign rules and sets on a node: of Docker, Calico, a network plugin, kube-router's network policies, kubelet, and
+//! an administrator.
 
 use std::process::Command;
 
 use crate::kube_proxy::Iptables;
 
-/// For `iptables-restore` of either family, in which they differ by the addresses alone.
+/// Input for `iptables-restore`. The families differ in the addresses alone.
 const RULES: &str = "*mangle
 :PREROUTING ACCEPT [0:0]
 :INPUT ACCEPT [0:0]
@@ -56,15 +56,15 @@ COMMIT
 COMMIT
 ";
 
-/// Everybody but kube-proxy.
-pub(crate) struct Neighbours {
+/// The foreign rules and sets of a node.
+pub(crate) struct ForeignRules {
     save: String,
-    /// Their state before kube-proxy came.
+    /// Their state before kube-proxy's rules were installed.
     pub before: String,
 }
 
-impl Neighbours {
-    /// Makes the rules and sets of all of them in this thread's network namespace.
+impl ForeignRules {
+    /// Installs them in this thread's network namespace.
     pub(crate) fn new(iptables: Iptables) -> Self {
         let kind = match iptables {
             Iptables::Nft => "nft",
@@ -90,7 +90,7 @@ impl Neighbours {
         Self { save, before }
     }
 
-    /// All rules with their counters and all sets, of everybody.
+    /// The state of all rules with their counters and of all sets.
     pub(crate) fn state(&self) -> String {
         run(&self.save)
     }
