@@ -13,12 +13,10 @@ use metrics_exporter_prometheus::PrometheusHandle;
 use reconciler::Reconciler;
 use reconciler::kernel::KernelError;
 use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
-use reconciler::outcome::{Failure, Outcome};
 use reconciler::policy::Families;
-use reconciler::run::{Input, Observer, Taken};
-use service_watch::{
-    ApiServer, Change, Connection, Counters, EventRecorder, ExistingState, Manifests, Message, Source,
-};
+use reconciler::report::{Failure, SyncReport};
+use reconciler::run::{Input, Observer, ReceivedChanges};
+use service_watch::{ApiServer, Change, Connection, Counters, EventRecorder, Manifests, Message, ExistingState, Source};
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc as channel, oneshot};
@@ -233,7 +231,7 @@ async fn ended_by(
 }
 
 fn synced_once(mode: Mode, failed: &[Failure], is_incomplete: bool) -> Result<End> {
-    let is_of_one_service = |failure: &Failure| !failure.key.is_whole();
+    let is_of_one_service = |failure: &Failure| !failure.key.is_node_wide();
     if mode == Mode::Takeover && !failed.is_empty() && failed.iter().all(is_of_one_service) {
         warn!("the kernel refused {} operations, of some Services: see above; the others are in place", failed.len());
     } else if !failed.is_empty() {
@@ -332,20 +330,20 @@ struct Witness {
 }
 
 impl Observer for Witness {
-    fn done(&mut self, outcome: &Outcome, since: Instant, taken: &Taken) {
-        self.health.synced(since, &outcome.unrepaired, SystemTime::now());
-        metrics::synced(outcome, taken, self.families, self.started);
-        for event in events::of(outcome) {
+    fn done(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
+        self.health.synced(since, &report.unrepaired, SystemTime::now());
+        metrics::synced(report, received, self.families, self.started);
+        for event in events::of(report) {
             self.posts.post(event);
         }
         // The first audit comes right after they were set.
-        if outcome.audited && !outcome.is_first {
+        if report.is_audit && !report.is_first_audit {
             for problem in self.sysctls.look() {
                 self.posts.post(events::setting(problem));
             }
             metrics::wrong_settings(self.sysctls.wrong());
         }
-        for news in &outcome.health_checks {
+        for news in &report.health_checks {
             // Nobody listens where the agent syncs once.
             let _ = self.node_ports.send(news.clone());
         }

@@ -133,7 +133,7 @@ fn plan(observed: Observed) -> (Plan, Left) {
     let mirror = Mirror::from_dump(observed);
     let mut operations = Vec::new();
     for (address, prefix) in on_device {
-        if mirror.has_own_address(address) {
+        if mirror.has_host_address(address) {
             operations.push(Operation::UnbindAddress(address));
         } else if mirror.has_address(address) {
             left.addresses.push(format!("{address}/{prefix}"));
@@ -141,10 +141,10 @@ fn plan(observed: Observed) -> (Plan, Left) {
     }
     operations.extend(device.routes.into_iter().map(Operation::RemoveRoute));
     for front_end in servers {
-        if mirror.is_own(&front_end) {
+        if mirror.is_owned(&front_end) {
             operations.push(Operation::DeleteVirtualServer(front_end));
             if front_end.protocol == Protocol::Udp {
-                operations.push(Operation::FlushFlows(front_end, Arc::default()));
+                operations.push(Operation::DeleteStaleFlows(front_end, Arc::default()));
             }
         } else {
             left.servers.push(front_end.to_string());

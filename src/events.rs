@@ -1,26 +1,28 @@
 //! What people should know of a sync, as Kubernetes Events: on the Service it concerns, else on the Node. How often the same
 //! is said, and how many at once, is the business of whoever posts them.
 
-use reconciler::contribution::Holder;
-use reconciler::outcome::Outcome;
-use service_watch::{Event, EventObject, EventType, ObjectName};
+use reconciler::contribution::AddressOwner;
+use reconciler::report::SyncReport;
+use service_watch::{Event, EventType, EventObject, ObjectName};
 
 /// More Services than this that fail in one sync have a reason in common: the Node is told, and they are not.
 const FEW: usize = 5;
 
 /// What a sync or an audit gives to tell.
-pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
+pub(crate) fn of(report: &SyncReport) -> Vec<Event> {
     let mut events = Vec::new();
-    for (service, vip, holder) in &outcome.refused {
+    for (service, vip, holder) in &report.refused_vips {
         let reason = match holder {
-            Holder::Node => "AddressIsANodes",
-            Holder::ApiServer => "AddressIsTheApiServers",
+            AddressOwner::Node => "AddressIsANodes",
+            AddressOwner::ApiServer => "AddressIsTheApiServers",
         };
-        let note =
-            format!("{vip} is the address of {} and is not served: it would cut nodes off from there", holder.words());
+        let note = format!(
+            "{vip} is the address of {} and is not served: it would cut nodes off from there",
+            holder.description()
+        );
         events.push(warning(Some(service), reason, "RefuseAddress", note));
     }
-    for clash in &outcome.clashes {
+    for clash in &report.conflicts {
         events.push(warning(
             Some(&clash.loser),
             "FrontEndTaken",
@@ -31,14 +33,14 @@ pub(crate) fn of(outcome: &Outcome) -> Vec<Event> {
             ),
         ));
     }
-    if let Some(first) = outcome.drifted.first() {
+    if let Some(first) = report.drifted_keys.first() {
         // How many they are is not said: it would be another note each time.
-        let fate = if outcome.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
+        let fate = if report.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
         let note = format!("somebody else changed what this agent manages, such as {first}; {fate}");
         events.push(warning(None, "DriftFound", "RepairKernel", note));
     }
     // The first failure may be over by the next attempt.
-    let lasting: Vec<_> = outcome.failures.iter().filter(|failure| failure.is_repeated).collect();
+    let lasting: Vec<_> = report.failures.iter().filter(|failure| failure.is_repeated).collect();
     if let [first, ..] = lasting.as_slice()
         && lasting.len() > FEW
     {
@@ -91,8 +93,8 @@ fn warning(service: Option<&ObjectName>, reason: &str, action: &str, note: Strin
 
 #[cfg(test)]
 mod tests {
-    use reconciler::outcome::Failure;
     use reconciler::plan::Key;
+    use reconciler::report::Failure;
 
     use super::*;
 
@@ -106,7 +108,7 @@ mod tests {
     }
 
     fn subjects(failures: Vec<Failure>) -> Vec<EventObject> {
-        of(&Outcome { failures, ..Outcome::default() }).into_iter().map(|event| event.regarding).collect()
+        of(&SyncReport { failures, ..SyncReport::default() }).into_iter().map(|event| event.regarding).collect()
     }
 
     #[test]

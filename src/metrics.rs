@@ -10,10 +10,10 @@ use hyper::StatusCode;
 use ipvs_netlink::Family;
 use metrics::{counter, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
-use reconciler::outcome::Outcome;
 use reconciler::plan::Key;
 use reconciler::policy::Families;
-use reconciler::run::Taken;
+use reconciler::report::SyncReport;
+use reconciler::run::ReceivedChanges;
 use service_watch::{Change, Counters};
 
 use crate::health::family_name;
@@ -214,59 +214,59 @@ pub(crate) fn change_heard(change: &Change, families: Families) {
 }
 
 /// A sync or an audit has ended. `started` is when the agent did: slices that are older say nothing about it.
-pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, started: SystemTime) {
+pub(crate) fn synced(report: &SyncReport, received: &ReceivedChanges, families: Families, started: SystemTime) {
     let now = SystemTime::now();
-    let kind = if outcome.audited { "audit" } else { "sync" };
-    histogram!(SYNC, "kind" => kind).record(outcome.took);
-    if outcome.done.total() > 0 {
-        histogram!(PLAN, "kind" => kind).record(count(outcome.done.total()));
+    let kind = if report.is_audit { "audit" } else { "sync" };
+    histogram!(SYNC, "kind" => kind).record(report.duration);
+    if report.applied.total() > 0 {
+        histogram!(PLAN, "kind" => kind).record(count(report.applied.total()));
     }
     for family in families.iter() {
         let name = family_name(family);
-        histogram!(SYNC_DURATION, "ip_family" => name).record(outcome.took);
+        histogram!(SYNC_DURATION, "ip_family" => name).record(report.duration);
         gauge!(SYNC_TIMESTAMP, "ip_family" => name).set(seconds(now));
-        let is_unrepaired = outcome.unrepaired.contains(&family);
+        let is_unrepaired = report.unrepaired.contains(&family);
         gauge!(UNREPAIRED, "ip_family" => name).set(f64::from(u8::from(is_unrepaired)));
     }
-    gauge!(SERVICE_CHANGES_PENDING).decrement(count(taken.services));
-    gauge!(ENDPOINT_CHANGES_PENDING).decrement(count(taken.slices));
-    for (family, triggered) in outcome.triggers.iter().filter(|(_, triggered)| *triggered >= started) {
+    gauge!(SERVICE_CHANGES_PENDING).decrement(count(received.services));
+    gauge!(ENDPOINT_CHANGES_PENDING).decrement(count(received.slices));
+    for (family, triggered) in report.trigger_times.iter().filter(|(_, triggered)| *triggered >= started) {
         let latency = now.duration_since(*triggered).unwrap_or_default();
         histogram!(PROGRAMMING, "ip_family" => family_name(*family)).record(latency);
     }
-    for at in &taken.heard {
+    for at in &received.received_at {
         histogram!(CHANGE).record(at.elapsed());
     }
 
-    for (operation, number) in outcome.done.by_kind() {
+    for (operation, number) in report.applied.by_kind() {
         if number > 0 {
             counter!(OPERATIONS, "operation" => operation).increment(number as u64);
         }
     }
-    for failure in &outcome.failures {
+    for failure in &report.failures {
         counter!(FAILURES, "object" => failure.key.kind()).increment(1);
-        if matches!(failure.key, Key::Filter(_) | Key::Entry(_) | Key::Sources(..)) {
-            for family in families.iter().filter(|family| failure.key.is_of(*family)) {
+        if matches!(failure.key, Key::Table(_) | Key::SetElement(_) | Key::SourceRanges(..)) {
+            for family in families.iter().filter(|family| failure.key.is_of_family(*family)) {
                 counter!(RESTORE_FAILURES, "ip_family" => family_name(family)).increment(1);
             }
         }
     }
-    let failed: BTreeSet<&Key> = outcome.failures.iter().map(|failure| &failure.key).collect();
-    let unrepaired = outcome.drifted.iter().filter(|key| failed.contains(key)).count();
-    counter!(DRIFT_FOUND).increment(outcome.drifted.len() as u64);
-    counter!(DRIFT_REPAIRED).increment((outcome.drifted.len() - unrepaired) as u64);
-    counter!(CLASHES).increment(outcome.clashes.len() as u64);
-    counter!(REFUSED).increment(outcome.refused.len() as u64);
-    counter!(BATCHES).increment(outcome.account.sent.datagrams);
-    counter!(MESSAGES).increment(outcome.account.sent.messages);
-    counter!(BYTES).increment(outcome.account.sent.bytes);
-    for flush in &outcome.account.flushes {
+    let failed: BTreeSet<&Key> = report.failures.iter().map(|failure| &failure.key).collect();
+    let unrepaired = report.drifted_keys.iter().filter(|key| failed.contains(key)).count();
+    counter!(DRIFT_FOUND).increment(report.drifted_keys.len() as u64);
+    counter!(DRIFT_REPAIRED).increment((report.drifted_keys.len() - unrepaired) as u64);
+    counter!(CLASHES).increment(report.conflicts.len() as u64);
+    counter!(REFUSED).increment(report.refused_vips.len() as u64);
+    counter!(BATCHES).increment(report.kernel_stats.sent.datagrams);
+    counter!(MESSAGES).increment(report.kernel_stats.sent.messages);
+    counter!(BYTES).increment(report.kernel_stats.sent.bytes);
+    for flush in &report.kernel_stats.conntrack_cleanups {
         let name = family_name(flush.family);
-        histogram!(CONNTRACK_DURATION, "ip_family" => name).record(flush.took);
+        histogram!(CONNTRACK_DURATION, "ip_family" => name).record(flush.duration);
         counter!(CONNTRACK_DELETED, "ip_family" => name).increment(flush.deleted as u64);
     }
 
-    let totals = &outcome.totals;
+    let totals = &report.totals;
     for (name, number) in [
         (SERVICES, totals.services),
         (VIRTUAL_SERVERS, totals.virtual_servers),
@@ -280,7 +280,7 @@ pub(crate) fn synced(outcome: &Outcome, taken: &Taken, families: Families, start
     for (policy, numbers) in [("internal", totals.internal_without_local), ("external", totals.external_without_local)]
     {
         for (family, number) in [Family::Ipv4, Family::Ipv6].into_iter().zip(numbers) {
-            if families.contain(family) {
+            if families.contains(family) {
                 let name = family_name(family);
                 gauge!(NO_LOCAL_ENDPOINTS, "traffic_policy" => policy, "ip_family" => name).set(count(number));
             }

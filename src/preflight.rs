@@ -93,7 +93,7 @@ pub(crate) fn raise_file_limit() {
 pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
     if let DetectLocal::ClusterCidr(ranges) = &policy.detect_local
         && !ranges.is_empty()
-        && !ranges.iter().any(|range| policy.families.contain(Family::of(range.addr())))
+        && !ranges.iter().any(|range| policy.families.contains(Family::of(range.addr())))
     {
         bail!(
             "--cluster-cidr (clusterCIDR) names no range of a family that this node has: give one, or give the node the \

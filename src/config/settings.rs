@@ -186,7 +186,7 @@ fn vip_binding(c: &Configuration, pods: &DetectLocal, check: &mut Check) -> VipB
             );
         }
         if let DetectLocal::ClusterCidr(pods) = pods
-            && let Some(pods) = pods.iter().find(|pods| binding::overlap(pods, range))
+            && let Some(pods) = pods.iter().find(|pods| binding::overlaps(pods, range))
         {
             check.problem(
                 &format!("{path}[{index}]"),

@@ -23,16 +23,16 @@ use instruction_count::{Suite, Work, count};
 use netlink_packet_core::NetlinkSerializable;
 use reconciler::binding::VipBinding;
 use reconciler::contribution::Contribution;
-use reconciler::desired::Desired;
-use reconciler::diff::{Context, Keeps, diff};
+use reconciler::desired_state::DesiredState;
+use reconciler::diff::{DiffContext, Retention, diff};
 use reconciler::filter::ruleset::Ruleset;
-use reconciler::filter::{Elements, Entry};
+use reconciler::filter::{FrontEndElements, SetElement};
 use reconciler::front_end::FrontEnd;
 use reconciler::linux::filter::message::Transaction;
 use reconciler::mirror::Mirror;
 use reconciler::node::NodeView;
 use reconciler::plan::{Key, Operation};
-use reconciler::table::Entry as TableEntry;
+use reconciler::table::ServiceEntry;
 use service_watch::{Change, EndpointSlice, Protocol};
 
 /// As many as are not so few that hash maps make a difference, and not so many that it takes long.
@@ -71,14 +71,14 @@ fn contribution(slices: u32, endpoints: u32) -> Work {
     })
 }
 
-fn entry(slices: Vec<EndpointSlice>) -> TableEntry {
+fn entry(slices: Vec<EndpointSlice>) -> ServiceEntry {
     let slices = slices.into_iter().map(|slice| (slice.name.clone(), slice));
-    TableEntry { service: Some(Arc::new(service(0))), slices: slices.collect() }
+    ServiceEntry { service: Some(Arc::new(service(0))), slices: slices.collect() }
 }
 
 /// What is desired, and a kernel that has it.
 struct Core {
-    desired: Desired,
+    desired: DesiredState,
     mirror: Mirror,
     rulesets: Vec<Arc<Ruleset>>,
     keys: BTreeSet<Key>,
@@ -89,10 +89,10 @@ impl Core {
         let policy = policy();
         let rulesets = policy.families.iter().map(|it| Arc::new(Ruleset::new(it, &policy, &NodeView::default())));
         let mut core = Self {
-            desired: Desired::default(),
+            desired: DesiredState::default(),
             mirror: Mirror::default(),
             rulesets: rulesets.collect(),
-            keys: policy.families.iter().map(Key::Filter).chain([Key::Device]).collect(),
+            keys: policy.families.iter().map(Key::Table).chain([Key::Device]).collect(),
         };
         (0..SERVICES).for_each(|it| drop(core.update(it, wanted(it, ENDPOINTS))));
         core.keys.extend(core.desired.keys());
@@ -105,14 +105,14 @@ impl Core {
     }
 
     fn update(&mut self, number: u32, contribution: Contribution) -> BTreeSet<Key> {
-        let (mut dirty, mut clashes) = (BTreeSet::new(), Vec::new());
-        self.desired.update(&name(number), Some(&service(number)), contribution, &mut dirty, &mut clashes);
+        let (mut dirty, mut conflicts) = (BTreeSet::new(), Vec::new());
+        self.desired.update(&name(number), Some(&service(number)), contribution, &mut dirty, &mut conflicts);
         dirty
     }
 
     fn diff(&self, key: &Key, operations: &mut Vec<Operation>) {
-        let (keeps, binding) = (Keeps::Within(&[]), &VipBinding::Addresses);
-        let context = Context { keeps, rulesets: &self.rulesets, binding, is_overdue: &|_, _| false };
+        let (retention, binding) = (Retention::Within(&[]), &VipBinding::Addresses);
+        let context = DiffContext { retention, rulesets: &self.rulesets, binding, is_overdue: &|_, _| false };
         black_box(diff(key, &self.mirror, &self.desired, context, operations));
     }
 }
@@ -121,7 +121,11 @@ impl Core {
 fn wanted(number: u32, endpoints: u32) -> Contribution {
     let slice = slice(number, endpoints);
     let slices = [(slice.name.clone(), slice)].into_iter().collect();
-    Contribution::of(&TableEntry { service: Some(Arc::new(service(number))), slices }, &NodeView::default(), &policy())
+    Contribution::of(
+        &ServiceEntry { service: Some(Arc::new(service(number))), slices },
+        &NodeView::default(),
+        &policy(),
+    )
 }
 
 /// Takes into the sum that a Service has one endpoint more.
@@ -130,8 +134,8 @@ fn update() -> Work {
         let mut core = Core::new();
         for number in 0..SERVICES {
             let (name, service, wanted) = (name(number), service(number), wanted(number, ENDPOINTS + 1));
-            let (mut dirty, mut clashes) = (BTreeSet::new(), Vec::new());
-            count(|| core.desired.update(&name, Some(&service), wanted, &mut dirty, &mut clashes));
+            let (mut dirty, mut conflicts) = (BTreeSet::new(), Vec::new());
+            count(|| core.desired.update(&name, Some(&service), wanted, &mut dirty, &mut conflicts));
             assert_eq!(dirty.len(), 1);
         }
     })
@@ -176,8 +180,8 @@ fn one_in(services: u32) -> Work {
         let mut cluster = Cluster::of(services);
         for number in (0..CHANGES).map(|it| it * (services / CHANGES)) {
             let change = Change::Slice(slice(number, ENDPOINTS + 1));
-            let outcome = count(|| cluster.take_in(change));
-            assert_eq!((outcome.done.real_servers_added, outcome.done.total()), (1, 1));
+            let report = count(|| cluster.apply_and_sync(change));
+            assert_eq!((report.applied.real_servers_added, report.applied.total()), (1, 1));
         }
     })
 }
@@ -190,8 +194,8 @@ fn one_in_beside_drains() -> Work {
         cluster.drain(1000, 10_000);
         for number in (0..CHANGES).map(|it| it * 90) {
             let change = Change::Slice(slice(number, ENDPOINTS + 1));
-            let outcome = count(|| cluster.take_in(change));
-            assert_eq!((outcome.done.real_servers_added, outcome.done.total()), (1, 1));
+            let report = count(|| cluster.apply_and_sync(change));
+            assert_eq!((report.applied.real_servers_added, report.applied.total()), (1, 1));
         }
     })
 }
@@ -205,11 +209,11 @@ fn one_out(services: u32) -> Work {
         let mut cluster = Cluster::of(services);
         for number in (0..CHANGES).map(|it| it * (services / CHANGES)) {
             let change = Change::Slice(slice(number, ENDPOINTS - 1));
-            let outcome = count(|| cluster.take_in(change));
-            assert_eq!((outcome.done.real_servers_drained, outcome.done.total()), (1, 1));
+            let report = count(|| cluster.apply_and_sync(change));
+            assert_eq!((report.applied.real_servers_drained, report.applied.total()), (1, 1));
             cluster.expect_look(number);
-            let outcome = count(|| cluster.look());
-            assert_eq!((outcome.done.real_servers_deleted, outcome.done.total()), (1, 1));
+            let report = count(|| cluster.look());
+            assert_eq!((report.applied.real_servers_deleted, report.applied.total()), (1, 1));
         }
     })
 }
@@ -218,20 +222,20 @@ fn one_out(services: u32) -> Work {
 fn transaction() -> Work {
     Work::new("encode: nf_tables transaction of one Service", TIMES.into(), || {
         let front_end = FrontEnd { address: cluster_ip(0), port: 80, protocol: Protocol::Tcp };
-        let elements = Elements::from(&wanted(0, ENDPOINTS).servers[&front_end].rule);
+        let elements = FrontEndElements::from(&wanted(0, ENDPOINTS).servers[&front_end].rule);
         let mut datagram = vec![0; 4096];
         count(|| {
             for _ in 0..TIMES {
                 let mut transaction = Transaction::default();
-                transaction.add_entry(Entry::Vip(black_box(front_end.address)));
-                transaction.set_front_end(front_end, &Elements::default(), black_box(&elements));
+                transaction.add_element(SetElement::Vip(black_box(front_end.address)));
+                transaction.set_front_end(front_end, &FrontEndElements::default(), black_box(&elements));
                 let (begin, end) = Transaction::brackets();
                 let requests = transaction.into_requests().into_iter().map(|request| request.message);
-                let mut place = 0;
+                let mut offset = 0;
                 for message in [begin].into_iter().chain(requests).chain([end]) {
                     let length = message.buffer_len();
-                    message.serialize(&mut datagram[place..place + length]);
-                    place += length;
+                    message.serialize(&mut datagram[offset..offset + length]);
+                    offset += length;
                 }
                 black_box(&mut datagram);
             }

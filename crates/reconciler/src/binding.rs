@@ -46,14 +46,14 @@ pub struct VipRanges(Vec<IpNet>);
 
 /// Why a range cannot be one of VIPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RangeProblem {
+pub enum VipRangeError {
     /// It is everything.
     Everything,
     /// It has addresses in this range, which has a meaning of its own.
     Reserved(IpNet),
 }
 
-impl fmt::Display for RangeProblem {
+impl fmt::Display for VipRangeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Everything => f.write_str("is everything: the node would keep all packets for itself"),
@@ -63,40 +63,42 @@ impl fmt::Display for RangeProblem {
 }
 
 /// What stands for IPv4, and more of that kind (RFC 4291).
-const FOR_IPV4: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 8));
+const IPV4_EMBEDDED: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 8));
 
 /// What is wrong with a range, if anything.
-pub fn check_range(range: &IpNet) -> Result<(), RangeProblem> {
+pub fn check_range(range: &IpNet) -> Result<(), VipRangeError> {
     if range.prefix_len() == 0 {
-        return Err(RangeProblem::Everything);
+        return Err(VipRangeError::Everything);
     }
-    let mut reserved = std::iter::once(FOR_IPV4).chain(RESERVED.map(|(reserved, _)| reserved));
-    reserved.find(|reserved| overlap(reserved, range)).map_or(Ok(()), |reserved| Err(RangeProblem::Reserved(reserved)))
+    let mut reserved = std::iter::once(IPV4_EMBEDDED).chain(RESERVED.map(|(reserved, _)| reserved));
+    reserved
+        .find(|reserved| overlaps(reserved, range))
+        .map_or(Ok(()), |reserved| Err(VipRangeError::Reserved(reserved)))
 }
 
 /// Whether two ranges have an address in common.
-pub fn overlap(a: &IpNet, b: &IpNet) -> bool {
+pub fn overlaps(a: &IpNet, b: &IpNet) -> bool {
     a.contains(&b.network()) || b.contains(&a.network())
 }
 
 impl VipRanges {
     /// Takes ranges as they were written. A single address needs no range: as a VIP it has a route of its own.
-    pub fn new(ranges: &[IpNet]) -> Result<Self, RangeProblem> {
+    pub fn new(ranges: &[IpNet]) -> Result<Self, VipRangeError> {
         ranges.iter().try_for_each(check_range)?;
         let mut ranges = IpNet::aggregate(&ranges.to_vec());
-        ranges.retain(|range| !is_single(range));
+        ranges.retain(|range| !is_host_range(range));
         ranges.sort_unstable();
         Ok(Self(ranges))
     }
 }
 
 /// The range of one address.
-pub(crate) fn single(address: IpAddr) -> IpNet {
+pub(crate) fn host_range(address: IpAddr) -> IpNet {
     IpNet::from(address)
 }
 
 /// Whether a range has one address.
-pub(crate) fn is_single(range: &IpNet) -> bool {
+pub(crate) fn is_host_range(range: &IpNet) -> bool {
     range.prefix_len() == range.max_prefix_len()
 }
 
@@ -115,7 +117,7 @@ mod tests {
 
     #[test]
     fn ranges_lose_overlaps_and_host_bits_and_single_addresses() {
-        for (written, taken) in [
+        for (written, accepted) in [
             (&["10.96.0.0/12"][..], &["10.96.0.0/12"][..]),
             (&["fd00:96::1/112", "10.97.1.2/12", "10.96.0.0/16"], &["10.96.0.0/12", "fd00:96::/112"]),
             (&["10.96.0.0/25", "10.96.0.128/25"], &["10.96.0.0/24"]),
@@ -123,7 +125,11 @@ mod tests {
             (&["240.0.0.0/8"], &["240.0.0.0/8"]),
             (&[], &[]),
         ] {
-            assert_eq!(VipRanges::new(&ranges(written)).map(|taken| taken.0), Ok(ranges(taken)), "{written:?}");
+            assert_eq!(
+                VipRanges::new(&ranges(written)).map(|accepted| accepted.0),
+                Ok(ranges(accepted)),
+                "{written:?}"
+            );
         }
     }
 
@@ -144,8 +150,8 @@ mod tests {
             ("ff05::/16", Some("ff00::/8")),
         ] {
             let problem = match reserved {
-                None => RangeProblem::Everything,
-                Some(reserved) => RangeProblem::Reserved(reserved.parse().unwrap()),
+                None => VipRangeError::Everything,
+                Some(reserved) => VipRangeError::Reserved(reserved.parse().unwrap()),
             };
             assert_eq!(VipRanges::new(&ranges(&["10.96.0.0/12", range])), Err(problem), "{range}");
         }

@@ -9,59 +9,59 @@ use ipvs_netlink::{Family, Persistence};
 use litemap::LiteMap;
 use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
-use crate::filter::{Entry, FrontEndRule, Guard, Masquerade, Ranges};
+use crate::bootstrap::API_SERVER;
+use crate::filter::{Access, FrontEndRule, Masquerade, SetElement, SourceRanges};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::node::NodeView;
 use crate::policy::Policy;
-use crate::real_servers::Place;
-use crate::table::Entry as TableEntry;
-use crate::urgent::API_SERVER;
+use crate::real_servers::RealServerAddress;
+use crate::table::ServiceEntry;
 
 /// A virtual server with its real servers, each of weight 1 and reached by masquerading; and who may reach it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct WantedServer {
+pub struct DesiredServer {
     /// The virtual server, beside its front end.
     pub config: ServerConfig,
     /// Addresses of the real servers, sorted. Front ends of one Service port mostly share them.
-    pub real_servers: Arc<[Place]>,
+    pub real_servers: Arc<[RealServerAddress]>,
     /// What the packet filter does with connections to it.
     pub rule: FrontEndRule,
     /// Whether its address is one that the Service asked for or was given by a load balancer, and none that the cluster
     /// handed out, as ClusterIPs and NodePorts are.
-    pub is_asked_for: bool,
+    pub is_external_address: bool,
 }
 
 /// What a Service wants.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contribution {
     /// Virtual servers by front end.
-    pub servers: LiteMap<FrontEnd, WantedServer>,
+    pub servers: LiteMap<FrontEnd, DesiredServer>,
     /// VIPs to be bound to `kube-ipvs0`, sorted, each once.
     pub addresses: Vec<IpAddr>,
     /// What the packet filter is to know beside front ends and VIPs, sorted, each once.
-    pub entries: Vec<Entry>,
+    pub elements: Vec<SetElement>,
     /// The source ranges of load-balancer IPs; none for a family that everybody may connect to.
-    pub sources: BTreeMap<Family, Ranges>,
+    pub sources: BTreeMap<Family, SourceRanges>,
     /// VIPs that are somebody's whose traffic the Service must not get, and so are not served.
-    pub refused: Vec<(IpAddr, Holder)>,
+    pub refused_vips: Vec<(IpAddr, AddressOwner)>,
     /// What load balancers are told that ask whether the node has endpoints; at most one a family.
     pub health_checks: Vec<HealthCheck>,
     /// Which of its Local policies find no local endpoint although there are others, in which families.
-    pub without_local: BTreeSet<(Direction, Family)>,
+    pub without_local: BTreeSet<(TrafficDirection, Family)>,
 }
 
 /// Whose address a VIP is that is not served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Holder {
+pub enum AddressOwner {
     /// A Node's: bound here, it would cut this node off from that one.
     Node,
     /// The API server's: this node would be told by a Service what Services there are.
     ApiServer,
 }
 
-impl Holder {
+impl AddressOwner {
     /// In words: "the address of …".
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
             Self::Node => "a Node",
             Self::ApiServer => "the API server",
@@ -84,7 +84,7 @@ pub struct HealthCheck {
 
 /// Which of the two traffic policies of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Direction {
+pub enum TrafficDirection {
     /// `internalTrafficPolicy`.
     Internal,
     /// `externalTrafficPolicy`.
@@ -93,20 +93,20 @@ pub enum Direction {
 
 impl Contribution {
     /// Computes it. A Service that is not known wants nothing.
-    pub fn of(entry: &TableEntry, node: &NodeView, policy: &Policy) -> Self {
+    pub fn of(entry: &ServiceEntry, node: &NodeView, policy: &Policy) -> Self {
         let mut contribution = Self::default();
         if let Some(service) = &entry.service {
             // The two families never meet: each has its own front ends, endpoints, hints and fallbacks.
             for family in policy.families.iter() {
                 let vips = Vips::of(service, family, node, policy);
                 let Some(vips) = vips else { continue };
-                contribution.refused.extend(&vips.refused);
-                let ranges = service.source_ranges.as_ref().and_then(|ranges| Ranges::of_family(ranges, family));
+                contribution.refused_vips.extend(&vips.refused);
+                let ranges = service.source_ranges.as_ref().and_then(|ranges| SourceRanges::of_family(ranges, family));
                 for port in &service.ports {
                     let endpoints = endpoints(entry, port, family, policy);
                     contribution.add_port(service, port, &vips, &endpoints, ranges.as_ref(), node, policy);
                     let local = endpoints.iter().filter(|candidate| candidate.is_local);
-                    contribution.entries.extend(local.map(|it| Entry::Hairpin(it.place.into(), port.protocol)));
+                    contribution.elements.extend(local.map(|it| SetElement::Hairpin(it.address.into(), port.protocol)));
                 }
                 if !vips.load_balancer.is_empty()
                     && let Some(ranges) = ranges
@@ -117,7 +117,7 @@ impl Contribution {
                     && external_policy_is_local(service)
                     && let Some(port) = service.health_check_node_port
                 {
-                    contribution.entries.push(Entry::HealthCheckPort(family, port.get()));
+                    contribution.elements.push(SetElement::HealthCheckPort(family, port.get()));
                     contribution.health_checks.push(HealthCheck {
                         family,
                         port,
@@ -129,14 +129,14 @@ impl Contribution {
         }
         contribution.addresses.sort_unstable();
         contribution.addresses.dedup();
-        contribution.entries.sort_unstable();
-        contribution.entries.dedup();
+        contribution.elements.sort_unstable();
+        contribution.elements.dedup();
         // It is kept for as long as the Service is as it is.
         let mut servers = std::mem::take(&mut contribution.servers).into_tuple_vec();
         servers.shrink_to_fit();
         contribution.servers = LiteMap::from_sorted_store_unchecked(servers);
         contribution.addresses.shrink_to_fit();
-        contribution.entries.shrink_to_fit();
+        contribution.elements.shrink_to_fit();
         contribution
     }
 
@@ -147,7 +147,7 @@ impl Contribution {
         port: &ServicePort,
         vips: &Vips,
         endpoints: &[Candidate<'_>],
-        ranges: Option<&Ranges>,
+        ranges: Option<&SourceRanges>,
         node: &NodeView,
         policy: &Policy,
     ) {
@@ -157,7 +157,7 @@ impl Contribution {
 
         let uses_cluster = !internal_local || is_external;
         let uses_local = internal_local || (is_external && external_local);
-        let cluster: Arc<[Place]> =
+        let cluster: Arc<[RealServerAddress]> =
             if uses_cluster { for_cluster(endpoints, node, policy).into() } else { Arc::default() };
         // Without a local endpoint the Local policy falls back to what the cluster set holds.
         let local = uses_local.then(|| for_local(endpoints)).filter(|local| !local.is_empty());
@@ -171,39 +171,39 @@ impl Contribution {
         };
         let is_looked_at = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
         if !has_local && is_looked_at && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it)) {
-            let local = [(internal_local, Direction::Internal), (external_local, Direction::External)];
+            let local = [(internal_local, TrafficDirection::Internal), (external_local, TrafficDirection::External)];
             let local = local.into_iter().filter(|(is_local, _)| *is_local);
             self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
         }
-        let local: Arc<[Place]> = local.map_or_else(|| cluster.clone(), Into::into);
+        let local: Arc<[RealServerAddress]> = local.map_or_else(|| cluster.clone(), Into::into);
 
         let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
             (false, _) => FrontEndRule { masquerade, guard, ..FrontEndRule::OPEN },
             (true, protocol) => FrontEndRule {
                 masquerade: if protocol == Protocol::Udp { Masquerade::NodeIsRefused } else { Masquerade::Nobody },
-                guard: Guard::Refuse,
+                guard: Access::Refuse,
                 ..FrontEndRule::OPEN
             },
         };
         let from_inside = {
             let real_servers = if internal_local { &local } else { &cluster };
-            (real_servers, rule(Masquerade::Outsiders, Guard::Open, real_servers.is_empty()))
+            (real_servers, rule(Masquerade::Outsiders, Access::Open, real_servers.is_empty()))
         };
         let from_outside = {
             let real_servers = if external_local { &local } else { &cluster };
             let (masquerade, guard) = match (external_local, has_local) {
-                (false, _) => (Masquerade::Everybody, Guard::Open),
-                (true, true) => (Masquerade::Nobody, Guard::Open),
-                (true, false) => (Masquerade::Node, Guard::Insiders),
+                (false, _) => (Masquerade::Everybody, Access::Open),
+                (true, true) => (Masquerade::Nobody, Access::Open),
+                (true, false) => (Masquerade::Node, Access::Insiders),
             };
             (real_servers, rule(masquerade, guard, real_servers.is_empty()))
         };
         let mut add = |address: IpAddr,
                        number: NonZeroU16,
-                       (real_servers, rule): (&Arc<[Place]>, FrontEndRule),
-                       is_asked_for: bool| {
+                       (real_servers, rule): (&Arc<[RealServerAddress]>, FrontEndRule),
+                       is_external_address: bool| {
             let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
-            let server = self.servers.entry(front_end).or_insert_with(|| WantedServer {
+            let server = self.servers.entry(front_end).or_insert_with(|| DesiredServer {
                 config: ServerConfig {
                     scheduler: policy.scheduler,
                     scheduler_flags: policy.scheduler_flags(),
@@ -213,7 +213,7 @@ impl Contribution {
                 },
                 real_servers: real_servers.clone(),
                 rule: rule.clone(),
-                is_asked_for,
+                is_external_address,
             });
             // An address may be external IP and load-balancer IP at once; then it is restricted.
             if rule.sources.is_some() {
@@ -228,7 +228,7 @@ impl Contribution {
         if let Some(ranges) = ranges {
             restricted.sources = Some(service.name.clone());
             let own = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
-            restricted.is_closed_to_node = !own.is_some_and(|ip| ranges.contain(*ip));
+            restricted.is_closed_to_node = !own.is_some_and(|ip| ranges.contains(*ip));
         }
         let external = vips.external.iter().map(|vip| (*vip, &from_outside.1));
         for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted))) {
@@ -255,7 +255,7 @@ struct Vips {
     /// Whether it has VIPs for the outside, served or refused.
     is_external: bool,
     /// Those that somebody else has.
-    refused: Vec<(IpAddr, Holder)>,
+    refused: Vec<(IpAddr, AddressOwner)>,
 }
 
 impl Vips {
@@ -270,12 +270,12 @@ impl Vips {
         let is_external = !external.is_empty() || !load_balancer.is_empty();
         let holder = |vip: &IpAddr| {
             if node.own.contains(vip) || node.neighbours.contains(vip) {
-                return Some(Holder::Node);
+                return Some(AddressOwner::Node);
             }
             // Whoever runs the control plane may have Services lead there.
             let (namespace, name) = (service.name.namespace(), service.name.name());
             let is_privileged = namespace == "kube-system" || (namespace, name) == API_SERVER;
-            (node.api_servers.contains(vip) && !is_privileged).then_some(Holder::ApiServer)
+            (node.api_servers.contains(vip) && !is_privileged).then_some(AddressOwner::ApiServer)
         };
         let mut refused = Vec::new();
         for vips in [&mut external, &mut load_balancer] {
@@ -287,9 +287,9 @@ impl Vips {
         }
         // The cluster hands out ClusterIPs; the addresses of other Nodes are what their kubelets say, and no kubelet may
         // switch off a Service of the cluster.
-        let is_own = node.own.contains(&cluster_ip);
-        refused.extend(is_own.then_some((cluster_ip, Holder::Node)));
-        let cluster_ip = (!is_own).then_some(cluster_ip);
+        let is_owned = node.own.contains(&cluster_ip);
+        refused.extend(is_owned.then_some((cluster_ip, AddressOwner::Node)));
+        let cluster_ip = (!is_owned).then_some(cluster_ip);
         Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
 }
@@ -302,7 +302,7 @@ fn external_policy_is_local(service: &Service) -> bool {
 
 /// An endpoint of one Service port.
 struct Candidate<'a> {
-    place: Place,
+    address: RealServerAddress,
     endpoint: &'a Endpoint,
     is_local: bool,
 }
@@ -311,14 +311,14 @@ struct Candidate<'a> {
 ///
 /// Where several slices hold the same address, one that is not terminating beats one that is; among equals the last
 /// slice by name counts.
-fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
-    let mut merged: BTreeMap<Place, &Endpoint> = BTreeMap::new();
+fn endpoints<'a>(entry: &'a ServiceEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
+    let mut merged: BTreeMap<RealServerAddress, &Endpoint> = BTreeMap::new();
     for slice in entry.slices.values() {
         for slice_port in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
             for endpoint in slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == family) {
-                let place = (endpoint.address, slice_port.port.get());
+                let address = (endpoint.address, slice_port.port.get());
                 merged
-                    .entry(place)
+                    .entry(address)
                     .and_modify(|held| {
                         if !endpoint.terminating {
                             *held = endpoint;
@@ -330,8 +330,8 @@ fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, poli
     }
     merged
         .into_iter()
-        .map(|(place, endpoint)| Candidate {
-            place,
+        .map(|(address, endpoint)| Candidate {
+            address,
             endpoint,
             is_local: endpoint.node.as_deref() == Some(policy.node_name.as_str()),
         })
@@ -339,7 +339,7 @@ fn endpoints<'a>(entry: &'a TableEntry, port: &ServicePort, family: Family, poli
 }
 
 /// Ready endpoints, as hints choose them; where none is ready, those that still serve while terminating.
-fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<Place> {
+fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<RealServerAddress> {
     let ready: Vec<&Candidate<'_>> = endpoints.iter().filter(|candidate| candidate.endpoint.ready).collect();
     if ready.is_empty() {
         return places(endpoints.iter().filter(|candidate| is_draining(candidate)));
@@ -368,14 +368,14 @@ fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) ->
 }
 
 /// Local endpoints that are ready; where none is, local ones that still serve while terminating. Hints do not count.
-fn for_local(endpoints: &[Candidate<'_>]) -> Vec<Place> {
+fn for_local(endpoints: &[Candidate<'_>]) -> Vec<RealServerAddress> {
     let local = || endpoints.iter().filter(|candidate| candidate.is_local);
     let ready = places(local().filter(|candidate| candidate.endpoint.ready));
     if ready.is_empty() { places(local().filter(|candidate| is_draining(candidate))) } else { ready }
 }
 
 /// How many addresses of a family have a ready endpoint on this node, whichever ports it has.
-fn ready_here(entry: &TableEntry, family: Family, policy: &Policy) -> usize {
+fn ready_here(entry: &ServiceEntry, family: Family, policy: &Policy) -> usize {
     let slices = entry.slices.values().filter(|slice| !slice.ports.is_empty());
     let endpoints = slices.flat_map(|slice| &slice.endpoints);
     let here = endpoints.filter(|endpoint| {
@@ -390,6 +390,6 @@ fn is_draining(candidate: &Candidate<'_>) -> bool {
     candidate.endpoint.serving && candidate.endpoint.terminating
 }
 
-fn places<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<Place> {
-    candidates.map(|candidate| candidate.place).collect()
+fn places<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<RealServerAddress> {
+    candidates.map(|candidate| candidate.address).collect()
 }

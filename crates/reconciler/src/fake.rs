@@ -7,12 +7,12 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer, Scheduler};
 
-use crate::filter::{Elements, Entry, ObservedFilter};
+use crate::filter::{FrontEndElements, ObservedFilter, SetElement};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
 use crate::mirror::Mirror;
 use crate::plan::{Operation, Plan};
-use crate::real_servers::place;
+use crate::real_servers::real_server_address;
 
 /// A real server in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub struct FakeKernel {
     /// Addresses on `kube-ipvs0` with their prefix lengths; `None` without the device.
     pub addresses: Option<BTreeMap<IpAddr, u8>>,
     /// Whether the device takes routes.
-    pub takes_routes: bool,
+    pub accepts_routes: bool,
     /// Our local routes to it; of no account without it.
     pub routes: BTreeSet<IpNet>,
     /// Addresses of the other interfaces.
@@ -85,7 +85,7 @@ impl fmt::Debug for FakeKernel {
 }
 
 impl FakeKernel {
-    fn carry_out(&mut self, operation: &Operation) -> Result<(), Cause> {
+    fn apply_guarded(&mut self, operation: &Operation) -> Result<(), Cause> {
         if let Some(cause) = self.fault.as_mut().and_then(|fault| fault(operation)) {
             return Err(cause);
         }
@@ -95,22 +95,23 @@ impl FakeKernel {
             return Ok(());
         }
         match *operation {
-            Operation::ClearFlows(front_end, ref alive) | Operation::FlushFlows(front_end, ref alive) => {
-                self.flows.retain(|(to, from)| *to != front_end || alive.contains(&place(*from)));
+            Operation::DeleteUntranslatedFlows(front_end, ref alive)
+            | Operation::DeleteStaleFlows(front_end, ref alive) => {
+                self.flows.retain(|(to, from)| *to != front_end || alive.contains(&real_server_address(*from)));
             }
             Operation::AddDevice => {
                 if self.addresses.is_some() {
                     return Err(Cause::Exists);
                 }
                 self.addresses = Some(BTreeMap::new());
-                self.takes_routes = false;
+                self.accepts_routes = false;
                 self.routes.clear();
             }
-            Operation::RaiseDevice => {
-                self.takes_routes = self.addresses.as_ref().map(|_| true).ok_or(Cause::NoDevice)?;
+            Operation::SetDeviceUp => {
+                self.accepts_routes = self.addresses.as_ref().map(|_| true).ok_or(Cause::NoDevice)?;
             }
             Operation::AddRoute(range) => {
-                if self.addresses.is_none() || !self.takes_routes {
+                if self.addresses.is_none() || !self.accepts_routes {
                     return Err(Cause::NoDevice);
                 }
                 if !self.routes.insert(range) {
@@ -171,23 +172,23 @@ impl FakeKernel {
     /// The packet filter's part of it.
     fn filter(&mut self, operation: &Operation) -> Result<(), Cause> {
         match *operation {
-            Operation::BuildFilter { ref ruleset, replaces, ref contents } => {
+            Operation::BuildTable { ref ruleset, replaces, ref contents } => {
                 if self.filter.rulesets.contains_key(&ruleset.family()) != replaces {
                     return Err(if replaces { Cause::NotFound } else { Cause::Exists });
                 }
                 let mut mirror = Mirror::default();
                 mirror.refresh_filter(std::mem::take(&mut self.filter));
-                mirror.acknowledge(&Operation::BuildFilter {
+                mirror.acknowledge(&Operation::BuildTable {
                     ruleset: ruleset.clone(),
                     replaces,
                     contents: contents.clone(),
                 });
                 self.filter = mirror.filter().clone();
             }
-            Operation::SetSources(ref service, family, ref ranges) => {
+            Operation::SetSourceRanges(ref service, family, ref ranges) => {
                 self.table(family)?.sources.insert((service.clone(), family), ranges.fingerprint());
             }
-            Operation::RemoveSources(ref service, family) => {
+            Operation::RemoveSourceRanges(ref service, family) => {
                 let sources = Some(Some(service.clone()));
                 let mut front_ends = self.filter.front_ends.iter();
                 if front_ends.any(|(it, elements)| Family::of(it.address) == family && elements.sources == sources) {
@@ -206,27 +207,27 @@ impl FakeKernel {
                     return Err(Cause::NotFound);
                 }
                 if held != *before {
-                    return Err(if held == Elements::default() { Cause::NotFound } else { Cause::Exists });
+                    return Err(if held == FrontEndElements::default() { Cause::NotFound } else { Cause::Exists });
                 }
                 filter.front_ends.insert(front_end, after.clone());
             }
-            Operation::ForgetFrontEnd(front_end, ref before) => {
+            Operation::RemoveFrontEnd(front_end, ref before) => {
                 let held = self.filter.front_ends.get(&front_end).ok_or(Cause::NotFound)?;
                 if held != before {
                     return Err(Cause::NotFound);
                 }
                 self.filter.front_ends.remove(&front_end);
             }
-            Operation::AddEntry(entry) => {
-                self.table(entry.family())?.entries.insert(entry);
+            Operation::AddElement(element) => {
+                self.table(element.family())?.elements.insert(element);
             }
-            Operation::OpenVip(address) => {
-                self.table(Family::of(address))?.entries.insert(Entry::Vip(address));
+            Operation::AddRoutedVip(address) => {
+                self.table(Family::of(address))?.elements.insert(SetElement::Vip(address));
             }
-            Operation::CloseVip(address) if !self.filter.entries.remove(&Entry::Vip(address)) => {
+            Operation::RemoveRoutedVip(address) if !self.filter.elements.remove(&SetElement::Vip(address)) => {
                 return Err(Cause::NotFound);
             }
-            Operation::RemoveEntry(entry) if !self.filter.entries.remove(&entry) => return Err(Cause::NotFound),
+            Operation::RemoveElement(element) if !self.filter.elements.remove(&element) => return Err(Cause::NotFound),
             _ => {}
         }
         Ok(())
@@ -261,7 +262,7 @@ impl Kernel for FakeKernel {
                     filter: self.filter.clone(),
                     servers: self.servers.iter().map(observe).collect(),
                     device: self.addresses.as_ref().map(|addresses| ObservedDevice {
-                        takes_routes: self.takes_routes,
+                        accepts_routes: self.accepts_routes,
                         addresses: addresses.iter().map(|(address, prefix)| (*address, *prefix)).collect(),
                         routes: self.routes.iter().copied().collect(),
                     }),
@@ -283,7 +284,7 @@ impl Kernel for FakeKernel {
         plan.operations()
             .iter()
             .map(|operation| {
-                self.carry_out(operation)
+                self.apply_guarded(operation)
                     .map_err(|cause| KernelError { cause, text: format!("cannot {operation}: {cause:?}") })
             })
             .collect()

@@ -46,7 +46,7 @@ pub struct Observed {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedDevice {
     /// Whether routes to it can be made and stay.
-    pub takes_routes: bool,
+    pub accepts_routes: bool,
     /// The addresses on it with their prefix lengths.
     pub addresses: Vec<(IpAddr, u8)>,
     /// The local routes to it that this program has made.
@@ -91,18 +91,18 @@ pub struct KernelError {
 
 /// What a kernel was asked since the last account.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Account {
+pub struct KernelStats {
     /// What was sent to it, of all that is written and read.
     pub sent: Sent,
     /// Readings of connection tracking for flows that lead nowhere.
-    pub flushes: Vec<Flush>,
+    pub conntrack_cleanups: Vec<ConntrackCleanup>,
     /// Where the time went.
-    pub spent: Spent,
+    pub time_spent: TimeSpent,
 }
 
 /// Time spent on what is said to the kernel and heard from it, by what it is about.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Spent {
+pub struct TimeSpent {
     /// Reading, whatever it is.
     pub reading: Duration,
     /// Writing the packet filter.
@@ -115,7 +115,7 @@ pub struct Spent {
     pub flows: Duration,
 }
 
-impl Spent {
+impl TimeSpent {
     /// All of it.
     pub fn total(&self) -> Duration {
         self.reading + self.filter + self.ipvs + self.addresses + self.flows
@@ -124,11 +124,11 @@ impl Spent {
 
 /// One reading of a family's flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Flush {
+pub struct ConntrackCleanup {
     /// The family.
     pub family: Family,
     /// How long it took.
-    pub took: Duration,
+    pub duration: Duration,
     /// How many flows were stale and are deleted.
     pub deleted: usize,
 }
@@ -136,8 +136,8 @@ pub struct Flush {
 /// A kernel, or what stands in for one.
 pub trait Kernel {
     /// What it was asked since it was last asked for this.
-    fn account(&mut self) -> Account {
-        Account::default()
+    fn take_stats(&mut self) -> KernelStats {
+        KernelStats::default()
     }
 
     /// Reads what the kernel holds. A virtual server that is asked for and does not exist is left out.

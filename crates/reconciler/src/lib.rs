@@ -22,10 +22,11 @@
 
 #![forbid(unsafe_code)]
 
-mod again;
+mod backoff;
 pub mod binding;
+mod bootstrap;
 pub mod contribution;
-pub mod desired;
+pub mod desired_state;
 pub mod diff;
 pub mod fake;
 pub mod filter;
@@ -37,14 +38,13 @@ pub mod linux;
 mod log;
 pub mod mirror;
 pub mod node;
-pub mod outcome;
 pub mod plan;
 pub mod policy;
 pub mod real_servers;
 pub mod reconciler;
+pub mod report;
 pub mod run;
 pub mod table;
-mod urgent;
 
 pub use policy::Policy;
 pub use reconciler::Reconciler;

@@ -4,47 +4,47 @@ use std::time::Duration;
 
 use tracing::{debug, info, warn};
 
-use crate::outcome::Outcome;
+use crate::report::SyncReport;
 
 /// One line for a sync that did something, and one for each problem that is new.
 /// `latency` is the time since the first of the changes was heard of.
-pub(crate) fn outcome(outcome: &Outcome, latency: Option<Duration>) {
-    for clash in &outcome.clashes {
+pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
+    for clash in &report.conflicts {
         warn!(
             service = %clash.loser, front_end = %clash.front_end,
             "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
              address or port", clash.winner
         );
     }
-    for (service, vip, holder) in &outcome.refused {
+    for (service, vip, holder) in &report.refused_vips {
         warn!(
             %service, %vip,
             "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
-             spec.externalIPs, or have the load balancer assign another", holder.words()
+             spec.externalIPs, or have the load balancer assign another", holder.description()
         );
     }
-    if !outcome.drifted.is_empty() {
-        let first = outcome.drifted.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
-        warn!(count = outcome.drifted.len(), "somebody else changed what this agent manages: {first}");
+    if !report.drifted_keys.is_empty() {
+        let first = report.drifted_keys.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+        warn!(count = report.drifted_keys.len(), "somebody else changed what this agent manages: {first}");
     }
-    failures(outcome);
-    let done = &outcome.done;
-    if outcome.foreign > 0 {
+    failures(report);
+    let done = &report.applied;
+    if report.foreign_servers > 0 {
         info!(
-            virtual_servers = outcome.foreign,
+            virtual_servers = report.foreign_servers,
             "there are virtual servers that no Service has and that are not provably of this program: they stay; if they are of a \
              proxy that ran here before, delete them with ipvsadm"
         );
     }
-    if outcome.is_first {
-        let spent = &outcome.account.spent;
+    if report.is_first_audit {
+        let time_spent = &report.kernel_stats.time_spent;
         info!(
-            reading = ?spent.reading, filter = ?spent.filter, ipvs = ?spent.ipvs, addresses = ?spent.addresses,
-            flows = ?spent.flows, computing = ?outcome.took.saturating_sub(spent.total()),
+            reading = ?time_spent.reading, filter = ?time_spent.filter, ipvs = ?time_spent.ipvs, addresses = ?time_spent.addresses,
+            flows = ?time_spent.flows, computing = ?report.duration.saturating_sub(time_spent.total()),
             "where the time of the first audit went"
         );
     }
-    if done.total() > 0 || outcome.is_first {
+    if done.total() > 0 || report.is_first_audit {
         info!(
             virtual_servers = counts(done.servers_added, done.servers_changed, done.servers_deleted),
             real_servers = counts(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
@@ -52,20 +52,20 @@ pub(crate) fn outcome(outcome: &Outcome, latency: Option<Duration>) {
             addresses = counts(done.addresses_bound, 0, done.addresses_unbound),
             routes = counts(done.routes_added, 0, done.routes_removed),
             filter = counts(done.filter_added, 0, done.filter_removed),
-            failed = (!outcome.failures.is_empty()).then_some(outcome.failures.len()),
-            total = outcome.totals.virtual_servers,
-            took = ?outcome.took,
-            latency = latency.filter(|_| !outcome.is_first).map(tracing::field::debug),
+            failed = (!report.failures.is_empty()).then_some(report.failures.len()),
+            total = report.totals.virtual_servers,
+            took = ?report.duration,
+            latency = latency.filter(|_| !report.is_first_audit).map(tracing::field::debug),
             "{}{}",
-            if outcome.audited { "audited" } else { "synced" },
+            if report.is_audit { "audited" } else { "synced" },
             if done.total() == 0 { ", nothing to change" } else { "" }
         );
     }
 }
 
 /// One line for each failure that is new.
-pub(crate) fn failures(outcome: &Outcome) {
-    for failure in &outcome.failures {
+pub(crate) fn failures(report: &SyncReport) {
+    for failure in &report.failures {
         let service = failure.service.as_ref().map(tracing::field::display);
         if failure.is_repeated {
             debug!(service, "still fails: {}", failure.error);

@@ -10,7 +10,7 @@ use service_watch::ObjectName;
 
 use crate::binding;
 use crate::filter::ruleset::Ruleset;
-use crate::filter::{Contents, Elements, Entry, ObservedFilter};
+use crate::filter::{FrontEndElements, ObservedFilter, SetElement, TableContents};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Observed, ObservedServer};
 use crate::node::is_link_local_v6;
@@ -31,7 +31,7 @@ pub struct MirrorServer {
 pub struct Mirror {
     has_device: bool,
     /// Whether it takes routes.
-    takes_routes: bool,
+    accepts_routes: bool,
     servers: HashMap<FrontEnd, MirrorServer>,
     /// How many real servers they have together.
     real_server_count: usize,
@@ -49,7 +49,7 @@ impl Mirror {
         let device = observed.device.unwrap_or_default();
         let mut mirror = Self {
             has_device,
-            takes_routes: device.takes_routes,
+            accepts_routes: device.accepts_routes,
             routes: device.routes.into_iter().collect(),
             filter: observed.filter,
             ..Self::default()
@@ -62,7 +62,7 @@ impl Mirror {
         }
         mirror.servers.reserve(observed.servers.len());
         for server in observed.servers {
-            mirror.see(server);
+            mirror.insert_observed(server);
         }
         mirror
     }
@@ -73,7 +73,7 @@ impl Mirror {
             self.remove(front_end);
         }
         for server in observed.servers {
-            self.see(server);
+            self.insert_observed(server);
         }
     }
 
@@ -93,8 +93,8 @@ impl Mirror {
     }
 
     /// Whether it is there and takes routes.
-    pub fn takes_routes(&self) -> bool {
-        self.takes_routes
+    pub fn accepts_routes(&self) -> bool {
+        self.accepts_routes
     }
 
     /// Whether a route is there that this program has made.
@@ -109,7 +109,7 @@ impl Mirror {
 
     /// The ranges of more than one address that have a route.
     pub fn routed_ranges(&self) -> impl Iterator<Item = &IpNet> {
-        self.routes.iter().filter(|range| !binding::is_single(range))
+        self.routes.iter().filter(|range| !binding::is_host_range(range))
     }
 
     /// Whether there is any virtual server.
@@ -133,7 +133,7 @@ impl Mirror {
     }
 
     /// Whether it is there as we would have bound it.
-    pub fn has_own_address(&self, address: IpAddr) -> bool {
+    pub fn has_host_address(&self, address: IpAddr) -> bool {
         self.addresses.get(&address).copied().unwrap_or(false)
     }
 
@@ -145,30 +145,30 @@ impl Mirror {
     /// Whether a virtual server is this agent's, or was kube-proxy's, which it follows. What proves the first is what the packet
     /// filter has for its front end: that comes before the virtual server and goes after it. Without a table, as on the first
     /// start after kube-proxy, it is that the VIP is on `kube-ipvs0`, which nobody else has.
-    pub fn is_own(&self, front_end: &FrontEnd) -> bool {
+    pub fn is_owned(&self, front_end: &FrontEnd) -> bool {
         let is_inherited =
-            || self.ruleset(Family::of(front_end.address)).is_none() && self.has_own_address(front_end.address);
+            || self.ruleset(Family::of(front_end.address)).is_none() && self.has_host_address(front_end.address);
         self.front_end(front_end).is_some() || is_inherited()
     }
 
     /// The front ends of a family's virtual servers that are this agent's.
     pub fn own(&self, family: Family) -> impl Iterator<Item = &FrontEnd> {
-        self.servers.keys().filter(move |it| Family::of(it.address) == family && self.is_own(it))
+        self.servers.keys().filter(move |it| Family::of(it.address) == family && self.is_owned(it))
     }
 
     /// The virtual servers that nothing proves to be ours.
-    pub fn unproven(&self) -> impl Iterator<Item = &FrontEnd> {
-        self.servers.keys().filter(|front_end| !self.is_own(front_end))
+    pub fn unowned(&self) -> impl Iterator<Item = &FrontEnd> {
+        self.servers.keys().filter(|front_end| !self.is_owned(front_end))
     }
 
     /// What the packet filter has for a front end.
-    pub fn front_end(&self, front_end: &FrontEnd) -> Option<&Elements> {
+    pub fn front_end(&self, front_end: &FrontEnd) -> Option<&FrontEndElements> {
         self.filter.front_ends.get(front_end)
     }
 
     /// Whether something is in a set of the packet filter.
-    pub fn has_entry(&self, entry: &Entry) -> bool {
-        self.filter.entries.contains(entry)
+    pub fn has_element(&self, element: &SetElement) -> bool {
+        self.filter.elements.contains(element)
     }
 
     /// The fingerprint of a Service's source ranges, where the packet filter has any.
@@ -178,48 +178,48 @@ impl Mirror {
 
     /// Every key the kernel holds something for.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
-        let front_ends = self.servers.keys().chain(self.filter.front_ends.keys()).copied().map(Key::Server);
-        let addresses = self.addresses.keys().copied().map(Key::Address);
-        let entries = self.filter.entries.iter().map(|entry| match entry {
-            Entry::Vip(address) => Key::Address(*address),
-            entry => Key::Entry(*entry),
+        let front_ends = self.servers.keys().chain(self.filter.front_ends.keys()).copied().map(Key::VirtualServer);
+        let addresses = self.addresses.keys().copied().map(Key::Vip);
+        let elements = self.filter.elements.iter().map(|element| match element {
+            SetElement::Vip(address) => Key::Vip(*address),
+            element => Key::SetElement(*element),
         });
-        let sources = self.filter.sources.keys().map(|(service, family)| Key::Sources(service.clone(), *family));
-        let routes = self.routes.iter().map(Key::of_route);
-        front_ends.chain(addresses).chain(routes).chain(entries).chain(sources)
+        let sources = self.filter.sources.keys().map(|(service, family)| Key::SourceRanges(service.clone(), *family));
+        let routes = self.routes.iter().map(Key::for_route);
+        front_ends.chain(addresses).chain(routes).chain(elements).chain(sources)
     }
 
     /// Takes in an operation that the kernel has carried out.
     pub fn acknowledge(&mut self, operation: &Operation) {
         match *operation {
-            Operation::BuildFilter { ref ruleset, ref contents, .. } => self.filter_built(ruleset, contents),
-            Operation::SetSources(ref service, family, ref ranges) => {
+            Operation::BuildTable { ref ruleset, ref contents, .. } => self.filter_built(ruleset, contents),
+            Operation::SetSourceRanges(ref service, family, ref ranges) => {
                 self.filter.sources.insert((service.clone(), family), ranges.fingerprint());
             }
-            Operation::RemoveSources(ref service, family) => {
+            Operation::RemoveSourceRanges(ref service, family) => {
                 self.filter.sources.remove(&(service.clone(), family));
             }
             Operation::SetFrontEnd(front_end, _, ref elements) => {
                 self.filter.front_ends.insert(front_end, elements.clone());
             }
-            Operation::ForgetFrontEnd(front_end, _) => {
+            Operation::RemoveFrontEnd(front_end, _) => {
                 self.filter.front_ends.remove(&front_end);
             }
-            Operation::AddEntry(entry) => {
-                self.filter.entries.insert(entry);
+            Operation::AddElement(element) => {
+                self.filter.elements.insert(element);
             }
-            Operation::RemoveEntry(entry) => {
-                self.filter.entries.remove(&entry);
+            Operation::RemoveElement(element) => {
+                self.filter.elements.remove(&element);
             }
-            Operation::OpenVip(address) => {
-                self.filter.entries.insert(Entry::Vip(address));
+            Operation::AddRoutedVip(address) => {
+                self.filter.elements.insert(SetElement::Vip(address));
             }
-            Operation::CloseVip(address) => {
-                self.filter.entries.remove(&Entry::Vip(address));
+            Operation::RemoveRoutedVip(address) => {
+                self.filter.elements.remove(&SetElement::Vip(address));
             }
-            Operation::ClearFlows(..) | Operation::FlushFlows(..) => {}
+            Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => {}
             Operation::AddDevice => self.has_device = true,
-            Operation::RaiseDevice => self.takes_routes = true,
+            Operation::SetDeviceUp => self.accepts_routes = true,
             Operation::AddRoute(range) => {
                 self.routes.insert(range);
             }
@@ -260,26 +260,26 @@ impl Mirror {
     }
 
     /// Forgets the device and what was on it and led to it: an operation found it gone, or down.
-    pub fn lose_device(&mut self) {
+    pub fn forget_device(&mut self) {
         self.has_device = false;
-        self.takes_routes = false;
+        self.accepts_routes = false;
         self.addresses.clear();
         self.routes.clear();
     }
 
-    fn filter_built(&mut self, ruleset: &Ruleset, contents: &Contents) {
+    fn filter_built(&mut self, ruleset: &Ruleset, contents: &TableContents) {
         let (family, filter) = (ruleset.family(), &mut self.filter);
         filter.rulesets.insert(family, ruleset.fingerprint());
         filter.front_ends.retain(|front_end, _| Family::of(front_end.address) != family);
         filter.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
-        filter.entries.retain(|entry| entry.family() != family);
-        filter.entries.extend(&contents.entries);
+        filter.elements.retain(|element| element.family() != family);
+        filter.elements.extend(&contents.elements);
         filter.sources.retain(|(_, of), _| *of != family);
         let sources = contents.sources.iter();
         filter.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
     }
 
-    fn see(&mut self, observed: ObservedServer) {
+    fn insert_observed(&mut self, observed: ObservedServer) {
         let ObservedServer { front_end, config, real_servers } = observed;
         self.insert(front_end, MirrorServer { config, real_servers });
     }

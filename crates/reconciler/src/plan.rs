@@ -10,32 +10,32 @@ use service_watch::ObjectName;
 
 use crate::binding;
 use crate::filter::ruleset::Ruleset;
-use crate::filter::{Contents, Elements, Entry, Ranges};
+use crate::filter::{FrontEndElements, SetElement, SourceRanges, TableContents};
 use crate::front_end::{FrontEnd, ServerConfig};
-use crate::real_servers::Place;
+use crate::real_servers::RealServerAddress;
 
 /// One step of a plan.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Makes a family's table of the packet filter with these contents, in the place of one that is otherwise.
-    BuildFilter {
+    BuildTable {
         /// Sets, chains and rules.
         ruleset: Arc<Ruleset>,
         /// Whether there is a table to be replaced.
         replaces: bool,
         /// What follows the Services.
-        contents: Arc<Contents>,
+        contents: Arc<TableContents>,
     },
     /// Makes or changes the source ranges of a Service.
-    SetSources(ObjectName, Family, Ranges),
+    SetSourceRanges(ObjectName, Family, SourceRanges),
     /// Changes what the packet filter does with connections to a front end, from what is there.
-    SetFrontEnd(FrontEnd, Elements, Elements),
+    SetFrontEnd(FrontEnd, FrontEndElements, FrontEndElements),
     /// Adds a member to one of the packet filter's sets.
-    AddEntry(Entry),
+    AddElement(SetElement),
     /// Makes `kube-ipvs0`.
     AddDevice,
     /// Has `kube-ipvs0` take routes.
-    RaiseDevice,
+    SetDeviceUp,
     /// Makes a virtual server.
     AddVirtualServer(FrontEnd, ServerConfig),
     /// Corrects the attributes of a virtual server.
@@ -46,7 +46,7 @@ pub enum Operation {
     SetRealServer(FrontEnd, RealServer),
     /// Deletes from connection tracking what was begun to a front end before it had a virtual server, but for what its real
     /// servers answer: nobody has translated that.
-    ClearFlows(FrontEnd, Arc<[Place]>),
+    DeleteUntranslatedFlows(FrontEnd, Arc<[RealServerAddress]>),
     /// Binds a VIP to `kube-ipvs0`, as /32 or /128.
     BindAddress(IpAddr),
     /// Makes a local route to `kube-ipvs0`, for a VIP or a range of them.
@@ -62,17 +62,17 @@ pub enum Operation {
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
     /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
-    FlushFlows(FrontEnd, Arc<[Place]>),
+    DeleteStaleFlows(FrontEnd, Arc<[RealServerAddress]>),
     /// Takes from the packet filter what it has for a front end.
-    ForgetFrontEnd(FrontEnd, Elements),
+    RemoveFrontEnd(FrontEnd, FrontEndElements),
     /// Takes a member from one of the packet filter's sets.
-    RemoveEntry(Entry),
+    RemoveElement(SetElement),
     /// Adds a VIP to the packet filter that is this node's already: its range has a route.
-    OpenVip(IpAddr),
+    AddRoutedVip(IpAddr),
     /// Takes such a VIP from the packet filter.
-    CloseVip(IpAddr),
+    RemoveRoutedVip(IpAddr),
     /// Deletes the source ranges of a Service.
-    RemoveSources(ObjectName, Family),
+    RemoveSourceRanges(ObjectName, Family),
 }
 
 /// When an operation's turn is. The order is that of the variants.
@@ -115,16 +115,16 @@ impl Operation {
     /// When its turn is.
     pub fn phase(&self) -> Phase {
         match self {
-            Self::BuildFilter { .. } => Phase::FilterTables,
+            Self::BuildTable { .. } => Phase::FilterTables,
             Self::SetFrontEnd(_, before, after) if after.is_wider_than(before) => Phase::FilterWider,
-            Self::OpenVip(_) => Phase::FilterWider,
-            Self::CloseVip(_) => Phase::FilterNarrower,
-            Self::SetSources(..) | Self::SetFrontEnd(..) | Self::AddEntry(_) => Phase::FilterIn,
-            Self::ClearFlows(..) => Phase::FlowsIn,
-            Self::FlushFlows(..) => Phase::FlowsOut,
-            Self::ForgetFrontEnd(..) | Self::RemoveEntry(_) => Phase::FilterOut,
-            Self::RemoveSources(..) => Phase::SourcesOut,
-            Self::AddDevice | Self::RaiseDevice => Phase::Device,
+            Self::AddRoutedVip(_) => Phase::FilterWider,
+            Self::RemoveRoutedVip(_) => Phase::FilterNarrower,
+            Self::SetSourceRanges(..) | Self::SetFrontEnd(..) | Self::AddElement(_) => Phase::FilterIn,
+            Self::DeleteUntranslatedFlows(..) => Phase::FlowsIn,
+            Self::DeleteStaleFlows(..) => Phase::FlowsOut,
+            Self::RemoveFrontEnd(..) | Self::RemoveElement(_) => Phase::FilterOut,
+            Self::RemoveSourceRanges(..) => Phase::SourcesOut,
+            Self::AddDevice | Self::SetDeviceUp => Phase::Device,
             Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
             Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,
             Self::BindAddress(_) | Self::AddRoute(_) => Phase::AddressesIn,
@@ -137,13 +137,13 @@ impl Operation {
     /// The family whose table of the packet filter the operation is about; `None` for other operations.
     pub fn filter_family(&self) -> Option<Family> {
         match self {
-            Self::BuildFilter { ruleset, .. } => Some(ruleset.family()),
-            Self::SetSources(_, family, _) | Self::RemoveSources(_, family) => Some(*family),
-            Self::SetFrontEnd(front_end, ..) | Self::ForgetFrontEnd(front_end, _) => {
+            Self::BuildTable { ruleset, .. } => Some(ruleset.family()),
+            Self::SetSourceRanges(_, family, _) | Self::RemoveSourceRanges(_, family) => Some(*family),
+            Self::SetFrontEnd(front_end, ..) | Self::RemoveFrontEnd(front_end, _) => {
                 Some(Family::of(front_end.address))
             }
-            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Some(entry.family()),
-            Self::OpenVip(address) | Self::CloseVip(address) => Some(Family::of(*address)),
+            Self::AddElement(element) | Self::RemoveElement(element) => Some(element.family()),
+            Self::AddRoutedVip(address) | Self::RemoveRoutedVip(address) => Some(Family::of(*address)),
             _ => None,
         }
     }
@@ -151,29 +151,31 @@ impl Operation {
     /// What the operation is about.
     pub fn key(&self) -> Key {
         match self {
-            Self::BuildFilter { ruleset, .. } => Key::Filter(ruleset.family()),
-            Self::SetSources(service, family, _) | Self::RemoveSources(service, family) => {
-                Key::Sources(service.clone(), *family)
+            Self::BuildTable { ruleset, .. } => Key::Table(ruleset.family()),
+            Self::SetSourceRanges(service, family, _) | Self::RemoveSourceRanges(service, family) => {
+                Key::SourceRanges(service.clone(), *family)
             }
-            Self::ClearFlows(front_end, _) | Self::FlushFlows(front_end, _) => Key::Flows(*front_end),
-            Self::AddDevice | Self::RaiseDevice => Key::Device,
-            Self::AddEntry(Entry::Vip(address))
-            | Self::RemoveEntry(Entry::Vip(address))
-            | Self::OpenVip(address)
-            | Self::CloseVip(address)
+            Self::DeleteUntranslatedFlows(front_end, _) | Self::DeleteStaleFlows(front_end, _) => {
+                Key::Flows(*front_end)
+            }
+            Self::AddDevice | Self::SetDeviceUp => Key::Device,
+            Self::AddElement(SetElement::Vip(address))
+            | Self::RemoveElement(SetElement::Vip(address))
+            | Self::AddRoutedVip(address)
+            | Self::RemoveRoutedVip(address)
             | Self::BindAddress(address)
-            | Self::UnbindAddress(address) => Key::Address(*address),
-            Self::AddRoute(range) | Self::RemoveRoute(range) => Key::of_route(range),
-            Self::AddEntry(entry) | Self::RemoveEntry(entry) => Key::Entry(*entry),
+            | Self::UnbindAddress(address) => Key::Vip(*address),
+            Self::AddRoute(range) | Self::RemoveRoute(range) => Key::for_route(range),
+            Self::AddElement(element) | Self::RemoveElement(element) => Key::SetElement(*element),
             Self::SetFrontEnd(front_end, ..)
-            | Self::ForgetFrontEnd(front_end, _)
+            | Self::RemoveFrontEnd(front_end, _)
             | Self::AddVirtualServer(front_end, _)
             | Self::SetVirtualServer(front_end, _)
             | Self::AddRealServer(front_end, _)
             | Self::SetRealServer(front_end, _)
             | Self::DrainRealServer(front_end, _)
             | Self::DeleteRealServer(front_end, _)
-            | Self::DeleteVirtualServer(front_end) => Key::Server(*front_end),
+            | Self::DeleteVirtualServer(front_end) => Key::VirtualServer(*front_end),
         }
     }
 }
@@ -181,21 +183,27 @@ impl Operation {
 impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::BuildFilter { ruleset, .. } => {
+            Self::BuildTable { ruleset, .. } => {
                 write!(f, "make the {} table kube-ipvs of nf_tables", ruleset.family())
             }
-            Self::SetSources(service, family, _) => write!(f, "set the {family} source ranges of Service {service}"),
+            Self::SetSourceRanges(service, family, _) => {
+                write!(f, "set the {family} source ranges of Service {service}")
+            }
             Self::SetFrontEnd(front_end, ..) => write!(f, "set the packet filter for {front_end}"),
-            Self::AddEntry(entry) => write!(f, "add {entry} to the packet filter"),
-            Self::ForgetFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
-            Self::RemoveEntry(entry) => write!(f, "delete {entry} from the packet filter"),
-            Self::OpenVip(address) => write!(f, "add VIP {address} to the packet filter"),
-            Self::CloseVip(address) => write!(f, "delete VIP {address} from the packet filter"),
-            Self::RemoveSources(service, family) => write!(f, "delete the {family} source ranges of Service {service}"),
-            Self::ClearFlows(front_end, _) => write!(f, "delete what was tracked of {front_end} before it was served"),
-            Self::FlushFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
+            Self::AddElement(element) => write!(f, "add {element} to the packet filter"),
+            Self::RemoveFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
+            Self::RemoveElement(element) => write!(f, "delete {element} from the packet filter"),
+            Self::AddRoutedVip(address) => write!(f, "add VIP {address} to the packet filter"),
+            Self::RemoveRoutedVip(address) => write!(f, "delete VIP {address} from the packet filter"),
+            Self::RemoveSourceRanges(service, family) => {
+                write!(f, "delete the {family} source ranges of Service {service}")
+            }
+            Self::DeleteUntranslatedFlows(front_end, _) => {
+                write!(f, "delete what was tracked of {front_end} before it was served")
+            }
+            Self::DeleteStaleFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
             Self::AddDevice => write!(f, "add device kube-ipvs0"),
-            Self::RaiseDevice => write!(f, "set kube-ipvs0 up"),
+            Self::SetDeviceUp => write!(f, "set kube-ipvs0 up"),
             Self::AddVirtualServer(front_end, _) => write!(f, "add virtual server {front_end}"),
             Self::SetVirtualServer(front_end, _) => write!(f, "change virtual server {front_end}"),
             Self::AddRealServer(front_end, server) => {
@@ -221,57 +229,57 @@ impl fmt::Display for Operation {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
     /// A family's table of the packet filter, but for what follows the Services.
-    Filter(Family),
+    Table(Family),
     /// The source ranges of a Service.
-    Sources(ObjectName, Family),
+    SourceRanges(ObjectName, Family),
     /// A member of one of the packet filter's sets; VIPs are part of their addresses.
-    Entry(Entry),
+    SetElement(SetElement),
     /// `kube-ipvs0` itself.
     Device,
     /// A virtual server with its real servers, and what the packet filter has for its front end.
-    Server(FrontEnd),
+    VirtualServer(FrontEnd),
     /// A VIP: its address or its own route, and its place in the packet filter.
-    Address(IpAddr),
+    Vip(IpAddr),
     /// The route of a range of VIPs; that of a single one is part of its address.
-    Range(IpNet),
+    VipRange(IpNet),
     /// What connection tracking knows of a front end.
     Flows(FrontEnd),
 }
 
 impl Key {
     /// That of a route.
-    pub(crate) fn of_route(range: &IpNet) -> Self {
-        if binding::is_single(range) { Self::Address(range.addr()) } else { Self::Range(*range) }
+    pub(crate) fn for_route(range: &IpNet) -> Self {
+        if binding::is_host_range(range) { Self::Vip(range.addr()) } else { Self::VipRange(*range) }
     }
 
     /// What kind of thing it is, in a word.
     pub fn kind(&self) -> &'static str {
         match self {
-            Self::Filter(_) => "filter_table",
-            Self::Sources(..) => "source_ranges",
-            Self::Entry(_) => "filter_entry",
+            Self::Table(_) => "filter_table",
+            Self::SourceRanges(..) => "source_ranges",
+            Self::SetElement(_) => "filter_entry",
             Self::Device => "device",
-            Self::Server(_) => "virtual_server",
-            Self::Address(_) => "address",
-            Self::Range(_) => "range",
+            Self::VirtualServer(_) => "virtual_server",
+            Self::Vip(_) => "address",
+            Self::VipRange(_) => "range",
             Self::Flows(_) => "flows",
         }
     }
 
     /// Whether all Services of a family depend on it, and not only one.
-    pub fn is_whole(&self) -> bool {
-        matches!(self, Self::Device | Self::Filter(_) | Self::Range(_))
+    pub fn is_node_wide(&self) -> bool {
+        matches!(self, Self::Device | Self::Table(_) | Self::VipRange(_))
     }
 
     /// Whether it is of a family; the device is of both.
-    pub fn is_of(&self, family: Family) -> bool {
+    pub fn is_of_family(&self, family: Family) -> bool {
         match self {
-            Self::Filter(of) | Self::Sources(_, of) => *of == family,
-            Self::Entry(entry) => entry.family() == family,
+            Self::Table(of) | Self::SourceRanges(_, of) => *of == family,
+            Self::SetElement(element) => element.family() == family,
             Self::Device => true,
-            Self::Server(front_end) | Self::Flows(front_end) => Family::of(front_end.address) == family,
-            Self::Address(address) => Family::of(*address) == family,
-            Self::Range(range) => binding::family(range) == family,
+            Self::VirtualServer(front_end) | Self::Flows(front_end) => Family::of(front_end.address) == family,
+            Self::Vip(address) => Family::of(*address) == family,
+            Self::VipRange(range) => binding::family(range) == family,
         }
     }
 }
@@ -279,14 +287,14 @@ impl Key {
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Filter(family) => write!(f, "{family} table kube-ipvs of nf_tables"),
-            Self::Sources(service, family) => write!(f, "{family} source ranges of Service {service}"),
-            Self::Entry(entry) => entry.fmt(f),
+            Self::Table(family) => write!(f, "{family} table kube-ipvs of nf_tables"),
+            Self::SourceRanges(service, family) => write!(f, "{family} source ranges of Service {service}"),
+            Self::SetElement(element) => element.fmt(f),
             Self::Flows(front_end) => write!(f, "flows to {front_end}"),
             Self::Device => f.write_str("device kube-ipvs0"),
-            Self::Server(front_end) => write!(f, "virtual server {front_end}"),
-            Self::Address(address) => write!(f, "address {address}"),
-            Self::Range(range) => write!(f, "range {range}"),
+            Self::VirtualServer(front_end) => write!(f, "virtual server {front_end}"),
+            Self::Vip(address) => write!(f, "address {address}"),
+            Self::VipRange(range) => write!(f, "range {range}"),
         }
     }
 }
@@ -306,8 +314,8 @@ impl Plan {
     /// Splits off the operations from a phase on.
     #[must_use]
     pub fn split_off(&mut self, phase: Phase) -> Self {
-        let place = self.operations.partition_point(|operation| operation.phase() < phase);
-        Self { operations: self.operations.split_off(place) }
+        let index = self.operations.partition_point(|operation| operation.phase() < phase);
+        Self { operations: self.operations.split_off(index) }
     }
 
     /// Keeps the operations for which this holds.

@@ -34,7 +34,7 @@ impl Families {
     pub const BOTH: Self = Self { ipv4: true, ipv6: true };
 
     /// Whether a family is among them.
-    pub fn contain(self, family: Family) -> bool {
+    pub fn contains(self, family: Family) -> bool {
         match family {
             Family::Ipv4 => self.ipv4,
             Family::Ipv6 => self.ipv6,
@@ -43,7 +43,7 @@ impl Families {
 
     /// The families, IPv4 first.
     pub fn iter(self) -> impl Iterator<Item = Family> {
-        [Family::Ipv4, Family::Ipv6].into_iter().filter(move |family| self.contain(*family))
+        [Family::Ipv4, Family::Ipv6].into_iter().filter(move |family| self.contains(*family))
     }
 }
 

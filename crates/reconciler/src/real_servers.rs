@@ -23,40 +23,40 @@ impl MirrorRealServer {
 }
 
 /// Address and port of a real server. A [`SocketAddr`] takes half as much again.
-pub type Place = (IpAddr, u16);
+pub type RealServerAddress = (IpAddr, u16);
 
 /// The place at an address.
-pub fn place(at: SocketAddr) -> Place {
+pub fn real_server_address(at: SocketAddr) -> RealServerAddress {
     (at.ip(), at.port())
 }
 
 /// The real servers of a virtual server, sorted by address and port. What is the same of almost all is not kept for each.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RealServers {
-    places: Vec<Place>,
+    places: Vec<RealServerAddress>,
     /// Those that are otherwise than this agent writes them; boxed, as there is mostly none.
     #[expect(clippy::box_collection, reason = "it is seldom there")]
-    otherwise: Option<Box<BTreeMap<Place, MirrorRealServer>>>,
+    otherwise: Option<Box<BTreeMap<RealServerAddress, MirrorRealServer>>>,
 }
 
 impl RealServers {
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = MirrorRealServer> {
-        self.places.iter().map(|place| self.whole(*place))
+        self.places.iter().map(|real_server_address| self.whole(*real_server_address))
     }
 
     /// Where they are, in order.
-    pub fn places(&self) -> &[Place] {
+    pub fn places(&self) -> &[RealServerAddress] {
         &self.places
     }
 
     /// The one at an address.
     pub fn get(&self, at: SocketAddr) -> Option<MirrorRealServer> {
-        self.places.binary_search(&place(at)).ok().map(|index| self.whole(self.places[index]))
+        self.places.binary_search(&real_server_address(at)).ok().map(|index| self.whole(self.places[index]))
     }
 
     /// Whether they are these, and each as this agent writes them. Both are sorted.
-    pub fn are(&self, wanted: &[Place]) -> bool {
+    pub fn are(&self, wanted: &[RealServerAddress]) -> bool {
         self.otherwise.is_none() && self.places == wanted
     }
 
@@ -70,28 +70,28 @@ impl RealServers {
         self.places.is_empty()
     }
 
-    fn whole(&self, place: Place) -> MirrorRealServer {
-        let otherwise = self.otherwise.as_ref().and_then(|otherwise| otherwise.get(&place));
-        otherwise.copied().unwrap_or_else(|| MirrorRealServer::usual(place.into()))
+    fn whole(&self, real_server_address: RealServerAddress) -> MirrorRealServer {
+        let otherwise = self.otherwise.as_ref().and_then(|otherwise| otherwise.get(&real_server_address));
+        otherwise.copied().unwrap_or_else(|| MirrorRealServer::usual(real_server_address.into()))
     }
 
     /// Puts one in its place, and says whether there was none at its address.
     pub(crate) fn insert(&mut self, real_server: MirrorRealServer) -> bool {
         let at = real_server.server.socket_address();
-        self.note(place(at), (real_server != MirrorRealServer::usual(at)).then_some(real_server));
-        let Err(index) = self.places.binary_search(&place(at)) else { return false };
+        self.note(real_server_address(at), (real_server != MirrorRealServer::usual(at)).then_some(real_server));
+        let Err(index) = self.places.binary_search(&real_server_address(at)) else { return false };
         // By a quarter: doubled, a third of all would be room to spare.
         if self.places.len() == self.places.capacity() {
             self.places.reserve_exact((self.places.len() / 4).max(2));
         }
-        self.places.insert(index, place(at));
+        self.places.insert(index, real_server_address(at));
         true
     }
 
     /// Takes one out, and says whether it was there.
     pub(crate) fn remove(&mut self, at: SocketAddr) -> bool {
-        self.note(place(at), None);
-        let index = self.places.binary_search(&place(at));
+        self.note(real_server_address(at), None);
+        let index = self.places.binary_search(&real_server_address(at));
         index.is_ok_and(|index| {
             self.places.remove(index);
             true
@@ -99,11 +99,11 @@ impl RealServers {
     }
 
     /// Keeps what is otherwise than usual of one, if anything is.
-    fn note(&mut self, place: Place, otherwise: Option<MirrorRealServer>) {
+    fn note(&mut self, real_server_address: RealServerAddress, otherwise: Option<MirrorRealServer>) {
         if let Some(real_server) = otherwise {
-            self.otherwise.get_or_insert_default().insert(place, real_server);
+            self.otherwise.get_or_insert_default().insert(real_server_address, real_server);
         } else if let Some(held) = &mut self.otherwise {
-            held.remove(&place);
+            held.remove(&real_server_address);
             if held.is_empty() {
                 self.otherwise = None;
             }
@@ -118,8 +118,8 @@ impl FromIterator<(RealServer, bool)> for RealServers {
         for (server, is_idle) in read {
             let at = server.socket_address();
             let real_server = MirrorRealServer { server, is_drained: is_idle && server.weight == 0 };
-            all.note(place(at), (real_server != MirrorRealServer::usual(at)).then_some(real_server));
-            all.places.push(place(at));
+            all.note(real_server_address(at), (real_server != MirrorRealServer::usual(at)).then_some(real_server));
+            all.places.push(real_server_address(at));
         }
         all.places.sort_unstable();
         all.places.dedup();
@@ -161,7 +161,7 @@ mod tests {
                 prop_assert_eq!(all.get(at), model.get(&at).copied());
                 prop_assert!(all.iter().eq(model.values().copied()));
                                 prop_assert_eq!((all.len(), all.is_empty()), (model.len(), model.is_empty()));
-                let wanted: Vec<_> = model.keys().copied().map(place).collect();
+                let wanted: Vec<_> = model.keys().copied().map(real_server_address).collect();
                 prop_assert_eq!(all.places(), &wanted);
                 let are_usual = model.iter().all(|(at, real_server)| *real_server == MirrorRealServer::usual(*at));
                 prop_assert_eq!(all.are(&wanted), are_usual);

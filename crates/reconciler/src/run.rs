@@ -8,18 +8,18 @@ use tracing::{error, info, warn};
 
 use crate::kernel::{Kernel, KernelError};
 use crate::log;
-use crate::outcome::{Failure, Outcome};
 use crate::reconciler::Reconciler;
+use crate::report::{Failure, SyncReport};
 
 /// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
-const READ_AGAIN: Duration = Duration::from_secs(1);
+const READ_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// How long the first sync waits for what it takes of the Node. kube-proxy waits as long for its addresses.
-const NODE_PATIENCE: Duration = Duration::from_secs(30);
+const NODE_WAIT_MAX: Duration = Duration::from_secs(30);
 
 /// While the source is saying what there is, more is waited for so long: to be woken for each object would cost more than to
 /// take it in.
-const GATHERING: Duration = Duration::from_millis(1);
+const BATCH_DELAY: Duration = Duration::from_millis(1);
 
 /// What the thread is told.
 #[derive(Clone, Debug)]
@@ -35,7 +35,7 @@ pub enum Input {
 /// Who is told what the thread does. Nothing here may wait: the kernel does meanwhile.
 pub trait Observer {
     /// A sync or an audit has ended. What had been said before `since` is in it.
-    fn done(&mut self, outcome: &Outcome, since: Instant, taken: &Taken);
+    fn done(&mut self, report: &SyncReport, since: Instant, changes: &ReceivedChanges);
 
     /// The state of the kernel could not be read, so nothing was done.
     fn failed(&mut self, error: &KernelError);
@@ -43,16 +43,16 @@ pub trait Observer {
 
 /// What a sync took in.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Taken {
+pub struct ReceivedChanges {
     /// When each change was heard of that made a difference.
-    pub heard: Vec<Instant>,
+    pub received_at: Vec<Instant>,
     /// How many changes of Services there were, whether they made one or not.
     pub services: usize,
     /// How many of EndpointSlices.
     pub slices: usize,
 }
 
-impl Taken {
+impl ReceivedChanges {
     fn count(&mut self, change: &Change) {
         match change {
             Change::Service(_) | Change::ServiceDeleted(_) => self.services += 1,
@@ -93,7 +93,7 @@ struct Schedule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NodeWait {
     /// If anything is lacking.
-    Perhaps,
+    NotStarted,
     Until(Instant),
     /// It has come, or been waited for long enough: Services come before perfection.
     Over,
@@ -101,19 +101,19 @@ enum NodeWait {
 
 impl Schedule {
     fn new(periods: Periods) -> Self {
-        Self { periods, not_before: None, next_audit: None, node: NodeWait::Perhaps }
+        Self { periods, not_before: None, next_audit: None, node: NodeWait::NotStarted }
     }
 
     /// Until when nothing is done for the want of what is lacking of the Node.
     fn hold(&mut self, is_lacking: bool, now: Instant) -> Option<Instant> {
         match self.node {
-            NodeWait::Perhaps if is_lacking => {
+            NodeWait::NotStarted if is_lacking => {
                 info!(
                     "waiting up to {} s for what the configuration needs of the own Node: its addresses or podCIDRs; is \
                      --hostname-override the name of the Node?",
-                    NODE_PATIENCE.as_secs()
+                    NODE_WAIT_MAX.as_secs()
                 );
-                let deadline = now + NODE_PATIENCE;
+                let deadline = now + NODE_WAIT_MAX;
                 self.node = NodeWait::Until(deadline);
                 Some(deadline)
             }
@@ -132,8 +132,8 @@ impl Schedule {
 
     /// The next task of a reconciler and its time, which may have passed.
     fn due<K: Kernel>(&mut self, reconciler: &Reconciler<K>, now: Instant) -> (Task, Instant) {
-        let hold = self.hold(reconciler.lacks_node(), now);
-        let (task, at) = self.next(reconciler.is_dirty(), reconciler.next_look(), now);
+        let hold = self.hold(reconciler.is_missing_node_data(), now);
+        let (task, at) = self.next(reconciler.is_dirty(), reconciler.next_check(), now);
         (task, hold.map_or(at, |hold| at.max(hold)))
     }
 
@@ -156,7 +156,7 @@ impl Schedule {
                 self.next_audit = Some(now + self.periods.audit);
             }
         } else {
-            self.not_before = Some(now + self.periods.min.max(READ_AGAIN));
+            self.not_before = Some(now + self.periods.min.max(READ_RETRY_DELAY));
         }
     }
 }
@@ -173,7 +173,7 @@ pub fn run<K: Kernel>(
     let mut schedule = Schedule::new(periods);
     let mut failed = Vec::new();
     let mut unreadable = None;
-    let mut taken = Taken::default();
+    let mut changes = ReceivedChanges::default();
     loop {
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
@@ -187,17 +187,17 @@ pub fn run<K: Kernel>(
         match received {
             Ok(input) => {
                 if !reconciler.is_ready() {
-                    std::thread::sleep(GATHERING);
+                    std::thread::sleep(BATCH_DELAY);
                 }
                 // All that has come by now is one change of state, not many.
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {
                         Input::Change(change, since) => {
-                            taken.count(&change);
+                            changes.count(&change);
                             reconciler.apply(change);
                             // What changes nothing waits for no sync.
                             if reconciler.is_dirty() {
-                                taken.heard.push(since);
+                                changes.received_at.push(since);
                             }
                         }
                         Input::InterfacesChanged => reconciler.interfaces_changed(),
@@ -209,7 +209,7 @@ pub fn run<K: Kernel>(
             Err(RecvTimeoutError::Disconnected) => return failed,
         }
         if !reconciler.is_ready() {
-            serve_ahead(reconciler, &taken);
+            sync_bootstrap(reconciler, &changes);
             continue;
         }
         let start = Instant::now();
@@ -223,13 +223,13 @@ pub fn run<K: Kernel>(
         };
         let end = Instant::now();
         match &mut result {
-            Ok(outcome) => {
-                outcome.took = end - start;
-                failed.clone_from(&outcome.failures);
+            Ok(report) => {
+                report.duration = end - start;
+                failed.clone_from(&report.failures);
                 unreadable = None;
-                log::outcome(outcome, taken.heard.first().map(|first| end - *first));
-                observer.done(outcome, start, &taken);
-                taken = Taken::default();
+                log::report(report, changes.received_at.first().map(|first| end - *first));
+                observer.done(report, start, &changes);
+                changes = ReceivedChanges::default();
             }
             Err(error) => {
                 if unreadable.as_ref() != Some(error) {
@@ -247,18 +247,18 @@ pub fn run<K: Kernel>(
 }
 
 /// What everything waits for is served before all else is known.
-fn serve_ahead<K: Kernel>(reconciler: &mut Reconciler<K>, taken: &Taken) {
-    let last = taken.heard.last();
-    match reconciler.serve_ahead(Instant::now()) {
+fn sync_bootstrap<K: Kernel>(reconciler: &mut Reconciler<K>, changes: &ReceivedChanges) {
+    let last = changes.received_at.last();
+    match reconciler.sync_bootstrap(Instant::now()) {
         Ok(None) => {}
-        Ok(Some(outcome)) => {
-            let virtual_servers = log::counts(outcome.done.servers_added, outcome.done.servers_changed, 0);
+        Ok(Some(report)) => {
+            let virtual_servers = log::counts(report.applied.servers_added, report.applied.servers_changed, 0);
             info!(
                 virtual_servers,
                 latency = last.map(|last| tracing::field::debug(last.elapsed())),
                 "serving the API server and DNS, ahead of the rest"
             );
-            log::failures(&outcome);
+            log::failures(&report);
         }
         Err(error) => warn!("cannot serve the API server and DNS ahead of the rest: {error}"),
     }
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn the_first_run_waits_for_what_it_needs_of_the_node_and_not_for_ever() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        let late = start + NODE_PATIENCE;
+        let late = start + NODE_WAIT_MAX;
         assert_eq!(schedule.hold(true, start), Some(late));
         assert_eq!(schedule.hold(true, start + MIN), Some(late), "the time does not begin anew");
         assert_eq!(schedule.hold(false, start + MIN), None, "it has come");
@@ -330,6 +330,6 @@ mod tests {
     fn a_failed_reading_is_tried_again_soon_but_not_at_once() {
         let (mut schedule, start) = (Schedule::new(Periods { min: Duration::ZERO, audit: AUDIT }), Instant::now());
         schedule.ended(Task::Audit, false, start);
-        assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_AGAIN));
+        assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
     }
 }

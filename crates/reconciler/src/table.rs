@@ -10,7 +10,7 @@ use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
 
 /// A Service and the slices that name it. Either may come first.
 #[derive(Clone, Debug, Default)]
-pub struct Entry {
+pub struct ServiceEntry {
     /// The Service, once it is known.
     pub service: Option<Arc<Service>>,
     /// Its slices by name, so that what follows from them does not depend on the order they came in.
@@ -31,7 +31,7 @@ pub enum Dirty {
 /// Every Service and EndpointSlice, and the own Node.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceTable {
-    entries: HashMap<ObjectName, Entry>,
+    entries: HashMap<ObjectName, ServiceEntry>,
     /// Which Service a slice belongs to: a slice may move from one to another.
     owners: HashMap<ObjectName, ObjectName>,
     node: Option<Node>,
@@ -121,7 +121,7 @@ impl ServiceTable {
     }
 
     /// A Service and its slices.
-    pub fn get(&self, name: &ObjectName) -> Option<&Entry> {
+    pub fn get(&self, name: &ObjectName) -> Option<&ServiceEntry> {
         self.entries.get(name)
     }
 

@@ -21,7 +21,7 @@ fn allocations(services: u32, mut change: impl FnMut(&mut Cluster, u32) -> u64) 
 fn one_in(cluster: &mut Cluster, service: u32) -> u64 {
     let change = Change::Slice(slice(service, ENDPOINTS + 1));
     let mut added = 0;
-    let info = measure(|| added = cluster.take_in(change).done.real_servers_added);
+    let info = measure(|| added = cluster.apply_and_sync(change).applied.real_servers_added);
     assert_eq!(added, 1);
     info.count_total
 }
@@ -29,9 +29,9 @@ fn one_in(cluster: &mut Cluster, service: u32) -> u64 {
 fn one_out(cluster: &mut Cluster, service: u32) -> u64 {
     let change = Change::Slice(slice(service, ENDPOINTS - 1));
     let (mut drained, mut deleted) = (0, 0);
-    let out = measure(|| drained = cluster.take_in(change).done.real_servers_drained);
+    let out = measure(|| drained = cluster.apply_and_sync(change).applied.real_servers_drained);
     cluster.expect_look(service);
-    let look = measure(|| deleted = cluster.look().done.real_servers_deleted);
+    let look = measure(|| deleted = cluster.look().applied.real_servers_deleted);
     assert_eq!((drained, deleted), (1, 1));
     out.count_total + look.count_total
 }

@@ -13,7 +13,7 @@ use reconciler::Policy;
 use reconciler::contribution::Contribution;
 use reconciler::front_end::FrontEnd;
 use reconciler::node::NodeView;
-use reconciler::table::Entry;
+use reconciler::table::ServiceEntry;
 use service_watch::{Endpoint, Hints, Service, ServiceKind, TrafficPolicy};
 
 const CLUSTER: TrafficPolicy = TrafficPolicy::Cluster;
@@ -106,9 +106,9 @@ fn parse(text: &str) -> Endpoint {
     endpoint
 }
 
-fn entry(service: Service, endpoints: &str) -> Entry {
+fn entry(service: Service, endpoints: &str) -> ServiceEntry {
     let slice = slice("web-1", "web", endpoints.split_whitespace().map(parse).collect());
-    Entry { service: Some(service.into()), slices: [(slice.name.clone(), slice)].into_iter().collect() }
+    ServiceEntry { service: Some(service.into()), slices: [(slice.name.clone(), slice)].into_iter().collect() }
 }
 
 fn octets(contribution: &Contribution, front_end: &FrontEnd) -> Vec<u8> {
@@ -149,7 +149,7 @@ fn families_choose_each_for_itself() {
     for (address, zone) in [("fd00::1", "2"), ("fd00::2", "2")] {
         slice.endpoints.push(for_zone(zone, endpoint(address)));
     }
-    let entry = Entry {
+    let entry = ServiceEntry {
         service: Some(service("web", &["10.96.0.10", "fd96::10"]).into()),
         slices: [(slice.name.clone(), slice)].into_iter().collect(),
     };
@@ -164,7 +164,7 @@ fn of_one_address_in_several_slices_the_one_that_does_not_terminate_counts() {
     for order in [["a", "b"], ["b", "a"]] {
         let draining = slice(order[0], "web", vec![parse("1ut")]);
         let fresh = slice(order[1], "web", vec![parse("1")]);
-        let entry = Entry {
+        let entry = ServiceEntry {
             service: Some(service("web", &["10.96.0.10"]).into()),
             slices: [draining, fresh].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
         };
@@ -180,7 +180,7 @@ fn only_slice_ports_of_the_same_name_and_protocol_serve_a_port() {
     let mut other_protocol = slice("b", "web", vec![parse("2")]);
     other_protocol.ports[0].protocol = service_watch::Protocol::Udp;
     let same = slice("c", "web", vec![parse("3")]);
-    let entry = Entry {
+    let entry = ServiceEntry {
         service: Some(service("web", &["10.96.0.10"]).into()),
         slices: [other_name, other_protocol, same].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
     };

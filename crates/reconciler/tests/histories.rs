@@ -68,7 +68,7 @@ struct Objects {
 }
 
 impl Objects {
-    fn take_in(&mut self, event: &Event) {
+    fn apply_and_sync(&mut self, event: &Event) {
         match event.clone() {
             Event::Change(Change::Service(service)) => {
                 self.services.insert(service.name.clone(), service);
@@ -285,10 +285,10 @@ fn visible(kernel: &FakeKernel) -> (&BTreeMap<FrontEnd, FakeServer>, Vec<IpAddr>
 }
 
 /// The virtual servers that nothing proves to be this agent's, and none is in the place of one that is wanted.
-fn foreign(kernel: &mut FakeKernel) -> BTreeMap<FrontEnd, FakeServer> {
+fn foreign_servers(kernel: &mut FakeKernel) -> BTreeMap<FrontEnd, FakeServer> {
     let mirror = Mirror::from_dump(kernel.dump(Scope::All).unwrap());
-    let foreign = kernel.servers.iter().filter(|(front_end, _)| !mirror.is_own(front_end));
-    foreign.map(|(front_end, server)| (*front_end, server.clone())).collect()
+    let foreign_servers = kernel.servers.iter().filter(|(front_end, _)| !mirror.is_owned(front_end));
+    foreign_servers.map(|(front_end, server)| (*front_end, server.clone())).collect()
 }
 
 /// A kernel in which somebody has been before: an earlier run, another version, or a person with ipvsadm.
@@ -341,13 +341,13 @@ proptest! {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in history {
-            objects.take_in(&event);
+            objects.apply_and_sync(&event);
             event.happen(&mut world);
             world.settle();
             let fresh = objects.fresh_kernel(&policy);
             prop_assert_eq!(visible(world.kernel()), visible(&fresh));
             let again = world.audit();
-            prop_assert_eq!(again.done.total(), 0, "a second plan is empty");
+            prop_assert_eq!(again.applied.total(), 0, "a second plan is empty");
             prop_assert_eq!(again.failures, vec![]);
         }
     }
@@ -357,21 +357,21 @@ proptest! {
         mut kernel in kernel(),
         history in vec(event(), 1..16),
     ) {
-        let foreign = foreign(&mut kernel);
+        let foreign_servers = foreign_servers(&mut kernel);
         let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
         for event in &history {
-            objects.take_in(event);
+            objects.apply_and_sync(event);
         }
         let mut world = World::unsynced(kernel, policy.clone());
         world.interfaces(objects.interfaces.clone());
         objects.changes().into_iter().for_each(|change| { world.apply(change); });
         world.apply(Change::Synced).settle();
         let mut fresh = objects.fresh_kernel(&policy);
-        for (front_end, server) in foreign {
+        for (front_end, server) in foreign_servers {
             fresh.servers.entry(front_end).or_insert(server);
         }
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
-        prop_assert_eq!(world.audit().done.total(), 0, "a second plan is empty");
+        prop_assert_eq!(world.audit().applied.total(), 0, "a second plan is empty");
     }
 
     #[test]
@@ -386,7 +386,7 @@ proptest! {
         let mut causes = causes.into_iter();
         world.kernel().fault = Some(Box::new(move |_| causes.next().flatten()));
         for event in history {
-            objects.take_in(&event);
+            objects.apply_and_sync(&event);
             event.happen(&mut world);
             world.sync();
         }
@@ -397,7 +397,7 @@ proptest! {
             world.audit();
             world.settle();
             // One that was said not to be there is nobody's.
-            fresh.servers.extend(foreign(world.kernel()));
+            fresh.servers.extend(foreign_servers(world.kernel()));
         }
         prop_assert_eq!(visible(world.kernel()), visible(&fresh));
     }
@@ -413,7 +413,7 @@ proptest! {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in before {
-            objects.take_in(&event);
+            objects.apply_and_sync(&event);
             event.happen(&mut world);
         }
         world.settle();
@@ -426,7 +426,7 @@ proptest! {
         }));
         // All at once: what goes for a moment and comes back is not there in between.
         for event in after.into_iter().filter(|event| !matches!(event, Event::Audit)) {
-            objects.take_in(&event);
+            objects.apply_and_sync(&event);
             event.happen(&mut world);
         }
         world.sync();
@@ -460,7 +460,7 @@ proptest! {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in history {
-            objects.take_in(&event);
+            objects.apply_and_sync(&event);
             event.happen(&mut world);
         }
         world.settle();

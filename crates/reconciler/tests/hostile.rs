@@ -5,7 +5,7 @@ mod common;
 
 use common::{NODE, World, endpoint, ip, ips, port, ready, service, tcp};
 use reconciler::Policy;
-use reconciler::contribution::Holder;
+use reconciler::contribution::AddressOwner;
 use reconciler::fake::FakeKernel;
 use service_watch::{Change, Node, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
 
@@ -45,9 +45,9 @@ fn hostile() -> Service {
 
 /// What comes of an address that a Service asks for.
 #[derive(Debug, PartialEq, Eq)]
-enum Fate {
+enum AddressTreatment {
     /// Neither served nor bound, and told.
-    Refused(Holder),
+    Refused(AddressOwner),
     /// Served at that port, and the address is this node's.
     Served,
     /// Served at that port of an address that stays the interface's: every other port is as before.
@@ -59,15 +59,15 @@ enum Fate {
 #[test]
 fn an_address_that_somebody_asks_for_is_served_only_where_it_is_nobodys() {
     for (address, number, fate) in [
-        (OWN, 80, Fate::Refused(Holder::Node)),
-        (OTHER_NODE, 80, Fate::Refused(Holder::Node)),
-        (API_SERVER, 80, Fate::Refused(Holder::ApiServer)),
-        (API_SERVER_BY_KUBECONFIG, 80, Fate::Refused(Holder::ApiServer)),
-        (INTERFACE, 80, Fate::ServedAtOnePort),
-        (INTERFACE, 30080, Fate::LeftToTheOther),
-        ("10.96.0.10", 80, Fate::LeftToTheOther),
-        ("10.96.0.10", 81, Fate::Served),
-        ("203.0.113.1", 80, Fate::Served),
+        (OWN, 80, AddressTreatment::Refused(AddressOwner::Node)),
+        (OTHER_NODE, 80, AddressTreatment::Refused(AddressOwner::Node)),
+        (API_SERVER, 80, AddressTreatment::Refused(AddressOwner::ApiServer)),
+        (API_SERVER_BY_KUBECONFIG, 80, AddressTreatment::Refused(AddressOwner::ApiServer)),
+        (INTERFACE, 80, AddressTreatment::ServedAtOnePort),
+        (INTERFACE, 30080, AddressTreatment::LeftToTheOther),
+        ("10.96.0.10", 80, AddressTreatment::LeftToTheOther),
+        ("10.96.0.10", 81, AddressTreatment::Served),
+        ("203.0.113.1", 80, AddressTreatment::Served),
     ] {
         for is_by_balancer in [false, true] {
             let mut world = cluster();
@@ -76,22 +76,23 @@ fn an_address_that_somebody_asks_for_is_served_only_where_it_is_nobodys() {
                 if is_by_balancer { (vec![], addresses) } else { (addresses, vec![]) };
             let ports = vec![ServicePort { port: port(number), ..hostile().ports.remove(0) }];
             world.apply(Change::Service(Service { external_ips, load_balancer_ips, ports, ..hostile() }));
-            let outcome = world.sync();
+            let report = world.sync();
             world.settle();
-            let is_refused = outcome.refused.iter().find(|(_, vip, _)| *vip == ip(address)).map(|(.., holder)| *holder);
+            let is_refused =
+                report.refused_vips.iter().find(|(_, vip, _)| *vip == ip(address)).map(|(.., holder)| *holder);
             let is_served = world.kernel().servers.get(&tcp(address, number)).is_some_and(|server| {
                 server.real_servers.keys().any(|real_server| real_server.ip() == ip("10.66.6.6"))
             });
             let is_bound = world.kernel().addresses.as_ref().unwrap().contains_key(&ip(address));
-            let is_clash = outcome.clashes.iter().any(|clash| {
+            let is_clash = report.conflicts.iter().any(|clash| {
                 (clash.winner.name(), clash.loser.name()) == ("victim", "hostile")
                     && clash.front_end.address == ip(address)
             });
             let found = match (is_refused, is_served, is_bound, is_clash) {
-                (Some(holder), false, false, false) => Fate::Refused(holder),
-                (None, true, true, false) => Fate::Served,
-                (None, true, false, false) => Fate::ServedAtOnePort,
-                (None, false, _, true) => Fate::LeftToTheOther,
+                (Some(holder), false, false, false) => AddressTreatment::Refused(holder),
+                (None, true, true, false) => AddressTreatment::Served,
+                (None, true, false, false) => AddressTreatment::ServedAtOnePort,
+                (None, false, _, true) => AddressTreatment::LeftToTheOther,
                 other => panic!("{address}:{number}: {other:?}"),
             };
             assert_eq!(found, fate, "{address}:{number}");

@@ -16,7 +16,9 @@ use proptest::prelude::*;
 use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
 use reconciler::Policy;
 use reconciler::filter::ruleset::Ruleset;
-use reconciler::filter::{Contents, Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter, Ranges};
+use reconciler::filter::{
+    Access, FrontEndElements, FrontEndRule, Masquerade, ObservedFilter, SetElement, SourceRanges, TableContents,
+};
 use reconciler::front_end::FrontEnd;
 use reconciler::linux::filter::message::Transaction;
 use reconciler::linux::filter::read;
@@ -54,7 +56,7 @@ fn name(number: u8) -> ObjectName {
 }
 
 /// Contents of any kind; rules name only source ranges that are there.
-fn contents(family: Family) -> impl Strategy<Value = Contents> {
+fn contents(family: Family) -> impl Strategy<Value = TableContents> {
     let masquerade = prop_oneof![
         Just(Masquerade::Nobody),
         Just(Masquerade::Outsiders),
@@ -62,7 +64,7 @@ fn contents(family: Family) -> impl Strategy<Value = Contents> {
         Just(Masquerade::Node),
         Just(Masquerade::NodeIsRefused)
     ];
-    let guard = prop_oneof![Just(Guard::Open), Just(Guard::Insiders), Just(Guard::Refuse)];
+    let guard = prop_oneof![Just(Access::Open), Just(Access::Insiders), Just(Access::Refuse)];
     let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
     let front_end = (0_u16..2000, any::<u16>(), protocol.clone()).prop_map(move |(number, port, protocol)| FrontEnd {
         address: address(family, number),
@@ -74,34 +76,39 @@ fn contents(family: Family) -> impl Strategy<Value = Contents> {
         Family::Ipv6 => IpNet::new(IpAddr::from([number, 0, 1, 0, 2, 0, 0, 3]), length * 4).unwrap(),
     });
     let ranges = proptest::collection::vec(range, 0..40)
-        .prop_filter_map("everybody", move |ranges| Ranges::of_family(&ranges, family));
+        .prop_filter_map("everybody", move |ranges| SourceRanges::of_family(&ranges, family));
     let sources = proptest::collection::btree_map((0_u8..4).prop_map(name), ranges, 0..4);
-    let entry = prop_oneof![
-        (0_u16..2000).prop_map(move |number| Entry::Vip(address(family, number))),
-        (0_u16..2000, any::<u16>(), protocol.clone())
-            .prop_map(move |(number, port, protocol)| Entry::Hairpin((address(family, number), port).into(), protocol)),
-        any::<u16>().prop_map(move |port| Entry::HealthCheckPort(family, port)),
+    let element = prop_oneof![
+        (0_u16..2000).prop_map(move |number| SetElement::Vip(address(family, number))),
+        (0_u16..2000, any::<u16>(), protocol.clone()).prop_map(move |(number, port, protocol)| SetElement::Hairpin(
+            (address(family, number), port).into(),
+            protocol
+        )),
+        any::<u16>().prop_map(move |port| SetElement::HealthCheckPort(family, port)),
     ];
     let rule = (masquerade, guard, any::<bool>(), proptest::option::of(any::<prop::sample::Index>()));
     let front_ends = proptest::collection::btree_map(front_end, rule, 0..60);
-    (front_ends, proptest::collection::btree_set(entry, 0..60), sources).prop_map(|(front_ends, entries, sources)| {
-        let names: Vec<ObjectName> = sources.keys().cloned().collect();
-        let front_ends = front_ends.into_iter().map(|(front_end, (masquerade, guard, is_closed_to_node, index))| {
-            let sources = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
-            (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, sources })
-        });
-        Contents { front_ends: front_ends.collect(), entries, sources }
-    })
+    (front_ends, proptest::collection::btree_set(element, 0..60), sources).prop_map(
+        |(front_ends, elements, sources)| {
+            let names: Vec<ObjectName> = sources.keys().cloned().collect();
+            let front_ends =
+                front_ends.into_iter().map(|(front_end, (masquerade, guard, is_closed_to_node, index))| {
+                    let sources = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
+                    (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, sources })
+                });
+            TableContents { front_ends: front_ends.collect(), elements, sources }
+        },
+    )
 }
 
 /// What should be read of contents that were written.
-fn expected(rulesets: &[&Ruleset], contents: &[&Contents]) -> ObservedFilter {
+fn expected(rulesets: &[&Ruleset], contents: &[&TableContents]) -> ObservedFilter {
     let mut observed = ObservedFilter::default();
     for (ruleset, contents) in rulesets.iter().zip(contents) {
         let family = ruleset.family();
         observed.rulesets.insert(family, ruleset.fingerprint());
         observed.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
-        observed.entries.extend(&contents.entries);
+        observed.elements.extend(&contents.elements);
         let sources = contents.sources.iter();
         observed.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
     }
@@ -132,16 +139,18 @@ fn what_is_built_is_read_back_and_changes_lead_to_what_would_have_been_built() {
             let mut transaction = Transaction::default();
             let keys: BTreeSet<&FrontEnd> = first.front_ends.keys().chain(second.front_ends.keys()).collect();
             for key in keys {
-                let of = |contents: &Contents| contents.front_ends.get(key).map(Elements::from).unwrap_or_default();
+                let of = |contents: &TableContents| {
+                    contents.front_ends.get(key).map(FrontEndElements::from).unwrap_or_default()
+                };
                 transaction.set_front_end(*key, &of(&first), &of(&second));
             }
-            first.entries.difference(&second.entries).for_each(|entry| transaction.remove_entry(*entry));
-            second.entries.difference(&first.entries).for_each(|entry| transaction.add_entry(*entry));
+            first.elements.difference(&second.elements).for_each(|element| transaction.remove_element(*element));
+            second.elements.difference(&first.elements).for_each(|element| transaction.add_element(*element));
             for (name, ranges) in &second.sources {
-                transaction.set_sources(name, Family::Ipv4, ranges);
+                transaction.set_source_ranges(name, Family::Ipv4, ranges);
             }
             for name in first.sources.keys().filter(|name| !second.sources.contains_key(*name)) {
-                transaction.remove_sources(name, Family::Ipv4);
+                transaction.remove_source_ranges(name, Family::Ipv4);
             }
             prop_assert_eq!(commit(socket, transaction), Ok(()));
             prop_assert_eq!(observe(socket), expected(&[&v4, &v6], &[&second, &other]));
@@ -164,16 +173,16 @@ fn thousands_of_elements_and_ranges_go_in_one_transaction() {
         let ranges: Vec<IpNet> = (0..5000_u16).map(|number| IpNet::from(address(family, number * 2))).collect();
         let rule = FrontEndRule {
             masquerade: Masquerade::Everybody,
-            guard: Guard::Open,
+            guard: Access::Open,
             is_closed_to_node: true,
             sources: Some(name(1)),
         };
         let front_ends = (1..=10_000)
             .map(|port| (FrontEnd { address: address(family, 1), port, protocol: Protocol::Tcp }, rule.clone()));
-        let contents = Contents {
+        let contents = TableContents {
             front_ends: front_ends.collect(),
-            entries: (0..5000).map(|number| Entry::Vip(address(family, number))).collect(),
-            sources: [(name(1), Ranges::of_family(&ranges, family).unwrap())].into(),
+            elements: (0..5000).map(|number| SetElement::Vip(address(family, number))).collect(),
+            sources: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
         };
         transaction.build(ruleset, false, &contents);
         all.push(contents);
@@ -189,19 +198,19 @@ fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let v4 = ruleset(Family::Ipv4, DetectLocal::NodeCidr);
     let mut transaction = Transaction::default();
-    transaction.build(&v4, false, &Contents::default());
+    transaction.build(&v4, false, &TableContents::default());
     assert_eq!(commit(&mut socket, transaction), Ok(()));
     let mut transaction = Transaction::default();
-    transaction.add_entry(Entry::Vip(address(Family::Ipv4, 2)));
-    transaction.remove_sources(&name(1), Family::Ipv4);
-    transaction.remove_sources(&name(2), Family::Ipv4);
+    transaction.add_element(SetElement::Vip(address(Family::Ipv4, 2)));
+    transaction.remove_source_ranges(&name(1), Family::Ipv4);
+    transaction.remove_source_ranges(&name(2), Family::Ipv4);
     assert_eq!(commit(&mut socket, transaction), Err(1), "there is no such chain");
-    assert!(observe(&mut socket).entries.is_empty(), "nothing took effect");
+    assert!(observe(&mut socket).elements.is_empty(), "nothing took effect");
     // The socket is as good as before.
     let mut transaction = Transaction::default();
-    transaction.add_entry(Entry::Vip(address(Family::Ipv4, 2)));
+    transaction.add_element(SetElement::Vip(address(Family::Ipv4, 2)));
     assert_eq!(commit(&mut socket, transaction), Ok(()));
-    assert_eq!(observe(&mut socket).entries.len(), 1);
+    assert_eq!(observe(&mut socket).elements.len(), 1);
 }
 
 #[test]
@@ -209,14 +218,14 @@ fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
 fn a_transaction_with_more_refusals_than_a_socket_holds_is_refused_and_nothing_hangs() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
-    let ranges = Ranges::of_family(&["10.0.0.0/8".parse().unwrap()], Family::Ipv4).unwrap();
+    let ranges = SourceRanges::of_family(&["10.0.0.0/8".parse().unwrap()], Family::Ipv4).unwrap();
     let mut transaction = Transaction::default();
     for number in 0..200 {
-        transaction.set_sources(&name(number), Family::Ipv4, &ranges);
+        transaction.set_source_ranges(&name(number), Family::Ipv4, &ranges);
     }
     assert!(commit(&mut socket, transaction).is_err(), "there is no table");
     let mut transaction = Transaction::default();
-    transaction.build(&ruleset(Family::Ipv4, DetectLocal::NodeCidr), false, &Contents::default());
+    transaction.build(&ruleset(Family::Ipv4, DetectLocal::NodeCidr), false, &TableContents::default());
     assert_eq!(commit(&mut socket, transaction), Ok(()), "the socket is as good as before");
 }
 
@@ -229,17 +238,17 @@ fn names_as_long_as_they_may_be_fit() {
     let service = ObjectName::new(&"n".repeat(63), &"s".repeat(63));
     let rule = FrontEndRule {
         masquerade: Masquerade::Nobody,
-        guard: Guard::Open,
+        guard: Access::Open,
         is_closed_to_node: true,
         sources: Some(service.clone()),
     };
     let front_ends =
         (1..=3000).map(|port| FrontEnd { address: address(Family::Ipv6, 1), port, protocol: Protocol::Udp });
-    let ranges = Ranges::of_family(&["fd00::/8".parse().unwrap()], Family::Ipv6).unwrap();
-    let contents = Contents {
+    let ranges = SourceRanges::of_family(&["fd00::/8".parse().unwrap()], Family::Ipv6).unwrap();
+    let contents = TableContents {
         front_ends: front_ends.map(|front_end| (front_end, rule.clone())).collect(),
         sources: [(service, ranges)].into(),
-        ..Contents::default()
+        ..TableContents::default()
     };
     let mut transaction = Transaction::default();
     transaction.build(&v6, false, &contents);
@@ -259,20 +268,20 @@ fn what_nft_lists_it_can_load_again() {
         let ranges = ["10.0.0.0/8", "192.0.2.1/32", "fd00::/8", "2001:db8::/32"].map(|text| text.parse().unwrap());
         let rule = FrontEndRule {
             masquerade: Masquerade::Outsiders,
-            guard: Guard::Insiders,
+            guard: Access::Insiders,
             is_closed_to_node: true,
             sources: Some(name(1)),
         };
         let front_end = FrontEnd { address: address(family, 1), port: 80, protocol: Protocol::Tcp };
-        let contents = Contents {
+        let contents = TableContents {
             front_ends: [(front_end, rule)].into(),
-            entries: [
-                Entry::Vip(address(family, 1)),
-                Entry::Hairpin((address(family, 2), 8080).into(), Protocol::Tcp),
-                Entry::HealthCheckPort(family, 30000),
+            elements: [
+                SetElement::Vip(address(family, 1)),
+                SetElement::Hairpin((address(family, 2), 8080).into(), Protocol::Tcp),
+                SetElement::HealthCheckPort(family, 30000),
             ]
             .into(),
-            sources: [(name(1), Ranges::of_family(&ranges, family).unwrap())].into(),
+            sources: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
         };
         let mut transaction = Transaction::default();
         transaction.build(&ruleset(family, detect), false, &contents);
@@ -305,7 +314,7 @@ fn every_foreign_change_to_the_constant_part_shows() {
          | sed -n 's/.*handle //p' | tail -n 1) accept",
     ] {
         let mut transaction = Transaction::default();
-        transaction.build(&v4, exists, &Contents::default());
+        transaction.build(&v4, exists, &TableContents::default());
         assert_eq!(commit(&mut socket, transaction), Ok(()));
         exists = true;
         assert_eq!(observe(&mut socket).rulesets[&Family::Ipv4], v4.fingerprint());

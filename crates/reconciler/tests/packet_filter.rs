@@ -8,9 +8,9 @@ use std::time::Duration;
 use common::{NODE, World, endpoint, ip, ips, name, port, ready, service, slice, tcp};
 use ipvs_netlink::Family;
 use reconciler::Policy;
-use reconciler::contribution::Holder;
+use reconciler::contribution::AddressOwner;
 use reconciler::fake::{FakeKernel, Fault};
-use reconciler::filter::{Elements, Entry, FrontEndRule, Guard, Masquerade, ObservedFilter};
+use reconciler::filter::{Access, FrontEndElements, FrontEndRule, Masquerade, ObservedFilter, SetElement};
 use reconciler::front_end::FrontEnd;
 use reconciler::kernel::Cause;
 use reconciler::plan::Operation;
@@ -52,11 +52,11 @@ fn world(service: Service, endpoints: Vec<Endpoint>) -> World {
     World::with(FakeKernel::default(), Policy::new(NODE), changes)
 }
 
-fn rule(masquerade: Masquerade, guard: Guard) -> Elements {
-    Elements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None })
+fn rule(masquerade: Masquerade, guard: Access) -> FrontEndElements {
+    FrontEndElements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None })
 }
 
-fn front_ends(world: &mut World) -> BTreeMap<String, Elements> {
+fn front_ends(world: &mut World) -> BTreeMap<String, FrontEndElements> {
     let front_ends = &world.kernel().filter.front_ends;
     front_ends.iter().map(|(front_end, elements)| (front_end.to_string(), elements.clone())).collect()
 }
@@ -64,12 +64,12 @@ fn front_ends(world: &mut World) -> BTreeMap<String, Elements> {
 #[test]
 fn each_front_end_has_the_rule_of_its_kind_and_policy() {
     let (remote, here) = (|| vec![endpoint("10.0.0.2")], || vec![local("10.0.0.1"), endpoint("10.0.0.2")]);
-    let outsiders = rule(Masquerade::Outsiders, Guard::Open);
-    let refuse = rule(Masquerade::Nobody, Guard::Refuse);
+    let outsiders = rule(Masquerade::Outsiders, Access::Open);
+    let refuse = rule(Masquerade::Nobody, Access::Refuse);
     for (what, external, endpoints, from_inside, from_outside) in [
-        ("Cluster", TrafficPolicy::Cluster, here(), &outsiders, rule(Masquerade::Everybody, Guard::Open)),
-        ("Local", TrafficPolicy::Local, here(), &outsiders, rule(Masquerade::Nobody, Guard::Open)),
-        ("Local, none here", TrafficPolicy::Local, remote(), &outsiders, rule(Masquerade::Node, Guard::Insiders)),
+        ("Cluster", TrafficPolicy::Cluster, here(), &outsiders, rule(Masquerade::Everybody, Access::Open)),
+        ("Local", TrafficPolicy::Local, here(), &outsiders, rule(Masquerade::Nobody, Access::Open)),
+        ("Local, none here", TrafficPolicy::Local, remote(), &outsiders, rule(Masquerade::Node, Access::Insiders)),
         ("Cluster, none at all", TrafficPolicy::Cluster, vec![], &refuse, refuse.clone()),
         ("Local, none at all", TrafficPolicy::Local, vec![], &refuse, refuse.clone()),
     ] {
@@ -89,7 +89,7 @@ fn the_nodes_own_udp_is_refused_where_there_is_no_endpoint() {
     udp.ports[0].protocol = Protocol::Udp;
     let mut world = world(udp, vec![]);
     let front_end = FrontEnd { protocol: Protocol::Udp, ..tcp(CLUSTER_IP, 80) };
-    assert_eq!(world.kernel().filter.front_ends[&front_end], rule(Masquerade::NodeIsRefused, Guard::Refuse));
+    assert_eq!(world.kernel().filter.front_ends[&front_end], rule(Masquerade::NodeIsRefused, Access::Refuse));
 }
 
 #[test]
@@ -131,10 +131,10 @@ fn ranges_of_the_other_family_alone_let_nobody_in_and_a_range_of_everything_ever
 fn hairpins_are_the_local_endpoints_whatever_their_condition() {
     let unready = Endpoint { ready: false, serving: false, ..local("10.0.0.3") };
     let mut world = world(balancer(), vec![local("10.0.0.1"), endpoint("10.0.0.2"), unready]);
-    let entries: Vec<Entry> = world.kernel().filter.entries.iter().copied().collect();
-    let hairpins = ["10.0.0.1:8080", "10.0.0.3:8080"].map(|it| Entry::Hairpin(it.parse().unwrap(), Protocol::Tcp));
+    let elements: Vec<SetElement> = world.kernel().filter.elements.iter().copied().collect();
+    let hairpins = ["10.0.0.1:8080", "10.0.0.3:8080"].map(|it| SetElement::Hairpin(it.parse().unwrap(), Protocol::Tcp));
     assert_eq!(
-        entries.iter().filter(|entry| matches!(entry, Entry::Hairpin(..))).collect::<Vec<_>>(),
+        elements.iter().filter(|element| matches!(element, SetElement::Hairpin(..))).collect::<Vec<_>>(),
         [&hairpins[0], &hairpins[1]]
     );
 }
@@ -144,10 +144,10 @@ fn a_health_check_port_is_known_while_a_load_balancer_has_policy_local() {
     let checked =
         |external_policy| Service { external_policy, health_check_node_port: Some(port(31000)), ..balancer() };
     let mut world = world(checked(TrafficPolicy::Local), vec![local("10.0.0.1")]);
-    let entry = Entry::HealthCheckPort(Family::Ipv4, 31000);
-    assert!(world.kernel().filter.entries.contains(&entry));
+    let element = SetElement::HealthCheckPort(Family::Ipv4, 31000);
+    assert!(world.kernel().filter.elements.contains(&element));
     world.apply(Change::Service(checked(TrafficPolicy::Cluster))).settle();
-    assert!(!world.kernel().filter.entries.contains(&entry));
+    assert!(!world.kernel().filter.elements.contains(&element));
 }
 
 #[test]
@@ -155,16 +155,16 @@ fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
     let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
     world.apply(Change::PeerNode("node-b".into(), vec![ip(EXTERNAL)]));
     world.apply(Change::Service(Service { external_ips: vec![ip(OWN), ip(EXTERNAL)], ..balancer() }));
-    let outcome = world.sync();
-    let mut refused = outcome.refused;
+    let report = world.sync();
+    let mut refused = report.refused_vips;
     refused.sort();
-    assert_eq!(refused, [(name("web"), ip(OWN), Holder::Node), (name("web"), ip(EXTERNAL), Holder::Node)]);
+    assert_eq!(refused, [(name("web"), ip(OWN), AddressOwner::Node), (name("web"), ip(EXTERNAL), AddressOwner::Node)]);
     assert!(!world.kernel().servers.contains_key(&tcp(OWN, 80)));
     assert!(!world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
     assert!(world.kernel().servers.contains_key(&tcp(OWN, 30080)), "NodePorts are what a node's address has");
     assert!(!world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)));
-    assert!(!world.kernel().filter.entries.contains(&Entry::Vip(ip(OWN))), "a node is never shielded");
-    assert_eq!(world.audit().refused, []);
+    assert!(!world.kernel().filter.elements.contains(&SetElement::Vip(ip(OWN))), "a node is never shielded");
+    assert_eq!(world.audit().refused_vips, []);
     // Another node goes away: now it is an address like any other.
     world.apply(Change::PeerNodeDeleted("node-b".into())).settle();
     assert!(world.kernel().servers.contains_key(&tcp(EXTERNAL, 80)));
@@ -175,13 +175,13 @@ fn what_cannot_be_guarded_is_not_opened() {
     let mut world = World::new();
     world.kernel().fault = Some(Box::new(|operation| match operation {
         Operation::SetFrontEnd(front_end, ..) if front_end.address == ip(BALANCED) => Some(Cause::Refused),
-        Operation::AddEntry(Entry::Vip(vip)) if *vip == ip(EXTERNAL) => Some(Cause::Refused),
+        Operation::AddElement(SetElement::Vip(vip)) if *vip == ip(EXTERNAL) => Some(Cause::Refused),
         _ => None,
     }));
     world.apply(Change::Service(balancer()));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2"])));
-    let outcome = world.sync();
-    assert_eq!(outcome.failures.len(), 2);
+    let report = world.sync();
+    assert_eq!(report.failures.len(), 2);
     assert!(!world.kernel().servers.contains_key(&tcp(BALANCED, 80)), "no guard, no virtual server");
     assert!(!world.kernel().addresses.as_ref().unwrap().contains_key(&ip(EXTERNAL)), "no shield, no address");
     assert!(world.kernel().servers.contains_key(&tcp(CLUSTER_IP, 80)), "the rest is served");
@@ -203,13 +203,13 @@ fn a_guard_stays_for_as_long_as_what_it_guards() {
     world.apply(Change::ServiceDeleted(name("web"))).sync();
     let filter = &world.kernel().filter;
     assert_eq!(filter.front_ends.keys().collect::<Vec<_>>(), [&tcp(BALANCED, 80)]);
-    assert!(filter.entries.contains(&Entry::Vip(ip(BALANCED))));
+    assert!(filter.elements.contains(&SetElement::Vip(ip(BALANCED))));
     assert!(filter.sources.contains_key(&(name("web"), Family::Ipv4)));
     world.kernel().fault = None;
     world.wait(Duration::from_secs(2)).settle();
     world.audit();
     let filter = &world.kernel().filter;
-    assert!(filter.front_ends.is_empty() && filter.entries.is_empty() && filter.sources.is_empty());
+    assert!(filter.front_ends.is_empty() && filter.elements.is_empty() && filter.sources.is_empty());
 }
 
 #[test]
@@ -233,9 +233,9 @@ fn a_front_end_opens_to_outsiders_only_when_the_remote_endpoints_are_gone() {
 
 #[test]
 fn a_failing_socket_while_a_table_is_made_is_reported_and_made_up_for() {
-    let mut is_first = true;
+    let mut is_first_audit = true;
     let fault: Fault = Box::new(move |operation| {
-        let fails = matches!(operation, Operation::BuildFilter { .. }) && std::mem::take(&mut is_first);
+        let fails = matches!(operation, Operation::BuildTable { .. }) && std::mem::take(&mut is_first_audit);
         fails.then_some(Cause::Unknown)
     });
     let kernel = FakeKernel { fault: Some(fault), ..FakeKernel::default() };
@@ -250,7 +250,7 @@ fn a_failing_socket_while_a_table_is_made_is_reported_and_made_up_for() {
 #[test]
 fn where_a_familys_table_cannot_be_made_nothing_of_it_is_opened_or_tried() {
     let fault: Fault = Box::new(|operation| match operation {
-        Operation::BuildFilter { ruleset, .. } if ruleset.family() == Family::Ipv6 => Some(Cause::Refused),
+        Operation::BuildTable { ruleset, .. } if ruleset.family() == Family::Ipv6 => Some(Cause::Refused),
         _ => None,
     });
     let kernel = FakeKernel { fault: Some(fault), ..FakeKernel::default() };
@@ -304,22 +304,22 @@ fn a_table_that_somebody_changed_is_built_anew_with_all_that_belongs_in_it() {
     let whole = world.kernel().filter.clone();
     world.kernel().filter.rulesets.insert(Family::Ipv4, 1);
     world.kernel().filter.front_ends.clear();
-    let outcome = world.audit();
-    assert_eq!((outcome.done.filters_built, outcome.done.filter_added), (1, 0), "in one step");
+    let report = world.audit();
+    assert_eq!((report.applied.filters_built, report.applied.filter_added), (1, 0), "in one step");
     assert_eq!(world.kernel().filter, whole);
     // The whole table, without an audit between: the next change meets it.
     world.kernel().filter = ObservedFilter::default();
     world.apply(Change::Service(Service { external_ips: vec![], ..balancer() })).sync();
     world.kernel().filter.front_ends.get(&tcp(CLUSTER_IP, 80)).unwrap();
     assert!(!world.kernel().filter.front_ends.contains_key(&tcp(EXTERNAL, 80)));
-    assert_eq!(world.audit().done.total(), 0);
+    assert_eq!(world.audit().applied.total(), 0);
 }
 
 #[test]
 fn one_changed_endpoint_changes_nothing_in_the_packet_filter() {
     let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"])));
-    let done = world.sync().done;
+    let done = world.sync().applied;
     assert_eq!((done.filter_added, done.filter_removed, done.filters_built), (0, 0, 0));
 }
 
@@ -361,7 +361,7 @@ fn stale_udp_flows_go_when_their_real_server_or_their_service_goes_or_when_the_f
     assert!(next.kernel().servers.is_empty());
     assert!(next.kernel().flows.is_empty());
     // One that was killed before it forgot the front end has left a trace of what it was about.
-    next.kernel().filter.front_ends.insert(front_end, rule(Masquerade::Outsiders, Guard::Open));
+    next.kernel().filter.front_ends.insert(front_end, rule(Masquerade::Outsiders, Access::Open));
     next.kernel().flows.insert(first);
     next.audit();
     assert!(next.kernel().flows.is_empty());
@@ -384,12 +384,12 @@ fn a_drain_ends_at_its_deadline_and_without_one_does_not() {
         assert_eq!(world.weights(CLUSTER_IP, 80)["10.0.0.1:8080"], 0);
         if timeout.is_some() {
             let deadline = world.now + Duration::from_secs(10);
-            while world.reconciler.next_look().unwrap() < deadline {
-                world.now = world.reconciler.next_look().unwrap();
+            while world.reconciler.next_check().unwrap() < deadline {
+                world.now = world.reconciler.next_check().unwrap();
                 world.sync();
                 assert!(world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), "not before its time");
             }
-            assert_eq!(world.reconciler.next_look(), Some(deadline));
+            assert_eq!(world.reconciler.next_check(), Some(deadline));
         }
         world.wait(Duration::from_secs(10)).sync();
         assert_eq!(!world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), is_deleted, "{timeout:?}");

@@ -71,19 +71,23 @@ fn the_api_server_is_served_before_the_rest_is_known_and_nothing_is_taken_away_f
     world.apply(Change::Node(Node::default()));
     world.apply(Change::Service(service("web", &["10.96.0.11"])));
     world.apply(Change::Service(service("kubernetes", &["10.96.0.1"])));
-    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None, "without an endpoint there is nothing to serve");
+    assert_eq!(
+        world.reconciler.sync_bootstrap(world.now).unwrap(),
+        None,
+        "without an endpoint there is nothing to serve"
+    );
     world.apply(Change::Slice(ready("kubernetes-1", "kubernetes", &["10.0.0.7"])));
-    let ahead = world.reconciler.serve_ahead(world.now).unwrap().unwrap();
-    assert_eq!(ahead.done.real_servers_added, 1);
+    let bootstrap = world.reconciler.sync_bootstrap(world.now).unwrap().unwrap();
+    assert_eq!(bootstrap.applied.real_servers_added, 1);
     assert_eq!(world.weights("10.96.0.1", 80), weights(&[("10.0.0.7:8080", 1)]));
     assert_eq!(world.weights("10.96.0.10", 80).len(), 1, "what may still come stays");
     assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.11", 80)), "others have their time");
-    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None, "once is enough");
+    assert_eq!(world.reconciler.sync_bootstrap(world.now).unwrap(), None, "once is enough");
 
     world.apply(Change::Synced);
     let first = world.sync();
-    assert!(first.audited && first.is_first);
-    assert_eq!(first.done.real_servers_added, 1, "what was done ahead is told with the rest");
+    assert!(first.is_audit && first.is_first_audit);
+    assert_eq!(first.applied.real_servers_added, 1, "what was done ahead is told with the rest");
     world.settle();
     assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.10", 80)));
     assert!(world.kernel().servers.contains_key(&tcp("10.96.0.11", 80)));
@@ -97,10 +101,10 @@ fn where_somebody_is_served_without_our_tables_nothing_goes_ahead() {
     world.apply(Change::Node(Node::default()));
     world.apply(Change::Service(service("kubernetes", &["10.96.0.1"])));
     world.apply(Change::Slice(ready("kubernetes-1", "kubernetes", &["10.0.0.7"])));
-    assert_eq!(world.reconciler.serve_ahead(world.now).unwrap(), None);
+    assert_eq!(world.reconciler.sync_bootstrap(world.now).unwrap(), None);
     assert!(!world.kernel().servers.contains_key(&tcp("10.96.0.1", 80)));
     world.apply(Change::Synced);
-    assert!(world.sync().is_first);
+    assert!(world.sync().is_first_audit);
     assert!(world.kernel().servers.contains_key(&tcp("10.96.0.1", 80)));
 }
 
@@ -160,8 +164,8 @@ fn an_address_that_no_interface_can_have_costs_no_other() {
     odd.external_ips = vec![ip("ff05::1")];
     world.apply(Change::Service(odd));
     let before = world.kernel().counts.operations;
-    let outcome = world.sync();
-    assert_eq!(outcome.failures.len(), 1);
+    let report = world.sync();
+    assert_eq!(report.failures.len(), 1);
     assert_eq!(
         world.kernel().counts.operations - before,
         15,
@@ -237,7 +241,7 @@ fn a_draining_endpoint_that_comes_back_takes_connections_again() {
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1"]))).settle();
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2"]))).settle();
     assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.2:8080", 1)]));
-    assert_eq!(world.reconciler.next_look(), None);
+    assert_eq!(world.reconciler.next_check(), None);
 }
 
 #[test]
@@ -283,8 +287,8 @@ fn udp_and_sctp_real_servers_go_at_once() {
             server.real_servers.values_mut().for_each(|real| real.connections = 5);
         }
         world.apply(Change::Slice(one));
-        let outcome = world.sync();
-        assert_eq!(outcome.done.real_servers_deleted, 1, "{protocol:?}");
+        let report = world.sync();
+        assert_eq!(report.applied.real_servers_deleted, 1, "{protocol:?}");
     }
 }
 
@@ -293,9 +297,9 @@ fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
     let mut world = web();
     world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
     world.apply(Change::ServiceDeleted(name("web")));
-    let outcome = world.sync();
-    assert_eq!((outcome.done.servers_deleted, outcome.done.addresses_unbound, outcome.done.total()), (1, 1, 4));
-    assert_eq!(outcome.done.filter_removed, 2, "the front end and the VIP");
+    let report = world.sync();
+    assert_eq!((report.applied.servers_deleted, report.applied.addresses_unbound, report.applied.total()), (1, 1, 4));
+    assert_eq!(report.applied.filter_removed, 2, "the front end and the VIP");
     assert!(world.kernel().servers.is_empty());
 }
 
@@ -344,16 +348,16 @@ fn the_older_of_two_services_has_the_front_end_and_the_clash_is_told_once() {
     };
     for order in [["young", "old"], ["old", "young"]] {
         let mut world = World::new();
-        let mut clashes = Vec::new();
+        let mut conflicts = Vec::new();
         for service_name in order {
             let (cluster_ip, created) = if service_name == "old" { ("10.96.0.1", 1) } else { ("10.96.0.2", 2) };
             world.apply(Change::Service(clashing(service_name, cluster_ip, created)));
             let address = if service_name == "old" { "10.0.0.1" } else { "10.0.0.2" };
             world.apply(Change::Slice(ready(service_name, service_name, &[address])));
-            clashes.extend(world.sync().clashes);
+            conflicts.extend(world.sync().conflicts);
         }
-        assert_eq!(clashes.len(), 1);
-        assert_eq!((&clashes[0].winner, &clashes[0].loser), (&name("old"), &name("young")));
+        assert_eq!(conflicts.len(), 1);
+        assert_eq!((&conflicts[0].winner, &conflicts[0].loser), (&name("old"), &name("young")));
         world.settle();
         assert_eq!(world.weights("203.0.113.1", 80), weights(&[("10.0.0.1:8080", 1)]));
         assert_eq!(world.weights("10.96.0.2", 80), weights(&[("10.0.0.2:8080", 1)]), "the loser keeps its own");
@@ -380,8 +384,8 @@ fn a_new_address_of_the_node_gets_its_node_ports_at_once() {
     world.apply(Change::Service(web_port)).settle();
     assert!(world.kernel().servers.contains_key(&tcp("192.168.1.1", 30080)));
     world.interfaces(ips(&["192.168.1.2", "fd01::1"]));
-    let outcome = world.sync();
-    assert_eq!((outcome.done.servers_added, outcome.done.servers_deleted), (1, 1));
+    let report = world.sync();
+    assert_eq!((report.applied.servers_added, report.applied.servers_deleted), (1, 1));
     assert!(world.kernel().servers.contains_key(&tcp("192.168.1.2", 30080)));
 }
 
@@ -392,25 +396,25 @@ fn a_vip_that_appears_on_another_interface_is_taken_from_ours() {
     let mut world = World::new();
     world.apply(Change::Service(lb)).settle();
     world.interfaces(ips(&["192.168.1.1", "203.0.113.1"]));
-    assert_eq!(world.sync().done.addresses_unbound, 1);
+    assert_eq!(world.sync().applied.addresses_unbound, 1);
     assert!(world.kernel().servers.contains_key(&tcp("203.0.113.1", 80)), "the virtual server stays");
 }
 
 #[test]
 fn an_audit_repairs_what_others_changed_and_says_so() {
     let mut world = web();
-    let foreign = world.server("10.96.0.10", 80).clone();
-    world.kernel().servers.insert(tcp("10.77.0.1", 80), foreign);
+    let foreign_servers = world.server("10.96.0.10", 80).clone();
+    world.kernel().servers.insert(tcp("10.77.0.1", 80), foreign_servers);
     world.kernel().addresses.as_mut().unwrap().clear();
     let server = world.server("10.96.0.10", 80);
     server.config.scheduler = Scheduler::LeastConnection;
     let mut real_servers = server.real_servers.values_mut();
     real_servers.next().unwrap().server.weight = 0;
     real_servers.next().unwrap().server.forwarding = Forwarding::DirectRoute;
-    let outcome = world.audit();
-    assert_eq!(outcome.drifted, [Key::Server(tcp("10.96.0.10", 80)), Key::Address(ip("10.96.0.10"))]);
-    assert_eq!(world.audit().done.total(), 0, "all is repaired");
-    assert_eq!(world.audit().drifted, []);
+    let report = world.audit();
+    assert_eq!(report.drifted_keys, [Key::VirtualServer(tcp("10.96.0.10", 80)), Key::Vip(ip("10.96.0.10"))]);
+    assert_eq!(world.audit().applied.total(), 0, "all is repaired");
+    assert_eq!(world.audit().drifted_keys, []);
 }
 
 /// keepalived's, or somebody's with ipvsadm: nothing in the kernel says that it is ours.
@@ -421,7 +425,7 @@ fn a_virtual_server_that_is_nobodys_by_any_proof_stays() {
     for front_end in [tcp("10.77.0.1", 80), tcp("10.96.0.10", 81)] {
         world.kernel().servers.insert(front_end, other.clone());
     }
-    assert_eq!(world.audit().drifted, []);
+    assert_eq!(world.audit().drifted_keys, []);
     world.apply(Change::ServiceDeleted(name("web"))).settle();
     assert_eq!(
         world.kernel().servers.keys().copied().collect::<Vec<_>>(),
@@ -438,7 +442,7 @@ fn on_the_first_start_after_kube_proxy_what_is_on_the_device_is_ours_and_stays_s
     left.servers.insert(tcp("10.77.0.1", 80), stranger);
     // It lives just long enough to make the tables.
     left.fault =
-        Some(Box::new(|operation| (!matches!(operation, Operation::BuildFilter { .. })).then_some(Cause::Refused)));
+        Some(Box::new(|operation| (!matches!(operation, Operation::BuildTable { .. })).then_some(Cause::Refused)));
     let mut killed = World::with(left, Policy::new(NODE), vec![]).kill();
     killed.fault = None;
     assert!(killed.servers.contains_key(&tcp("10.96.0.10", 80)));
@@ -452,8 +456,8 @@ fn on_the_first_start_after_kube_proxy_what_is_on_the_device_is_ours_and_stays_s
 fn changes_that_wait_for_a_sync_are_no_drift() {
     let mut world = web();
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
-    let outcome = world.audit();
-    assert_eq!((outcome.drifted.len(), outcome.done.real_servers_added), (0, 1));
+    let report = world.audit();
+    assert_eq!((report.drifted_keys.len(), report.applied.real_servers_added), (0, 1));
 }
 
 #[test]
@@ -462,12 +466,12 @@ fn a_missing_scheduler_holds_up_nothing_else_and_is_told_once() {
     world.kernel().missing_schedulers.insert(Scheduler::RoundRobin);
     world.apply(Change::Service(service("new", &["10.96.0.11"])));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
-    let outcome = world.sync();
-    assert_eq!(outcome.done.real_servers_added, 1, "the rest is served");
-    assert_eq!(outcome.done.addresses_bound, 1);
-    assert_eq!(outcome.failures.len(), 1);
-    assert_eq!(outcome.failures[0].service, Some(name("new")));
-    assert!(!outcome.failures[0].is_repeated);
+    let report = world.sync();
+    assert_eq!(report.applied.real_servers_added, 1, "the rest is served");
+    assert_eq!(report.applied.addresses_bound, 1);
+    assert_eq!(report.failures.len(), 1);
+    assert_eq!(report.failures[0].service, Some(name("new")));
+    assert!(!report.failures[0].is_repeated);
     // Again after a second, then after two.
     world.wait(Duration::from_secs(1));
     assert!(world.sync().failures[0].is_repeated);
@@ -475,8 +479,8 @@ fn a_missing_scheduler_holds_up_nothing_else_and_is_told_once() {
     assert_eq!(world.sync().failures, []);
     world.kernel().missing_schedulers.clear();
     world.wait(Duration::from_secs(1));
-    assert_eq!(world.sync().done.servers_added, 1);
-    assert_eq!(world.reconciler.next_look(), None);
+    assert_eq!(world.sync().applied.servers_added, 1);
+    assert_eq!(world.reconciler.next_check(), None);
 }
 
 #[test]
@@ -488,23 +492,23 @@ fn one_refused_real_server_costs_no_other() {
     }));
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "224.0.0.1"])));
-    let outcome = world.sync();
-    assert_eq!(outcome.failures.len(), 1);
+    let report = world.sync();
+    assert_eq!(report.failures.len(), 1);
     assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1)]));
 }
 
 #[test]
 fn what_others_did_meanwhile_is_read_and_planned_again_in_the_same_sync() {
     let mut world = web();
-    let foreign = world.server("10.96.0.10", 80).clone();
+    let foreign_servers = world.server("10.96.0.10", 80).clone();
     // Somebody made the virtual server we are about to make, deleted one we are about to change, and bound an address.
-    world.kernel().servers.insert(tcp("10.96.0.11", 80), foreign);
+    world.kernel().servers.insert(tcp("10.96.0.11", 80), foreign_servers);
     world.kernel().servers.remove(&tcp("10.96.0.10", 80));
     world.kernel().addresses.as_mut().unwrap().insert(ip("10.96.0.11"), 32);
     world.apply(Change::Service(service("new", &["10.96.0.11"])));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.3"])));
-    let outcome = world.sync();
-    assert_eq!(outcome.failures, []);
+    let report = world.sync();
+    assert_eq!(report.failures, []);
     world.settle();
     assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.3:8080", 1)]));
     assert_eq!(world.weights("10.96.0.11", 80), weights(&[]));
@@ -515,9 +519,9 @@ fn a_lost_device_comes_back_with_all_its_addresses() {
     let mut world = web();
     world.kernel().addresses = None;
     world.apply(Change::Service(service("new", &["10.96.0.11"])));
-    let outcome = world.sync();
-    assert_eq!((outcome.done.device_added, outcome.done.addresses_bound), (1, 2));
-    assert_eq!(outcome.failures, []);
+    let report = world.sync();
+    assert_eq!((report.applied.device_added, report.applied.addresses_bound), (1, 2));
+    assert_eq!(report.failures, []);
 }
 
 #[test]
@@ -528,8 +532,8 @@ fn after_a_failed_socket_everything_is_read_anew() {
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
     assert_eq!(world.sync().failures.len(), 1);
     let dumps = world.kernel().counts.full_dumps;
-    let outcome = world.sync();
-    assert_eq!(outcome.done.real_servers_added, 1);
+    let report = world.sync();
+    assert_eq!(report.applied.real_servers_added, 1);
     assert_eq!(world.kernel().counts.full_dumps, dumps + 1);
 }
 

@@ -17,8 +17,8 @@ use reconciler::fake::{FakeKernel, FakeServer};
 use reconciler::filter::ObservedFilter;
 use reconciler::front_end::FrontEnd;
 use reconciler::kernel::Cause;
-use reconciler::outcome::Outcome;
 use reconciler::plan::Operation;
+use reconciler::report::SyncReport;
 use service_watch::{Change, Protocol, Service, ServiceKind, ServicePort};
 
 const CAUSES: [Cause; 5] = [Cause::Exists, Cause::NotFound, Cause::NoDevice, Cause::Refused, Cause::Unknown];
@@ -76,9 +76,9 @@ fn history() -> Vec<Vec<Change>> {
 }
 
 /// Plays the history, with somebody who changes a weight in between; returns the outcomes.
-fn play(world: &mut World) -> Vec<Outcome> {
+fn play(world: &mut World) -> Vec<SyncReport> {
     let mut outcomes = Vec::new();
-    for (place, changes) in history().into_iter().enumerate() {
+    for (index, changes) in history().into_iter().enumerate() {
         world.apply_all(changes);
         outcomes.extend(world.reconciler.sync(world.now));
         if let Some(held) =
@@ -86,7 +86,7 @@ fn play(world: &mut World) -> Vec<Outcome> {
         {
             held.server.weight = 7;
         }
-        if place % 3 == 1 {
+        if index % 3 == 1 {
             outcomes.extend(world.reconciler.audit(world.now));
         }
         world.wait(Duration::from_millis(300));
@@ -175,7 +175,7 @@ fn whatever_is_refused_a_few_times_and_however_all_is_right_in_the_end() {
                 world.settle();
                 assert_eq!(visible(&mut world), right, "{refused} {cause:?}, {:?}", policy.binding);
                 assert_eq!(world.audit().failures, [], "{refused} {cause:?}");
-                let is_told = outcomes.iter().any(|outcome| !outcome.failures.is_empty());
+                let is_told = outcomes.iter().any(|report| !report.failures.is_empty());
                 assert!(is_told || cause != Cause::Refused, "{refused} was refused, and nobody is told");
             }
         }

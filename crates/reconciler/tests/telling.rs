@@ -129,18 +129,18 @@ fn only_what_was_right_before_and_cannot_be_repaired_counts_as_such() {
     let refuse = |operation: &Operation| matches!(operation, Operation::BindAddress(_)).then_some(Cause::Refused);
     world.kernel().fault = Some(Box::new(refuse));
     world.apply(Change::Service(service("new", &["fd00::a"])));
-    let outcome = world.sync();
-    assert_eq!((outcome.failures.len(), outcome.unrepaired), (1, BTreeSet::new()), "it never was right");
+    let report = world.sync();
+    assert_eq!((report.failures.len(), report.unrepaired), (1, BTreeSet::new()), "it never was right");
 
     world.kernel().addresses.as_mut().unwrap().remove(&ip("10.96.0.10"));
-    let outcome = world.audit();
-    assert_eq!((outcome.drifted.len(), &outcome.unrepaired), (1, &[Family::Ipv4].into()));
+    let report = world.audit();
+    assert_eq!((report.drifted_keys.len(), &report.unrepaired), (1, &[Family::Ipv4].into()));
     world.wait(Duration::from_secs(5));
     assert_eq!(world.sync().unrepaired, [Family::Ipv4].into(), "it is still so when it is tried again");
     world.kernel().fault = None;
     world.wait(Duration::from_secs(60));
-    let outcome = world.sync();
-    assert_eq!((outcome.unrepaired, outcome.totals.failing), (BTreeSet::new(), 0));
+    let report = world.sync();
+    assert_eq!((report.unrepaired, report.totals.failing), (BTreeSet::new(), 0));
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn a_packet_filter_that_cannot_be_made_counts_as_well_and_so_does_the_device() {
     {
         let refuse = move |operation: &Operation| {
             let is_it = match operation {
-                Operation::BuildFilter { ruleset, .. } => fault == "filter" && ruleset.family() == Family::Ipv6,
+                Operation::BuildTable { ruleset, .. } => fault == "filter" && ruleset.family() == Family::Ipv6,
                 Operation::AddDevice => fault == "device",
                 _ => false,
             };
@@ -203,7 +203,7 @@ fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() 
     world.kernel().filter.front_ends.clear();
     world.apply(Change::ServiceDeleted(name("web")));
     assert_eq!(world.sync().totals.draining, 0);
-    assert_eq!(world.reconciler.next_look(), None);
+    assert_eq!(world.reconciler.next_check(), None);
 }
 
 #[test]
@@ -212,13 +212,13 @@ fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
     let changed = |addresses: &[&str]| EndpointSlice { trigger_time: Some(at), ..ready("a", "web", addresses) };
     world.apply(Change::Service(service("web", &["10.96.0.10"]))).apply(Change::Slice(changed(&["10.0.0.1"])));
-    assert_eq!(world.sync().triggers, [(Family::Ipv4, at)]);
+    assert_eq!(world.sync().trigger_times, [(Family::Ipv4, at)]);
     world.apply(Change::Slice(changed(&["10.0.0.1"])));
-    assert_eq!(world.sync().triggers, [], "it says nothing new");
+    assert_eq!(world.sync().trigger_times, [], "it says nothing new");
     world.apply(Change::Slice(changed(&[])));
-    assert_eq!(world.sync().triggers, [(Family::Ipv4, at)], "to become empty is a change");
+    assert_eq!(world.sync().trigger_times, [(Family::Ipv4, at)], "to become empty is a change");
     world.apply(Change::SliceDeleted(name("a")));
-    assert_eq!(world.sync().triggers, [], "what goes has no such time");
+    assert_eq!(world.sync().trigger_times, [], "what goes has no such time");
 }
 
 #[test]
@@ -240,10 +240,10 @@ fn what_the_configuration_needs_of_the_node_is_known_to_be_missing() {
         (by_node, [true, true, true, false]),
     ] {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
-        let mut seen = vec![world.reconciler.lacks_node()];
+        let mut seen = vec![world.reconciler.is_missing_node_data()];
         for change in [node(&[], &[]), node(&["192.168.1.1"], &[]), node(&["192.168.1.1"], &["10.244.1.0/24"])] {
             world.apply(change);
-            seen.push(world.reconciler.lacks_node());
+            seen.push(world.reconciler.is_missing_node_data());
         }
         assert_eq!(seen, lacks, "{policy:?}");
     }

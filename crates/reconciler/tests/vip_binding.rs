@@ -16,7 +16,7 @@ use proptest::sample::{select, subsequence};
 use reconciler::Policy;
 use reconciler::binding::{VipBinding, VipRanges};
 use reconciler::fake::FakeKernel;
-use reconciler::filter::Entry;
+use reconciler::filter::SetElement;
 use reconciler::kernel::{Cause, Observed, ObservedDevice};
 use reconciler::mirror::Mirror;
 use reconciler::plan::{Key, Operation, Phase};
@@ -65,14 +65,14 @@ fn each_way_of_binding_makes_what_it_is_called() {
         let mut world = world(FakeKernel::default(), binding.clone());
         assert_eq!(held(world.kernel()), (strings(addresses), strings(held_routes)), "{binding:?}");
         for vip in ["10.96.0.10", "203.0.113.1", "fd96::10"] {
-            assert!(world.kernel().filter.entries.contains(&Entry::Vip(ip(vip))), "{vip} {binding:?}");
+            assert!(world.kernel().filter.elements.contains(&SetElement::Vip(ip(vip))), "{vip} {binding:?}");
         }
-        assert_eq!(world.audit().done.total(), 0, "{binding:?}");
-        assert_eq!(world.audit().drifted, []);
+        assert_eq!(world.audit().applied.total(), 0, "{binding:?}");
+        assert_eq!(world.audit().drifted_keys, []);
         world.apply(Change::ServiceDeleted(name("web"))).settle();
         let ranges = held_routes.iter().filter(|route| RANGES.contains(route)).copied().collect::<Vec<_>>();
         assert_eq!(held(world.kernel()), (vec![], strings(&ranges)), "a range stays, whatever is in it");
-        assert!(world.kernel().filter.entries.is_empty());
+        assert!(world.kernel().filter.elements.is_empty());
     }
 }
 
@@ -95,7 +95,7 @@ impl Bound {
         }
     }
 
-    fn take_in(&mut self, operation: &Operation) {
+    fn apply_and_sync(&mut self, operation: &Operation) {
         match operation {
             Operation::BindAddress(address) => _ = self.addresses.insert(*address),
             Operation::UnbindAddress(address) => _ = self.addresses.remove(address),
@@ -122,7 +122,7 @@ fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
             let mut changed = world(kernel, after.clone());
             let log = std::mem::take(&mut changed.kernel().log);
             for operation in &log {
-                bound.take_in(operation);
+                bound.apply_and_sync(operation);
                 for vip in ["10.96.0.10", "203.0.113.1", "fd96::10"] {
                     assert!(bound.has(ip(vip)), "{vip} from {before:?} to {after:?} after {operation}: {log:#?}");
                 }
@@ -131,7 +131,7 @@ fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
             assert_eq!(held(changed.kernel()), held(&fresh), "from {before:?} to {after:?}");
             assert_eq!(changed.kernel().filter, fresh.filter, "from {before:?} to {after:?}");
             let again = changed.audit();
-            assert_eq!((again.done.total(), again.drifted), (0, vec![]), "from {before:?} to {after:?}");
+            assert_eq!((again.applied.total(), again.drifted_keys), (0, vec![]), "from {before:?} to {after:?}");
         }
     }
 }
@@ -140,7 +140,7 @@ fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
 fn a_range_is_guarded_before_it_has_a_route_and_for_as_long_as_it_has() {
     let position = |log: &[Operation], wanted: &dyn Fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
     let is_table = |operation: &Operation| {
-        operation.filter_family() == Some(Family::Ipv4) && matches!(operation, Operation::BuildFilter { .. })
+        operation.filter_family() == Some(Family::Ipv4) && matches!(operation, Operation::BuildTable { .. })
     };
     let range = net("10.96.0.0/12");
     let mut one = world(FakeKernel::default(), routes(&["10.96.0.0/12"]));
@@ -150,7 +150,7 @@ fn a_range_is_guarded_before_it_has_a_route_and_for_as_long_as_it_has() {
     let log = std::mem::take(&mut other.kernel().log);
     assert!(position(&log, &|it| *it == Operation::RemoveRoute(range)) < position(&log, &is_table), "{log:#?}");
     // Without the guard there is no route for the range, and each VIP has its own.
-    let refuse = |operation: &Operation| matches!(operation, Operation::BuildFilter { .. }).then_some(Cause::Refused);
+    let refuse = |operation: &Operation| matches!(operation, Operation::BuildTable { .. }).then_some(Cause::Refused);
     let kernel = FakeKernel { fault: Some(Box::new(refuse)), ..FakeKernel::default() };
     let mut unguarded = World::unsynced(kernel, with(routes(&["10.96.0.0/12"])));
     unguarded.apply_all(web());
@@ -169,16 +169,18 @@ fn a_vip_of_a_range_is_opened_once_it_is_served_and_closed_before_it_is_not() {
     world.apply_all(web());
     world.settle().apply(Change::ServiceDeleted(name("web"))).settle();
     let log = std::mem::take(&mut world.kernel().log);
-    let place = |wanted: &dyn Fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
+    let position = |wanted: &dyn Fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
     let vip = ip("10.96.0.10");
-    let served = place(&|it| matches!(it, Operation::AddRealServer(front_end, _) if front_end.address == vip));
-    let gone = place(&|it| *it == Operation::DeleteVirtualServer(tcp("10.96.0.10", 80)));
-    assert!(served < place(&|it| *it == Operation::OpenVip(vip)), "{log:#?}");
-    assert!(place(&|it| *it == Operation::CloseVip(vip)) < gone, "{log:#?}");
+    let served = position(&|it| matches!(it, Operation::AddRealServer(front_end, _) if front_end.address == vip));
+    let gone = position(&|it| *it == Operation::DeleteVirtualServer(tcp("10.96.0.10", 80)));
+    assert!(served < position(&|it| *it == Operation::AddRoutedVip(vip)), "{log:#?}");
+    assert!(position(&|it| *it == Operation::RemoveRoutedVip(vip)) < gone, "{log:#?}");
     // One in no range is guarded from before to after it is bound.
-    let (outside, route) = (Entry::Vip(ip("203.0.113.1")), net("203.0.113.1/32"));
-    assert!(place(&|it| *it == Operation::AddEntry(outside)) < place(&|it| *it == Operation::AddRoute(route)));
-    assert!(place(&|it| *it == Operation::RemoveRoute(route)) < place(&|it| *it == Operation::RemoveEntry(outside)));
+    let (outside, route) = (SetElement::Vip(ip("203.0.113.1")), net("203.0.113.1/32"));
+    assert!(position(&|it| *it == Operation::AddElement(outside)) < position(&|it| *it == Operation::AddRoute(route)));
+    assert!(
+        position(&|it| *it == Operation::RemoveRoute(route)) < position(&|it| *it == Operation::RemoveElement(outside))
+    );
     assert!(Phase::RealServersIn < Phase::FilterWider && Phase::FilterNarrower < Phase::VirtualServersOut);
 }
 
@@ -189,23 +191,23 @@ fn an_audit_repairs_routes_and_a_device_that_takes_none() {
     world.kernel().routes.remove(&net("203.0.113.1/32"));
     world.kernel().routes.remove(&net("10.96.0.0/12"));
     world.kernel().routes.insert(net("192.0.2.7/32"));
-    let outcome = world.audit();
-    let drifted = [Key::Address(ip("192.0.2.7")), Key::Address(ip("203.0.113.1")), Key::Range(net("10.96.0.0/12"))];
-    assert_eq!(outcome.drifted, drifted);
+    let report = world.audit();
+    let drifted_keys = [Key::Vip(ip("192.0.2.7")), Key::Vip(ip("203.0.113.1")), Key::VipRange(net("10.96.0.0/12"))];
+    assert_eq!(report.drifted_keys, drifted_keys);
     assert_eq!(held(world.kernel()), all);
     // Somebody set it down: the kernel has deleted routes with that.
-    world.kernel().takes_routes = false;
+    world.kernel().accepts_routes = false;
     world.kernel().routes.remove(&net("fd96::10/128"));
-    assert_eq!(world.audit().drifted, [Key::Device, Key::Address(ip("fd96::10"))]);
+    assert_eq!(world.audit().drifted_keys, [Key::Device, Key::Vip(ip("fd96::10"))]);
     assert_eq!(held(world.kernel()), all);
-    assert_eq!(world.audit().done.total(), 0);
+    assert_eq!(world.audit().applied.total(), 0);
     // And without an audit, where the next route shows it.
-    world.kernel().takes_routes = false;
+    world.kernel().accepts_routes = false;
     let mut new = service("new", &["10.96.0.11"]);
     new.external_ips = vec![ip("203.0.113.2")];
     world.apply(Change::Service(new));
     assert_eq!(world.sync().failures, []);
-    assert!(world.kernel().takes_routes && world.kernel().routes.contains(&net("203.0.113.2/32")));
+    assert!(world.kernel().accepts_routes && world.kernel().routes.contains(&net("203.0.113.2/32")));
 }
 
 #[test]
@@ -216,12 +218,12 @@ fn a_route_that_fails_leaves_the_address_and_is_tried_again() {
         kernel.fault = Some(Box::new(move |it| (*it == Operation::AddRoute(range)).then_some(Cause::Refused)));
         let mut world = World::unsynced(kernel, with(routes(&["10.96.0.0/12"])));
         world.apply_all(web());
-        let outcome = { world.apply(Change::Synced).sync() };
-        assert_eq!(outcome.failures.len(), 1, "{refused}");
+        let report = { world.apply(Change::Synced).sync() };
+        assert_eq!(report.failures.len(), 1, "{refused}");
         let left: Vec<IpAddr> = world.kernel().addresses.as_ref().unwrap().keys().copied().collect();
         assert_eq!(left.len(), 1, "{refused}: {left:?}");
         assert!(range.contains(&left[0]));
-        assert_eq!(outcome.unrepaired.is_empty(), refused == "203.0.113.1/32", "a range is everybody's");
+        assert_eq!(report.unrepaired.is_empty(), refused == "203.0.113.1/32", "a range is everybody's");
         world.kernel().fault = None;
         world.settle();
         world.audit();
@@ -236,7 +238,7 @@ fn what_is_not_ours_stays_also_by_routes() {
     kernel.addresses.as_mut().unwrap().insert(ip("10.77.0.1"), 24);
     let mut world = world(kernel, routes(&RANGES));
     assert_eq!(held(world.kernel()).0, ["10.77.0.1/24", "10.96.0.10/24"]);
-    assert_eq!(world.audit().done.total(), 0);
+    assert_eq!(world.audit().applied.total(), 0);
 }
 
 #[test]
@@ -263,9 +265,9 @@ fn without_a_family_its_ranges_have_no_routes() {
 #[test]
 fn a_loopback_address_on_the_device_is_nobodys() {
     let addresses = vec![(ip("127.105.112.118"), 32), (ip("fe80::1"), 64)];
-    let device = ObservedDevice { takes_routes: true, addresses, routes: vec![net("10.96.0.0/12")] };
+    let device = ObservedDevice { accepts_routes: true, addresses, routes: vec![net("10.96.0.0/12")] };
     let mirror = Mirror::from_dump(Observed { device: Some(device), ..Observed::default() });
-    assert_eq!(mirror.keys().collect::<Vec<_>>(), [Key::Range(net("10.96.0.0/12"))]);
+    assert_eq!(mirror.keys().collect::<Vec<_>>(), [Key::VipRange(net("10.96.0.0/12"))]);
 }
 
 fn binding() -> impl Strategy<Value = VipBinding> {
@@ -317,7 +319,7 @@ proptest! {
             world.sync();
             let log = world.kernel().log[start..].to_vec();
             for operation in &log {
-                bound.take_in(operation);
+                bound.apply_and_sync(operation);
                 let lost: Vec<_> = were.iter().filter(|vip| !bound.has(**vip)).collect();
                 prop_assert!(lost.is_empty(), "{:?} after {}: {:?}; {:?} {:?}", lost, operation, log, bound.addresses, bound.routes);
             }
@@ -339,7 +341,7 @@ proptest! {
             prop_assert_eq!(held(next.kernel()), held(&fresh));
             prop_assert_eq!(&next.kernel().filter, &fresh.filter);
             let again = next.audit();
-            prop_assert_eq!((again.done.total(), again.drifted), (0, vec![]));
+            prop_assert_eq!((again.applied.total(), again.drifted_keys), (0, vec![]));
             kernel = next.kill();
         }
     }

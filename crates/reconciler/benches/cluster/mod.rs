@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use ipvs_netlink::RealServer;
 use reconciler::front_end::FrontEnd;
 use reconciler::kernel::{Kernel, KernelError, Observed, ObservedServer, Scope};
-use reconciler::outcome::Outcome;
 use reconciler::plan::Plan;
+use reconciler::report::SyncReport;
 use reconciler::{Policy, Reconciler};
 use service_watch::{
     Change, Endpoint, EndpointSlice, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort, TrafficPolicy,
@@ -69,7 +69,7 @@ impl Cluster {
     }
 
     /// What one change costs: to take it in, to carry it out, and to know when to go on.
-    pub(crate) fn take_in(&mut self, change: Change) -> Outcome {
+    pub(crate) fn apply_and_sync(&mut self, change: Change) -> SyncReport {
         self.reconciler.apply(change);
         self.sync()
     }
@@ -79,12 +79,12 @@ impl Cluster {
         for number in services - draining..services {
             self.reconciler.apply(Change::Slice(slice(number, ENDPOINTS - 1)));
         }
-        let outcome = self.sync();
-        assert_eq!(outcome.totals.draining, draining as usize);
+        let report = self.sync();
+        assert_eq!(report.totals.draining, draining as usize);
     }
 
     /// The look at a Service that has been told to have one endpoint less. Its real servers are found idle.
-    pub(crate) fn look(&mut self) -> Outcome {
+    pub(crate) fn look(&mut self) -> SyncReport {
         self.now += LOOK;
         self.sync()
     }
@@ -101,10 +101,10 @@ impl Cluster {
         self.reconciler.kernel_mut().found = vec![ObservedServer { front_end, config, real_servers }];
     }
 
-    fn sync(&mut self) -> Outcome {
-        let outcome = self.reconciler.sync(self.now).unwrap();
-        std::hint::black_box(self.reconciler.next_look());
-        outcome
+    fn sync(&mut self) -> SyncReport {
+        let report = self.reconciler.sync(self.now).unwrap();
+        std::hint::black_box(self.reconciler.next_check());
+        report
     }
 }
 

@@ -9,7 +9,7 @@ use ipvs_netlink::Family;
 use netlink_packet_core::DefaultNla;
 use netlink_packet_netfilter::nftables::{
     Bitwise, Cmp, DataAttribute, ExpressionAttribute, Expressions, Immediate, ListAttribute, Lookup, Meta, MetaKey,
-    Operator, Payload, Register, Verdict, VerdictAttribute,
+    Operator, Payload, Register, Verdict as VerdictCode, VerdictAttribute,
 };
 use service_watch::Protocol;
 
@@ -177,7 +177,7 @@ pub(crate) fn map(map: &str, from: Register, into: Register) -> Expression {
 
 /// What becomes of a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
+pub(crate) enum Verdict {
     Accept,
     Drop,
     Return,
@@ -189,15 +189,15 @@ pub(crate) enum Fate {
 const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
 
-impl Fate {
+impl Verdict {
     /// As the data of a verdict, in a rule or in an element of a map.
     pub(crate) fn data(&self) -> DataAttribute {
         let (code, chain) = match self {
-            Self::Accept => (Verdict::Other(NF_ACCEPT), None),
-            Self::Drop => (Verdict::Other(NF_DROP), None),
-            Self::Return => (Verdict::Return, None),
-            Self::Goto(chain) => (Verdict::Goto, Some(chain)),
-            Self::Jump(chain) => (Verdict::Jump, Some(chain)),
+            Self::Accept => (VerdictCode::Other(NF_ACCEPT), None),
+            Self::Drop => (VerdictCode::Other(NF_DROP), None),
+            Self::Return => (VerdictCode::Return, None),
+            Self::Goto(chain) => (VerdictCode::Goto, Some(chain)),
+            Self::Jump(chain) => (VerdictCode::Jump, Some(chain)),
         };
         let chain = chain.map(|chain| VerdictAttribute::Chain(chain.clone()));
         DataAttribute::Verdict([VerdictAttribute::Code(code)].into_iter().chain(chain).collect())
@@ -205,7 +205,7 @@ impl Fate {
 }
 
 /// Decides about the packet.
-pub(crate) fn verdict(fate: &Fate) -> Expression {
+pub(crate) fn verdict(fate: &Verdict) -> Expression {
     expression(
         "immediate",
         Expressions::Immediate(vec![Immediate::DestinationRegister(Register::Verdict), Immediate::Data(fate.data())]),
@@ -214,7 +214,7 @@ pub(crate) fn verdict(fate: &Fate) -> Expression {
 
 /// What connection tracking knows (`enum nft_ct_keys`), in the host's byte order.
 #[derive(Clone, Copy)]
-pub(crate) enum Tracked {
+pub(crate) enum ConntrackKey {
     /// One bit for each state.
     State,
     /// `IPS_*`.
@@ -227,12 +227,12 @@ pub(crate) const STATE_NEW: u32 = 1 << 3;
 pub(crate) const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 
 /// Loads what connection tracking knows; a packet that is not tracked ends the rule.
-pub(crate) fn load_tracked(what: Tracked, into: Register) -> Expression {
+pub(crate) fn load_conntrack(what: ConntrackKey, into: Register) -> Expression {
     const NFTA_CT_DREG: u16 = 1;
     const NFTA_CT_KEY: u16 = 2;
     let key = match what {
-        Tracked::State => 0,
-        Tracked::Status => 2,
+        ConntrackKey::State => 0,
+        ConntrackKey::Status => 2,
     };
     other("ct", [(NFTA_CT_DREG, be32(into.into())), (NFTA_CT_KEY, be32(key))])
 }

@@ -42,7 +42,7 @@ pub enum Masquerade {
 
 /// Who may connect to a front end, source ranges aside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Guard {
+pub enum Access {
     /// Everybody.
     Open,
     /// Whoever is inside the cluster. An answer to an outsider would come from nowhere: its policy is Local, and its only
@@ -58,7 +58,7 @@ pub struct FrontEndRule {
     /// From whom they are masqueraded.
     pub masquerade: Masquerade,
     /// Who may make them.
-    pub guard: Guard,
+    pub guard: Access,
     /// Whether the node itself may not: its address is in none of the source ranges.
     pub is_closed_to_node: bool,
     /// The Service whose source ranges they must come from.
@@ -68,7 +68,7 @@ pub struct FrontEndRule {
 impl FrontEndRule {
     /// Everybody may connect, and stays who they are.
     pub const OPEN: Self =
-        Self { masquerade: Masquerade::Nobody, guard: Guard::Open, is_closed_to_node: false, sources: None };
+        Self { masquerade: Masquerade::Nobody, guard: Access::Open, is_closed_to_node: false, sources: None };
 
     /// The sets the front end is in, one bit each.
     pub fn sets(&self) -> u32 {
@@ -80,9 +80,9 @@ impl FrontEndRule {
             Masquerade::NodeIsRefused => set::UDP_REFUSED_TO_NODE,
         };
         let guard = match self.guard {
-            Guard::Open => set::OPEN,
-            Guard::Insiders => set::OPEN_TO_INSIDERS,
-            Guard::Refuse => set::REFUSED,
+            Access::Open => set::OPEN,
+            Access::Insiders => set::OPEN_TO_INSIDERS,
+            Access::Refuse => set::REFUSED,
         };
         masquerade | guard | if self.is_closed_to_node { set::CLOSED_TO_NODE } else { 0 }
     }
@@ -119,20 +119,20 @@ pub(crate) mod set {
 
 /// What is in the sets for a front end: a rule, or whatever somebody else has put there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Elements {
+pub struct FrontEndElements {
     /// The sets of front ends it is in, one bit each.
     pub sets: u32,
     /// In `source-ranges`: the Service whose ranges are asked, or `None` for a verdict that is not ours.
     pub sources: Option<Option<ObjectName>>,
 }
 
-impl From<&FrontEndRule> for Elements {
+impl From<&FrontEndRule> for FrontEndElements {
     fn from(rule: &FrontEndRule) -> Self {
         Self { sets: rule.sets(), sources: rule.sources.clone().map(Some) }
     }
 }
 
-impl Elements {
+impl FrontEndElements {
     /// Whether these let in whom others kept out: then there must be somebody behind the door.
     pub(crate) fn is_wider_than(&self, before: &Self) -> bool {
         let is_narrow = |it: &Self| it.sets & (set::OPEN_TO_INSIDERS | set::REFUSED) != 0;
@@ -142,7 +142,7 @@ impl Elements {
 
 /// A member of one of the plain sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum Entry {
+pub enum SetElement {
     /// A VIP on `kube-ipvs0`: what is no front end on it is refused, whatever listens on the node.
     Vip(IpAddr),
     /// An endpoint on this node: what its pod sends to itself by way of a VIP is masqueraded, or it would answer itself
@@ -152,7 +152,7 @@ pub enum Entry {
     HealthCheckPort(Family, u16),
 }
 
-impl Entry {
+impl SetElement {
     /// Of which family's table it is.
     pub fn family(&self) -> Family {
         match self {
@@ -163,7 +163,7 @@ impl Entry {
     }
 }
 
-impl fmt::Display for Entry {
+impl fmt::Display for SetElement {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Vip(address) => write!(f, "VIP {address}"),
@@ -175,9 +175,9 @@ impl fmt::Display for Entry {
 
 /// The source ranges of a Service in one family: sorted, without overlap, none of them everything.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Ranges(Vec<IpNet>);
+pub struct SourceRanges(Vec<IpNet>);
 
-impl Ranges {
+impl SourceRanges {
     /// Those of a family among ranges as they were written; `None` where they let everybody in.
     ///
     /// Overlaps and host bits are resolved here, so that the kernel, which refuses overlaps, sees none. A list without a
@@ -198,7 +198,7 @@ impl Ranges {
     }
 
     /// Whether an address is in one of them.
-    pub fn contain(&self, address: IpAddr) -> bool {
+    pub fn contains(&self, address: IpAddr) -> bool {
         self.0.iter().any(|range| range.contains(&address))
     }
 
@@ -214,13 +214,13 @@ impl Ranges {
 
 /// Everything in the table of one family that follows the Services.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Contents {
+pub struct TableContents {
     /// Front ends.
     pub front_ends: BTreeMap<FrontEnd, FrontEndRule>,
     /// Members of plain sets.
-    pub entries: BTreeSet<Entry>,
+    pub elements: BTreeSet<SetElement>,
     /// Source ranges by Service.
-    pub sources: BTreeMap<ObjectName, Ranges>,
+    pub sources: BTreeMap<ObjectName, SourceRanges>,
 }
 
 /// The tables as they were read.
@@ -229,9 +229,9 @@ pub struct ObservedFilter {
     /// The fingerprint of the constant part of each family's table; a family without a table has none.
     pub rulesets: BTreeMap<Family, u64>,
     /// Front ends.
-    pub front_ends: BTreeMap<FrontEnd, Elements>,
+    pub front_ends: BTreeMap<FrontEnd, FrontEndElements>,
     /// Members of plain sets.
-    pub entries: BTreeSet<Entry>,
+    pub elements: BTreeSet<SetElement>,
     /// Fingerprints of source ranges, by Service and family.
     pub sources: BTreeMap<(ObjectName, Family), u64>,
 }
@@ -250,19 +250,19 @@ impl Default for Fingerprint {
 impl Fingerprint {
     /// Adds a part, whose end counts too.
     pub(crate) fn add(&mut self, part: &[u8]) {
-        let mut take_in = |word: u64| {
+        let mut mix = |word: u64| {
             let mixed = (self.0 ^ word).wrapping_mul(0x0100_0000_01b3);
             // Only upwards carries a product; what the upper bits know must reach the lower ones too.
             self.0 = mixed ^ (mixed >> 32);
         };
         let (words, rest) = part.as_chunks::<8>();
         for word in words {
-            take_in(u64::from_le_bytes(*word));
+            mix(u64::from_le_bytes(*word));
         }
         let mut last = [0; 8];
         last[..rest.len()].copy_from_slice(rest);
-        take_in(u64::from_le_bytes(last));
-        take_in(part.len() as u64);
+        mix(u64::from_le_bytes(last));
+        mix(part.len() as u64);
     }
 
     pub(crate) fn finish(self) -> u64 {
@@ -289,7 +289,7 @@ mod tests {
             (&["::ffff:10.0.0.0/104"], Some(&[]), Some(&["::ffff:10.0.0.0/104"])),
         ] {
             let written = ranges(written);
-            let of = |family| Ranges::of_family(&written, family).map(|ranges| ranges.0);
+            let of = |family| SourceRanges::of_family(&written, family).map(|ranges| ranges.0);
             assert_eq!(of(Family::Ipv4), v4.map(ranges), "{written:?}");
             assert_eq!(of(Family::Ipv6), v6.map(ranges), "{written:?}");
         }
@@ -297,7 +297,7 @@ mod tests {
 
     #[test]
     fn fingerprints_tell_lists_apart() {
-        let of = |texts: &[&str]| Ranges::of_family(&ranges(texts), Family::Ipv4).unwrap().fingerprint();
+        let of = |texts: &[&str]| SourceRanges::of_family(&ranges(texts), Family::Ipv4).unwrap().fingerprint();
         assert_eq!(of(&["10.0.0.0/8", "192.0.2.0/24"]), of(&["192.0.2.0/24", "10.0.0.0/8"]));
         assert_ne!(of(&["10.0.0.0/8"]), of(&["10.0.0.0/9"]));
         assert_ne!(of(&[]), of(&["10.0.0.0/8"]));

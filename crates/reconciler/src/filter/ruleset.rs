@@ -23,8 +23,8 @@ use netlink_packet_netfilter::nftables::{MetaKey, Register, RuleAttribute};
 use service_watch::Protocol;
 
 use super::expression::{
-    Expression, Fate, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Tracked, bitwise, compare,
-    immediate, is_in, is_not_in, load, load_meta, load_source_type, load_tracked, map, masquerade, octets,
+    ConntrackKey, Expression, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Verdict, bitwise, compare,
+    immediate, is_in, is_not_in, load, load_conntrack, load_meta, load_source_type, map, masquerade, octets,
     port_unreachable, protocol_number, register, reset, set_mark, translate_destination, verdict,
 };
 use super::inventory::Inventory;
@@ -294,7 +294,7 @@ impl Ruleset {
     fn is_new() -> Vec<Expression> {
         let scratch = Self::scratch();
         vec![
-            load_tracked(Tracked::State, scratch),
+            load_conntrack(ConntrackKey::State, scratch),
             bitwise(scratch, &STATE_NEW.to_ne_bytes(), &[0; 4]),
             compare(scratch, false, &[0; 4]),
         ]
@@ -324,11 +324,11 @@ impl Ruleset {
     }
 
     /// The node's own addresses are no VIPs, and its own all the same.
-    fn to_own(&self, fate: &Fate) -> impl Iterator<Item = Rule> {
+    fn to_own(&self, fate: &Verdict) -> impl Iterator<Item = Rule> {
         let destination = Field::destination(self.family);
         self.own.iter().map(move |own| {
-            let is_own = vec![load(destination, register(0)), compare(register(0), true, &octets(*own))];
-            Rule::new("the node's own", [is_own, vec![verdict(fate)]])
+            let is_owned = vec![load(destination, register(0)), compare(register(0), true, &octets(*own))];
+            Rule::new("the node's own", [is_owned, vec![verdict(fate)]])
         })
     }
 
@@ -348,7 +348,7 @@ impl Ruleset {
     }
 
     fn goto(chain: &str) -> Vec<Expression> {
-        vec![verdict(&Fate::Goto(chain.to_owned()))]
+        vec![verdict(&Verdict::Goto(chain.to_owned()))]
     }
 
     fn mark(&self) -> Rule {
@@ -424,8 +424,8 @@ impl Ruleset {
             Family::Ipv6 => IpNet::V6(LOOPBACK_V6),
         };
         vec![
-            Rule::new("from loopback", [self.is_source_in(&loopback), vec![verdict(&Fate::Return)]]),
-            Rule::new("to a front end", [vec![verdict(&Fate::Jump("nat-services".to_owned()))]]),
+            Rule::new("from loopback", [self.is_source_in(&loopback), vec![verdict(&Verdict::Return)]]),
+            Rule::new("to a front end", [vec![verdict(&Verdict::Jump("nat-services".to_owned()))]]),
         ]
     }
 
@@ -458,7 +458,7 @@ impl Ruleset {
             to("no endpoint", set::UDP_REFUSED_TO_NODE, "nat-keep"),
         ];
         // A hostPort is on every address of the node, and so on all of a range.
-        rules.extend(self.to_own(&Fate::Return));
+        rules.extend(self.to_own(&Verdict::Return));
         rules.extend(self.to_no_vip("to no VIP", &self.keep().expressions));
         rules
     }
@@ -502,7 +502,7 @@ impl Ruleset {
             vec![
                 load(Field::destination_port(), scratch()),
                 compare(scratch(), true, &NO_PORT),
-                load_tracked(Tracked::Status, scratch()),
+                load_conntrack(ConntrackKey::Status, scratch()),
                 bitwise(scratch(), &STATUS_DESTINATION_TRANSLATED.to_ne_bytes(), &[0; 4]),
                 compare(scratch(), false, &[0; 4]),
             ]
@@ -510,14 +510,14 @@ impl Ruleset {
         let is_to_loopback =
             vec![load(Field::destination(self.family), register(0)), compare(register(0), true, &self.loopback())];
         // First: a VIP of a range is this node's before it is known, and after. So front ends are served once it is in the set.
-        let mut rules: Vec<Rule> = self.to_own(&Fate::Accept).collect();
+        let mut rules: Vec<Rule> = self.to_own(&Verdict::Accept).collect();
         rules.extend(self.to_no_vip("to no VIP", &Self::goto("refuse")));
         rules.extend([
             Rule::new(
                 "source ranges",
                 [self.load_front_end(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]],
             ),
-            Rule::new("to an open front end", [self.is_front_end(set::OPEN), vec![verdict(&Fate::Accept)]]),
+            Rule::new("to an open front end", [self.is_front_end(set::OPEN), vec![verdict(&Verdict::Accept)]]),
             Rule::new("no local endpoint", [self.is_front_end(set::OPEN_TO_INSIDERS), Self::goto("insiders")]),
             Rule::new("no endpoint", [self.is_front_end(set::REFUSED), Self::goto("refuse")]),
             Rule::new(
@@ -527,13 +527,13 @@ impl Ruleset {
                     vec![
                         load(Field::destination_port(), register(words)),
                         is_in(HEALTH_CHECK_PORTS, register(words)),
-                        verdict(&Fate::Accept),
+                        verdict(&Verdict::Accept),
                     ],
                 ],
             ),
             Rule::new(
                 "from the node, closed to it",
-                [is_from_loopback(), is_to_loopback, is_to_nowhere(), vec![verdict(&Fate::Drop)]],
+                [is_from_loopback(), is_to_loopback, is_to_nowhere(), vec![verdict(&Verdict::Drop)]],
             ),
             Rule::new(
                 "from the node, no endpoint",
@@ -551,7 +551,7 @@ impl Ruleset {
     }
 
     fn insiders_only(&self) -> Vec<Rule> {
-        let accept = || vec![verdict(&Fate::Accept)];
+        let accept = || vec![verdict(&Verdict::Accept)];
         let mut rules = vec![Rule::new("from the node", [Self::is_from_the_node(), accept()])];
         match self.is_insider() {
             Some(is_insider) => {
@@ -576,7 +576,7 @@ impl Ruleset {
     /// tracking would take note of connections that nobody translates.
     fn filter_forward(&self) -> Vec<Rule> {
         let is_to_vip = vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))];
-        let drop = || vec![verdict(&Fate::Drop)];
+        let drop = || vec![verdict(&Verdict::Drop)];
         let mut rules = vec![Rule::new("to a VIP that is not bound yet", [is_to_vip, drop()])];
         let destination = Field::destination(self.family);
         rules.extend(self.ranges.iter().map(|range| {

@@ -1,8 +1,8 @@
 //! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink, the packet filter and
 //! connection tracking over nfnetlink.
 
+pub(crate) mod conntrack;
 pub mod filter;
-pub(crate) mod flows;
 pub mod interface_watch;
 pub(crate) mod routes;
 
@@ -22,7 +22,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use crate::filter::ObservedFilter;
 use crate::front_end::FrontEnd;
 use crate::kernel::{
-    Account, Cause, DEVICE, Flush, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope, Spent,
+    Cause, ConntrackCleanup, DEVICE, Kernel, KernelError, KernelStats, Observed, ObservedDevice, ObservedServer, Scope,
+    TimeSpent,
 };
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
@@ -55,13 +56,13 @@ pub struct LinuxKernel {
     /// The index of `kube-ipvs0`, once it was seen.
     device: Option<u32>,
     /// What was sent before the last account was given.
-    accounted: Sent,
+    sent_at_last_take: Sent,
     /// What was sent on sockets that failed.
     sent_before: Sent,
     /// Since the last account.
-    flushes: Vec<Flush>,
+    conntrack_cleanups: Vec<ConntrackCleanup>,
     /// Since the last account.
-    spent: Spent,
+    time_spent: TimeSpent,
     /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
     is_broken: bool,
 }
@@ -80,10 +81,10 @@ impl LinuxKernel {
             netfilter,
             families,
             device: None,
-            accounted: Sent::default(),
+            sent_at_last_take: Sent::default(),
             sent_before: Sent::default(),
-            flushes: Vec::new(),
-            spent: Spent::default(),
+            conntrack_cleanups: Vec::new(),
+            time_spent: TimeSpent::default(),
             is_broken: false,
         })
     }
@@ -162,7 +163,7 @@ impl LinuxKernel {
 
     /// Has `kube-ipvs0` take routes: IPv6 lets none lead to a device that is down.
     fn raise_device(&mut self) -> Result<(), KernelError> {
-        let operation = Operation::RaiseDevice;
+        let operation = Operation::SetDeviceUp;
         let Some(device) = self.device else { return Err(no_device(&operation)) };
         for request in routes::raise(device) {
             match self.route.request(&request, |_: RouteNetlinkMessage| {}) {
@@ -224,7 +225,7 @@ impl LinuxKernel {
             })
             .map_err(|error| refused(format!("cannot list the addresses of the node: {error}")))?;
         observed.device = device.map(|(_, is_up)| ObservedDevice {
-            takes_routes: is_up && on_device.iter().any(|(address, _)| *address == routes::ANCHOR),
+            accepts_routes: is_up && on_device.iter().any(|(address, _)| *address == routes::ANCHOR),
             addresses: on_device,
             routes: Vec::new(),
         });
@@ -302,7 +303,7 @@ impl LinuxKernel {
     }
 
     fn apply_flows(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
-        let flushed = flows::flush(&mut self.netfilter, operations, &mut self.flushes);
+        let flushed = conntrack::flush(&mut self.netfilter, operations, &mut self.conntrack_cleanups);
         if flushed.as_ref().is_err_and(|error| error.refusal().is_none()) {
             // Nothing the mirror knows of is at stake, so it stays; a new socket is made with the next reading.
             self.is_broken = true;
@@ -338,25 +339,31 @@ impl LinuxKernel {
 }
 
 impl Kernel for LinuxKernel {
-    fn account(&mut self) -> Account {
+    fn take_stats(&mut self) -> KernelStats {
         let sent = self.sent();
-        let before = std::mem::replace(&mut self.accounted, sent);
-        Account {
+        let before = std::mem::replace(&mut self.sent_at_last_take, sent);
+        KernelStats {
             sent: sent - before,
-            flushes: std::mem::take(&mut self.flushes),
-            spent: std::mem::take(&mut self.spent),
+            conntrack_cleanups: std::mem::take(&mut self.conntrack_cleanups),
+            time_spent: std::mem::take(&mut self.time_spent),
         }
     }
 
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
         if self.is_broken {
-            let (sent_before, accounted, spent) = (self.sent(), self.accounted, self.spent);
-            let flushes = std::mem::take(&mut self.flushes);
-            *self = Self { accounted, sent_before, flushes, spent, ..Self::connect(self.families)? };
+            let (sent_before, sent_at_last_take, time_spent) = (self.sent(), self.sent_at_last_take, self.time_spent);
+            let conntrack_cleanups = std::mem::take(&mut self.conntrack_cleanups);
+            *self = Self {
+                sent_at_last_take,
+                sent_before,
+                conntrack_cleanups,
+                time_spent,
+                ..Self::connect(self.families)?
+            };
         }
         let start = Instant::now();
         let observed = self.read(scope);
-        self.spent.reading += start.elapsed();
+        self.time_spent.reading += start.elapsed();
         self.is_broken = observed.is_err();
         observed
     }
@@ -369,7 +376,7 @@ impl Kernel for LinuxKernel {
             let start = Instant::now();
             match target {
                 Target::Device => results.extend(run.iter().map(|operation| match operation {
-                    Operation::RaiseDevice => self.raise_device(),
+                    Operation::SetDeviceUp => self.raise_device(),
                     _ => self.ensure_device(),
                 })),
                 Target::Filter => self.apply_filter(run, &mut results),
@@ -377,13 +384,13 @@ impl Kernel for LinuxKernel {
                 Target::Ipvs => self.apply_ipvs(run, &mut results),
                 Target::Addresses => self.apply_addresses(run, &mut results),
             }
-            let spent = match target {
-                Target::Device | Target::Addresses => &mut self.spent.addresses,
-                Target::Filter => &mut self.spent.filter,
-                Target::Flows => &mut self.spent.flows,
-                Target::Ipvs => &mut self.spent.ipvs,
+            let time_spent = match target {
+                Target::Device | Target::Addresses => &mut self.time_spent.addresses,
+                Target::Filter => &mut self.time_spent.filter,
+                Target::Flows => &mut self.time_spent.flows,
+                Target::Ipvs => &mut self.time_spent.ipvs,
             };
-            *spent += start.elapsed();
+            *time_spent += start.elapsed();
         }
         results
     }
@@ -412,8 +419,8 @@ impl Target {
     fn of(operation: &Operation) -> Self {
         match operation {
             operation if operation.filter_family().is_some() => Self::Filter,
-            Operation::ClearFlows(..) | Operation::FlushFlows(..) => Self::Flows,
-            Operation::AddDevice | Operation::RaiseDevice => Self::Device,
+            Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => Self::Flows,
+            Operation::AddDevice | Operation::SetDeviceUp => Self::Device,
             Operation::BindAddress(_)
             | Operation::UnbindAddress(_)
             | Operation::AddRoute(_)

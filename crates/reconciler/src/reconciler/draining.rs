@@ -4,12 +4,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use crate::again::Again;
+use crate::backoff::Backoff;
 use crate::front_end::FrontEnd;
 
 #[derive(Debug)]
 struct Drain {
-    again: Again,
+    again: Backoff,
     /// How many of its real servers drain.
     count: usize,
 }
@@ -29,12 +29,12 @@ impl Draining {
         self.servers.contains_key(front_end)
     }
 
-    pub(super) fn again(&self, front_end: &FrontEnd) -> Option<&Again> {
+    pub(super) fn again(&self, front_end: &FrontEnd) -> Option<&Backoff> {
         self.servers.get(front_end).map(|drain| &drain.again)
     }
 
     /// Sets when to look again. How many real servers drain stays; at first it is none.
-    pub(super) fn insert(&mut self, front_end: FrontEnd, again: Again) {
+    pub(super) fn insert(&mut self, front_end: FrontEnd, again: Backoff) {
         let count = self.take(&front_end);
         self.looks.insert((again.due, front_end));
         self.servers.insert(front_end, Drain { again, count });
@@ -67,7 +67,7 @@ impl Draining {
     }
 
     /// When the time of the next one comes.
-    pub(super) fn next_look(&self) -> Option<Instant> {
+    pub(super) fn next_check(&self) -> Option<Instant> {
         self.looks.first().map(|(due, _)| *due)
     }
 

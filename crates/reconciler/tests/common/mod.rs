@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use reconciler::fake::{FakeKernel, FakeServer};
 use reconciler::front_end::FrontEnd;
-use reconciler::outcome::Outcome;
+use reconciler::report::SyncReport;
 use reconciler::{Policy, Reconciler};
 use service_watch::{
     Change, Endpoint, EndpointSlice, Hints, ObjectName, Protocol, Service, ServiceKind, ServicePort, SlicePort,
@@ -146,11 +146,11 @@ impl World {
         self
     }
 
-    pub fn sync(&mut self) -> Outcome {
+    pub fn sync(&mut self) -> SyncReport {
         self.reconciler.sync(self.now).unwrap()
     }
 
-    pub fn audit(&mut self) -> Outcome {
+    pub fn audit(&mut self) -> SyncReport {
         self.reconciler.audit(self.now).unwrap()
     }
 
@@ -163,7 +163,7 @@ impl World {
     pub fn settle(&mut self) -> &mut Self {
         self.sync();
         let deadline = self.now + Duration::from_secs(600);
-        while let Some(look) = self.reconciler.next_look().filter(|look| *look < deadline) {
+        while let Some(look) = self.reconciler.next_check().filter(|look| *look < deadline) {
             self.now = look.max(self.now);
             self.sync();
         }

@@ -5,7 +5,7 @@ use netlink_batch::{Error, Refusal, Socket};
 use super::message::Transaction;
 use super::read;
 use crate::filter::ruleset::Ruleset;
-use crate::filter::{Contents, Elements, Entry, ObservedFilter};
+use crate::filter::{FrontEndElements, ObservedFilter, SetElement, TableContents};
 use crate::kernel::{Cause, KernelError};
 use crate::node::NodeView;
 use crate::plan::Operation;
@@ -25,7 +25,7 @@ const MODULES: &str = "it takes CAP_NET_ADMIN, and the modules nf_tables nft_cha
                        nft_reject_ipv6 nft_fib_ipv4 nft_fib_ipv6: load them with `modprobe -a`";
 
 /// What became of one operation.
-type Outcome = Result<(), KernelError>;
+type OperationResult = Result<(), KernelError>;
 
 /// Reads the tables of the families the node serves.
 pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<ObservedFilter, KernelError> {
@@ -45,7 +45,7 @@ pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelEr
     let missing = policy.families.iter().filter(|family| !tables.iter().any(|(it, _)| it == family));
     let mut transaction = Transaction::default();
     for family in missing {
-        transaction.build(&Ruleset::new(family, policy, &NodeView::default()), false, &Contents::default());
+        transaction.build(&Ruleset::new(family, policy, &NodeView::default()), false, &TableContents::default());
         transaction.delete_table(family);
     }
     let result = send(socket, transaction).map_err(|error| failed(&error))?;
@@ -68,7 +68,7 @@ pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, Ke
 }
 
 /// Carries out operations on the packet filter and returns one result each. An `Err` of the whole is a socket that failed.
-pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<Outcome>, Error> {
+pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<OperationResult>, Error> {
     let mut results = Vec::with_capacity(operations.len());
     for chunk in operations.chunks(TRANSACTION_OPERATIONS) {
         commit(socket, chunk, &mut results)?;
@@ -78,7 +78,7 @@ pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec
 
 /// A transaction takes effect as a whole or not at all. Where one is refused, its halves are tried by themselves, down to
 /// the operation that is at fault: it must not hold up the others.
-fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Outcome>) -> Result<(), Error> {
+fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<OperationResult>) -> Result<(), Error> {
     let mut transaction = Transaction::default();
     for operation in operations {
         put(operation, &mut transaction);
@@ -104,17 +104,17 @@ fn send(socket: &mut Socket, transaction: Transaction) -> Result<Result<(), Refu
 
 fn put(operation: &Operation, transaction: &mut Transaction) {
     match operation {
-        Operation::BuildFilter { ruleset, replaces, contents } => transaction.build(ruleset, *replaces, contents),
-        Operation::SetSources(service, family, ranges) => transaction.set_sources(service, *family, ranges),
-        Operation::RemoveSources(service, family) => transaction.remove_sources(service, *family),
+        Operation::BuildTable { ruleset, replaces, contents } => transaction.build(ruleset, *replaces, contents),
+        Operation::SetSourceRanges(service, family, ranges) => transaction.set_source_ranges(service, *family, ranges),
+        Operation::RemoveSourceRanges(service, family) => transaction.remove_source_ranges(service, *family),
         Operation::SetFrontEnd(front_end, before, after) => transaction.set_front_end(*front_end, before, after),
-        Operation::ForgetFrontEnd(front_end, before) => {
-            transaction.set_front_end(*front_end, before, &Elements::default());
+        Operation::RemoveFrontEnd(front_end, before) => {
+            transaction.set_front_end(*front_end, before, &FrontEndElements::default());
         }
-        Operation::AddEntry(entry) => transaction.add_entry(*entry),
-        Operation::RemoveEntry(entry) => transaction.remove_entry(*entry),
-        Operation::OpenVip(address) => transaction.add_entry(Entry::Vip(*address)),
-        Operation::CloseVip(address) => transaction.remove_entry(Entry::Vip(*address)),
+        Operation::AddElement(element) => transaction.add_element(*element),
+        Operation::RemoveElement(element) => transaction.remove_element(*element),
+        Operation::AddRoutedVip(address) => transaction.add_element(SetElement::Vip(*address)),
+        Operation::RemoveRoutedVip(address) => transaction.remove_element(SetElement::Vip(*address)),
         // Of other parts of the kernel.
         _ => {}
     }

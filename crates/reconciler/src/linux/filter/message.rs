@@ -18,12 +18,12 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProto
 use service_watch::{ObjectName, Protocol};
 
 use crate::filter::expression::{
-    Fate, Field, is_not_in_anonymous, load, octets, protocol_family, protocol_number, register, verdict,
+    Field, Verdict, is_not_in_anonymous, load, octets, protocol_family, protocol_number, register, verdict,
 };
 use crate::filter::ruleset::{
     HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS, address_type,
 };
-use crate::filter::{Contents, Elements, Entry, Ranges, TABLE, set};
+use crate::filter::{FrontEndElements, SetElement, SourceRanges, TABLE, TableContents, set};
 use crate::front_end::FrontEnd;
 
 /// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
@@ -74,7 +74,7 @@ impl Transaction {
     }
 
     /// Makes a family's table anew, in the place of one that exists.
-    pub fn build(&mut self, ruleset: &Ruleset, exists: bool, contents: &Contents) {
+    pub fn build(&mut self, ruleset: &Ruleset, exists: bool, contents: &TableContents) {
         let family = ruleset.family();
         if exists {
             self.delete_table(family);
@@ -104,13 +104,13 @@ impl Transaction {
             self.tables.extend(rules);
         }
         for (service, ranges) in &contents.sources {
-            self.set_sources(service, family, ranges);
+            self.set_source_ranges(service, family, ranges);
         }
         for (front_end, rule) in &contents.front_ends {
-            self.set_front_end(*front_end, &Elements::default(), &rule.into());
+            self.set_front_end(*front_end, &FrontEndElements::default(), &rule.into());
         }
-        for entry in &contents.entries {
-            self.add_entry(*entry);
+        for element in &contents.elements {
+            self.add_element(*element);
         }
     }
 
@@ -121,7 +121,7 @@ impl Transaction {
     }
 
     /// Changes what the sets have for a front end.
-    pub fn set_front_end(&mut self, front_end: FrontEnd, before: &Elements, after: &Elements) {
+    pub fn set_front_end(&mut self, front_end: FrontEnd, before: &FrontEndElements, after: &FrontEndElements) {
         let family = Family::of(front_end.address);
         let key = || SetElementAttribute::Key(DataAttribute::Value(front_end_key(&front_end)));
         // What is put into a map has a verdict, what is put into a set has none.
@@ -142,25 +142,25 @@ impl Transaction {
             }
         }
         if before.sources != after.sources {
-            let fate = after.sources.clone().flatten().map(|service| Fate::Jump(sources_chain(&service)).data());
+            let fate = after.sources.clone().flatten().map(|service| Verdict::Jump(sources_chain(&service)).data());
             change(SOURCE_RANGES, before.sources.is_some(), fate.map(Some));
         }
     }
 
     /// Adds a member to a plain set.
-    pub fn add_entry(&mut self, entry: Entry) {
-        let (set, element) = member(entry);
-        self.added.entry((entry.family(), set)).or_default().push(element);
+    pub fn add_element(&mut self, element: SetElement) {
+        let (set, attributes) = encode_element(element);
+        self.added.entry((element.family(), set)).or_default().push(attributes);
     }
 
     /// Takes a member from a plain set.
-    pub fn remove_entry(&mut self, entry: Entry) {
-        let (set, element) = member(entry);
-        self.removed.entry((entry.family(), set)).or_default().push(element);
+    pub fn remove_element(&mut self, element: SetElement) {
+        let (set, attributes) = encode_element(element);
+        self.removed.entry((element.family(), set)).or_default().push(attributes);
     }
 
     /// Makes the chain with a Service's source ranges, or puts others in it.
-    pub fn set_sources(&mut self, service: &ObjectName, family: Family, ranges: &Ranges) {
+    pub fn set_source_ranges(&mut self, service: &ObjectName, family: Family, ranges: &SourceRanges) {
         let chain = sources_chain(service);
         let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(chain.clone())];
         self.sources.push(create(family, NfTablesMessage::NewChain(ChainMessage { attributes })));
@@ -180,13 +180,13 @@ impl Transaction {
             expressions
                 .push(vec![load(Field::source(family), register(0)), is_not_in_anonymous(ANONYMOUS, id, register(0))]);
         }
-        expressions.push(vec![verdict(&Fate::Drop)]);
+        expressions.push(vec![verdict(&Verdict::Drop)]);
         let rule = Rule::new("from elsewhere", expressions);
         self.sources.push(new_rule(family, &chain, &rule, ranges.fingerprint()));
     }
 
     /// Deletes the chain with a Service's source ranges.
-    pub fn remove_sources(&mut self, service: &ObjectName, family: Family) {
+    pub fn remove_source_ranges(&mut self, service: &ObjectName, family: Family) {
         let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(sources_chain(service))];
         self.sources_gone.push(request(family, NfTablesMessage::DeleteChain(ChainMessage { attributes }), 0));
     }
@@ -306,13 +306,13 @@ fn port_key(protocol: Protocol, port: u16) -> Vec<u8> {
     vec![protocol_number(protocol), 0, 0, 0, high, low, 0, 0]
 }
 
-fn member(entry: Entry) -> (&'static str, Element) {
-    let (set, key) = match entry {
-        Entry::Vip(address) => (VIPS, octets(address)),
-        Entry::Hairpin(endpoint, protocol) => {
+fn encode_element(element: SetElement) -> (&'static str, Element) {
+    let (set, key) = match element {
+        SetElement::Vip(address) => (VIPS, octets(address)),
+        SetElement::Hairpin(endpoint, protocol) => {
             (HAIRPIN, [octets(endpoint.ip()).repeat(2), port_key(protocol, endpoint.port())].concat())
         }
-        Entry::HealthCheckPort(_, port) => (HEALTH_CHECK_PORTS, port.to_be_bytes().to_vec()),
+        SetElement::HealthCheckPort(_, port) => (HEALTH_CHECK_PORTS, port.to_be_bytes().to_vec()),
     };
     (set, vec![SetElementAttribute::Key(DataAttribute::Value(key))])
 }

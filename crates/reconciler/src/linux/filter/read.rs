@@ -20,7 +20,7 @@ use super::message::{UDATA_FINGERPRINT, header};
 use crate::filter::expression::protocol_number;
 use crate::filter::inventory::Inventory;
 use crate::filter::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
-use crate::filter::{Entry, ObservedFilter, TABLE, set};
+use crate::filter::{ObservedFilter, SetElement, TABLE, set};
 use crate::front_end::FrontEnd;
 use crate::policy::Families;
 
@@ -280,7 +280,7 @@ fn read_elements(
         let read = reading.dump(socket, family, message, |list| {
             let elements = list.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
             for element in NlasIterator::new(elements).flatten() {
-                is_ours &= take_in(family, set, element.value(), observed).is_some();
+                is_ours &= decode_element(family, set, element.value(), observed).is_some();
             }
         });
         match read {
@@ -296,7 +296,7 @@ fn read_elements(
 }
 
 /// `None` is an element that this program never makes.
-fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFilter) -> Option<()> {
+fn decode_element(family: Family, set: &str, element: &[u8], observed: &mut ObservedFilter) -> Option<()> {
     let key = attribute(attribute(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
     let data = attribute(element, NFTA_SET_ELEM_DATA);
     match set {
@@ -306,7 +306,7 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
             observed.front_ends.entry(front_end(family, key)?).or_default().sources = Some(service);
         }
         VIPS => {
-            observed.entries.insert(Entry::Vip(address(family, key)?.0));
+            observed.elements.insert(SetElement::Vip(address(family, key)?.0));
         }
         HAIRPIN => {
             let (source, rest) = address(family, key)?;
@@ -314,11 +314,11 @@ fn take_in(family: Family, set: &str, element: &[u8], observed: &mut ObservedFil
             if source != address {
                 return None;
             }
-            observed.entries.insert(Entry::Hairpin(SocketAddr::new(address, port), protocol));
+            observed.elements.insert(SetElement::Hairpin(SocketAddr::new(address, port), protocol));
         }
         HEALTH_CHECK_PORTS => {
             let [high, low, ..] = *key else { return None };
-            observed.entries.insert(Entry::HealthCheckPort(family, u16::from_be_bytes([high, low])));
+            observed.elements.insert(SetElement::HealthCheckPort(family, u16::from_be_bytes([high, low])));
         }
         _ => {
             let (bit, _) = set::NAMES.iter().find(|(_, name)| *name == set)?;
@@ -362,7 +362,7 @@ pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
     for set in set::NAMES.iter().map(|(_, name)| *name).chain(others) {
         for family in [Family::Ipv4, Family::Ipv6] {
             for element in NlasIterator::new(elements).flatten() {
-                let _ = take_in(family, set, element.value(), &mut ObservedFilter::default());
+                let _ = decode_element(family, set, element.value(), &mut ObservedFilter::default());
             }
         }
     }

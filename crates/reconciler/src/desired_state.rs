@@ -9,17 +9,17 @@ use foldhash::HashMap;
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
 
-use crate::contribution::{Contribution, Direction, WantedServer};
-use crate::filter::{Contents, Entry, Ranges};
+use crate::contribution::{Contribution, DesiredServer, TrafficDirection};
+use crate::filter::{SetElement, SourceRanges, TableContents};
 use crate::front_end::FrontEnd;
 use crate::plan::Key;
-use crate::real_servers::Place;
+use crate::real_servers::RealServerAddress;
 
 /// The order in which Services that claim one front end come: what the cluster handed out before what somebody asked for, then
 /// the oldest first, then by name. Who names a ClusterIP among his external IPs must not have it before it is handed out.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
-    is_asked_for: bool,
+    is_external_address: bool,
     /// Seconds since 1970; a Service without the time of its making counts as the youngest.
     created: i64,
     service: ObjectName,
@@ -27,7 +27,7 @@ struct Claim {
 
 /// Two Services want one front end. The winner has it; the loser is served everywhere else.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Clash {
+pub struct FrontEndConflict {
     /// The front end.
     pub front_end: FrontEnd,
     /// Who has it.
@@ -44,7 +44,7 @@ struct Contributor {
 
 /// The sum of all contributions.
 #[derive(Debug, Default)]
-pub struct Desired {
+pub struct DesiredState {
     /// Boxed: a third of the table is room to spare.
     contributors: HashMap<ObjectName, Box<Contributor>>,
     /// Who claims a front end, the owner first; never empty.
@@ -52,21 +52,21 @@ pub struct Desired {
     /// Who wants a VIP bound; never empty.
     addresses: HashMap<IpAddr, Vec<ObjectName>>,
     /// Who wants something in a set of the packet filter; never empty.
-    entries: HashMap<Entry, Vec<ObjectName>>,
+    elements: HashMap<SetElement, Vec<ObjectName>>,
     /// How many Services have a Local policy that finds no local endpoint although there are others.
-    without_local: BTreeMap<(Direction, Family), usize>,
+    without_local: BTreeMap<(TrafficDirection, Family), usize>,
 }
 
-impl Desired {
+impl DesiredState {
     /// Puts a Service's contribution in the place of its last one. Every key that may now be desired otherwise goes to
-    /// `dirty`, every clash that arose to `clashes`.
+    /// `dirty`, every clash that arose to `conflicts`.
     pub fn update(
         &mut self,
         name: &ObjectName,
         service: Option<&Service>,
         contribution: Contribution,
         dirty: &mut BTreeSet<Key>,
-        clashes: &mut Vec<Clash>,
+        conflicts: &mut Vec<FrontEndConflict>,
     ) {
         let created = service.and_then(|service| service.created).unwrap_or(i64::MAX);
         let before = self.contributors.remove(name);
@@ -77,27 +77,27 @@ impl Desired {
         for (front_end, server) in &before.servers {
             let same = created == before_created && contribution.servers.get(front_end) == Some(server);
             if !same {
-                dirty.insert(Key::Server(*front_end));
+                dirty.insert(Key::VirtualServer(*front_end));
             }
-            let is_asked_for = contribution.servers.get(front_end).map(|it| it.is_asked_for);
-            if created != before_created || is_asked_for != Some(server.is_asked_for) {
+            let is_external_address = contribution.servers.get(front_end).map(|it| it.is_external_address);
+            if created != before_created || is_external_address != Some(server.is_external_address) {
                 self.withdraw(*front_end, name);
             }
         }
         for (front_end, server) in &contribution.servers {
             let held = before.servers.get(front_end);
             if held != Some(server) {
-                dirty.insert(Key::Server(*front_end));
+                dirty.insert(Key::VirtualServer(*front_end));
             }
-            let is_asked_for = server.is_asked_for;
-            if created != before_created || held.map(|it| it.is_asked_for) != Some(is_asked_for) {
-                self.claim(*front_end, Claim { is_asked_for, created, service: name.clone() }, clashes);
+            let is_external_address = server.is_external_address;
+            if created != before_created || held.map(|it| it.is_external_address) != Some(is_external_address) {
+                self.claim(*front_end, Claim { is_external_address, created, service: name.clone() }, conflicts);
             }
         }
         let changed = replace_claims(&mut self.addresses, name, &before.addresses, &contribution.addresses);
-        dirty.extend(changed.into_iter().map(Key::Address));
-        let changed = replace_claims(&mut self.entries, name, &before.entries, &contribution.entries);
-        dirty.extend(changed.into_iter().map(Key::Entry));
+        dirty.extend(changed.into_iter().map(Key::Vip));
+        let changed = replace_claims(&mut self.elements, name, &before.elements, &contribution.elements);
+        dirty.extend(changed.into_iter().map(Key::SetElement));
         for it in before.without_local.difference(&contribution.without_local) {
             self.without_local.entry(*it).and_modify(|count| *count -= 1);
         }
@@ -106,7 +106,7 @@ impl Desired {
         }
         for family in [Family::Ipv4, Family::Ipv6] {
             if before.sources.get(&family) != contribution.sources.get(&family) {
-                dirty.insert(Key::Sources(name.clone(), family));
+                dirty.insert(Key::SourceRanges(name.clone(), family));
             }
         }
         if contribution != Contribution::default() {
@@ -120,12 +120,12 @@ impl Desired {
     }
 
     /// The virtual server wanted at a front end.
-    pub fn server(&self, front_end: &FrontEnd) -> Option<&WantedServer> {
+    pub fn server(&self, front_end: &FrontEnd) -> Option<&DesiredServer> {
         self.contribution(self.owner(front_end)?)?.servers.get(front_end)
     }
 
     /// The real servers wanted at a front end, sorted; none where nobody wants it.
-    pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[Place]> {
+    pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[RealServerAddress]> {
         self.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default()
     }
 
@@ -135,30 +135,30 @@ impl Desired {
     }
 
     /// Whether a VIP is to be bound.
-    pub fn wants_address(&self, address: IpAddr) -> bool {
+    pub fn wants_vip(&self, address: IpAddr) -> bool {
         self.addresses.contains_key(&address)
     }
 
     /// Whether something is to be in a set of the packet filter.
-    pub fn wants_entry(&self, entry: &Entry) -> bool {
-        self.entries.contains_key(entry)
+    pub fn wants_element(&self, element: &SetElement) -> bool {
+        self.elements.contains_key(element)
     }
 
     /// The source ranges of a Service in a family, where it has any.
-    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<&Ranges> {
+    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<&SourceRanges> {
         self.contribution(service)?.sources.get(&family)
     }
 
     /// Everything that is to be in a family's table of the packet filter.
-    pub fn contents(&self, family: Family) -> Contents {
+    pub fn contents(&self, family: Family) -> TableContents {
         let sources = self.contributors.iter();
         let sources =
             sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.sources.get(&family)?.clone())));
         let front_ends = self.claims.keys().filter(|front_end| Family::of(front_end.address) == family);
-        let vips = self.addresses.keys().copied().map(Entry::Vip);
-        Contents {
+        let vips = self.addresses.keys().copied().map(SetElement::Vip);
+        TableContents {
             front_ends: front_ends.filter_map(|it| Some((*it, self.server(it)?.rule.clone()))).collect(),
-            entries: vips.chain(self.entries.keys().copied()).filter(|entry| entry.family() == family).collect(),
+            elements: vips.chain(self.elements.keys().copied()).filter(|element| element.family() == family).collect(),
             sources: sources.collect(),
         }
     }
@@ -176,21 +176,21 @@ impl Desired {
     /// Every key that something is desired for, but for tables and flows.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
         let sources = self.contributors.iter().flat_map(|(name, contributor)| {
-            contributor.contribution.sources.keys().map(|family| Key::Sources(name.clone(), *family))
+            contributor.contribution.sources.keys().map(|family| Key::SourceRanges(name.clone(), *family))
         });
-        let servers = self.claims.keys().copied().map(Key::Server);
-        let addresses = self.addresses.keys().copied().map(Key::Address);
-        servers.chain(addresses).chain(self.entries.keys().copied().map(Key::Entry)).chain(sources)
+        let servers = self.claims.keys().copied().map(Key::VirtualServer);
+        let addresses = self.addresses.keys().copied().map(Key::Vip);
+        servers.chain(addresses).chain(self.elements.keys().copied().map(Key::SetElement)).chain(sources)
     }
 
-    /// Whether [`Desired::keys`] has this one.
+    /// Whether [`DesiredState::keys`] has this one.
     pub fn wants(&self, key: &Key) -> bool {
         match key {
-            Key::Server(front_end) => self.claims.contains_key(front_end),
-            Key::Address(address) => self.wants_address(*address),
-            Key::Entry(entry) => self.wants_entry(entry),
-            Key::Sources(service, family) => self.sources(service, *family).is_some(),
-            Key::Filter(_) | Key::Device | Key::Range(_) | Key::Flows(_) => false,
+            Key::VirtualServer(front_end) => self.claims.contains_key(front_end),
+            Key::Vip(address) => self.wants_vip(*address),
+            Key::SetElement(element) => self.wants_element(element),
+            Key::SourceRanges(service, family) => self.sources(service, *family).is_some(),
+            Key::Table(_) | Key::Device | Key::VipRange(_) | Key::Flows(_) => false,
         }
     }
 
@@ -210,23 +210,27 @@ impl Desired {
     }
 
     /// How many VIPs are to be bound.
-    pub fn address_count(&self) -> usize {
+    pub fn vip_count(&self) -> usize {
         self.addresses.len()
     }
 
     /// How many Services have this Local policy and no local endpoint, although they have others.
-    pub fn without_local(&self, direction: Direction, family: Family) -> usize {
+    pub fn without_local(&self, direction: TrafficDirection, family: Family) -> usize {
         self.without_local.get(&(direction, family)).copied().unwrap_or(0)
     }
 
-    fn claim(&mut self, front_end: FrontEnd, claim: Claim, clashes: &mut Vec<Clash>) {
+    fn claim(&mut self, front_end: FrontEnd, claim: Claim, conflicts: &mut Vec<FrontEndConflict>) {
         let claims = self.claims.entry(front_end).or_insert_with(|| Vec::with_capacity(1));
-        let place = claims.partition_point(|held| *held < claim);
-        claims.insert(place, claim);
+        let index = claims.partition_point(|held| *held < claim);
+        claims.insert(index, claim);
         if let [winner, .., _] = claims.as_slice() {
             // Whoever came, the one who now stands behind the owner is the one to be told.
-            let loser = if place == 0 { &claims[1] } else { &claims[place] };
-            clashes.push(Clash { front_end, winner: winner.service.clone(), loser: loser.service.clone() });
+            let loser = if index == 0 { &claims[1] } else { &claims[index] };
+            conflicts.push(FrontEndConflict {
+                front_end,
+                winner: winner.service.clone(),
+                loser: loser.service.clone(),
+            });
         }
     }
 

@@ -7,12 +7,12 @@ const WAIT_MAX: Duration = Duration::from_secs(60);
 
 /// Something to be done again, each time after twice the wait.
 #[derive(Clone, Debug)]
-pub(crate) struct Again {
+pub(crate) struct Backoff {
     pub(crate) due: Instant,
     pub(crate) wait: Duration,
 }
 
-impl Again {
+impl Backoff {
     pub(crate) fn after(wait: Duration, now: Instant) -> Self {
         Self { due: now + wait, wait }
     }

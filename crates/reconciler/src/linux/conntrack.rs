@@ -23,9 +23,9 @@ use tracing::debug;
 use super::filter::message::header;
 use crate::filter::expression::protocol_number;
 use crate::front_end::FrontEnd;
-use crate::kernel::Flush;
+use crate::kernel::ConntrackCleanup;
 use crate::plan::Operation;
-use crate::real_servers::{Place, place};
+use crate::real_servers::{RealServerAddress, real_server_address};
 
 // linux/netfilter/nfnetlink.h, nfnetlink_conntrack.h
 const NFNL_SUBSYS_CTNETLINK: u16 = 1;
@@ -40,14 +40,20 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 const ENOENT: i32 = 2;
 
 /// Who answers for each front end, sorted.
-type Alive<'a> = HashMap<FrontEnd, &'a Arc<[Place]>>;
+type Alive<'a> = HashMap<FrontEnd, &'a Arc<[RealServerAddress]>>;
 
 /// Deletes the stale flows of all front ends that operations name, with one reading for each family among them, of which
-/// `flushes` gets an account.
-pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut Vec<Flush>) -> Result<(), Error> {
+/// `conntrack_cleanups` gets an account.
+pub(crate) fn flush(
+    socket: &mut Socket,
+    operations: &[Operation],
+    conntrack_cleanups: &mut Vec<ConntrackCleanup>,
+) -> Result<(), Error> {
     let mut wanted = Alive::default();
     for operation in operations {
-        if let Operation::ClearFlows(front_end, alive) | Operation::FlushFlows(front_end, alive) = operation {
+        if let Operation::DeleteUntranslatedFlows(front_end, alive) | Operation::DeleteStaleFlows(front_end, alive) =
+            operation
+        {
             wanted.insert(*front_end, alive);
         }
     }
@@ -63,7 +69,7 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut
         let port = (has_one_protocol && has_one_port).then_some(first.port);
         let (start, mut stale) = (Instant::now(), Vec::new());
         for entry in socket.stream(&list(family, protocol, port))? {
-            let Entry(attributes) = entry?;
+            let ConntrackEntry(attributes) = entry?;
             if is_stale(&attributes, &wanted) {
                 stale.push(delete(family, attributes));
             }
@@ -77,15 +83,15 @@ pub(crate) fn flush(socket: &mut Socket, operations: &[Operation], flushes: &mut
             }
             debug!(flows = found, "deleted stale flows from connection tracking");
         }
-        flushes.push(Flush { family, took: start.elapsed(), deleted: found });
+        conntrack_cleanups.push(ConntrackCleanup { family, duration: start.elapsed(), deleted: found });
     }
     Ok(())
 }
 
 /// An entry of connection tracking. One that cannot be understood is empty: it must not keep us from the others.
-struct Entry(Vec<ConntrackAttribute>);
+struct ConntrackEntry(Vec<ConntrackAttribute>);
 
-impl NetlinkDeserializable for Entry {
+impl NetlinkDeserializable for ConntrackEntry {
     type Error = DecodeError;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
@@ -150,7 +156,7 @@ fn list(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> List {
 /// Reads an entry, looks at whether it is stale, and writes the request that deletes it.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
-    if let Ok(Entry(attributes)) = Entry::deserialize(header, payload) {
+    if let Ok(ConntrackEntry(attributes)) = ConntrackEntry::deserialize(header, payload) {
         let _ = is_stale(&attributes, &Alive::default());
         let Request { message, .. } = delete(Family::Ipv4, attributes);
         message.serialize(&mut vec![0; NetlinkSerializable::buffer_len(&message)]);
@@ -174,10 +180,10 @@ fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
         protocol,
     });
     let alive = front_end.and_then(|front_end| wanted.get(&front_end));
-    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&place(from)).is_err()))
+    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&real_server_address(from)).is_err()))
 }
 
-fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
+fn split_tuple(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
     let (mut addresses, mut ports): (&[IPTuple], &[ProtoTuple]) = (&[], &[]);
     for part in tuple {
         match part {
@@ -190,7 +196,7 @@ fn parts(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
 }
 
 fn protocol(tuple: &[Tuple]) -> Option<Protocol> {
-    let number = parts(tuple).1.iter().find_map(|part| match part {
+    let number = split_tuple(tuple).1.iter().find_map(|part| match part {
         ProtoTuple::Protocol(protocol) => Some(u8::from(*protocol)),
         _ => None,
     })?;
@@ -198,14 +204,14 @@ fn protocol(tuple: &[Tuple]) -> Option<Protocol> {
 }
 
 fn destination(tuple: &[Tuple]) -> Option<SocketAddr> {
-    let (addresses, ports) = parts(tuple);
+    let (addresses, ports) = split_tuple(tuple);
     let address = |part: &IPTuple| if let IPTuple::DestinationAddress(ip) = part { Some(*ip) } else { None };
     let port = |part: &ProtoTuple| if let ProtoTuple::DestinationPort(port) = part { Some(*port) } else { None };
     socket_address(addresses.iter().find_map(address), ports.iter().find_map(port))
 }
 
 fn source(tuple: &[Tuple]) -> Option<SocketAddr> {
-    let (addresses, ports) = parts(tuple);
+    let (addresses, ports) = split_tuple(tuple);
     let address = |part: &IPTuple| if let IPTuple::SourceAddress(ip) = part { Some(*ip) } else { None };
     let port = |part: &ProtoTuple| if let ProtoTuple::SourcePort(port) = part { Some(*port) } else { None };
     socket_address(addresses.iter().find_map(address), ports.iter().find_map(port))
@@ -241,6 +247,6 @@ mod tests {
         ];
         let mut header = NetlinkHeader::default();
         header.message_type = 0x0a0c;
-        assert!(Entry::deserialize(&header, &payload).unwrap().0.is_empty());
+        assert!(ConntrackEntry::deserialize(&header, &payload).unwrap().0.is_empty());
     }
 }

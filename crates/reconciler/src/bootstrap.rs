@@ -8,7 +8,7 @@ const DNS_PORT: u16 = 53;
 pub(crate) const API_SERVER: (&str, &str) = ("default", "kubernetes");
 
 /// The API server and DNS.
-pub(crate) fn is_urgent(service: &Service) -> bool {
+pub(crate) fn is_bootstrap_service(service: &Service) -> bool {
     let is_api_server = (service.name.namespace(), service.name.name()) == API_SERVER;
     is_api_server || service.ports.iter().any(|port| port.port.get() == DNS_PORT)
 }

@@ -7,9 +7,9 @@ use std::time::{Duration, SystemTime};
 use ipvs_netlink::Family;
 use service_watch::ObjectName;
 
-use crate::contribution::{HealthCheck, Holder};
-use crate::desired::Clash;
-use crate::kernel::{Account, KernelError};
+use crate::contribution::{AddressOwner, HealthCheck};
+use crate::desired_state::FrontEndConflict;
+use crate::kernel::{KernelError, KernelStats};
 use crate::plan::{Key, Operation};
 
 /// An operation that failed.
@@ -27,36 +27,36 @@ pub struct Failure {
 
 /// What a sync did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Outcome {
+pub struct SyncReport {
     /// The operations the kernel carried out, by kind.
-    pub done: Done,
+    pub applied: OperationCounts,
     /// Those it did not.
     pub failures: Vec<Failure>,
     /// Keys that were found otherwise than this agent had left them.
-    pub drifted: Vec<Key>,
+    pub drifted_keys: Vec<Key>,
     /// Front ends that two Services began to claim.
-    pub clashes: Vec<Clash>,
+    pub conflicts: Vec<FrontEndConflict>,
     /// Of the first audit: how many virtual servers it found that are not provably this program's, and so stay.
-    pub foreign: usize,
+    pub foreign_servers: usize,
     /// VIPs that began to be refused, each with its Service and with whose address it is.
-    pub refused: Vec<(ObjectName, IpAddr, Holder)>,
+    pub refused_vips: Vec<(ObjectName, IpAddr, AddressOwner)>,
     /// What load balancers are to be told of a Service from now on; nothing is asked for it where the list is empty.
     pub health_checks: Vec<(ObjectName, Vec<HealthCheck>)>,
     /// When the EndpointSlices that changed began to say what they say.
-    pub triggers: Vec<(Family, SystemTime)>,
+    pub trigger_times: Vec<(Family, SystemTime)>,
     /// Families of which something is otherwise than desired, was so before, and cannot be repaired: the packet filter,
     /// the device, or what somebody else changed.
     pub unrepaired: BTreeSet<Family>,
     /// What there is after it.
     pub totals: Totals,
     /// How long it took.
-    pub took: Duration,
+    pub duration: Duration,
     /// What the kernel was asked for it.
-    pub account: Account,
+    pub kernel_stats: KernelStats,
     /// Whether everything was read from the kernel.
-    pub audited: bool,
+    pub is_audit: bool,
     /// Whether it was read without anything known of it before.
-    pub is_first: bool,
+    pub is_first_audit: bool,
 }
 
 /// What there is after a sync.
@@ -82,7 +82,7 @@ pub struct Totals {
 
 /// How many operations of each kind were carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Done {
+pub struct OperationCounts {
     /// Virtual servers made.
     pub servers_added: usize,
     /// Virtual servers changed.
@@ -115,7 +115,7 @@ pub struct Done {
     pub filter_removed: usize,
 }
 
-impl Done {
+impl OperationCounts {
     /// How many operations in all.
     pub fn total(&self) -> usize {
         self.by_kind().into_iter().map(|(_, count)| count).sum()
@@ -145,16 +145,17 @@ impl Done {
     pub(crate) fn count(&mut self, operation: &Operation) {
         *match operation {
             // Most of them find nothing to delete.
-            Operation::ClearFlows(..) | Operation::FlushFlows(..) => return,
-            Operation::BuildFilter { .. } => &mut self.filters_built,
-            Operation::SetSources(..) | Operation::SetFrontEnd(..) | Operation::AddEntry(_) | Operation::OpenVip(_) => {
-                &mut self.filter_added
-            }
-            Operation::RemoveSources(..)
-            | Operation::ForgetFrontEnd(..)
-            | Operation::RemoveEntry(_)
-            | Operation::CloseVip(_) => &mut self.filter_removed,
-            Operation::AddDevice | Operation::RaiseDevice => &mut self.device_added,
+            Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => return,
+            Operation::BuildTable { .. } => &mut self.filters_built,
+            Operation::SetSourceRanges(..)
+            | Operation::SetFrontEnd(..)
+            | Operation::AddElement(_)
+            | Operation::AddRoutedVip(_) => &mut self.filter_added,
+            Operation::RemoveSourceRanges(..)
+            | Operation::RemoveFrontEnd(..)
+            | Operation::RemoveElement(_)
+            | Operation::RemoveRoutedVip(_) => &mut self.filter_removed,
+            Operation::AddDevice | Operation::SetDeviceUp => &mut self.device_added,
             Operation::AddVirtualServer(..) => &mut self.servers_added,
             Operation::SetVirtualServer(..) => &mut self.servers_changed,
             Operation::DeleteVirtualServer(_) => &mut self.servers_deleted,
@@ -171,22 +172,22 @@ impl Done {
 }
 
 /// Keys with the first error of each.
-pub(crate) type Errors = BTreeMap<Key, KernelError>;
+pub(crate) type ErrorsByKey = BTreeMap<Key, KernelError>;
 
 /// What did not go as planned.
 #[derive(Debug, Default)]
-pub(crate) struct Findings {
+pub(crate) struct PlanErrors {
     /// Keys with operations that were refused.
-    pub(crate) failed: Errors,
+    pub(crate) failed: ErrorsByKey,
     /// Keys the mirror is wrong about.
-    pub(crate) stale: Errors,
+    pub(crate) stale: ErrorsByKey,
     /// Whether it is wrong about the packet filter.
     pub(crate) is_filter_stale: bool,
     /// Whether `kube-ipvs0` went away, and with it every address.
     pub(crate) is_device_lost: bool,
 }
 
-impl Findings {
+impl PlanErrors {
     pub(crate) fn concern(&self, key: &Key) -> bool {
         self.failed.contains_key(key) || self.stale.contains_key(key)
     }
