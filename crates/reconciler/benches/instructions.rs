@@ -64,8 +64,8 @@ fn contribution(slices: u32, endpoints: u32) -> Work {
         let entry = entry((0..slices).map(slice).collect());
         let (node, policy) = (NodeView::default(), policy());
         let last = count(|| {
-            (1..TIMES).for_each(|_| drop(black_box(Contribution::of(black_box(&entry), &node, &policy))));
-            Contribution::of(black_box(&entry), &node, &policy)
+            (1..TIMES).for_each(|_| drop(black_box(Contribution::new(black_box(&entry), &node, &policy))));
+            Contribution::new(black_box(&entry), &node, &policy)
         });
         assert_eq!(last.servers.values().next().unwrap().real_servers.len(), (slices * endpoints) as usize);
     })
@@ -111,7 +111,7 @@ impl Core {
     }
 
     fn diff(&self, key: &Key, operations: &mut Vec<Operation>) {
-        let (retention, binding) = (Retention::Within(&[]), &VipBinding::Addresses);
+        let (retention, binding) = (Retention::ExcludedRanges(&[]), &VipBinding::Addresses);
         let context = DiffContext { retention, rulesets: &self.rulesets, binding, is_overdue: &|_, _| false };
         black_box(diff(key, &self.mirror, &self.desired, context, operations));
     }
@@ -121,7 +121,7 @@ impl Core {
 fn wanted(number: u32, endpoints: u32) -> Contribution {
     let slice = slice(number, endpoints);
     let slices = [(slice.name.clone(), slice)].into_iter().collect();
-    Contribution::of(
+    Contribution::new(
         &ServiceEntry { service: Some(Arc::new(service(number))), slices },
         &NodeView::default(),
         &policy(),
@@ -177,7 +177,7 @@ fn one_in_name(services: u32) -> String {
 
 fn one_in(services: u32) -> Work {
     Work::new(one_in_name(services), CHANGES.into(), move || {
-        let mut cluster = Cluster::of(services);
+        let mut cluster = Cluster::with_services(services);
         for number in (0..CHANGES).map(|it| it * (services / CHANGES)) {
             let change = Change::Slice(slice(number, ENDPOINTS + 1));
             let report = count(|| cluster.apply_and_sync(change));
@@ -190,7 +190,7 @@ const ONE_IN_BESIDE_DRAINS: &str = "one endpoint in, 10000 x 10, of which 1000 d
 
 fn one_in_beside_drains() -> Work {
     Work::new(ONE_IN_BESIDE_DRAINS, CHANGES.into(), || {
-        let mut cluster = Cluster::of(10_000);
+        let mut cluster = Cluster::with_services(10_000);
         cluster.drain(1000, 10_000);
         for number in (0..CHANGES).map(|it| it * 90) {
             let change = Change::Slice(slice(number, ENDPOINTS + 1));
@@ -206,7 +206,7 @@ fn one_out_name(services: u32) -> String {
 
 fn one_out(services: u32) -> Work {
     Work::new(one_out_name(services), CHANGES.into(), move || {
-        let mut cluster = Cluster::of(services);
+        let mut cluster = Cluster::with_services(services);
         for number in (0..CHANGES).map(|it| it * (services / CHANGES)) {
             let change = Change::Slice(slice(number, ENDPOINTS - 1));
             let report = count(|| cluster.apply_and_sync(change));

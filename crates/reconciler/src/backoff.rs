@@ -1,23 +1,25 @@
-//! When to do something again.
+//! Exponential backoff.
 
 use std::time::{Duration, Instant};
 
-/// The longest wait between two tries, and between two looks.
-const WAIT_MAX: Duration = Duration::from_secs(60);
+/// The longest delay.
+const DELAY_MAX: Duration = Duration::from_secs(60);
 
-/// Something to be done again, each time after twice the wait.
+/// When to do something again; each delay is twice the last one.
 #[derive(Clone, Debug)]
 pub(crate) struct Backoff {
     pub(crate) due: Instant,
-    pub(crate) wait: Duration,
+    pub(crate) delay: Duration,
 }
 
 impl Backoff {
-    pub(crate) fn after(wait: Duration, now: Instant) -> Self {
-        Self { due: now + wait, wait }
+    /// Due after a first delay.
+    pub(crate) fn new(delay: Duration, now: Instant) -> Self {
+        Self { due: now + delay, delay }
     }
 
-    pub(crate) fn longer(&self, now: Instant) -> Self {
-        Self::after((self.wait * 2).min(WAIT_MAX), now)
+    /// Due after twice the last delay.
+    pub(crate) fn next(&self, now: Instant) -> Self {
+        Self::new((self.delay * 2).min(DELAY_MAX), now)
     }
 }

@@ -41,7 +41,7 @@ pub struct Contribution {
     /// What the packet filter is to know beside front ends and VIPs, sorted, each once.
     pub elements: Vec<SetElement>,
     /// The source ranges of load-balancer IPs; none for a family that everybody may connect to.
-    pub sources: BTreeMap<Family, SourceRanges>,
+    pub source_ranges: BTreeMap<Family, SourceRanges>,
     /// VIPs that are somebody's whose traffic the Service must not get, and so are not served.
     pub refused_vips: Vec<(IpAddr, AddressOwner)>,
     /// What load balancers are told that ask whether the node has endpoints; at most one a family.
@@ -93,12 +93,12 @@ pub enum TrafficDirection {
 
 impl Contribution {
     /// Computes it. A Service that is not known wants nothing.
-    pub fn of(entry: &ServiceEntry, node: &NodeView, policy: &Policy) -> Self {
+    pub fn new(entry: &ServiceEntry, node: &NodeView, policy: &Policy) -> Self {
         let mut contribution = Self::default();
         if let Some(service) = &entry.service {
             // The two families never meet: each has its own front ends, endpoints, hints and fallbacks.
             for family in policy.families.iter() {
-                let vips = Vips::of(service, family, node, policy);
+                let vips = Vips::new(service, family, node, policy);
                 let Some(vips) = vips else { continue };
                 contribution.refused_vips.extend(&vips.refused);
                 let ranges = service.source_ranges.as_ref().and_then(|ranges| SourceRanges::of_family(ranges, family));
@@ -111,7 +111,7 @@ impl Contribution {
                 if !vips.load_balancer.is_empty()
                     && let Some(ranges) = ranges
                 {
-                    contribution.sources.insert(family, ranges);
+                    contribution.source_ranges.insert(family, ranges);
                 }
                 if service.kind == ServiceKind::LoadBalancer
                     && external_policy_is_local(service)
@@ -216,8 +216,9 @@ impl Contribution {
                 is_external_address,
             });
             // An address may be external IP and load-balancer IP at once; then it is restricted.
-            if rule.sources.is_some() {
-                (server.rule.sources, server.rule.is_closed_to_node) = (rule.sources, rule.is_closed_to_node);
+            if rule.source_ranges.is_some() {
+                (server.rule.source_ranges, server.rule.is_closed_to_node) =
+                    (rule.source_ranges, rule.is_closed_to_node);
             }
         };
         if let Some(cluster_ip) = vips.cluster_ip {
@@ -226,7 +227,7 @@ impl Contribution {
         }
         let mut restricted = from_outside.1.clone();
         if let Some(ranges) = ranges {
-            restricted.sources = Some(service.name.clone());
+            restricted.source_ranges = Some(service.name.clone());
             let own = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
             restricted.is_closed_to_node = !own.is_some_and(|ip| ranges.contains(*ip));
         }
@@ -260,7 +261,7 @@ struct Vips {
 
 impl Vips {
     /// `None` without a ClusterIP of the family: then there is nothing of the family.
-    fn of(service: &Service, family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
+    fn new(service: &Service, family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
         let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
             addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
         };

@@ -105,7 +105,7 @@ impl DesiredState {
             *self.without_local.entry(*it).or_default() += 1;
         }
         for family in [Family::Ipv4, Family::Ipv6] {
-            if before.sources.get(&family) != contribution.sources.get(&family) {
+            if before.source_ranges.get(&family) != contribution.source_ranges.get(&family) {
                 dirty.insert(Key::SourceRanges(name.clone(), family));
             }
         }
@@ -145,21 +145,21 @@ impl DesiredState {
     }
 
     /// The source ranges of a Service in a family, where it has any.
-    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<&SourceRanges> {
-        self.contribution(service)?.sources.get(&family)
+    pub fn source_ranges(&self, service: &ObjectName, family: Family) -> Option<&SourceRanges> {
+        self.contribution(service)?.source_ranges.get(&family)
     }
 
     /// Everything that is to be in a family's table of the packet filter.
     pub fn contents(&self, family: Family) -> TableContents {
         let sources = self.contributors.iter();
         let sources =
-            sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.sources.get(&family)?.clone())));
+            sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.source_ranges.get(&family)?.clone())));
         let front_ends = self.claims.keys().filter(|front_end| Family::of(front_end.address) == family);
         let vips = self.addresses.keys().copied().map(SetElement::Vip);
         TableContents {
             front_ends: front_ends.filter_map(|it| Some((*it, self.server(it)?.rule.clone()))).collect(),
             elements: vips.chain(self.elements.keys().copied()).filter(|element| element.family() == family).collect(),
-            sources: sources.collect(),
+            source_ranges: sources.collect(),
         }
     }
 
@@ -176,7 +176,7 @@ impl DesiredState {
     /// Every key that something is desired for, but for tables and flows.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
         let sources = self.contributors.iter().flat_map(|(name, contributor)| {
-            contributor.contribution.sources.keys().map(|family| Key::SourceRanges(name.clone(), *family))
+            contributor.contribution.source_ranges.keys().map(|family| Key::SourceRanges(name.clone(), *family))
         });
         let servers = self.claims.keys().copied().map(Key::VirtualServer);
         let addresses = self.addresses.keys().copied().map(Key::Vip);
@@ -189,7 +189,7 @@ impl DesiredState {
             Key::VirtualServer(front_end) => self.claims.contains_key(front_end),
             Key::Vip(address) => self.wants_vip(*address),
             Key::SetElement(element) => self.wants_element(element),
-            Key::SourceRanges(service, family) => self.sources(service, *family).is_some(),
+            Key::SourceRanges(service, family) => self.source_ranges(service, *family).is_some(),
             Key::Table(_) | Key::Device | Key::VipRange(_) | Key::Flows(_) => false,
         }
     }

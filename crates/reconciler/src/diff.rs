@@ -20,7 +20,7 @@ use crate::plan::{Key, Operation};
 #[derive(Clone, Copy, Debug)]
 pub enum Retention<'a> {
     /// Virtual servers with an address in these ranges.
-    Within(&'a [IpNet]),
+    ExcludedRanges(&'a [IpNet]),
     /// Everything: what seems not to be wanted may be in what could not be read.
     Everything,
 }
@@ -28,7 +28,7 @@ pub enum Retention<'a> {
 impl Retention<'_> {
     fn server(self, front_end: &FrontEnd) -> bool {
         match self {
-            Self::Within(ranges) => ranges.iter().any(|range| range.contains(&front_end.address)),
+            Self::ExcludedRanges(ranges) => ranges.iter().any(|range| range.contains(&front_end.address)),
             Self::Everything => true,
         }
     }
@@ -95,8 +95,8 @@ pub fn diff(
             }
         }
         Key::SourceRanges(service, family) => {
-            let held = mirror.sources(service, *family);
-            match desired.sources(service, *family) {
+            let held = mirror.source_ranges(service, *family);
+            match desired.source_ranges(service, *family) {
                 Some(ranges) if held != Some(ranges.fingerprint()) => {
                     out.push(Operation::SetSourceRanges(service.clone(), *family, ranges.clone()));
                 }
@@ -234,7 +234,7 @@ fn diff_server(
     let wanted = desired.server(&front_end);
     match (mirror.front_end(&front_end), wanted.map(|wanted| FrontEndElements::from(&wanted.rule))) {
         (held, Some(wanted)) if held != Some(&wanted) => {
-            out.push(Operation::SetFrontEnd(front_end, held.cloned().unwrap_or_default(), wanted));
+            out.push(Operation::SetFrontEnd { front_end, before: held.cloned().unwrap_or_default(), after: wanted });
         }
         (Some(held), None) if !context.retention.is_everything() => {
             out.push(Operation::RemoveFrontEnd(front_end, held.clone()));

@@ -7,7 +7,7 @@ use std::net::{IpAddr, SocketAddr};
 use ipnet::IpNet;
 use ipvs_netlink::{Family, RealServer, Scheduler};
 
-use crate::filter::{FrontEndElements, ObservedFilter, SetElement};
+use crate::filter::{FrontEndElements, ObservedFilter, SetElement, SourceRangesElement};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
 use crate::mirror::Mirror;
@@ -186,23 +186,24 @@ impl FakeKernel {
                 self.filter = mirror.filter().clone();
             }
             Operation::SetSourceRanges(ref service, family, ref ranges) => {
-                self.table(family)?.sources.insert((service.clone(), family), ranges.fingerprint());
+                self.table(family)?.source_ranges.insert((service.clone(), family), ranges.fingerprint());
             }
             Operation::RemoveSourceRanges(ref service, family) => {
-                let sources = Some(Some(service.clone()));
+                let in_use = SourceRangesElement::Service(service.clone());
                 let mut front_ends = self.filter.front_ends.iter();
-                if front_ends.any(|(it, elements)| Family::of(it.address) == family && elements.sources == sources) {
+                if front_ends.any(|(it, elements)| Family::of(it.address) == family && elements.source_ranges == in_use)
+                {
                     // EBUSY
                     return Err(Cause::Refused);
                 }
-                self.filter.sources.remove(&(service.clone(), family)).ok_or(Cause::NotFound)?;
+                self.filter.source_ranges.remove(&(service.clone(), family)).ok_or(Cause::NotFound)?;
             }
-            Operation::SetFrontEnd(front_end, ref before, ref after) => {
+            Operation::SetFrontEnd { front_end, ref before, ref after } => {
                 let family = Family::of(front_end.address);
                 let filter = self.table(family)?;
                 let held = filter.front_ends.get(&front_end).cloned().unwrap_or_default();
-                if let Some(Some(service)) = &after.sources
-                    && !filter.sources.contains_key(&(service.clone(), family))
+                if let SourceRangesElement::Service(service) = &after.source_ranges
+                    && !filter.source_ranges.contains_key(&(service.clone(), family))
                 {
                     return Err(Cause::NotFound);
                 }

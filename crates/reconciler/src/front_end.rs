@@ -30,7 +30,7 @@ impl FrontEnd {
 
     /// The front end of a virtual server; `None` for one that a Service cannot have, by firewall mark or of another
     /// protocol. Such a virtual server is never ours.
-    pub fn of(id: &VirtualServerId) -> Option<Self> {
+    pub fn from_id(id: &VirtualServerId) -> Option<Self> {
         let VirtualServerId::Address { protocol, address, port } = *id else { return None };
         let protocol = match protocol {
             ipvs_netlink::Protocol::Tcp => Protocol::Tcp,

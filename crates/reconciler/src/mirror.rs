@@ -172,8 +172,8 @@ impl Mirror {
     }
 
     /// The fingerprint of a Service's source ranges, where the packet filter has any.
-    pub fn sources(&self, service: &ObjectName, family: Family) -> Option<u64> {
-        self.filter.sources.get(&(service.clone(), family)).copied()
+    pub fn source_ranges(&self, service: &ObjectName, family: Family) -> Option<u64> {
+        self.filter.source_ranges.get(&(service.clone(), family)).copied()
     }
 
     /// Every key the kernel holds something for.
@@ -184,7 +184,8 @@ impl Mirror {
             SetElement::Vip(address) => Key::Vip(*address),
             element => Key::SetElement(*element),
         });
-        let sources = self.filter.sources.keys().map(|(service, family)| Key::SourceRanges(service.clone(), *family));
+        let sources =
+            self.filter.source_ranges.keys().map(|(service, family)| Key::SourceRanges(service.clone(), *family));
         let routes = self.routes.iter().map(Key::for_route);
         front_ends.chain(addresses).chain(routes).chain(elements).chain(sources)
     }
@@ -194,13 +195,13 @@ impl Mirror {
         match *operation {
             Operation::BuildTable { ref ruleset, ref contents, .. } => self.filter_built(ruleset, contents),
             Operation::SetSourceRanges(ref service, family, ref ranges) => {
-                self.filter.sources.insert((service.clone(), family), ranges.fingerprint());
+                self.filter.source_ranges.insert((service.clone(), family), ranges.fingerprint());
             }
             Operation::RemoveSourceRanges(ref service, family) => {
-                self.filter.sources.remove(&(service.clone(), family));
+                self.filter.source_ranges.remove(&(service.clone(), family));
             }
-            Operation::SetFrontEnd(front_end, _, ref elements) => {
-                self.filter.front_ends.insert(front_end, elements.clone());
+            Operation::SetFrontEnd { front_end, ref after, .. } => {
+                self.filter.front_ends.insert(front_end, after.clone());
             }
             Operation::RemoveFrontEnd(front_end, _) => {
                 self.filter.front_ends.remove(&front_end);
@@ -274,9 +275,9 @@ impl Mirror {
         filter.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
         filter.elements.retain(|element| element.family() != family);
         filter.elements.extend(&contents.elements);
-        filter.sources.retain(|(_, of), _| *of != family);
-        let sources = contents.sources.iter();
-        filter.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
+        filter.source_ranges.retain(|(_, of), _| *of != family);
+        let sources = contents.source_ranges.iter();
+        filter.source_ranges.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
     }
 
     fn insert_observed(&mut self, observed: ObservedServer) {

@@ -28,8 +28,15 @@ pub enum Operation {
     },
     /// Makes or changes the source ranges of a Service.
     SetSourceRanges(ObjectName, Family, SourceRanges),
-    /// Changes what the packet filter does with connections to a front end, from what is there.
-    SetFrontEnd(FrontEnd, FrontEndElements, FrontEndElements),
+    /// Replaces the packet filter's elements of a front end.
+    SetFrontEnd {
+        /// The front end.
+        front_end: FrontEnd,
+        /// The elements that the kernel holds.
+        before: FrontEndElements,
+        /// The elements that it is to hold.
+        after: FrontEndElements,
+    },
     /// Adds a member to one of the packet filter's sets.
     AddElement(SetElement),
     /// Makes `kube-ipvs0`.
@@ -75,62 +82,62 @@ pub enum Operation {
     RemoveSourceRanges(ObjectName, Family),
 }
 
-/// When an operation's turn is. The order is that of the variants.
+/// When an operation is carried out. The order is that of the variants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Phase {
-    /// Tables of the packet filter.
-    FilterTables,
-    /// What the packet filter is to know: a VIP is guarded before it can be reached.
-    FilterIn,
-    /// The device that carries the VIPs, or takes their routes.
+    /// Tables of the packet filter are built.
+    BuildTables,
+    /// Elements and chains are added to the packet filter: a VIP is guarded before it can be reached.
+    AddToFilter,
+    /// The device that carries the VIPs is added or set up.
     Device,
-    /// Virtual servers in or changed.
-    VirtualServersIn,
-    /// Real servers in, or brought to their weight.
-    RealServersIn,
-    /// What clients tried before.
-    FlowsIn,
-    /// VIPs, as addresses or by routes, now that something answers behind them.
-    AddressesIn,
-    /// Real servers drained or out, now that their successors take connections.
-    RealServersOut,
-    /// Front ends opened, now that there is somebody behind them and nobody else.
-    FilterWider,
-    /// VIPs closed that stay this node's: who asks now is told that nobody is there.
-    FilterNarrower,
-    /// VIPs out: who asks now is told that nobody is there.
-    AddressesOut,
-    /// Virtual servers out.
-    VirtualServersOut,
-    /// UDP flows to real servers that are gone.
-    FlowsOut,
-    /// What the packet filter is to forget, last: a VIP is guarded for as long as it can be reached, and an agent that is
-    /// killed meanwhile finds here whose flows it has to look after.
-    FilterOut,
-    /// Source ranges that nothing refers to any more.
-    SourcesOut,
+    /// Virtual servers are added or changed.
+    AddVirtualServers,
+    /// Real servers are added, or their attributes are set.
+    AddRealServers,
+    /// Connections that clients began before there was a virtual server are deleted from connection tracking.
+    DeleteUntranslatedFlows,
+    /// VIPs are bound, as addresses or by routes, now that real servers answer.
+    BindVips,
+    /// Real servers drain or are deleted, now that their successors accept connections.
+    RemoveRealServers,
+    /// Front ends admit more clients, now that only real servers that may serve them are left.
+    AdmitClients,
+    /// VIPs in routed ranges are closed: new connections are refused.
+    RemoveRoutedVips,
+    /// VIPs are unbound: new connections are refused.
+    UnbindVips,
+    /// Virtual servers are deleted.
+    DeleteVirtualServers,
+    /// UDP flows to deleted real servers are deleted from connection tracking.
+    DeleteStaleFlows,
+    /// Elements are deleted from the packet filter. This comes late: a VIP is guarded while it can be reached, and an agent that
+    /// is killed before finds here whose flows it has to delete.
+    RemoveFromFilter,
+    /// Chains with source ranges are deleted, now that no element refers to them.
+    RemoveSourceRanges,
 }
 
 impl Operation {
-    /// When its turn is.
+    /// The phase in which it is carried out.
     pub fn phase(&self) -> Phase {
         match self {
-            Self::BuildTable { .. } => Phase::FilterTables,
-            Self::SetFrontEnd(_, before, after) if after.is_wider_than(before) => Phase::FilterWider,
-            Self::AddRoutedVip(_) => Phase::FilterWider,
-            Self::RemoveRoutedVip(_) => Phase::FilterNarrower,
-            Self::SetSourceRanges(..) | Self::SetFrontEnd(..) | Self::AddElement(_) => Phase::FilterIn,
-            Self::DeleteUntranslatedFlows(..) => Phase::FlowsIn,
-            Self::DeleteStaleFlows(..) => Phase::FlowsOut,
-            Self::RemoveFrontEnd(..) | Self::RemoveElement(_) => Phase::FilterOut,
-            Self::RemoveSourceRanges(..) => Phase::SourcesOut,
+            Self::BuildTable { .. } => Phase::BuildTables,
+            Self::SetFrontEnd { before, after, .. } if after.is_wider_than(before) => Phase::AdmitClients,
+            Self::AddRoutedVip(_) => Phase::AdmitClients,
+            Self::RemoveRoutedVip(_) => Phase::RemoveRoutedVips,
+            Self::SetSourceRanges(..) | Self::SetFrontEnd { .. } | Self::AddElement(_) => Phase::AddToFilter,
+            Self::DeleteUntranslatedFlows(..) => Phase::DeleteUntranslatedFlows,
+            Self::DeleteStaleFlows(..) => Phase::DeleteStaleFlows,
+            Self::RemoveFrontEnd(..) | Self::RemoveElement(_) => Phase::RemoveFromFilter,
+            Self::RemoveSourceRanges(..) => Phase::RemoveSourceRanges,
             Self::AddDevice | Self::SetDeviceUp => Phase::Device,
-            Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::VirtualServersIn,
-            Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::RealServersIn,
-            Self::BindAddress(_) | Self::AddRoute(_) => Phase::AddressesIn,
-            Self::DrainRealServer(..) | Self::DeleteRealServer(..) => Phase::RealServersOut,
-            Self::UnbindAddress(_) | Self::RemoveRoute(_) => Phase::AddressesOut,
-            Self::DeleteVirtualServer(_) => Phase::VirtualServersOut,
+            Self::AddVirtualServer(..) | Self::SetVirtualServer(..) => Phase::AddVirtualServers,
+            Self::AddRealServer(..) | Self::SetRealServer(..) => Phase::AddRealServers,
+            Self::BindAddress(_) | Self::AddRoute(_) => Phase::BindVips,
+            Self::DrainRealServer(..) | Self::DeleteRealServer(..) => Phase::RemoveRealServers,
+            Self::UnbindAddress(_) | Self::RemoveRoute(_) => Phase::UnbindVips,
+            Self::DeleteVirtualServer(_) => Phase::DeleteVirtualServers,
         }
     }
 
@@ -139,7 +146,7 @@ impl Operation {
         match self {
             Self::BuildTable { ruleset, .. } => Some(ruleset.family()),
             Self::SetSourceRanges(_, family, _) | Self::RemoveSourceRanges(_, family) => Some(*family),
-            Self::SetFrontEnd(front_end, ..) | Self::RemoveFrontEnd(front_end, _) => {
+            Self::SetFrontEnd { front_end, .. } | Self::RemoveFrontEnd(front_end, _) => {
                 Some(Family::of(front_end.address))
             }
             Self::AddElement(element) | Self::RemoveElement(element) => Some(element.family()),
@@ -167,7 +174,7 @@ impl Operation {
             | Self::UnbindAddress(address) => Key::Vip(*address),
             Self::AddRoute(range) | Self::RemoveRoute(range) => Key::for_route(range),
             Self::AddElement(element) | Self::RemoveElement(element) => Key::SetElement(*element),
-            Self::SetFrontEnd(front_end, ..)
+            Self::SetFrontEnd { front_end, .. }
             | Self::RemoveFrontEnd(front_end, _)
             | Self::AddVirtualServer(front_end, _)
             | Self::SetVirtualServer(front_end, _)
@@ -189,7 +196,7 @@ impl fmt::Display for Operation {
             Self::SetSourceRanges(service, family, _) => {
                 write!(f, "set the {family} source ranges of Service {service}")
             }
-            Self::SetFrontEnd(front_end, ..) => write!(f, "set the packet filter for {front_end}"),
+            Self::SetFrontEnd { front_end, .. } => write!(f, "set the packet filter for {front_end}"),
             Self::AddElement(element) => write!(f, "add {element} to the packet filter"),
             Self::RemoveFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
             Self::RemoveElement(element) => write!(f, "delete {element} from the packet filter"),

@@ -46,7 +46,7 @@ impl RealServers {
     }
 
     /// Where they are, in order.
-    pub fn places(&self) -> &[RealServerAddress] {
+    pub fn addresses(&self) -> &[RealServerAddress] {
         &self.places
     }
 
@@ -162,7 +162,7 @@ mod tests {
                 prop_assert!(all.iter().eq(model.values().copied()));
                                 prop_assert_eq!((all.len(), all.is_empty()), (model.len(), model.is_empty()));
                 let wanted: Vec<_> = model.keys().copied().map(real_server_address).collect();
-                prop_assert_eq!(all.places(), &wanted);
+                prop_assert_eq!(all.addresses(), &wanted);
                 let are_usual = model.iter().all(|(at, real_server)| *real_server == MirrorRealServer::usual(*at));
                 prop_assert_eq!(all.are(&wanted), are_usual);
                 let read: RealServers = model.values().rev().map(|it| (it.server, it.is_drained)).collect();

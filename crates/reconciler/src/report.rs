@@ -148,7 +148,7 @@ impl OperationCounts {
             Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => return,
             Operation::BuildTable { .. } => &mut self.filters_built,
             Operation::SetSourceRanges(..)
-            | Operation::SetFrontEnd(..)
+            | Operation::SetFrontEnd { .. }
             | Operation::AddElement(_)
             | Operation::AddRoutedVip(_) => &mut self.filter_added,
             Operation::RemoveSourceRanges(..)
@@ -188,12 +188,12 @@ pub(crate) struct PlanErrors {
 }
 
 impl PlanErrors {
-    pub(crate) fn concern(&self, key: &Key) -> bool {
+    pub(crate) fn contains(&self, key: &Key) -> bool {
         self.failed.contains_key(key) || self.stale.contains_key(key)
     }
 
     /// What did not go well with one key holds up another: that is to be tried again as well.
-    pub(crate) fn share(&mut self, key: &Key, other: &Key) {
+    pub(crate) fn copy(&mut self, key: &Key, other: &Key) {
         for errors in [&mut self.failed, &mut self.stale] {
             if let Some(error) = errors.get(key).cloned() {
                 errors.entry(other.clone()).or_insert(error);

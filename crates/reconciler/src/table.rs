@@ -136,7 +136,7 @@ impl ServiceTable {
     }
 
     /// The addresses of all other Nodes that are known.
-    pub fn neighbours(&self) -> impl Iterator<Item = IpAddr> {
+    pub fn peer_node_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.neighbours.values().flatten().copied()
     }
 

@@ -14,7 +14,7 @@ const CHANGES: u32 = 100;
 
 /// What `CHANGES` changes allocate among so many Services, each at another one.
 fn allocations(services: u32, mut change: impl FnMut(&mut Cluster, u32) -> u64) -> u64 {
-    let mut cluster = Cluster::of(services);
+    let mut cluster = Cluster::with_services(services);
     (0..CHANGES).map(|it| change(&mut cluster, it * (services / CHANGES))).sum()
 }
 

@@ -127,7 +127,7 @@ fn endpoints_are_chosen_as_the_table_says() {
             web.external_policy = policy;
         }
         let node = NodeView { zone: case.zone.map(Into::into), ..NodeView::default() };
-        let contribution = Contribution::of(&entry(web, case.endpoints), &node, &Policy::new(NODE));
+        let contribution = Contribution::new(&entry(web, case.endpoints), &node, &Policy::new(NODE));
         assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), case.on_cluster_ip, "{}: ClusterIP", case.name);
         assert_eq!(octets(&contribution, &tcp("203.0.113.1", 80)), case.on_external_ip, "{}: external IP", case.name);
     }
@@ -139,7 +139,7 @@ fn the_external_policy_means_nothing_for_a_service_that_is_not_external() {
     web.external_policy = LOCAL;
     web.ports[0].node_port = Some(port(30080));
     let node = NodeView { node_ports: [ip("192.168.1.1")].into(), ..NodeView::default() };
-    let contribution = Contribution::of(&entry(web, "1 2l"), &node, &Policy::new(NODE));
+    let contribution = Contribution::new(&entry(web, "1 2l"), &node, &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("192.168.1.1", 30080)), [1, 2]);
 }
 
@@ -154,7 +154,7 @@ fn families_choose_each_for_itself() {
         slices: [(slice.name.clone(), slice)].into_iter().collect(),
     };
     let node = NodeView { zone: Some("1".into()), ..NodeView::default() };
-    let contribution = Contribution::of(&entry, &node, &Policy::new(NODE));
+    let contribution = Contribution::new(&entry, &node, &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [1]);
     assert_eq!(contribution.servers[&tcp("fd96::10", 80)].real_servers.len(), 2, "IPv6 has no endpoint for our zone");
 }
@@ -168,7 +168,7 @@ fn of_one_address_in_several_slices_the_one_that_does_not_terminate_counts() {
             service: Some(service("web", &["10.96.0.10"]).into()),
             slices: [draining, fresh].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
         };
-        let contribution = Contribution::of(&entry, &NodeView::default(), &Policy::new(NODE));
+        let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
         assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [1], "{order:?}");
     }
 }
@@ -184,7 +184,7 @@ fn only_slice_ports_of_the_same_name_and_protocol_serve_a_port() {
         service: Some(service("web", &["10.96.0.10"]).into()),
         slices: [other_name, other_protocol, same].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
     };
-    let contribution = Contribution::of(&entry, &NodeView::default(), &Policy::new(NODE));
+    let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [3]);
 }
 
@@ -193,7 +193,7 @@ fn external_ips_count_only_while_the_gate_is_open_and_families_only_where_the_no
     let mut web = service("web", &["10.96.0.10", "fd96::10"]);
     web.external_ips = vec![ip("203.0.113.1")];
     let entry = entry(web, "1");
-    let count = |policy: &Policy| Contribution::of(&entry, &NodeView::default(), policy).addresses.len();
+    let count = |policy: &Policy| Contribution::new(&entry, &NodeView::default(), policy).addresses.len();
     let open = Policy::new(NODE);
     assert_eq!(count(&open), 3);
     assert_eq!(count(&Policy { external_ips: false, ..open.clone() }), 2);

@@ -93,10 +93,10 @@ fn contents(family: Family) -> impl Strategy<Value = TableContents> {
             let names: Vec<ObjectName> = sources.keys().cloned().collect();
             let front_ends =
                 front_ends.into_iter().map(|(front_end, (masquerade, guard, is_closed_to_node, index))| {
-                    let sources = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
-                    (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, sources })
+                    let source_ranges = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
+                    (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, source_ranges })
                 });
-            TableContents { front_ends: front_ends.collect(), elements, sources }
+            TableContents { front_ends: front_ends.collect(), elements, source_ranges: sources }
         },
     )
 }
@@ -109,8 +109,8 @@ fn expected(rulesets: &[&Ruleset], contents: &[&TableContents]) -> ObservedFilte
         observed.rulesets.insert(family, ruleset.fingerprint());
         observed.front_ends.extend(contents.front_ends.iter().map(|(front_end, rule)| (*front_end, rule.into())));
         observed.elements.extend(&contents.elements);
-        let sources = contents.sources.iter();
-        observed.sources.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
+        let sources = contents.source_ranges.iter();
+        observed.source_ranges.extend(sources.map(|(name, ranges)| ((name.clone(), family), ranges.fingerprint())));
     }
     observed
 }
@@ -146,10 +146,10 @@ fn what_is_built_is_read_back_and_changes_lead_to_what_would_have_been_built() {
             }
             first.elements.difference(&second.elements).for_each(|element| transaction.remove_element(*element));
             second.elements.difference(&first.elements).for_each(|element| transaction.add_element(*element));
-            for (name, ranges) in &second.sources {
+            for (name, ranges) in &second.source_ranges {
                 transaction.set_source_ranges(name, Family::Ipv4, ranges);
             }
-            for name in first.sources.keys().filter(|name| !second.sources.contains_key(*name)) {
+            for name in first.source_ranges.keys().filter(|name| !second.source_ranges.contains_key(*name)) {
                 transaction.remove_source_ranges(name, Family::Ipv4);
             }
             prop_assert_eq!(commit(socket, transaction), Ok(()));
@@ -175,14 +175,14 @@ fn thousands_of_elements_and_ranges_go_in_one_transaction() {
             masquerade: Masquerade::Everybody,
             guard: Access::Open,
             is_closed_to_node: true,
-            sources: Some(name(1)),
+            source_ranges: Some(name(1)),
         };
         let front_ends = (1..=10_000)
             .map(|port| (FrontEnd { address: address(family, 1), port, protocol: Protocol::Tcp }, rule.clone()));
         let contents = TableContents {
             front_ends: front_ends.collect(),
             elements: (0..5000).map(|number| SetElement::Vip(address(family, number))).collect(),
-            sources: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
+            source_ranges: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
         };
         transaction.build(ruleset, false, &contents);
         all.push(contents);
@@ -240,14 +240,14 @@ fn names_as_long_as_they_may_be_fit() {
         masquerade: Masquerade::Nobody,
         guard: Access::Open,
         is_closed_to_node: true,
-        sources: Some(service.clone()),
+        source_ranges: Some(service.clone()),
     };
     let front_ends =
         (1..=3000).map(|port| FrontEnd { address: address(Family::Ipv6, 1), port, protocol: Protocol::Udp });
     let ranges = SourceRanges::of_family(&["fd00::/8".parse().unwrap()], Family::Ipv6).unwrap();
     let contents = TableContents {
         front_ends: front_ends.map(|front_end| (front_end, rule.clone())).collect(),
-        sources: [(service, ranges)].into(),
+        source_ranges: [(service, ranges)].into(),
         ..TableContents::default()
     };
     let mut transaction = Transaction::default();
@@ -270,7 +270,7 @@ fn what_nft_lists_it_can_load_again() {
             masquerade: Masquerade::Outsiders,
             guard: Access::Insiders,
             is_closed_to_node: true,
-            sources: Some(name(1)),
+            source_ranges: Some(name(1)),
         };
         let front_end = FrontEnd { address: address(family, 1), port: 80, protocol: Protocol::Tcp };
         let contents = TableContents {
@@ -281,7 +281,7 @@ fn what_nft_lists_it_can_load_again() {
                 SetElement::HealthCheckPort(family, 30000),
             ]
             .into(),
-            sources: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
+            source_ranges: [(name(1), SourceRanges::of_family(&ranges, family).unwrap())].into(),
         };
         let mut transaction = Transaction::default();
         transaction.build(&ruleset(family, detect), false, &contents);

@@ -10,7 +10,9 @@ use ipvs_netlink::Family;
 use reconciler::Policy;
 use reconciler::contribution::AddressOwner;
 use reconciler::fake::{FakeKernel, Fault};
-use reconciler::filter::{Access, FrontEndElements, FrontEndRule, Masquerade, ObservedFilter, SetElement};
+use reconciler::filter::{
+    Access, FrontEndElements, FrontEndRule, Masquerade, ObservedFilter, SetElement, SourceRangesElement,
+};
 use reconciler::front_end::FrontEnd;
 use reconciler::kernel::Cause;
 use reconciler::plan::Operation;
@@ -53,7 +55,7 @@ fn world(service: Service, endpoints: Vec<Endpoint>) -> World {
 }
 
 fn rule(masquerade: Masquerade, guard: Access) -> FrontEndElements {
-    FrontEndElements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, sources: None })
+    FrontEndElements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, source_ranges: None })
 }
 
 fn front_ends(world: &mut World) -> BTreeMap<String, FrontEndElements> {
@@ -100,10 +102,12 @@ fn source_ranges_restrict_load_balancer_ips_alone() {
         let mut world = world(Service { source_ranges: Some(ranges), ..balancer() }, vec![endpoint("10.0.0.2")]);
         for (front_end, elements) in front_ends(&mut world) {
             let is_restricted = front_end.contains(BALANCED);
-            assert_eq!(elements.sources, is_restricted.then(|| Some(name("web"))), "{front_end}");
+            let service = is_restricted.then(|| name("web"));
+            let expected = service.map_or(SourceRangesElement::Absent, SourceRangesElement::Service);
+            assert_eq!(elements.source_ranges, expected, "{front_end}");
             assert_eq!(elements.sets & CLOSED_TO_NODE != 0, is_restricted && is_closed_to_node, "{front_end}");
         }
-        assert_eq!(world.kernel().filter.sources.keys().collect::<Vec<_>>(), [&(name("web"), Family::Ipv4)]);
+        assert_eq!(world.kernel().filter.source_ranges.keys().collect::<Vec<_>>(), [&(name("web"), Family::Ipv4)]);
     }
 }
 
@@ -115,7 +119,10 @@ fn an_address_that_is_external_ip_and_load_balancer_ip_is_restricted() {
         ..balancer()
     };
     let mut world = world(both, vec![endpoint("10.0.0.2")]);
-    assert_eq!(world.kernel().filter.front_ends[&tcp(BALANCED, 80)].sources, Some(Some(name("web"))));
+    assert_eq!(
+        world.kernel().filter.front_ends[&tcp(BALANCED, 80)].source_ranges,
+        SourceRangesElement::Service(name("web"))
+    );
 }
 
 #[test]
@@ -123,7 +130,8 @@ fn ranges_of_the_other_family_alone_let_nobody_in_and_a_range_of_everything_ever
     for (range, is_restricted) in [("fd00::/8", true), ("0.0.0.0/0", false)] {
         let ranges = Some(vec![range.parse().unwrap()]);
         let mut world = world(Service { source_ranges: ranges, ..balancer() }, vec![endpoint("10.0.0.2")]);
-        assert_eq!(world.kernel().filter.front_ends[&tcp(BALANCED, 80)].sources.is_some(), is_restricted, "{range}");
+        let element = &world.kernel().filter.front_ends[&tcp(BALANCED, 80)].source_ranges;
+        assert_eq!(*element != SourceRangesElement::Absent, is_restricted, "{range}");
     }
 }
 
@@ -174,7 +182,7 @@ fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
 fn what_cannot_be_guarded_is_not_opened() {
     let mut world = World::new();
     world.kernel().fault = Some(Box::new(|operation| match operation {
-        Operation::SetFrontEnd(front_end, ..) if front_end.address == ip(BALANCED) => Some(Cause::Refused),
+        Operation::SetFrontEnd { front_end, .. } if front_end.address == ip(BALANCED) => Some(Cause::Refused),
         Operation::AddElement(SetElement::Vip(vip)) if *vip == ip(EXTERNAL) => Some(Cause::Refused),
         _ => None,
     }));
@@ -204,12 +212,12 @@ fn a_guard_stays_for_as_long_as_what_it_guards() {
     let filter = &world.kernel().filter;
     assert_eq!(filter.front_ends.keys().collect::<Vec<_>>(), [&tcp(BALANCED, 80)]);
     assert!(filter.elements.contains(&SetElement::Vip(ip(BALANCED))));
-    assert!(filter.sources.contains_key(&(name("web"), Family::Ipv4)));
+    assert!(filter.source_ranges.contains_key(&(name("web"), Family::Ipv4)));
     world.kernel().fault = None;
     world.wait(Duration::from_secs(2)).settle();
     world.audit();
     let filter = &world.kernel().filter;
-    assert!(filter.front_ends.is_empty() && filter.elements.is_empty() && filter.sources.is_empty());
+    assert!(filter.front_ends.is_empty() && filter.elements.is_empty() && filter.source_ranges.is_empty());
 }
 
 #[test]
@@ -219,7 +227,7 @@ fn a_front_end_opens_to_outsiders_only_when_the_remote_endpoints_are_gone() {
     world.kernel().log.clear();
     world.apply(Change::Slice(slice("web-1", "web", vec![local("10.0.0.1"), endpoint("10.0.0.2")]))).sync();
     let of = |operation: &Operation| match operation {
-        Operation::SetFrontEnd(front_end, ..) if front_end.address == ip(EXTERNAL) => Some("open"),
+        Operation::SetFrontEnd { front_end, .. } if front_end.address == ip(EXTERNAL) => Some("open"),
         Operation::AddRealServer(front_end, _) if front_end.address == ip(EXTERNAL) => Some("local in"),
         Operation::DrainRealServer(front_end, _) if front_end.address == ip(EXTERNAL) => Some("remote out"),
         _ => None,
@@ -290,7 +298,7 @@ fn no_kubelet_switches_off_a_cluster_ip() {
 fn endpoints_follow_even_while_the_packet_filter_does_not() {
     let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
     world.kernel().fault =
-        Some(Box::new(|operation| matches!(operation, Operation::SetFrontEnd(..)).then_some(Cause::Refused)));
+        Some(Box::new(|operation| matches!(operation, Operation::SetFrontEnd { .. }).then_some(Cause::Refused)));
     let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
     world.apply(Change::Service(restricted));
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.3"])));

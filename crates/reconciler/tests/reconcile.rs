@@ -553,18 +553,18 @@ fn operations_come_in_phases() {
     assert_eq!(
         phases,
         [
-            Phase::FilterIn,
-            Phase::FilterIn,
-            Phase::VirtualServersIn,
-            Phase::RealServersIn,
-            Phase::RealServersIn,
-            Phase::FlowsIn,
-            Phase::AddressesIn,
-            Phase::RealServersOut,
-            Phase::AddressesOut,
-            Phase::VirtualServersOut,
-            Phase::FilterOut,
-            Phase::FilterOut,
+            Phase::AddToFilter,
+            Phase::AddToFilter,
+            Phase::AddVirtualServers,
+            Phase::AddRealServers,
+            Phase::AddRealServers,
+            Phase::DeleteUntranslatedFlows,
+            Phase::BindVips,
+            Phase::RemoveRealServers,
+            Phase::UnbindVips,
+            Phase::DeleteVirtualServers,
+            Phase::RemoveFromFilter,
+            Phase::RemoveFromFilter,
         ]
     );
 }

@@ -123,17 +123,17 @@ fn variants(policy: &Policy) -> BTreeSet<String> {
 fn the_history_takes_every_operation_there_is() {
     let all: BTreeSet<String> = policies().iter().flat_map(variants).collect();
     let expected = [
-        "BuildFilter",
-        "SetSources",
+        "BuildTable",
+        "SetSourceRanges",
         "SetFrontEnd",
-        "AddEntry",
+        "AddElement",
         "AddDevice",
-        "RaiseDevice",
+        "SetDeviceUp",
         "AddVirtualServer",
         "SetVirtualServer",
         "AddRealServer",
         "SetRealServer",
-        "ClearFlows",
+        "DeleteUntranslatedFlows",
         "BindAddress",
         "AddRoute",
         "DrainRealServer",
@@ -141,12 +141,12 @@ fn the_history_takes_every_operation_there_is() {
         "UnbindAddress",
         "RemoveRoute",
         "DeleteVirtualServer",
-        "FlushFlows",
-        "ForgetFrontEnd",
-        "RemoveEntry",
-        "OpenVip",
-        "CloseVip",
-        "RemoveSources",
+        "DeleteStaleFlows",
+        "RemoveFrontEnd",
+        "RemoveElement",
+        "AddRoutedVip",
+        "RemoveRoutedVip",
+        "RemoveSourceRanges",
     ];
     assert_eq!(all, expected.into_iter().map(str::to_owned).collect());
 }
@@ -215,7 +215,7 @@ fn a_service_of_which_everything_is_refused_harms_no_other() {
                 let is_of_it = format!("{operation:?}").contains("10.96.0.20")
                     || format!("{operation:?}").contains("203.0.113.20");
                 // The tables are everybody's.
-                (is_of_it && variant(operation) != "BuildFilter").then_some(cause)
+                (is_of_it && variant(operation) != "BuildTable").then_some(cause)
             }));
             play(&mut world);
             world.wait(Duration::from_secs(60));

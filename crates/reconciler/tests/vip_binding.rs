@@ -181,7 +181,7 @@ fn a_vip_of_a_range_is_opened_once_it_is_served_and_closed_before_it_is_not() {
     assert!(
         position(&|it| *it == Operation::RemoveRoute(route)) < position(&|it| *it == Operation::RemoveElement(outside))
     );
-    assert!(Phase::RealServersIn < Phase::FilterWider && Phase::FilterNarrower < Phase::VirtualServersOut);
+    assert!(Phase::AddRealServers < Phase::AdmitClients && Phase::RemoveRoutedVips < Phase::DeleteVirtualServers);
 }
 
 #[test]

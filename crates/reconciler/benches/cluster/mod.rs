@@ -54,7 +54,7 @@ pub(crate) struct Cluster {
 
 impl Cluster {
     /// One with so many Services.
-    pub(crate) fn of(services: u32) -> Self {
+    pub(crate) fn with_services(services: u32) -> Self {
         Self::started(everything(services))
     }
 

@@ -62,13 +62,13 @@ pub struct FrontEndRule {
     /// Whether the node itself may not: its address is in none of the source ranges.
     pub is_closed_to_node: bool,
     /// The Service whose source ranges they must come from.
-    pub sources: Option<ObjectName>,
+    pub source_ranges: Option<ObjectName>,
 }
 
 impl FrontEndRule {
     /// Everybody may connect, and stays who they are.
     pub const OPEN: Self =
-        Self { masquerade: Masquerade::Nobody, guard: Access::Open, is_closed_to_node: false, sources: None };
+        Self { masquerade: Masquerade::Nobody, guard: Access::Open, is_closed_to_node: false, source_ranges: None };
 
     /// The sets the front end is in, one bit each.
     pub fn sets(&self) -> u32 {
@@ -117,18 +117,34 @@ pub(crate) mod set {
     }
 }
 
-/// What is in the sets for a front end: a rule, or whatever somebody else has put there.
+/// The elements of a front end in the sets and in the map `source-ranges`: those of a [`FrontEndRule`], or whatever another
+/// program has put there.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct FrontEndElements {
     /// The sets of front ends it is in, one bit each.
     pub sets: u32,
-    /// In `source-ranges`: the Service whose ranges are asked, or `None` for a verdict that is not ours.
-    pub sources: Option<Option<ObjectName>>,
+    /// Its element in the map `source-ranges`.
+    pub source_ranges: SourceRangesElement,
+}
+
+/// The element of a front end in the map `source-ranges`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub enum SourceRangesElement {
+    /// There is none: clients may connect from everywhere.
+    #[default]
+    Absent,
+    /// Its verdict is a jump to the chain with the source ranges of this Service.
+    Service(ObjectName),
+    /// Its verdict is one that this program does not write.
+    Foreign,
 }
 
 impl From<&FrontEndRule> for FrontEndElements {
     fn from(rule: &FrontEndRule) -> Self {
-        Self { sets: rule.sets(), sources: rule.sources.clone().map(Some) }
+        Self {
+            sets: rule.sets(),
+            source_ranges: rule.source_ranges.clone().map_or(SourceRangesElement::Absent, SourceRangesElement::Service),
+        }
     }
 }
 
@@ -220,7 +236,7 @@ pub struct TableContents {
     /// Members of plain sets.
     pub elements: BTreeSet<SetElement>,
     /// Source ranges by Service.
-    pub sources: BTreeMap<ObjectName, SourceRanges>,
+    pub source_ranges: BTreeMap<ObjectName, SourceRanges>,
 }
 
 /// The tables as they were read.
@@ -233,7 +249,7 @@ pub struct ObservedFilter {
     /// Members of plain sets.
     pub elements: BTreeSet<SetElement>,
     /// Fingerprints of source ranges, by Service and family.
-    pub sources: BTreeMap<(ObjectName, Family), u64>,
+    pub source_ranges: BTreeMap<(ObjectName, Family), u64>,
 }
 
 /// FNV-1a over words of 64 bits: tells what this program has written from what it would write now. It guards against neither malice

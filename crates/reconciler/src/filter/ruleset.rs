@@ -188,7 +188,7 @@ impl Ruleset {
 
     /// The same, for a node that has routes of other ranges too.
     #[must_use]
-    pub fn guarding(mut self, others: &[IpNet]) -> Self {
+    pub fn with_ranges(mut self, others: &[IpNet]) -> Self {
         self.ranges.extend(others.iter().filter(|range| binding::family(range) == self.family));
         self.ranges.sort_unstable();
         self.ranges.dedup();

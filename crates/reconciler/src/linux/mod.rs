@@ -234,7 +234,7 @@ impl LinuxKernel {
     }
 
     fn observe(&mut self, server: ipvs_netlink::VirtualServer) -> Result<Option<ObservedServer>, KernelError> {
-        let Some(front_end) = FrontEnd::of(&server.id) else { return Ok(None) };
+        let Some(front_end) = FrontEnd::from_id(&server.id) else { return Ok(None) };
         let real_servers = self.ipvs.real_servers(&server.id).map_err(|error| refused(error.to_string()))?;
         Ok(Some(ObservedServer {
             front_end,

@@ -1,26 +1,34 @@
-//! The virtual servers that have real servers draining. There may be thousands, for hours: what is asked at each sync is
-//! answered without going over them.
+//! Draining real servers: how many there are, when they are checked, and when their time is over.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Instant;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
+use super::Reconciler;
 use crate::backoff::Backoff;
 use crate::front_end::FrontEnd;
+use crate::kernel::Kernel;
+use crate::plan::Key;
+
+/// The delay before draining real servers are checked for the first time. kube-proxy checks once a minute; most are idle much
+/// sooner.
+const FIRST_CHECK: Duration = Duration::from_millis(100);
 
 #[derive(Debug)]
-struct Drain {
-    again: Backoff,
+struct DrainingServer {
+    backoff: Backoff,
     /// How many of its real servers drain.
     count: usize,
 }
 
-/// When each of them is to be looked at, and how many real servers drain.
+/// The virtual servers with real servers that drain. There may be thousands, for hours: each sync gets its answers without
+/// iterating over them.
 #[derive(Debug, Default)]
 pub(super) struct Draining {
-    servers: BTreeMap<FrontEnd, Drain>,
-    /// The same by the time of the next look.
-    looks: BTreeSet<(Instant, FrontEnd)>,
-    /// The sum of all.
+    servers: BTreeMap<FrontEnd, DrainingServer>,
+    /// The same, by the time of the next check.
+    by_due_time: BTreeSet<(Instant, FrontEnd)>,
+    /// How many real servers drain in all.
     count: usize,
 }
 
@@ -29,26 +37,26 @@ impl Draining {
         self.servers.contains_key(front_end)
     }
 
-    pub(super) fn again(&self, front_end: &FrontEnd) -> Option<&Backoff> {
-        self.servers.get(front_end).map(|drain| &drain.again)
+    fn backoff(&self, front_end: &FrontEnd) -> Option<&Backoff> {
+        self.servers.get(front_end).map(|server| &server.backoff)
     }
 
-    /// Sets when to look again. How many real servers drain stays; at first it is none.
-    pub(super) fn insert(&mut self, front_end: FrontEnd, again: Backoff) {
-        let count = self.take(&front_end);
-        self.looks.insert((again.due, front_end));
-        self.servers.insert(front_end, Drain { again, count });
+    /// Sets the time of the next check. The number of draining real servers stays; it starts at 0.
+    fn insert(&mut self, front_end: FrontEnd, backoff: Backoff) {
+        let count = self.remove_server(&front_end);
+        self.by_due_time.insert((backoff.due, front_end));
+        self.servers.insert(front_end, DrainingServer { backoff, count });
     }
 
-    pub(super) fn remove(&mut self, front_end: &FrontEnd) {
-        self.count -= self.take(front_end);
+    fn remove(&mut self, front_end: &FrontEnd) {
+        self.count -= self.remove_server(front_end);
     }
 
-    /// Sets how many real servers drain, where any do.
-    pub(super) fn set_count(&mut self, front_end: &FrontEnd, count: usize) {
-        if let Some(drain) = self.servers.get_mut(front_end) {
-            self.count = self.count - drain.count + count;
-            drain.count = count;
+    /// Sets how many real servers of a virtual server drain, if it is here.
+    fn set_count(&mut self, front_end: &FrontEnd, count: usize) {
+        if let Some(server) = self.servers.get_mut(front_end) {
+            self.count = self.count - server.count + count;
+            server.count = count;
         }
     }
 
@@ -61,20 +69,88 @@ impl Draining {
         self.servers.keys()
     }
 
-    /// Those whose time has come.
+    /// The virtual servers whose check is due.
     pub(super) fn due(&self, now: Instant) -> impl Iterator<Item = FrontEnd> {
-        self.looks.iter().take_while(move |(due, _)| *due <= now).map(|(_, front_end)| *front_end)
+        self.by_due_time.iter().take_while(move |(due, _)| *due <= now).map(|(_, front_end)| *front_end)
     }
 
-    /// When the time of the next one comes.
+    /// When the next check is due.
     pub(super) fn next_check(&self) -> Option<Instant> {
-        self.looks.first().map(|(due, _)| *due)
+        self.by_due_time.first().map(|(due, _)| *due)
     }
 
-    /// Takes one out of both lists, and leaves the sum alone.
-    fn take(&mut self, front_end: &FrontEnd) -> usize {
-        let Some(Drain { again, count }) = self.servers.remove(front_end) else { return 0 };
-        self.looks.remove(&(again.due, *front_end));
+    /// Removes a virtual server and returns its count, which stays in the sum.
+    fn remove_server(&mut self, front_end: &FrontEnd) -> usize {
+        let Some(DrainingServer { backoff, count }) = self.servers.remove(front_end) else { return 0 };
+        self.by_due_time.remove(&(backoff.due, *front_end));
         count
+    }
+}
+
+impl<K: Kernel> Reconciler<K> {
+    /// Sets when a virtual server is checked again: soon after it began to drain, then after growing delays, but not later than
+    /// its drain timeout.
+    pub(super) fn schedule_drain_check(
+        &mut self,
+        front_end: FrontEnd,
+        is_draining: bool,
+        has_begun: bool,
+        now: Instant,
+    ) {
+        if !is_draining {
+            self.draining.remove(&front_end);
+            self.drain_since.remove(&front_end);
+            return;
+        }
+        // If the kernel refused to set the weight to 0, draining has not begun, and an early check would not help.
+        let has_begun = has_begun && !self.retries.contains_key(&Key::VirtualServer(front_end));
+        let backoff = match self.draining.backoff(&front_end) {
+            Some(backoff) if !has_begun && backoff.due > now => backoff.clone(),
+            Some(backoff) if !has_begun => backoff.next(now),
+            _ => Backoff::new(FIRST_CHECK, now),
+        };
+        let end = self.policy.drain_timeout.and_then(|timeout| self.drain_end(front_end, timeout, now));
+        let due = end.map_or(backoff.due, |end| end.clamp(now, backoff.due));
+        self.draining.insert(front_end, Backoff { due, ..backoff });
+    }
+
+    /// Counts the draining real servers of keys where something may have changed.
+    pub(super) fn count_draining(&mut self, keys: &BTreeSet<Key>) {
+        for key in keys {
+            if let Key::VirtualServer(front_end) = key
+                && self.draining.contains(front_end)
+            {
+                let count = self.unwanted_count(front_end);
+                self.draining.set_count(front_end, count);
+            }
+        }
+    }
+
+    /// How many real servers a virtual server has that are not wanted.
+    pub(super) fn unwanted_count(&self, front_end: &FrontEnd) -> usize {
+        let Some(held) = self.mirror.as_ref().and_then(|mirror| mirror.server(front_end)) else { return 0 };
+        let wanted = self.desired.real_servers(front_end);
+        held.real_servers.addresses().iter().filter(|address| wanted.binary_search(address).is_err()).count()
+    }
+
+    /// Records since when the real servers of a front end drain, and returns when the first of them reaches the timeout.
+    fn drain_end(&mut self, front_end: FrontEnd, timeout: Duration, now: Instant) -> Option<Instant> {
+        let held = self.mirror.as_ref()?.server(&front_end)?;
+        let wanted = self.desired.real_servers(&front_end);
+        let before = self.drain_since.remove(&front_end).unwrap_or_default();
+        let draining = held.real_servers.addresses().iter().filter(|address| wanted.binary_search(address).is_err());
+        let since: BTreeMap<SocketAddr, Instant> = draining
+            .map(|address| SocketAddr::from(*address))
+            .map(|address| (address, before.get(&address).copied().unwrap_or(now)))
+            .collect();
+        let first = since.values().min().map(|since| *since + timeout);
+        self.drain_since.insert(front_end, since);
+        first
+    }
+
+    /// Whether a real server has drained for as long as the timeout allows.
+    pub(super) fn is_overdue(&self, front_end: &FrontEnd, address: SocketAddr, now: Instant) -> bool {
+        let since = self.drain_since.get(front_end).and_then(|since| since.get(&address));
+        self.policy.drain_timeout.zip(since).is_some_and(|(timeout, since)| now >= *since + timeout)
     }
 }

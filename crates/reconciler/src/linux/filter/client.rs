@@ -107,7 +107,7 @@ fn put(operation: &Operation, transaction: &mut Transaction) {
         Operation::BuildTable { ruleset, replaces, contents } => transaction.build(ruleset, *replaces, contents),
         Operation::SetSourceRanges(service, family, ranges) => transaction.set_source_ranges(service, *family, ranges),
         Operation::RemoveSourceRanges(service, family) => transaction.remove_source_ranges(service, *family),
-        Operation::SetFrontEnd(front_end, before, after) => transaction.set_front_end(*front_end, before, after),
+        Operation::SetFrontEnd { front_end, before, after } => transaction.set_front_end(*front_end, before, after),
         Operation::RemoveFrontEnd(front_end, before) => {
             transaction.set_front_end(*front_end, before, &FrontEndElements::default());
         }

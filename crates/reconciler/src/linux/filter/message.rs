@@ -23,7 +23,7 @@ use crate::filter::expression::{
 use crate::filter::ruleset::{
     HAIRPIN, HEALTH_CHECK_PORTS, Rule, Ruleset, SOURCE_RANGES, SOURCES_PREFIX, Set, VERDICT, VIPS, address_type,
 };
-use crate::filter::{FrontEndElements, SetElement, SourceRanges, TABLE, TableContents, set};
+use crate::filter::{FrontEndElements, SetElement, SourceRanges, SourceRangesElement, TABLE, TableContents, set};
 use crate::front_end::FrontEnd;
 
 /// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
@@ -45,9 +45,9 @@ type Element = Vec<SetElementAttribute>;
 pub struct Transaction {
     tables: Vec<Request<NetfilterMessage>>,
     removed: BTreeMap<(Family, &'static str), Vec<Element>>,
-    sources: Vec<Request<NetfilterMessage>>,
+    source_ranges: Vec<Request<NetfilterMessage>>,
     added: BTreeMap<(Family, &'static str), Vec<Element>>,
-    sources_gone: Vec<Request<NetfilterMessage>>,
+    removed_source_ranges: Vec<Request<NetfilterMessage>>,
     last_set_id: u32,
 }
 
@@ -67,9 +67,9 @@ impl Transaction {
             pieces(elements).into_iter().map(move |piece| set_elements(family, set, None, piece, is_new))
         };
         requests.extend(self.removed.into_iter().flat_map(|set| elements(set, false)));
-        requests.extend(self.sources);
+        requests.extend(self.source_ranges);
         requests.extend(self.added.into_iter().flat_map(|set| elements(set, true)));
-        requests.extend(self.sources_gone);
+        requests.extend(self.removed_source_ranges);
         requests
     }
 
@@ -103,7 +103,7 @@ impl Transaction {
             let rules = chain.rules.iter().map(|rule| new_rule(family, &chain.name, rule, rule.fingerprint()));
             self.tables.extend(rules);
         }
-        for (service, ranges) in &contents.sources {
+        for (service, ranges) in &contents.source_ranges {
             self.set_source_ranges(service, family, ranges);
         }
         for (front_end, rule) in &contents.front_ends {
@@ -141,9 +141,13 @@ impl Transaction {
                 _ => {}
             }
         }
-        if before.sources != after.sources {
-            let fate = after.sources.clone().flatten().map(|service| Verdict::Jump(sources_chain(&service)).data());
-            change(SOURCE_RANGES, before.sources.is_some(), fate.map(Some));
+        if before.source_ranges != after.source_ranges {
+            // Another program's verdict is not one that is ever written here.
+            let verdict = match &after.source_ranges {
+                SourceRangesElement::Service(service) => Some(Verdict::Jump(source_ranges_chain(service)).data()),
+                SourceRangesElement::Absent | SourceRangesElement::Foreign => None,
+            };
+            change(SOURCE_RANGES, before.source_ranges != SourceRangesElement::Absent, verdict.map(Some));
         }
     }
 
@@ -161,11 +165,11 @@ impl Transaction {
 
     /// Makes the chain with a Service's source ranges, or puts others in it.
     pub fn set_source_ranges(&mut self, service: &ObjectName, family: Family, ranges: &SourceRanges) {
-        let chain = sources_chain(service);
+        let chain = source_ranges_chain(service);
         let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(chain.clone())];
-        self.sources.push(create(family, NfTablesMessage::NewChain(ChainMessage { attributes })));
+        self.source_ranges.push(create(family, NfTablesMessage::NewChain(ChainMessage { attributes })));
         let attributes = vec![RuleAttribute::Table(TABLE.into()), RuleAttribute::Chain(chain.clone())];
-        self.sources.push(request(family, NfTablesMessage::DeleteRule(RuleMessage { attributes }), 0));
+        self.source_ranges.push(request(family, NfTablesMessage::DeleteRule(RuleMessage { attributes }), 0));
 
         let mut elements = ranges.iter().flat_map(interval).peekable();
         let mut expressions = Vec::new();
@@ -173,22 +177,22 @@ impl Transaction {
             // A set of intervals has no fixed size and takes no part in a concatenation before Linux 5.6; one that only
             // this rule knows goes with it.
             let id = self.next_set_id();
-            self.sources.push(create(family, intervals(family, id)));
+            self.source_ranges.push(create(family, intervals(family, id)));
             for piece in pieces(elements.collect()) {
-                self.sources.push(set_elements(family, ANONYMOUS, Some(id), piece, true));
+                self.source_ranges.push(set_elements(family, ANONYMOUS, Some(id), piece, true));
             }
             expressions
                 .push(vec![load(Field::source(family), register(0)), is_not_in_anonymous(ANONYMOUS, id, register(0))]);
         }
         expressions.push(vec![verdict(&Verdict::Drop)]);
         let rule = Rule::new("from elsewhere", expressions);
-        self.sources.push(new_rule(family, &chain, &rule, ranges.fingerprint()));
+        self.source_ranges.push(new_rule(family, &chain, &rule, ranges.fingerprint()));
     }
 
     /// Deletes the chain with a Service's source ranges.
     pub fn remove_source_ranges(&mut self, service: &ObjectName, family: Family) {
-        let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(sources_chain(service))];
-        self.sources_gone.push(request(family, NfTablesMessage::DeleteChain(ChainMessage { attributes }), 0));
+        let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(source_ranges_chain(service))];
+        self.removed_source_ranges.push(request(family, NfTablesMessage::DeleteChain(ChainMessage { attributes }), 0));
     }
 
     fn next_set_id(&mut self) -> u32 {
@@ -292,7 +296,7 @@ fn new_rule(family: Family, chain: &str, rule: &Rule, fingerprint: u64) -> Reque
 }
 
 /// The chain with a Service's source ranges.
-pub(crate) fn sources_chain(service: &ObjectName) -> String {
+pub(crate) fn source_ranges_chain(service: &ObjectName) -> String {
     format!("{SOURCES_PREFIX}{service}")
 }
 

@@ -20,7 +20,7 @@ use super::message::{UDATA_FINGERPRINT, header};
 use crate::filter::expression::protocol_number;
 use crate::filter::inventory::Inventory;
 use crate::filter::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
-use crate::filter::{ObservedFilter, SetElement, TABLE, set};
+use crate::filter::{ObservedFilter, SetElement, SourceRangesElement, TABLE, set};
 use crate::front_end::FrontEnd;
 use crate::policy::Families;
 
@@ -232,7 +232,7 @@ fn read_chains(
         let rules = rules.get(&name).map(Vec::as_slice).unwrap_or_default();
         if let Some(service) = sources_of(&name) {
             let fingerprint = if let [only] = rules { *only } else { 0 };
-            observed.sources.insert((service, family), fingerprint);
+            observed.source_ranges.insert((service, family), fingerprint);
             return;
         }
         let kind = chain.text(NFTA_CHAIN_TYPE);
@@ -303,7 +303,8 @@ fn decode_element(family: Family, set: &str, element: &[u8], observed: &mut Obse
         SOURCE_RANGES => {
             let chain = attribute(attribute(data?, NFTA_DATA_VERDICT)?, NFTA_VERDICT_CHAIN);
             let service = chain.and_then(|chain| parse_string(chain).ok()).and_then(|chain| sources_of(&chain));
-            observed.front_ends.entry(front_end(family, key)?).or_default().sources = Some(service);
+            observed.front_ends.entry(front_end(family, key)?).or_default().source_ranges =
+                service.map_or(SourceRangesElement::Foreign, SourceRangesElement::Service);
         }
         VIPS => {
             observed.elements.insert(SetElement::Vip(address(family, key)?.0));

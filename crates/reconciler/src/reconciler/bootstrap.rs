@@ -1,0 +1,93 @@
+//! Bootstrap Services, which are programmed before the initial list of Services is complete.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use service_watch::ObjectName;
+
+use super::{PlanReason, Reconciler};
+use crate::bootstrap::is_bootstrap_service;
+use crate::kernel::{Kernel, KernelError};
+use crate::plan::Key;
+use crate::report::{OperationCounts, SyncReport};
+
+/// What is done before the initial list is complete.
+#[derive(Debug, Default)]
+pub(super) struct Bootstrap {
+    /// Bootstrap Services that changed.
+    changed: BTreeSet<ObjectName>,
+    /// Whether everything was read from the kernel. The first audit then compares with that dump.
+    pub(super) is_read: bool,
+    /// The operations that were carried out.
+    pub(super) applied: OperationCounts,
+}
+
+impl<K: Kernel> Reconciler<K> {
+    /// Programs the API server and DNS while the initial list is incomplete, which takes its time in a large cluster. Nothing is
+    /// deleted, since what is missing may still be listed. `None` if there is nothing to do.
+    pub fn sync_bootstrap(&mut self, now: Instant) -> Result<Option<SyncReport>, KernelError> {
+        if self.is_ready() || self.table.node().is_none() || self.is_missing_node_data() {
+            return Ok(None);
+        }
+        let has_endpoints = |name: &ObjectName| {
+            let entry = self.table.get(name).filter(|entry| entry.service.is_some());
+            entry.is_some_and(|entry| entry.slices.values().any(|slice| slice.endpoints.iter().any(|it| it.ready)))
+        };
+        let names: BTreeSet<ObjectName> =
+            self.bootstrap.changed.iter().filter(|name| has_endpoints(name)).cloned().collect();
+        if names.is_empty() {
+            return Ok(None);
+        }
+        self.bootstrap.changed.retain(|name| !names.contains(name));
+        if self.mirror.is_none() {
+            self.read_all()?;
+            self.bootstrap.is_read = true;
+        }
+        self.update_node();
+        if !self.can_bootstrap() {
+            return Ok(None);
+        }
+        let mut report = SyncReport { applied: self.bootstrap.applied, ..SyncReport::default() };
+        self.recompute(&names, &mut report);
+        let mut keys = std::mem::take(&mut self.dirty_keys);
+        keys.extend(self.table_keys().chain([Key::Device]).chain(self.range_keys()));
+        self.execute(keys, PlanReason::Dump, now, &mut report);
+        self.bootstrap.applied = report.applied;
+        Ok(Some(report))
+    }
+
+    /// Records which of some changed Services are bootstrap Services.
+    pub(super) fn note_bootstrap_services(&mut self, names: &[ObjectName]) {
+        let bootstrap: Vec<_> = names.iter().filter(|name| self.is_bootstrap_name(name)).cloned().collect();
+        self.bootstrap.changed.extend(bootstrap);
+    }
+
+    /// Whether one Service can be programmed before the others are known: on a node without virtual servers, or if the tables
+    /// are up to date. Tables that are missing beside virtual servers are built with all their elements at once: with fewer, a
+    /// guarded range would refuse connections to the other Services.
+    fn can_bootstrap(&self) -> bool {
+        let Some(mirror) = &self.mirror else { return false };
+        self.rulesets.iter().all(|ruleset| match mirror.ruleset(ruleset.family()) {
+            None => !mirror.has_servers(),
+            held => held == Some(ruleset.fingerprint()),
+        })
+    }
+
+    fn is_bootstrap_name(&self, name: &ObjectName) -> bool {
+        let service = self.table.get(name).and_then(|entry| entry.service.as_ref());
+        service.is_some_and(|service| is_bootstrap_service(service))
+    }
+
+    /// Whether a bootstrap Service depends on a key.
+    pub(super) fn is_bootstrap_key(&self, key: &Key) -> bool {
+        let is_bootstrap_name = |name: &ObjectName| self.is_bootstrap_name(name);
+        match key {
+            Key::Device | Key::Table(_) => true,
+            Key::VipRange(range) => self.policy.binding.ranges().contains(range),
+            Key::SourceRanges(service, _) => is_bootstrap_name(service),
+            Key::VirtualServer(front_end) => self.desired.owner(front_end).is_some_and(is_bootstrap_name),
+            Key::Vip(address) => self.desired.claimants(*address).any(is_bootstrap_name),
+            Key::SetElement(_) | Key::Flows(_) => false,
+        }
+    }
+}
