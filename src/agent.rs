@@ -12,7 +12,7 @@ use anyhow::{Context, Result, anyhow};
 use metrics_exporter_prometheus::PrometheusHandle;
 use reconciler::Reconciler;
 use reconciler::kernel::KernelError;
-use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
+use reconciler::linux::interface_watch::{InterfaceChanges, InterfaceWatch};
 use reconciler::policy::Families;
 use reconciler::report::{Failure, SyncReport};
 use reconciler::run::{Input, Observer, ReceivedChanges};
@@ -330,7 +330,7 @@ struct Witness {
 }
 
 impl Observer for Witness {
-    fn done(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
+    fn synced(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
         self.health.synced(since, &report.unrepaired, SystemTime::now());
         metrics::synced(report, received, self.families, self.started);
         for event in events::of(report) {
@@ -349,7 +349,7 @@ impl Observer for Witness {
         }
     }
 
-    fn failed(&mut self, _: &KernelError) {
+    fn read_failed(&mut self, _: &KernelError) {
         self.health.unreadable(Instant::now());
         metrics::unreadable();
     }
@@ -433,7 +433,7 @@ fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
                 warn!("cannot watch the node's interfaces, will try again: {error}");
                 thread::sleep(Duration::from_secs(1));
                 // What was missed is read.
-                Changed { addresses: true, device_lost: false }
+                InterfaceChanges { addresses: true, device_lost: false }
             });
             let news = [(changed.addresses, Input::InterfacesChanged), (changed.device_lost, Input::DeviceLost)];
             for (_, input) in news.into_iter().filter(|(is_news, _)| *is_news) {

@@ -106,7 +106,7 @@ pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
 /// What the node serves before anything is known of what it should. What cannot be read is nothing.
 pub(crate) fn serving(ipvs: &mut Client) -> ExistingState {
     let listed = ipvs.virtual_servers().inspect_err(|error| warn!("{error}")).unwrap_or_default();
-    let front_ends = listed.iter().filter_map(|entry| FrontEnd::of(&entry.server.id));
+    let front_ends = listed.iter().filter_map(|entry| FrontEnd::from_id(&entry.server.id));
     let vips: BTreeSet<IpAddr> = front_ends.map(|front_end| front_end.address).collect();
     ExistingState { vips: vips.len() }
 }

@@ -229,7 +229,7 @@ fn transaction() -> Work {
                 let mut transaction = Transaction::default();
                 transaction.add_element(SetElement::Vip(black_box(front_end.address)));
                 transaction.set_front_end(front_end, &FrontEndElements::default(), black_box(&elements));
-                let (begin, end) = Transaction::brackets();
+                let (begin, end) = Transaction::begin_and_end();
                 let requests = transaction.into_requests().into_iter().map(|request| request.message);
                 let mut offset = 0;
                 for message in [begin].into_iter().chain(requests).chain([end]) {

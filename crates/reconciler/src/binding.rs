@@ -1,7 +1,7 @@
-//! How the kernel learns that VIPs are this node's: addresses on `kube-ipvs0`, or local routes to it.
+//! How VIPs are bound to this node: as addresses on `kube-ipvs0`, or by local routes to it.
 //!
-//! The kernel looks through all addresses of a device before it adds one more; routes it finds in a tree. So with thousands
-//! of VIPs, and most of all with ranges of which each is one route, a start takes far less of it.
+//! The kernel iterates over all addresses of a device before it adds one; routes are in a tree. With thousands of VIPs a start is
+//! much faster with routes, most of all with one route for a whole range.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -10,18 +10,18 @@ use ipnet::{IpNet, Ipv6Net};
 use ipvs_netlink::Family;
 use service_watch::RESERVED;
 
-/// How the kernel learns that packets to a VIP are for this node (`--vip-binding`).
+/// How VIPs are bound to this node (`--vip-binding`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum VipBinding {
     /// Each VIP is an address on `kube-ipvs0`.
     #[default]
     Addresses,
-    /// A local route leads to `kube-ipvs0` for each of these ranges, and for each VIP in none of them.
+    /// Each of these ranges, and each VIP outside of them, is a local route to `kube-ipvs0`.
     Routes(VipRanges),
 }
 
 impl VipBinding {
-    /// The ranges of which each is one route.
+    /// The ranges that are one route each.
     pub fn ranges(&self) -> &[IpNet] {
         match self {
             Self::Addresses => &[],
@@ -29,27 +29,27 @@ impl VipBinding {
         }
     }
 
-    /// Whether it takes routes.
+    /// Whether VIPs are bound by routes.
     pub fn is_routes(&self) -> bool {
         matches!(self, Self::Routes(_))
     }
 
-    /// The range that an address is in.
+    /// The range that contains an address.
     pub(crate) fn range_of(&self, address: IpAddr) -> Option<&IpNet> {
         self.ranges().iter().find(|range| range.contains(&address))
     }
 }
 
-/// Ranges of VIPs (`--vip-ranges`): sorted, without overlap, of more than one address each, and of none that is never a VIP.
+/// Ranges of VIPs (`--vip-ranges`): sorted, without overlaps, with more than one address each, and without reserved addresses.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct VipRanges(Vec<IpNet>);
 
-/// Why a range cannot be one of VIPs.
+/// Why a range cannot be a range of VIPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum VipRangeError {
-    /// It is everything.
+    /// It contains every address.
     Everything,
-    /// It has addresses in this range, which has a meaning of its own.
+    /// It overlaps this reserved range.
     Reserved(IpNet),
 }
 
@@ -62,10 +62,10 @@ impl fmt::Display for VipRangeError {
     }
 }
 
-/// What stands for IPv4, and more of that kind (RFC 4291).
+/// IPv6 addresses that embed IPv4 addresses, the loopback and the unspecified address (RFC 4291).
 const IPV4_EMBEDDED: IpNet = IpNet::V6(Ipv6Net::new_assert(Ipv6Addr::UNSPECIFIED, 8));
 
-/// What is wrong with a range, if anything.
+/// Checks whether a range can be a range of VIPs.
 pub fn check_range(range: &IpNet) -> Result<(), VipRangeError> {
     if range.prefix_len() == 0 {
         return Err(VipRangeError::Everything);
@@ -82,7 +82,7 @@ pub fn overlaps(a: &IpNet, b: &IpNet) -> bool {
 }
 
 impl VipRanges {
-    /// Takes ranges as they were written. A single address needs no range: as a VIP it has a route of its own.
+    /// Normalizes ranges of the configuration. A range of one address is dropped: as a VIP it has a route of its own anyway.
     pub fn new(ranges: &[IpNet]) -> Result<Self, VipRangeError> {
         ranges.iter().try_for_each(check_range)?;
         let mut ranges = IpNet::aggregate(&ranges.to_vec());
@@ -92,12 +92,12 @@ impl VipRanges {
     }
 }
 
-/// The range of one address.
+/// The /32 or /128 of an address.
 pub(crate) fn host_range(address: IpAddr) -> IpNet {
     IpNet::from(address)
 }
 
-/// Whether a range has one address.
+/// Whether a range is a /32 or /128.
 pub(crate) fn is_host_range(range: &IpNet) -> bool {
     range.prefix_len() == range.max_prefix_len()
 }
@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_lose_overlaps_and_host_bits_and_single_addresses() {
+    fn ranges_are_aggregated_and_single_addresses_dropped() {
         for (written, accepted) in [
             (&["10.96.0.0/12"][..], &["10.96.0.0/12"][..]),
             (&["fd00:96::1/112", "10.97.1.2/12", "10.96.0.0/16"], &["10.96.0.0/12", "fd00:96::/112"]),
@@ -134,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_be_no_vip_is_in_no_range() {
+    fn ranges_with_reserved_addresses_are_rejected() {
         for (range, reserved) in [
             ("0.0.0.0/0", None),
             ("::/0", None),

@@ -1,4 +1,4 @@
-//! What one Service wants of the node: a pure function of the Service, its slices, the node and the policy.
+//! What one Service contributes to the desired state: a pure function of the Service, its slices, the node and the policy.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -17,50 +17,50 @@ use crate::policy::Policy;
 use crate::real_servers::RealServerAddress;
 use crate::table::ServiceEntry;
 
-/// A virtual server with its real servers, each of weight 1 and reached by masquerading; and who may reach it.
+/// A virtual server with its real servers, each of weight 1 and with the forwarding method masquerading; and who may connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DesiredServer {
-    /// The virtual server, beside its front end.
+    /// The attributes of the virtual server.
     pub config: ServerConfig,
-    /// Addresses of the real servers, sorted. Front ends of one Service port mostly share them.
+    /// The addresses of the real servers, sorted. Most front ends of a Service port share them.
     pub real_servers: Arc<[RealServerAddress]>,
     /// What the packet filter does with connections to it.
     pub rule: FrontEndRule,
-    /// Whether its address is one that the Service asked for or was given by a load balancer, and none that the cluster
-    /// handed out, as ClusterIPs and NodePorts are.
+    /// Whether its address is an external IP or a load-balancer IP. ClusterIPs and NodePorts are allocated by the cluster and
+    /// take precedence.
     pub is_external_address: bool,
 }
 
-/// What a Service wants.
+/// What a Service contributes to the desired state.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Contribution {
     /// Virtual servers by front end.
     pub servers: LiteMap<FrontEnd, DesiredServer>,
-    /// VIPs to be bound to `kube-ipvs0`, sorted, each once.
-    pub addresses: Vec<IpAddr>,
-    /// What the packet filter is to know beside front ends and VIPs, sorted, each once.
+    /// VIPs to be bound, sorted, without duplicates.
+    pub vips: Vec<IpAddr>,
+    /// Elements of the packet filter's sets, except front ends and VIPs; sorted, without duplicates.
     pub elements: Vec<SetElement>,
-    /// The source ranges of load-balancer IPs; none for a family that everybody may connect to.
+    /// The source ranges of load-balancer IPs; none for a family without a restriction.
     pub source_ranges: BTreeMap<Family, SourceRanges>,
-    /// VIPs that are somebody's whose traffic the Service must not get, and so are not served.
+    /// VIPs that are not served, since the Service must not receive their owner's traffic.
     pub refused_vips: Vec<(IpAddr, AddressOwner)>,
-    /// What load balancers are told that ask whether the node has endpoints; at most one a family.
+    /// The health checks of load balancers that the node answers; at most one per family.
     pub health_checks: Vec<HealthCheck>,
-    /// Which of its Local policies find no local endpoint although there are others, in which families.
+    /// The traffic policies `Local`, by family, that find no local endpoint although there are others.
     pub without_local: BTreeSet<(TrafficDirection, Family)>,
 }
 
-/// Whose address a VIP is that is not served.
+/// The owner of an address that is not served as a VIP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum AddressOwner {
-    /// A Node's: bound here, it would cut this node off from that one.
+    /// A Node. Bound here, its address would cut this node off from it.
     Node,
-    /// The API server's: this node would be told by a Service what Services there are.
+    /// The API server. Otherwise a Service could feed this node with Services.
     ApiServer,
 }
 
 impl AddressOwner {
-    /// In words: "the address of …".
+    /// Completes "the address of …".
     pub fn description(self) -> &'static str {
         match self {
             Self::Node => "a Node",
@@ -69,20 +69,20 @@ impl AddressOwner {
     }
 }
 
-/// Where the node answers load balancers, and what (`spec.healthCheckNodePort`).
+/// A health check of load balancers that the node answers (`spec.healthCheckNodePort`).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HealthCheck {
-    /// The family it answers in.
+    /// The family of the addresses it listens on.
     pub family: Family,
-    /// The port it answers on.
+    /// The port it listens on.
     pub port: NonZeroU16,
-    /// The addresses it answers on; `None` for all of the family.
+    /// The addresses it listens on; `None` for all of the family.
     pub addresses: Option<BTreeSet<IpAddr>>,
-    /// How many endpoints of the Service on this node are ready.
+    /// How many ready endpoints the Service has on this node.
     pub local_endpoints: usize,
 }
 
-/// Which of the two traffic policies of a Service.
+/// One of the two traffic policies of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum TrafficDirection {
     /// `internalTrafficPolicy`.
@@ -92,11 +92,11 @@ pub enum TrafficDirection {
 }
 
 impl Contribution {
-    /// Computes it. A Service that is not known wants nothing.
+    /// Computes the contribution. It is empty while the Service itself is not known.
     pub fn new(entry: &ServiceEntry, node: &NodeView, policy: &Policy) -> Self {
         let mut contribution = Self::default();
         if let Some(service) = &entry.service {
-            // The two families never meet: each has its own front ends, endpoints, hints and fallbacks.
+            // The families are independent: each has its own front ends, endpoints, hints and fallbacks.
             for family in policy.families.iter() {
                 let vips = Vips::new(service, family, node, policy);
                 let Some(vips) = vips else { continue };
@@ -122,25 +122,25 @@ impl Contribution {
                         family,
                         port,
                         addresses: node.health_check_addresses.get(&family).cloned(),
-                        local_endpoints: ready_here(entry, family, policy),
+                        local_endpoints: count_local_ready(entry, family, policy),
                     });
                 }
             }
         }
-        contribution.addresses.sort_unstable();
-        contribution.addresses.dedup();
+        contribution.vips.sort_unstable();
+        contribution.vips.dedup();
         contribution.elements.sort_unstable();
         contribution.elements.dedup();
-        // It is kept for as long as the Service is as it is.
+        // It is stored until the Service changes, so no memory is left unused.
         let mut servers = std::mem::take(&mut contribution.servers).into_tuple_vec();
         servers.shrink_to_fit();
         contribution.servers = LiteMap::from_sorted_store_unchecked(servers);
-        contribution.addresses.shrink_to_fit();
+        contribution.vips.shrink_to_fit();
         contribution.elements.shrink_to_fit();
         contribution
     }
 
-    #[expect(clippy::too_many_arguments, reason = "all that a port's front ends follow from")]
+    #[expect(clippy::too_many_arguments, reason = "all that a port's front ends depend on")]
     fn add_port(
         &mut self,
         service: &Service,
@@ -158,30 +158,30 @@ impl Contribution {
         let uses_cluster = !internal_local || is_external;
         let uses_local = internal_local || (is_external && external_local);
         let cluster: Arc<[RealServerAddress]> =
-            if uses_cluster { for_cluster(endpoints, node, policy).into() } else { Arc::default() };
-        // Without a local endpoint the Local policy falls back to what the cluster set holds.
-        let local = uses_local.then(|| for_local(endpoints)).filter(|local| !local.is_empty());
+            if uses_cluster { cluster_endpoints(endpoints, node, policy).into() } else { Arc::default() };
+        // Without a local endpoint the policy Local falls back to the endpoints of the policy Cluster.
+        let local = uses_local.then(|| local_endpoints(endpoints)).filter(|local| !local.is_empty());
         let has_local = local.is_some();
-        // As kube-proxy counts: a Service is looked at where it has a virtual server with a Local policy.
+        // As in kube-proxy, a Service counts if it has a virtual server with the policy Local.
         let has_external = || {
-            let has_node_ports = || node.node_ports.iter().any(|address| Family::of(*address) == vips.family);
+            let has_node_ports = || node.node_port_addresses.iter().any(|address| Family::of(*address) == vips.family);
             !vips.external.is_empty()
                 || !vips.load_balancer.is_empty()
                 || (port.node_port.is_some() && has_node_ports())
         };
-        let is_looked_at = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
-        if !has_local && is_looked_at && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it)) {
+        let is_counted = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
+        if !has_local && is_counted && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it)) {
             let local = [(internal_local, TrafficDirection::Internal), (external_local, TrafficDirection::External)];
             let local = local.into_iter().filter(|(is_local, _)| *is_local);
             self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
         }
         let local: Arc<[RealServerAddress]> = local.map_or_else(|| cluster.clone(), Into::into);
 
-        let rule = |masquerade, guard, is_empty: bool| match (is_empty, port.protocol) {
-            (false, _) => FrontEndRule { masquerade, guard, ..FrontEndRule::OPEN },
+        let rule = |masquerade, access, is_empty: bool| match (is_empty, port.protocol) {
+            (false, _) => FrontEndRule { masquerade, access, ..FrontEndRule::OPEN },
             (true, protocol) => FrontEndRule {
                 masquerade: if protocol == Protocol::Udp { Masquerade::NodeIsRefused } else { Masquerade::Nobody },
-                guard: Access::Refuse,
+                access: Access::Refused,
                 ..FrontEndRule::OPEN
             },
         };
@@ -191,12 +191,12 @@ impl Contribution {
         };
         let from_outside = {
             let real_servers = if external_local { &local } else { &cluster };
-            let (masquerade, guard) = match (external_local, has_local) {
+            let (masquerade, access) = match (external_local, has_local) {
                 (false, _) => (Masquerade::Everybody, Access::Open),
                 (true, true) => (Masquerade::Nobody, Access::Open),
                 (true, false) => (Masquerade::Node, Access::Insiders),
             };
-            (real_servers, rule(masquerade, guard, real_servers.is_empty()))
+            (real_servers, rule(masquerade, access, real_servers.is_empty()))
         };
         let mut add = |address: IpAddr,
                        number: NonZeroU16,
@@ -215,7 +215,7 @@ impl Contribution {
                 rule: rule.clone(),
                 is_external_address,
             });
-            // An address may be external IP and load-balancer IP at once; then it is restricted.
+            // An address may be both an external IP and a load-balancer IP. Then the source ranges apply.
             if rule.source_ranges.is_some() {
                 (server.rule.source_ranges, server.rule.is_closed_to_node) =
                     (rule.source_ranges, rule.is_closed_to_node);
@@ -223,24 +223,24 @@ impl Contribution {
         };
         if let Some(cluster_ip) = vips.cluster_ip {
             add(cluster_ip, port.port, from_inside, false);
-            self.addresses.push(cluster_ip);
+            self.vips.push(cluster_ip);
         }
-        let mut restricted = from_outside.1.clone();
+        let mut restricted_rule = from_outside.1.clone();
         if let Some(ranges) = ranges {
-            restricted.source_ranges = Some(service.name.clone());
-            let own = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
-            restricted.is_closed_to_node = !own.is_some_and(|ip| ranges.contains(*ip));
+            restricted_rule.source_ranges = Some(service.name.clone());
+            let node_ip = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
+            restricted_rule.is_closed_to_node = !node_ip.is_some_and(|ip| ranges.contains(*ip));
         }
         let external = vips.external.iter().map(|vip| (*vip, &from_outside.1));
-        for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted))) {
+        for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted_rule))) {
             add(vip, port.port, (from_outside.0, rule.clone()), true);
-            // A VIP that another interface has is reachable as it is.
-            if !node.local.contains(&vip) {
-                self.addresses.push(vip);
+            // A VIP that another interface has is not bound again.
+            if !node.interface_addresses.contains(&vip) {
+                self.vips.push(vip);
             }
         }
         if let Some(node_port) = port.node_port {
-            for address in node.node_ports.iter().filter(|address| Family::of(**address) == vips.family) {
+            for address in node.node_port_addresses.iter().filter(|address| Family::of(**address) == vips.family) {
                 add(*address, node_port, from_outside.clone(), false);
             }
         }
@@ -253,14 +253,14 @@ struct Vips {
     cluster_ip: Option<IpAddr>,
     external: Vec<IpAddr>,
     load_balancer: Vec<IpAddr>,
-    /// Whether it has VIPs for the outside, served or refused.
+    /// Whether the Service has external or load-balancer IPs, served or refused.
     is_external: bool,
-    /// Those that somebody else has.
+    /// VIPs that have another owner.
     refused: Vec<(IpAddr, AddressOwner)>,
 }
 
 impl Vips {
-    /// `None` without a ClusterIP of the family: then there is nothing of the family.
+    /// `None` without a ClusterIP of the family: then the Service is not served in this family.
     fn new(service: &Service, family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
         let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
             addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
@@ -269,11 +269,11 @@ impl Vips {
         let mut external = if policy.external_ips { of_family(&service.external_ips) } else { Vec::new() };
         let mut load_balancer = of_family(&service.load_balancer_ips);
         let is_external = !external.is_empty() || !load_balancer.is_empty();
-        let holder = |vip: &IpAddr| {
-            if node.own.contains(vip) || node.neighbours.contains(vip) {
+        let owner = |vip: &IpAddr| {
+            if node.node_addresses.contains(vip) || node.peer_node_addresses.contains(vip) {
                 return Some(AddressOwner::Node);
             }
-            // Whoever runs the control plane may have Services lead there.
+            // Services of the control plane may have the addresses of API servers.
             let (namespace, name) = (service.name.namespace(), service.name.name());
             let is_privileged = namespace == "kube-system" || (namespace, name) == API_SERVER;
             (node.api_servers.contains(vip) && !is_privileged).then_some(AddressOwner::ApiServer)
@@ -281,21 +281,21 @@ impl Vips {
         let mut refused = Vec::new();
         for vips in [&mut external, &mut load_balancer] {
             vips.retain(|vip| {
-                let holder = holder(vip);
-                refused.extend(holder.map(|holder| (*vip, holder)));
-                holder.is_none()
+                let owner = owner(vip);
+                refused.extend(owner.map(|owner| (*vip, owner)));
+                owner.is_none()
             });
         }
-        // The cluster hands out ClusterIPs; the addresses of other Nodes are what their kubelets say, and no kubelet may
-        // switch off a Service of the cluster.
-        let is_owned = node.own.contains(&cluster_ip);
-        refused.extend(is_owned.then_some((cluster_ip, AddressOwner::Node)));
-        let cluster_ip = (!is_owned).then_some(cluster_ip);
+        // ClusterIPs are allocated by the cluster, whereas the addresses of other Nodes are reported by their kubelets. No kubelet
+        // may disable a ClusterIP, so only the addresses of this Node count.
+        let is_node_address = node.node_addresses.contains(&cluster_ip);
+        refused.extend(is_node_address.then_some((cluster_ip, AddressOwner::Node)));
+        let cluster_ip = (!is_node_address).then_some(cluster_ip);
         Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
 }
 
-/// `externalTrafficPolicy` means something only where the Service is reachable from outside, of whichever family.
+/// `externalTrafficPolicy` applies only if the Service is reachable from outside, in whichever family.
 fn external_policy_is_local(service: &Service) -> bool {
     service.external_policy == TrafficPolicy::Local
         && (service.kind != ServiceKind::ClusterIp || !service.external_ips.is_empty())
@@ -308,10 +308,10 @@ struct Candidate<'a> {
     is_local: bool,
 }
 
-/// The endpoints of a Service port over all slices: those of a slice port of the same name and protocol, sorted.
+/// The endpoints of a Service port from all slices: those of the slice ports with the same name and protocol, sorted.
 ///
-/// Where several slices hold the same address, one that is not terminating beats one that is; among equals the last
-/// slice by name counts.
+/// If several slices have the same address, an endpoint that is not terminating takes precedence; among equals the last slice
+/// by name.
 fn endpoints<'a>(entry: &'a ServiceEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
     let mut merged: BTreeMap<RealServerAddress, &Endpoint> = BTreeMap::new();
     for slice in entry.slices.values() {
@@ -339,23 +339,23 @@ fn endpoints<'a>(entry: &'a ServiceEntry, port: &ServicePort, family: Family, po
         .collect()
 }
 
-/// Ready endpoints, as hints choose them; where none is ready, those that still serve while terminating.
-fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<RealServerAddress> {
+/// The endpoints for the policy Cluster: ready ones, selected by hints; if none is ready, those that serve while terminating.
+fn cluster_endpoints(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) -> Vec<RealServerAddress> {
     let ready: Vec<&Candidate<'_>> = endpoints.iter().filter(|candidate| candidate.endpoint.ready).collect();
     if ready.is_empty() {
-        return places(endpoints.iter().filter(|candidate| is_draining(candidate)));
+        return addresses(endpoints.iter().filter(|candidate| is_draining(candidate)));
     }
-    let hinted = |names_us: &dyn Fn(&Endpoint) -> bool| {
-        let chosen = places(ready.iter().copied().filter(|candidate| names_us(candidate.endpoint)));
+    let hinted = |names_this: &dyn Fn(&Endpoint) -> bool| {
+        let chosen = addresses(ready.iter().copied().filter(|candidate| names_this(candidate.endpoint)));
         (!chosen.is_empty()).then_some(chosen)
     };
     let all = |has_hint: fn(&Endpoint) -> bool| ready.iter().all(|candidate| has_hint(candidate.endpoint));
-    // A hint counts only where every ready endpoint has one of its kind and one of them names us; nodes before zones.
+    // Hints of a kind apply only if every ready endpoint has one and one of them names this node or zone. Nodes come before zones.
     let same_node = || {
         all(|endpoint| endpoint.hints.as_ref().is_some_and(|hints| !hints.nodes.is_empty()))
             .then(|| {
-                let names_us = |hints: &Hints| hints.nodes.iter().any(|name| **name == *policy.node_name);
-                hinted(&|endpoint| endpoint.hints.as_deref().is_some_and(names_us))
+                let names_this = |hints: &Hints| hints.nodes.iter().any(|name| **name == *policy.node_name);
+                hinted(&|endpoint| endpoint.hints.as_deref().is_some_and(names_this))
             })
             .flatten()
     };
@@ -365,32 +365,33 @@ fn for_cluster(endpoints: &[Candidate<'_>], node: &NodeView, policy: &Policy) ->
             .then(|| hinted(&|endpoint| endpoint.hints.as_ref().is_some_and(|hints| hints.zones.contains(zone))))
             .flatten()
     };
-    same_node().or_else(same_zone).unwrap_or_else(|| places(ready.iter().copied()))
+    same_node().or_else(same_zone).unwrap_or_else(|| addresses(ready.iter().copied()))
 }
 
-/// Local endpoints that are ready; where none is, local ones that still serve while terminating. Hints do not count.
-fn for_local(endpoints: &[Candidate<'_>]) -> Vec<RealServerAddress> {
+/// The endpoints for the policy Local: local ready ones; if none is ready, local ones that serve while terminating. Hints do not
+/// apply.
+fn local_endpoints(endpoints: &[Candidate<'_>]) -> Vec<RealServerAddress> {
     let local = || endpoints.iter().filter(|candidate| candidate.is_local);
-    let ready = places(local().filter(|candidate| candidate.endpoint.ready));
-    if ready.is_empty() { places(local().filter(|candidate| is_draining(candidate))) } else { ready }
+    let ready = addresses(local().filter(|candidate| candidate.endpoint.ready));
+    if ready.is_empty() { addresses(local().filter(|candidate| is_draining(candidate))) } else { ready }
 }
 
-/// How many addresses of a family have a ready endpoint on this node, whichever ports it has.
-fn ready_here(entry: &ServiceEntry, family: Family, policy: &Policy) -> usize {
+/// How many addresses of a family have a ready endpoint on this node, on whichever port.
+fn count_local_ready(entry: &ServiceEntry, family: Family, policy: &Policy) -> usize {
     let slices = entry.slices.values().filter(|slice| !slice.ports.is_empty());
     let endpoints = slices.flat_map(|slice| &slice.endpoints);
-    let here = endpoints.filter(|endpoint| {
+    let local = endpoints.filter(|endpoint| {
         endpoint.ready
             && Family::of(endpoint.address) == family
             && endpoint.node.as_deref() == Some(policy.node_name.as_str())
     });
-    here.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
+    local.map(|endpoint| endpoint.address).collect::<BTreeSet<_>>().len()
 }
 
 fn is_draining(candidate: &Candidate<'_>) -> bool {
     candidate.endpoint.serving && candidate.endpoint.terminating
 }
 
-fn places<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<RealServerAddress> {
+fn addresses<'a>(candidates: impl Iterator<Item = &'a Candidate<'a>>) -> Vec<RealServerAddress> {
     candidates.map(|candidate| candidate.address).collect()
 }

@@ -1,4 +1,4 @@
-//! What is desired: the sum of all contributions, with one owner for each front end.
+//! The desired state: the sum of all contributions, with one owner for each front end.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::Hash;
@@ -15,24 +15,25 @@ use crate::front_end::FrontEnd;
 use crate::plan::Key;
 use crate::real_servers::RealServerAddress;
 
-/// The order in which Services that claim one front end come: what the cluster handed out before what somebody asked for, then
-/// the oldest first, then by name. Who names a ClusterIP among his external IPs must not have it before it is handed out.
+/// A Service's claim to a front end. The first in this order is the owner: addresses that the cluster allocated come before
+/// external ones, then the oldest Service, then the first by name. So a Service cannot take a ClusterIP by naming it among its
+/// external IPs before it is allocated.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
     is_external_address: bool,
-    /// Seconds since 1970; a Service without the time of its making counts as the youngest.
+    /// Seconds since 1970. A Service without a creation time counts as the youngest.
     created: i64,
     service: ObjectName,
 }
 
-/// Two Services want one front end. The winner has it; the loser is served everywhere else.
+/// Two Services claim one front end. The winner gets it; the loser is served at its other front ends.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct FrontEndConflict {
     /// The front end.
     pub front_end: FrontEnd,
-    /// Who has it.
+    /// The Service that owns it.
     pub winner: ObjectName,
-    /// Who wants it too.
+    /// The Service that claims it too.
     pub loser: ObjectName,
 }
 
@@ -45,21 +46,21 @@ struct Contributor {
 /// The sum of all contributions.
 #[derive(Debug, Default)]
 pub struct DesiredState {
-    /// Boxed: a third of the table is room to spare.
+    /// Boxed, since a third of a hash table is unused memory.
     contributors: HashMap<ObjectName, Box<Contributor>>,
-    /// Who claims a front end, the owner first; never empty.
+    /// The claims to a front end, the owner's first; never empty.
     claims: HashMap<FrontEnd, Vec<Claim>>,
-    /// Who wants a VIP bound; never empty.
-    addresses: HashMap<IpAddr, Vec<ObjectName>>,
-    /// Who wants something in a set of the packet filter; never empty.
+    /// The Services that need a VIP bound; never empty.
+    vips: HashMap<IpAddr, Vec<ObjectName>>,
+    /// The Services that need an element of a set; never empty.
     elements: HashMap<SetElement, Vec<ObjectName>>,
-    /// How many Services have a Local policy that finds no local endpoint although there are others.
+    /// How many Services have a policy Local that finds no local endpoint although there are others.
     without_local: BTreeMap<(TrafficDirection, Family), usize>,
 }
 
 impl DesiredState {
-    /// Puts a Service's contribution in the place of its last one. Every key that may now be desired otherwise goes to
-    /// `dirty`, every clash that arose to `conflicts`.
+    /// Replaces a Service's contribution. Every key whose desired state may have changed is added to `dirty`, every new conflict
+    /// to `conflicts`.
     pub fn update(
         &mut self,
         name: &ObjectName,
@@ -94,7 +95,7 @@ impl DesiredState {
                 self.claim(*front_end, Claim { is_external_address, created, service: name.clone() }, conflicts);
             }
         }
-        let changed = replace_claims(&mut self.addresses, name, &before.addresses, &contribution.addresses);
+        let changed = replace_claims(&mut self.vips, name, &before.vips, &contribution.vips);
         dirty.extend(changed.into_iter().map(Key::Vip));
         let changed = replace_claims(&mut self.elements, name, &before.elements, &contribution.elements);
         dirty.extend(changed.into_iter().map(Key::SetElement));
@@ -114,48 +115,48 @@ impl DesiredState {
         }
     }
 
-    /// What a Service wants; `None` where that is nothing.
+    /// What a Service contributes; `None` if nothing.
     pub fn contribution(&self, service: &ObjectName) -> Option<&Contribution> {
         self.contributors.get(service).map(|contributor| &contributor.contribution)
     }
 
-    /// The virtual server wanted at a front end.
+    /// The virtual server desired at a front end.
     pub fn server(&self, front_end: &FrontEnd) -> Option<&DesiredServer> {
         self.contribution(self.owner(front_end)?)?.servers.get(front_end)
     }
 
-    /// The real servers wanted at a front end, sorted; none where nobody wants it.
+    /// The real servers desired at a front end, sorted.
     pub fn real_servers(&self, front_end: &FrontEnd) -> Arc<[RealServerAddress]> {
         self.server(front_end).map(|wanted| wanted.real_servers.clone()).unwrap_or_default()
     }
 
-    /// The Service that has a front end.
+    /// The Service that owns a front end.
     pub fn owner(&self, front_end: &FrontEnd) -> Option<&ObjectName> {
         self.claims.get(front_end)?.first().map(|claim| &claim.service)
     }
 
     /// Whether a VIP is to be bound.
     pub fn wants_vip(&self, address: IpAddr) -> bool {
-        self.addresses.contains_key(&address)
+        self.vips.contains_key(&address)
     }
 
-    /// Whether something is to be in a set of the packet filter.
+    /// Whether a set of the packet filter should have an element.
     pub fn wants_element(&self, element: &SetElement) -> bool {
         self.elements.contains_key(element)
     }
 
-    /// The source ranges of a Service in a family, where it has any.
+    /// The source ranges of a Service in a family, if it has any.
     pub fn source_ranges(&self, service: &ObjectName, family: Family) -> Option<&SourceRanges> {
         self.contribution(service)?.source_ranges.get(&family)
     }
 
-    /// Everything that is to be in a family's table of the packet filter.
+    /// All elements and source ranges of a family's table of the packet filter.
     pub fn contents(&self, family: Family) -> TableContents {
         let sources = self.contributors.iter();
         let sources =
             sources.filter_map(|(name, it)| Some((name.clone(), it.contribution.source_ranges.get(&family)?.clone())));
         let front_ends = self.claims.keys().filter(|front_end| Family::of(front_end.address) == family);
-        let vips = self.addresses.keys().copied().map(SetElement::Vip);
+        let vips = self.vips.keys().copied().map(SetElement::Vip);
         TableContents {
             front_ends: front_ends.filter_map(|it| Some((*it, self.server(it)?.rule.clone()))).collect(),
             elements: vips.chain(self.elements.keys().copied()).filter(|element| element.family() == family).collect(),
@@ -164,22 +165,22 @@ impl DesiredState {
     }
 
     /// Every VIP that is to be bound.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.addresses.keys().copied()
+    pub fn vips(&self) -> impl Iterator<Item = IpAddr> {
+        self.vips.keys().copied()
     }
 
-    /// The Services that want a VIP bound.
+    /// The Services that need a VIP bound.
     pub fn claimants(&self, address: IpAddr) -> impl Iterator<Item = &ObjectName> {
-        self.addresses.get(&address).into_iter().flatten()
+        self.vips.get(&address).into_iter().flatten()
     }
 
-    /// Every key that something is desired for, but for tables and flows.
+    /// Every key that something is desired for, except tables, the device, ranges and flows.
     pub fn keys(&self) -> impl Iterator<Item = Key> {
         let sources = self.contributors.iter().flat_map(|(name, contributor)| {
             contributor.contribution.source_ranges.keys().map(|family| Key::SourceRanges(name.clone(), *family))
         });
         let servers = self.claims.keys().copied().map(Key::VirtualServer);
-        let addresses = self.addresses.keys().copied().map(Key::Vip);
+        let addresses = self.vips.keys().copied().map(Key::Vip);
         servers.chain(addresses).chain(self.elements.keys().copied().map(Key::SetElement)).chain(sources)
     }
 
@@ -204,17 +205,17 @@ impl DesiredState {
         self.claims.len()
     }
 
-    /// How many Services want anything.
+    /// How many Services contribute anything.
     pub fn service_count(&self) -> usize {
         self.contributors.len()
     }
 
     /// How many VIPs are to be bound.
     pub fn vip_count(&self) -> usize {
-        self.addresses.len()
+        self.vips.len()
     }
 
-    /// How many Services have this Local policy and no local endpoint, although they have others.
+    /// How many Services have this policy Local and no local endpoint, although they have others.
     pub fn without_local(&self, direction: TrafficDirection, family: Family) -> usize {
         self.without_local.get(&(direction, family)).copied().unwrap_or(0)
     }
@@ -224,7 +225,7 @@ impl DesiredState {
         let index = claims.partition_point(|held| *held < claim);
         claims.insert(index, claim);
         if let [winner, .., _] = claims.as_slice() {
-            // Whoever came, the one who now stands behind the owner is the one to be told.
+            // Reported to the Service that has just lost: the new claimant, or the previous owner.
             let loser = if index == 0 { &claims[1] } else { &claims[index] };
             conflicts.push(FrontEndConflict {
                 front_end,
@@ -244,7 +245,7 @@ impl DesiredState {
     }
 }
 
-/// Puts a Service's wishes in the place of its last ones; both are sorted. Returns what it wants newly or no longer.
+/// Replaces a Service's claims; both slices are sorted. Returns what it claims newly or no longer.
 fn replace_claims<T: Copy + Ord + Hash>(
     claims: &mut HashMap<T, Vec<ObjectName>>,
     name: &ObjectName,

@@ -1,4 +1,4 @@
-//! The operations that lead from what the kernel holds to what is desired, one key at a time.
+//! The operations that lead from what the kernel holds to the desired state, one key at a time.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -16,17 +16,17 @@ use crate::front_end::FrontEnd;
 use crate::mirror::{Mirror, MirrorServer};
 use crate::plan::{Key, Operation};
 
-/// What is kept although nobody wants it.
+/// What is retained although no Service wants it.
 #[derive(Clone, Copy, Debug)]
 pub enum Retention<'a> {
     /// Virtual servers with an address in these ranges.
     ExcludedRanges(&'a [IpNet]),
-    /// Everything: what seems not to be wanted may be in what could not be read.
+    /// Everything, since the objects that want it may be missing from the source.
     Everything,
 }
 
 impl Retention<'_> {
-    fn server(self, front_end: &FrontEnd) -> bool {
+    fn retains_server(self, front_end: &FrontEnd) -> bool {
         match self {
             Self::ExcludedRanges(ranges) => ranges.iter().any(|range| range.contains(&front_end.address)),
             Self::Everything => true,
@@ -38,16 +38,16 @@ impl Retention<'_> {
     }
 }
 
-/// What a diff depends on beside what is and what should be.
+/// What a diff depends on besides the mirror and the desired state.
 #[derive(Clone, Copy)]
 pub struct DiffContext<'a> {
-    /// What is kept although nobody wants it.
+    /// What is retained although no Service wants it.
     pub retention: Retention<'a>,
     /// The constant part of each family's table.
     pub rulesets: &'a [Arc<Ruleset>],
-    /// How the kernel learns that VIPs are this node's.
+    /// How VIPs are bound to this node.
     pub binding: &'a VipBinding,
-    /// Whether a real server has drained for as long as it may.
+    /// Whether a real server has drained for as long as the timeout allows.
     pub is_overdue: &'a dyn Fn(&FrontEnd, SocketAddr) -> bool,
 }
 
@@ -56,14 +56,14 @@ impl DiffContext<'_> {
         self.rulesets.iter().find(|ruleset| ruleset.family() == family)
     }
 
-    /// Whether the packet filter refuses what goes to no VIP of the ranges.
+    /// Whether the packet filter refuses connections to addresses in the ranges that are not VIPs.
     fn has_guard(&self, family: Family, mirror: &Mirror) -> bool {
         self.ruleset(family).is_some_and(|ruleset| mirror.ruleset(family) == Some(ruleset.fingerprint()))
     }
 }
 
-/// Appends the operations a key needs. Returns whether it has real servers that drain: they need another look later,
-/// since only the kernel can tell when their last connection has ended.
+/// Appends the operations that a key needs. Returns whether it has draining real servers. They must be checked again later, since
+/// only the kernel knows when their last connection has ended.
 pub fn diff(
     key: &Key,
     mirror: &Mirror,
@@ -76,18 +76,18 @@ pub fn diff(
         Key::Table(family) => {
             let ruleset = context.ruleset(*family);
             let held = mirror.ruleset(*family);
-            // A table cannot be replaced while what is in it must be kept: of source ranges only a fingerprint is known.
+            // While everything is retained a table cannot be replaced: of its source ranges only fingerprints are known.
             let must_stay = retention.is_everything() && held.is_some();
             if let Some(ruleset) = ruleset
                 && held != Some(ruleset.fingerprint())
                 && !must_stay
             {
-                // Where Services are served already, the table comes with all that belongs in it, in one step. On a cold node
-                // nothing is to be guarded yet, and who comes first is not to wait for the rest.
+                // If Services are served already, the table is built with all its elements in one transaction. On a node without
+                // virtual servers nothing has to be guarded yet, and bootstrap Services do not wait for the others.
                 let is_cold = held.is_none() && !mirror.has_servers();
                 let mut contents = if is_cold { TableContents::default() } else { desired.contents(*family) };
-                // That they are ours must be known as long as they are there, however soon the agent is killed.
-                for front_end in mirror.own(*family) {
+                // The elements prove that virtual servers are ours. They exist as long as those, even if the agent is killed.
+                for front_end in mirror.owned(*family) {
                     contents.front_ends.entry(*front_end).or_insert(FrontEndRule::OPEN);
                 }
                 let (ruleset, contents) = (ruleset.clone(), Arc::new(contents));
@@ -140,7 +140,8 @@ fn diff_element(
     }
 }
 
-/// What the packet filter is to know of a VIP: before it is bound and after, or where its range has a route, last and first.
+/// The element of a VIP in the packet filter. It is added before the VIP is bound and deleted after. In a range with a route it is
+/// added after the VIP is served and deleted before.
 fn diff_vip(
     address: IpAddr,
     mirror: &Mirror,
@@ -161,8 +162,8 @@ fn diff_vip(
     }
 }
 
-/// What makes a VIP this node's. It changes by way of being so twice: what is no longer needed goes once something else is
-/// known to do, so it takes a second look.
+/// The binding of a VIP. When the kind of binding changes, the new one is added first; the old one is deleted once the mirror has
+/// the new one, which takes a second plan.
 fn diff_binding(
     address: IpAddr,
     mirror: &Mirror,
@@ -172,8 +173,8 @@ fn diff_binding(
 ) {
     let route = binding::host_range(address);
     let has_guard = || context.has_guard(Family::of(address), mirror);
-    // Whether it is to have an address, whether a route of its own, and whether what else it has may go.
-    let (is_address_wanted, is_route_wanted, may_go) = match context.binding {
+    // Whether it should have an address, whether a route of its own, and whether any other binding may be deleted.
+    let (is_address_wanted, is_route_wanted, may_delete) = match context.binding {
         _ if !desired.wants_vip(address) => (false, false, !context.retention.is_everything()),
         VipBinding::Addresses => (true, false, mirror.has_address(address)),
         VipBinding::Routes(_) => match context.binding.range_of(address) {
@@ -188,16 +189,16 @@ fn diff_binding(
     if is_route_wanted && !mirror.has_route(&route) {
         out.push(Operation::AddRoute(route));
     }
-    if !is_address_wanted && may_go && mirror.has_host_address(address) {
+    if !is_address_wanted && may_delete && mirror.has_host_address(address) {
         out.push(Operation::UnbindAddress(address));
     }
-    if !is_route_wanted && may_go && mirror.has_route(&route) {
+    if !is_route_wanted && may_delete && mirror.has_route(&route) {
         out.push(Operation::RemoveRoute(route));
     }
 }
 
-/// The route of a range. It comes once the packet filter refuses what goes to no VIP in it, and goes once each VIP in it is
-/// bound by something else.
+/// The route of a range. It is added once the packet filter refuses connections to its other addresses, and deleted once each VIP in it
+/// has another binding.
 fn diff_range(
     range: &IpNet,
     mirror: &Mirror,
@@ -218,7 +219,7 @@ fn diff_range(
             other.is_some_and(|other| mirror.has_route(other)) || mirror.has_route(&binding::host_range(address))
         }
     };
-    let mut within = desired.addresses().filter(|address| range.contains(address));
+    let mut within = desired.vips().filter(|address| range.contains(address));
     if mirror.has_route(range) && !context.retention.is_everything() && within.all(is_bound) {
         out.push(Operation::RemoveRoute(*range));
     }
@@ -251,7 +252,7 @@ fn diff_server(
             );
         }
         (Some(_), None) => {
-            if mirror.is_owned(&front_end) && !context.retention.server(&front_end) {
+            if mirror.is_owned(&front_end) && !context.retention.retains_server(&front_end) {
                 out.push(Operation::DeleteVirtualServer(front_end));
             }
         }
@@ -272,7 +273,7 @@ fn diff_real_servers(
     context: DiffContext<'_>,
     out: &mut Vec<Operation>,
 ) -> bool {
-    if held.real_servers.are(&wanted.real_servers) {
+    if held.real_servers.matches(&wanted.real_servers) {
         return false;
     }
     let mut draining = false;
@@ -281,12 +282,12 @@ fn diff_real_servers(
         match change {
             Change::Add(server) => out.push(Operation::AddRealServer(front_end, server)),
             Change::Set(server) => out.push(Operation::SetRealServer(front_end, server)),
-            // Weight 0 says that its removal was decided before.
+            // Weight 0 shows that its removal was decided before.
             Change::Surplus(server) if !context.retention.is_everything() || server.weight == 0 => {
                 let address = server.socket_address();
                 let is_drained = held.real_servers.get(address).is_some_and(|held| held.is_drained);
                 let is_overdue = (context.is_overdue)(&front_end, address);
-                draining |= remove(front_end, server, is_drained || is_overdue, out);
+                draining |= remove_real_server(front_end, server, is_drained || is_overdue, out);
             }
             Change::Surplus(_) => {}
         }
@@ -294,13 +295,13 @@ fn diff_real_servers(
     draining
 }
 
-/// A real server that is not wanted. Returns whether it drains.
+/// Drains or deletes a real server that is not wanted. Returns whether it drains.
 ///
-/// TCP connections live on at weight 0 until they end. UDP and SCTP flows would never let go, so their real servers are
-/// deleted at once. Nothing is deleted on the ground of connection counts read before its weight was 0: a connection may
-/// have come since.
-fn remove(front_end: FrontEnd, server: RealServer, is_over: bool, out: &mut Vec<Operation>) -> bool {
-    if front_end.protocol != Protocol::Tcp || is_over {
+/// At weight 0 TCP connections continue until they end. UDP and SCTP flows may never end, so their real servers are deleted at
+/// once. Connection counts that were read before the weight was 0 do not justify a deletion: a new connection may have been made
+/// since.
+fn remove_real_server(front_end: FrontEnd, server: RealServer, may_be_deleted: bool, out: &mut Vec<Operation>) -> bool {
+    if front_end.protocol != Protocol::Tcp || may_be_deleted {
         out.push(Operation::DeleteRealServer(front_end, server.socket_address()));
         return false;
     }

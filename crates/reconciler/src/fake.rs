@@ -1,4 +1,4 @@
-//! A kernel in memory: IPVS and `kube-ipvs0` with the rules of the real ones, and with faults to order.
+//! A model of the kernel in memory, for tests: IPVS, `kube-ipvs0`, the packet filter and connection tracking, with fault injection.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -32,20 +32,20 @@ pub struct FakeServer {
     pub real_servers: BTreeMap<SocketAddr, FakeRealServer>,
 }
 
-/// What was asked of a [`FakeKernel`].
+/// How often a [`FakeKernel`] was called.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
-    /// Operations carried out or refused.
+    /// Operations, carried out or refused.
     pub operations: usize,
     /// Plans applied.
     pub plans: usize,
-    /// Readings of everything.
+    /// Dumps of everything.
     pub full_dumps: usize,
-    /// Virtual servers read one by one.
+    /// Virtual servers that were read individually.
     pub servers_read: usize,
 }
 
-/// Decides whether an operation fails, and how.
+/// Decides whether an operation fails, and with which cause.
 pub type Fault = Box<dyn FnMut(&Operation) -> Option<Cause> + Send>;
 
 /// A kernel in memory.
@@ -55,23 +55,23 @@ pub struct FakeKernel {
     pub servers: BTreeMap<FrontEnd, FakeServer>,
     /// Addresses on `kube-ipvs0` with their prefix lengths; `None` without the device.
     pub addresses: Option<BTreeMap<IpAddr, u8>>,
-    /// Whether the device takes routes.
+    /// Whether routes to the device can be added.
     pub accepts_routes: bool,
-    /// Our local routes to it; of no account without it.
+    /// The local routes to it that this program added.
     pub routes: BTreeSet<IpNet>,
     /// Addresses of the other interfaces.
     pub interfaces: BTreeSet<IpAddr>,
-    /// Schedulers this kernel lacks.
+    /// Schedulers that this kernel does not have.
     pub missing_schedulers: BTreeSet<Scheduler>,
     /// The packet filter.
     pub filter: ObservedFilter,
-    /// What connection tracking knows: to which front end, and who answers.
+    /// The flows in connection tracking: to which front end, and from which real server replies are expected.
     pub flows: BTreeSet<(FrontEnd, SocketAddr)>,
-    /// What was asked so far.
+    /// How often it was called.
     pub counts: Counts,
     /// Every operation carried out, in order.
     pub log: Vec<Operation>,
-    /// Asked before each operation.
+    /// Called before each operation.
     pub fault: Option<Fault>,
 }
 
@@ -85,12 +85,12 @@ impl fmt::Debug for FakeKernel {
 }
 
 impl FakeKernel {
-    fn apply_guarded(&mut self, operation: &Operation) -> Result<(), Cause> {
+    fn apply_operation(&mut self, operation: &Operation) -> Result<(), Cause> {
         if let Some(cause) = self.fault.as_mut().and_then(|fault| fault(operation)) {
             return Err(cause);
         }
         if operation.filter_family().is_some() {
-            self.filter(operation)?;
+            self.apply_filter_operation(operation)?;
             self.log.push(operation.clone());
             return Ok(());
         }
@@ -169,8 +169,8 @@ impl FakeKernel {
         Ok(())
     }
 
-    /// The packet filter's part of it.
-    fn filter(&mut self, operation: &Operation) -> Result<(), Cause> {
+    /// Carries out an operation on the packet filter.
+    fn apply_filter_operation(&mut self, operation: &Operation) -> Result<(), Cause> {
         match *operation {
             Operation::BuildTable { ref ruleset, replaces, ref contents } => {
                 if self.filter.rulesets.contains_key(&ruleset.family()) != replaces {
@@ -285,7 +285,7 @@ impl Kernel for FakeKernel {
         plan.operations()
             .iter()
             .map(|operation| {
-                self.apply_guarded(operation)
+                self.apply_operation(operation)
                     .map_err(|cause| KernelError { cause, text: format!("cannot {operation}: {cause:?}") })
             })
             .collect()

@@ -1,4 +1,4 @@
-//! Front ends: what clients connect to, and the virtual server that is there.
+//! Front ends: what clients connect to, and the attributes of the virtual server there.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use ipvs_netlink::{Name, Persistence, Scheduler, SchedulerFlags, VirtualServer, VirtualServerId};
 use service_watch::Protocol;
 
-/// What clients connect to: the identity of a virtual server of ours.
+/// What clients connect to. It identifies a virtual server of a Service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct FrontEnd {
     /// The address.
@@ -28,8 +28,8 @@ impl FrontEnd {
         VirtualServerId::Address { protocol, address: self.address, port: self.port }
     }
 
-    /// The front end of a virtual server; `None` for one that a Service cannot have, by firewall mark or of another
-    /// protocol. Such a virtual server is never ours.
+    /// The front end of a virtual server; `None` for one with a firewall mark or another protocol, which no Service has. Such a
+    /// virtual server is never this program's.
     pub fn from_id(id: &VirtualServerId) -> Option<Self> {
         let VirtualServerId::Address { protocol, address, port } = *id else { return None };
         let protocol = match protocol {
@@ -48,18 +48,18 @@ impl fmt::Display for FrontEnd {
     }
 }
 
-/// What a virtual server is beside its front end.
+/// The attributes of a virtual server besides its front end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ServerConfig {
-    /// How it chooses a real server.
+    /// How it selects a real server.
     pub scheduler: Scheduler,
     /// Flags of the scheduler.
     pub scheduler_flags: SchedulerFlags,
     /// `ClientIP` affinity.
     pub persistence: Option<Persistence>,
-    /// What tells clients apart beside their addresses.
+    /// The persistence engine, which distinguishes clients by more than their addresses.
     pub engine: Option<Name>,
-    /// Whether each UDP packet is scheduled by itself.
+    /// Whether each UDP packet is scheduled on its own.
     pub one_packet: bool,
 }
 

@@ -1,4 +1,4 @@
-//! The one seam to the kernel: reading what it holds, and carrying out plans.
+//! The interface to the kernel: reading its state and applying plans.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -32,24 +32,24 @@ pub enum Scope<'a> {
 /// What was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// Virtual servers that a Service could have.
+    /// The virtual servers, except those with a firewall mark or another protocol, which no Service has.
     pub servers: Vec<ObservedServer>,
-    /// `kube-ipvs0`, where it exists. Read with everything only.
+    /// `kube-ipvs0`, if it exists. Read with [`Scope::All`].
     pub device: Option<ObservedDevice>,
-    /// The addresses of all interfaces but `kube-ipvs0`. Read with everything, and alone.
+    /// The addresses of all interfaces except `kube-ipvs0`. Read with [`Scope::All`] and [`Scope::Interfaces`].
     pub interfaces: BTreeSet<IpAddr>,
-    /// The packet filter. Read with everything, and alone.
+    /// The packet filter. Read with [`Scope::All`] and [`Scope::Filter`].
     pub filter: ObservedFilter,
 }
 
 /// `kube-ipvs0` as it was read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ObservedDevice {
-    /// Whether routes to it can be made and stay.
+    /// Whether routes to it can be added and persist.
     pub accepts_routes: bool,
     /// The addresses on it with their prefix lengths.
     pub addresses: Vec<(IpAddr, u8)>,
-    /// The local routes to it that this program has made.
+    /// The local routes to it that this program added.
     pub routes: Vec<IpNet>,
 }
 
@@ -67,82 +67,82 @@ pub struct ObservedServer {
 /// What a failed operation means for the mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
-    /// What was to be made exists.
+    /// The object to be added exists.
     Exists,
-    /// What was to be changed or deleted does not.
+    /// The object to be changed or deleted does not exist.
     NotFound,
     /// `kube-ipvs0` does not exist, or is down.
     NoDevice,
-    /// The kernel said no for another reason; the mirror is right.
+    /// The kernel refused the operation for another reason. The mirror is right.
     Refused,
-    /// The socket failed: it is not known what was carried out.
+    /// The socket failed. It is not known what was carried out.
     Unknown,
 }
 
-/// A failed operation or reading.
+/// A failed operation or dump.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text}")]
 pub struct KernelError {
-    /// What it means for the mirror.
+    /// What the error means for the mirror.
     pub cause: Cause,
     /// The operation, the object, the kernel's reason, and what to do about it.
     pub text: String,
 }
 
-/// What a kernel was asked since the last account.
+/// Statistics of the exchange with the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct KernelStats {
-    /// What was sent to it, of all that is written and read.
+    /// What was sent, for writing and reading.
     pub sent: Sent,
-    /// Readings of connection tracking for flows that lead nowhere.
+    /// The dumps of connection tracking for stale flows.
     pub conntrack_cleanups: Vec<ConntrackCleanup>,
-    /// Where the time went.
+    /// The time it took.
     pub time_spent: TimeSpent,
 }
 
-/// Time spent on what is said to the kernel and heard from it, by what it is about.
+/// The time that the exchange with the kernel took, by subject.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TimeSpent {
-    /// Reading, whatever it is.
+    /// All reading.
     pub reading: Duration,
     /// Writing the packet filter.
     pub filter: Duration,
     /// Writing virtual and real servers.
     pub ipvs: Duration,
-    /// Binding VIPs, and the device they are on.
+    /// Writing VIPs and their device.
     pub addresses: Duration,
-    /// Looking after flows in connection tracking.
+    /// Deleting flows from connection tracking.
     pub flows: Duration,
 }
 
 impl TimeSpent {
-    /// All of it.
+    /// The sum.
     pub fn total(&self) -> Duration {
         self.reading + self.filter + self.ipvs + self.addresses + self.flows
     }
 }
 
-/// One reading of a family's flows.
+/// One dump of a family's flows in connection tracking, and the deletion of stale ones.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ConntrackCleanup {
     /// The family.
     pub family: Family,
     /// How long it took.
     pub duration: Duration,
-    /// How many flows were stale and are deleted.
+    /// How many stale flows were deleted.
     pub deleted: usize,
 }
 
-/// A kernel, or what stands in for one.
+/// A kernel, or a model of one.
 pub trait Kernel {
-    /// What it was asked since it was last asked for this.
+    /// Returns the statistics since the last call.
     fn take_stats(&mut self) -> KernelStats {
         KernelStats::default()
     }
 
-    /// Reads what the kernel holds. A virtual server that is asked for and does not exist is left out.
+    /// Reads what the kernel holds. Requested virtual servers that do not exist are left out.
     fn dump(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError>;
 
-    /// Carries out a plan in order and returns one result for each operation. A failure does not stop the rest.
+    /// Carries out a plan in order and returns a result for each operation. An error does not stop the others.
     fn apply(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>>;
 }

@@ -1,4 +1,4 @@
-//! What the log says of a sync or an audit.
+//! Log messages about syncs and audits.
 
 use std::time::Duration;
 
@@ -6,21 +6,21 @@ use tracing::{debug, info, warn};
 
 use crate::report::SyncReport;
 
-/// One line for a sync that did something, and one for each problem that is new.
-/// `latency` is the time since the first of the changes was heard of.
+/// Logs one line for a sync that changed anything, and one for each new problem.
+/// `latency` is the time since the first of its changes was received.
 pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
-    for clash in &report.conflicts {
+    for conflict in &report.conflicts {
         warn!(
-            service = %clash.loser, front_end = %clash.front_end,
+            service = %conflict.loser, front_end = %conflict.front_end,
             "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
-             address or port", clash.winner
+             address or port", conflict.winner
         );
     }
-    for (service, vip, holder) in &report.refused_vips {
+    for (service, vip, owner) in &report.refused_vips {
         warn!(
             %service, %vip,
             "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
-             spec.externalIPs, or have the load balancer assign another", holder.description()
+             spec.externalIPs, or have the load balancer assign another", owner.description()
         );
     }
     if !report.drifted_keys.is_empty() {
@@ -63,7 +63,7 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
     }
 }
 
-/// One line for each failure that is new.
+/// Logs one line for each new failure.
 pub(crate) fn failures(report: &SyncReport) {
     for failure in &report.failures {
         let service = failure.service.as_ref().map(tracing::field::display);
@@ -75,7 +75,7 @@ pub(crate) fn failures(report: &SyncReport) {
     }
 }
 
-/// How many were added, changed and deleted, as in `+2 -1`; `None` without any.
+/// The numbers of added, changed and deleted objects, as in `+2 -1`; `None` if all are 0.
 pub(crate) fn counts(added: usize, changed: usize, deleted: usize) -> Option<String> {
     let counts = [('+', added), ('~', changed), ('-', deleted)];
     let parts: Vec<String> = counts.iter().filter(|(_, n)| *n > 0).map(|(sign, n)| format!("{sign}{n}")).collect();

@@ -1,4 +1,4 @@
-//! The mirror: what the kernel holds, as far as known. Filled by dumps, kept by acknowledged operations.
+//! The mirror: what the kernel holds, as far as known. Dumps fill it; acknowledged operations keep it up to date.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -30,20 +30,20 @@ pub struct MirrorServer {
 #[derive(Clone, Debug, Default)]
 pub struct Mirror {
     has_device: bool,
-    /// Whether it takes routes.
+    /// Whether routes to the device can be added.
     accepts_routes: bool,
     servers: HashMap<FrontEnd, MirrorServer>,
-    /// How many real servers they have together.
+    /// How many real servers there are in all.
     real_server_count: usize,
-    /// Addresses on `kube-ipvs0`, and whether each is one we would have bound: a /32 or /128.
+    /// The addresses on `kube-ipvs0`, and whether each is a /32 or /128, as this program adds them.
     addresses: HashMap<IpAddr, bool>,
-    /// Our local routes to `kube-ipvs0`.
+    /// The local routes to `kube-ipvs0` that this program added.
     routes: BTreeSet<IpNet>,
     filter: ObservedFilter,
 }
 
 impl Mirror {
-    /// What a dump of everything saw.
+    /// Creates a mirror from a dump of everything.
     pub fn from_dump(observed: Observed) -> Self {
         let has_device = observed.device.is_some();
         let device = observed.device.unwrap_or_default();
@@ -55,7 +55,7 @@ impl Mirror {
             ..Self::default()
         };
         for (address, prefix) in device.addresses {
-            // Never ours: the kernel puts fe80:: addresses on a device that is up, and routes need a loopback one there.
+            // These are not VIPs: the kernel adds fe80:: addresses to a device that is up, and routes need a loopback address.
             if !address.is_loopback() && !is_link_local_v6(address) {
                 mirror.addresses.insert(address, prefix == if address.is_ipv4() { 32 } else { 128 });
             }
@@ -67,9 +67,9 @@ impl Mirror {
         mirror
     }
 
-    /// What a dump of some virtual servers saw: those asked for and not seen are gone.
-    pub fn refresh(&mut self, asked: &[FrontEnd], observed: Observed) {
-        for front_end in asked {
+    /// Updates the mirror from a dump of some virtual servers. Requested servers that are not in the dump do not exist.
+    pub fn refresh(&mut self, requested: &[FrontEnd], observed: Observed) {
+        for front_end in requested {
             self.remove(front_end);
         }
         for server in observed.servers {
@@ -77,7 +77,7 @@ impl Mirror {
         }
     }
 
-    /// What a dump of the packet filter saw.
+    /// Updates the mirror from a dump of the packet filter.
     pub fn refresh_filter(&mut self, filter: ObservedFilter) {
         self.filter = filter;
     }
@@ -92,12 +92,12 @@ impl Mirror {
         self.has_device
     }
 
-    /// Whether it is there and takes routes.
+    /// Whether routes to `kube-ipvs0` can be added.
     pub fn accepts_routes(&self) -> bool {
         self.accepts_routes
     }
 
-    /// Whether a route is there that this program has made.
+    /// Whether there is a route that this program added.
     pub fn has_route(&self, range: &IpNet) -> bool {
         self.routes.contains(range)
     }
@@ -132,7 +132,7 @@ impl Mirror {
         self.addresses.contains_key(&address)
     }
 
-    /// Whether it is there as we would have bound it.
+    /// Whether an address is on `kube-ipvs0` as a /32 or /128, as this program adds it.
     pub fn has_host_address(&self, address: IpAddr) -> bool {
         self.addresses.get(&address).copied().unwrap_or(false)
     }
@@ -142,36 +142,36 @@ impl Mirror {
         self.filter.rulesets.get(&family).copied()
     }
 
-    /// Whether a virtual server is this agent's, or was kube-proxy's, which it follows. What proves the first is what the packet
-    /// filter has for its front end: that comes before the virtual server and goes after it. Without a table, as on the first
-    /// start after kube-proxy, it is that the VIP is on `kube-ipvs0`, which nobody else has.
+    /// Whether a virtual server is this program's, or kube-proxy's, which it replaces. The proof is an element of its front end in
+    /// the packet filter, which is added before the virtual server and deleted after it. Without a table, as on the first start
+    /// after kube-proxy, the proof is that the VIP is on `kube-ipvs0`, which no other program uses.
     pub fn is_owned(&self, front_end: &FrontEnd) -> bool {
         let is_inherited =
             || self.ruleset(Family::of(front_end.address)).is_none() && self.has_host_address(front_end.address);
         self.front_end(front_end).is_some() || is_inherited()
     }
 
-    /// The front ends of a family's virtual servers that are this agent's.
-    pub fn own(&self, family: Family) -> impl Iterator<Item = &FrontEnd> {
+    /// The front ends of a family's virtual servers that are provably this program's.
+    pub fn owned(&self, family: Family) -> impl Iterator<Item = &FrontEnd> {
         self.servers.keys().filter(move |it| Family::of(it.address) == family && self.is_owned(it))
     }
 
-    /// The virtual servers that nothing proves to be ours.
+    /// The virtual servers that are not provably this program's.
     pub fn unowned(&self) -> impl Iterator<Item = &FrontEnd> {
         self.servers.keys().filter(|front_end| !self.is_owned(front_end))
     }
 
-    /// What the packet filter has for a front end.
+    /// The packet filter's elements of a front end.
     pub fn front_end(&self, front_end: &FrontEnd) -> Option<&FrontEndElements> {
         self.filter.front_ends.get(front_end)
     }
 
-    /// Whether something is in a set of the packet filter.
+    /// Whether a set of the packet filter has an element.
     pub fn has_element(&self, element: &SetElement) -> bool {
         self.filter.elements.contains(element)
     }
 
-    /// The fingerprint of a Service's source ranges, where the packet filter has any.
+    /// The fingerprint of a Service's source ranges, if the packet filter has any.
     pub fn source_ranges(&self, service: &ObjectName, family: Family) -> Option<u64> {
         self.filter.source_ranges.get(&(service.clone(), family)).copied()
     }
@@ -190,10 +190,10 @@ impl Mirror {
         front_ends.chain(addresses).chain(routes).chain(elements).chain(sources)
     }
 
-    /// Takes in an operation that the kernel has carried out.
+    /// Applies an operation that the kernel has carried out.
     pub fn acknowledge(&mut self, operation: &Operation) {
         match *operation {
-            Operation::BuildTable { ref ruleset, ref contents, .. } => self.filter_built(ruleset, contents),
+            Operation::BuildTable { ref ruleset, ref contents, .. } => self.build_table(ruleset, contents),
             Operation::SetSourceRanges(ref service, family, ref ranges) => {
                 self.filter.source_ranges.insert((service.clone(), family), ranges.fingerprint());
             }
@@ -260,7 +260,7 @@ impl Mirror {
         }
     }
 
-    /// Forgets the device and what was on it and led to it: an operation found it gone, or down.
+    /// Removes the device with its addresses and routes, after an operation found it deleted or down.
     pub fn forget_device(&mut self) {
         self.has_device = false;
         self.accepts_routes = false;
@@ -268,7 +268,7 @@ impl Mirror {
         self.routes.clear();
     }
 
-    fn filter_built(&mut self, ruleset: &Ruleset, contents: &TableContents) {
+    fn build_table(&mut self, ruleset: &Ruleset, contents: &TableContents) {
         let (family, filter) = (ruleset.family(), &mut self.filter);
         filter.rulesets.insert(family, ruleset.fingerprint());
         filter.front_ends.retain(|front_end, _| Family::of(front_end.address) != family);

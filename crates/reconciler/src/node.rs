@@ -1,4 +1,4 @@
-//! The node as Services see it: its zone, its own addresses, and where NodePorts listen.
+//! The node as far as Services depend on it: its zone, its addresses, and where NodePorts listen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -10,37 +10,38 @@ use service_watch::Node;
 
 use crate::policy::{NodePortAddresses, Policy};
 
-/// What contributions depend on beside Services, endpoints and policy. Equal views give equal contributions.
+/// What contributions depend on besides Services, endpoints and the policy. Equal views give equal contributions.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NodeView {
     /// The zone of the Node object.
     pub zone: Option<Arc<str>>,
-    /// Addresses of all interfaces but `kube-ipvs0`: a VIP among them is not bound again. Link-local ones of IPv6 are
+    /// The addresses of all interfaces except `kube-ipvs0`. A VIP among them is not bound again. IPv6 link-local addresses are
     /// left out, as every new pod interface has one.
-    pub local: BTreeSet<IpAddr>,
+    pub interface_addresses: BTreeSet<IpAddr>,
     /// The addresses NodePorts listen on.
-    pub node_ports: BTreeSet<IpAddr>,
-    /// The addresses on which the node answers load balancers, by family; it does on all of a family that is not here.
+    pub node_port_addresses: BTreeSet<IpAddr>,
+    /// The addresses on which the node answers health checks of load balancers, by family; all addresses of a family without an
+    /// entry.
     pub health_check_addresses: BTreeMap<Family, BTreeSet<IpAddr>>,
-    /// The node's own IP, at most one a family: who the node is for source ranges.
+    /// The IPs of this node, at most one per family. Source ranges are compared with them.
     pub node_ips: Vec<IpAddr>,
-    /// Addresses of this Node. None of them can be a VIP.
-    pub own: BTreeSet<IpAddr>,
-    /// Addresses of the other Nodes that are known. None of them can be an external or load-balancer IP: bound here, it
-    /// would cut this node off from that one.
-    pub neighbours: BTreeSet<IpAddr>,
-    /// Where the API server is. None of them can be an external or load-balancer IP of just any Service.
+    /// The addresses of this Node. None of them can be a VIP.
+    pub node_addresses: BTreeSet<IpAddr>,
+    /// The addresses of the other Nodes that are known. None of them can be an external or load-balancer IP: bound here, it would
+    /// cut this node off from the other.
+    pub peer_node_addresses: BTreeSet<IpAddr>,
+    /// The addresses of API servers. Only Services of the control plane can have them as external or load-balancer IPs.
     pub api_servers: BTreeSet<IpAddr>,
-    /// The ranges of the pods on this node.
+    /// The pod CIDRs of this node.
     pub pod_cidrs: Vec<IpNet>,
 }
 
 impl NodeView {
-    /// Derives the view from the Node object, the addresses of the other Nodes, those of API servers beside those the policy
-    /// names, and the addresses of all interfaces but `kube-ipvs0`.
+    /// Derives the view from the Node object, the addresses of the other Nodes, those of API servers in addition to the
+    /// policy's, and the addresses of all interfaces except `kube-ipvs0`.
     pub fn new(
         node: Option<&Node>,
-        neighbours: impl IntoIterator<Item = IpAddr>,
+        peer_node_addresses: impl IntoIterator<Item = IpAddr>,
         api_servers: impl IntoIterator<Item = IpAddr>,
         interfaces: &BTreeSet<IpAddr>,
         policy: &Policy,
@@ -48,8 +49,8 @@ impl NodeView {
         let node_ips = node_ips(node, policy);
         Self {
             zone: node.and_then(|node| node.zone.clone()),
-            local: interfaces.iter().copied().filter(|address| !is_link_local_v6(*address)).collect(),
-            node_ports: policy
+            interface_addresses: interfaces.iter().copied().filter(|address| !is_link_local_v6(*address)).collect(),
+            node_port_addresses: policy
                 .families
                 .iter()
                 .flat_map(|family| node_port_addresses(family, &node_ips, interfaces, policy))
@@ -57,18 +58,18 @@ impl NodeView {
             health_check_addresses: policy
                 .families
                 .iter()
-                .filter_map(|family| Some((family, chosen(family, &node_ips, interfaces, policy)?)))
+                .filter_map(|family| Some((family, selected_addresses(family, &node_ips, interfaces, policy)?)))
                 .collect(),
             node_ips,
-            own: node.into_iter().flat_map(|node| node.addresses.iter().copied()).collect(),
-            neighbours: neighbours.into_iter().collect(),
+            node_addresses: node.into_iter().flat_map(|node| node.addresses.iter().copied()).collect(),
+            peer_node_addresses: peer_node_addresses.into_iter().collect(),
             api_servers: api_servers.into_iter().chain(policy.api_servers.iter().copied()).collect(),
             pod_cidrs: node.map(|node| node.pod_cidrs.clone()).unwrap_or_default(),
         }
     }
 }
 
-/// At most one IP a family: the first of the Node object, unless `--bind-address` names one.
+/// At most one IP per family: the first of the Node object, unless `--bind-address` names one.
 fn node_ips(node: Option<&Node>, policy: &Policy) -> Vec<IpAddr> {
     let of_node = node.map(|node| node.addresses.as_slice()).unwrap_or_default();
     [Family::Ipv4, Family::Ipv6]
@@ -80,15 +81,15 @@ fn node_ips(node: Option<&Node>, policy: &Policy) -> Vec<IpAddr> {
         .collect()
 }
 
-/// kube-proxy's two rules differ in more than the ranges: without one, link-local addresses of IPv6 do not count; with
-/// one that names them, they do. Loopback addresses never do.
+/// The addresses NodePorts of a family listen on, as in kube-proxy: without a range, IPv6 link-local addresses are left out; a
+/// range may include them. Loopback addresses are always left out.
 fn node_port_addresses(
     family: Family,
     node_ips: &[IpAddr],
     interfaces: &BTreeSet<IpAddr>,
     policy: &Policy,
 ) -> BTreeSet<IpAddr> {
-    let mut addresses = chosen(family, node_ips, interfaces, policy).unwrap_or_else(|| {
+    let mut addresses = selected_addresses(family, node_ips, interfaces, policy).unwrap_or_else(|| {
         let of_family = interfaces.iter().copied().filter(|address| Family::of(*address) == family);
         of_family.filter(|address| !is_link_local_v6(*address)).collect()
     });
@@ -96,9 +97,9 @@ fn node_port_addresses(
     addresses
 }
 
-/// The addresses of a family that `--nodeport-addresses` chooses, loopback ones among them; `None` where it leaves the
-/// family alone.
-fn chosen(
+/// The addresses of a family that `--nodeport-addresses` selects, including loopback addresses; `None` if it does not restrict
+/// the family.
+fn selected_addresses(
     family: Family,
     node_ips: &[IpAddr],
     interfaces: &BTreeSet<IpAddr>,
@@ -120,7 +121,7 @@ fn chosen(
     }
 }
 
-/// Whether an address is of `fe80::/10`.
+/// Whether an address is in `fe80::/10`.
 pub(crate) fn is_link_local_v6(address: IpAddr) -> bool {
     matches!(address, IpAddr::V6(address) if address.is_unicast_link_local())
 }
@@ -138,7 +139,7 @@ mod tests {
     }
 
     #[test]
-    fn node_ports_listen_where_the_flag_says() {
+    fn node_ports_listen_on_the_addresses_the_flag_selects() {
         let interfaces =
             set(&["127.0.0.1", "::1", "192.168.1.1", "169.254.3.4", "10.0.0.1", "fe80::1", "fd00::1", "fd01::1"]);
         let node = Node { addresses: vec!["10.0.0.1".parse().unwrap()], ..Node::default() };
@@ -153,7 +154,11 @@ mod tests {
             (NodePortAddresses::Primary, [&["10.0.0.1"][..], &all_v6].concat()),
         ] {
             let policy = Policy { node_port_addresses: flag.clone(), ..Policy::new("n") };
-            assert_eq!(NodeView::new(Some(&node), [], [], &interfaces, &policy).node_ports, set(&expected), "{flag:?}");
+            assert_eq!(
+                NodeView::new(Some(&node), [], [], &interfaces, &policy).node_port_addresses,
+                set(&expected),
+                "{flag:?}"
+            );
         }
     }
 
@@ -166,7 +171,7 @@ mod tests {
             ..Policy::new("n")
         };
         let view = NodeView::new(Some(&node), [], [], &set(&["10.0.0.1", "10.0.0.9", "fd00::1", "fd00::2"]), &policy);
-        assert_eq!(view.node_ports, set(&["10.0.0.9", "fd00::1"]));
+        assert_eq!(view.node_port_addresses, set(&["10.0.0.9", "fd00::1"]));
     }
 
     #[test]

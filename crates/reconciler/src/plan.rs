@@ -1,4 +1,4 @@
-//! Plans: operations on the kernel, in phases whose order keeps traffic right at every instant.
+//! Plans: operations on the kernel, in phases whose order keeps traffic correct at every instant.
 
 use std::fmt;
 use std::net::{IpAddr, SocketAddr};
@@ -14,19 +14,19 @@ use crate::filter::{FrontEndElements, SetElement, SourceRanges, TableContents};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::real_servers::RealServerAddress;
 
-/// One step of a plan.
+/// An operation on the kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Makes a family's table of the packet filter with these contents, in the place of one that is otherwise.
+    /// Builds a family's table of the packet filter, in place of one that differs.
     BuildTable {
         /// Sets, chains and rules.
         ruleset: Arc<Ruleset>,
         /// Whether there is a table to be replaced.
         replaces: bool,
-        /// What follows the Services.
+        /// Its elements and source ranges.
         contents: Arc<TableContents>,
     },
-    /// Makes or changes the source ranges of a Service.
+    /// Adds or changes the source ranges of a Service.
     SetSourceRanges(ObjectName, Family, SourceRanges),
     /// Replaces the packet filter's elements of a front end.
     SetFrontEnd {
@@ -37,46 +37,46 @@ pub enum Operation {
         /// The elements that it is to hold.
         after: FrontEndElements,
     },
-    /// Adds a member to one of the packet filter's sets.
+    /// Adds an element to one of the packet filter's sets.
     AddElement(SetElement),
-    /// Makes `kube-ipvs0`.
+    /// Adds `kube-ipvs0`.
     AddDevice,
-    /// Has `kube-ipvs0` take routes.
+    /// Sets `kube-ipvs0` up, so that routes to it can be added.
     SetDeviceUp,
-    /// Makes a virtual server.
+    /// Adds a virtual server.
     AddVirtualServer(FrontEnd, ServerConfig),
-    /// Corrects the attributes of a virtual server.
+    /// Sets the attributes of a virtual server.
     SetVirtualServer(FrontEnd, ServerConfig),
-    /// Makes a real server.
+    /// Adds a real server.
     AddRealServer(FrontEnd, RealServer),
-    /// Corrects the attributes of a real server that is wanted.
+    /// Sets the attributes of a real server that is wanted.
     SetRealServer(FrontEnd, RealServer),
-    /// Deletes from connection tracking what was begun to a front end before it had a virtual server, but for what its real
-    /// servers answer: nobody has translated that.
+    /// Deletes flows to a front end from connection tracking that began before it had a virtual server, and so are not translated:
+    /// all whose replies do not come from these real servers.
     DeleteUntranslatedFlows(FrontEnd, Arc<[RealServerAddress]>),
     /// Binds a VIP to `kube-ipvs0`, as /32 or /128.
     BindAddress(IpAddr),
-    /// Makes a local route to `kube-ipvs0`, for a VIP or a range of them.
+    /// Adds a local route to `kube-ipvs0`, for a VIP or a range of VIPs.
     AddRoute(IpNet),
-    /// Sets the weight of a real server that is not wanted to 0: connections stay, new ones go elsewhere.
+    /// Sets the weight of a real server that is not wanted to 0: its connections continue, new ones go to others.
     DrainRealServer(FrontEnd, RealServer),
     /// Deletes a real server.
     DeleteRealServer(FrontEnd, SocketAddr),
-    /// Takes a VIP from `kube-ipvs0`.
+    /// Deletes a VIP from `kube-ipvs0`.
     UnbindAddress(IpAddr),
     /// Deletes a local route to `kube-ipvs0`.
     RemoveRoute(IpNet),
     /// Deletes a virtual server with its real servers.
     DeleteVirtualServer(FrontEnd),
-    /// Deletes UDP flows to a front end from connection tracking, but for those that its real servers answer.
+    /// Deletes UDP flows to a front end from connection tracking whose replies do not come from these real servers.
     DeleteStaleFlows(FrontEnd, Arc<[RealServerAddress]>),
-    /// Takes from the packet filter what it has for a front end.
+    /// Deletes the packet filter's elements of a front end.
     RemoveFrontEnd(FrontEnd, FrontEndElements),
-    /// Takes a member from one of the packet filter's sets.
+    /// Deletes an element from one of the packet filter's sets.
     RemoveElement(SetElement),
-    /// Adds a VIP to the packet filter that is this node's already: its range has a route.
+    /// Adds the element of a VIP whose range is routed to this node already. From then on its front ends are served.
     AddRoutedVip(IpAddr),
-    /// Takes such a VIP from the packet filter.
+    /// Deletes the element of such a VIP.
     RemoveRoutedVip(IpAddr),
     /// Deletes the source ranges of a Service.
     RemoveSourceRanges(ObjectName, Family),
@@ -141,7 +141,7 @@ impl Operation {
         }
     }
 
-    /// The family whose table of the packet filter the operation is about; `None` for other operations.
+    /// The family whose table of the packet filter the operation changes; `None` for other operations.
     pub fn filter_family(&self) -> Option<Family> {
         match self {
             Self::BuildTable { ruleset, .. } => Some(ruleset.family()),
@@ -155,7 +155,7 @@ impl Operation {
         }
     }
 
-    /// What the operation is about.
+    /// The key to which the operation belongs.
     pub fn key(&self) -> Key {
         match self {
             Self::BuildTable { ruleset, .. } => Key::Table(ruleset.family()),
@@ -232,34 +232,34 @@ impl fmt::Display for Operation {
     }
 }
 
-/// What is compared, planned and retried as one.
+/// The unit that is compared, planned and retried.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Key {
-    /// A family's table of the packet filter, but for what follows the Services.
+    /// The constant part of a family's table of the packet filter.
     Table(Family),
     /// The source ranges of a Service.
     SourceRanges(ObjectName, Family),
-    /// A member of one of the packet filter's sets; VIPs are part of their addresses.
+    /// An element of one of the packet filter's sets, except a VIP's.
     SetElement(SetElement),
     /// `kube-ipvs0` itself.
     Device,
-    /// A virtual server with its real servers, and what the packet filter has for its front end.
+    /// A virtual server with its real servers, and the packet filter's elements of its front end.
     VirtualServer(FrontEnd),
-    /// A VIP: its address or its own route, and its place in the packet filter.
+    /// A VIP: its address or route, and its element in the packet filter.
     Vip(IpAddr),
-    /// The route of a range of VIPs; that of a single one is part of its address.
+    /// The route of a range of VIPs.
     VipRange(IpNet),
-    /// What connection tracking knows of a front end.
+    /// The flows to a front end in connection tracking.
     Flows(FrontEnd),
 }
 
 impl Key {
-    /// That of a route.
+    /// The key of a route.
     pub(crate) fn for_route(range: &IpNet) -> Self {
         if binding::is_host_range(range) { Self::Vip(range.addr()) } else { Self::VipRange(*range) }
     }
 
-    /// What kind of thing it is, in a word.
+    /// The kind of key, as a label for metrics.
     pub fn kind(&self) -> &'static str {
         match self {
             Self::Table(_) => "filter_table",
@@ -273,12 +273,12 @@ impl Key {
         }
     }
 
-    /// Whether all Services of a family depend on it, and not only one.
+    /// Whether all Services of a family depend on it, and not only some.
     pub fn is_node_wide(&self) -> bool {
         matches!(self, Self::Device | Self::Table(_) | Self::VipRange(_))
     }
 
-    /// Whether it is of a family; the device is of both.
+    /// Whether it belongs to a family. The device belongs to both.
     pub fn is_of_family(&self, family: Family) -> bool {
         match self {
             Self::Table(of) | Self::SourceRanges(_, of) => *of == family,
@@ -313,7 +313,7 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Nothing to do?
+    /// Whether there are no operations.
     pub fn is_empty(&self) -> bool {
         self.operations.is_empty()
     }
@@ -337,7 +337,7 @@ impl Plan {
 }
 
 impl FromIterator<Operation> for Plan {
-    /// Within a phase the order stays.
+    /// Sorts by phase. The order within a phase is preserved.
     fn from_iter<I: IntoIterator<Item = Operation>>(operations: I) -> Self {
         let mut operations: Vec<_> = operations.into_iter().collect();
         operations.sort_by_key(Operation::phase);

@@ -1,4 +1,4 @@
-//! What the operator chose: the same for every Service of a run.
+//! The operator's configuration, as far as it concerns Services.
 
 use std::net::IpAddr;
 use std::time::Duration;
@@ -8,19 +8,19 @@ use ipvs_netlink::{Family, Scheduler, SchedulerFlags};
 
 use crate::binding::VipBinding;
 
-/// On which of the node's addresses NodePorts listen (`--nodeport-addresses`).
+/// The addresses of the node on which NodePorts listen (`--nodeport-addresses`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum NodePortAddresses {
-    /// On all.
+    /// All addresses.
     #[default]
     All,
-    /// On those within these ranges. A family without a range listens on all.
+    /// The addresses in these ranges; all addresses of a family without a range.
     Within(Vec<IpNet>),
-    /// On the node's own IPs (`primary`).
+    /// The node's IPs (`primary`).
     Primary,
 }
 
-/// Which address families the node can serve.
+/// The address families that the node can serve.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Families {
     /// IPv4.
@@ -30,10 +30,10 @@ pub struct Families {
 }
 
 impl Families {
-    /// Both.
+    /// Both families.
     pub const BOTH: Self = Self { ipv4: true, ipv6: true };
 
-    /// Whether a family is among them.
+    /// Whether a family is one of them.
     pub fn contains(self, family: Family) -> bool {
         match family {
             Family::Ipv4 => self.ipv4,
@@ -47,24 +47,25 @@ impl Families {
     }
 }
 
-/// How to tell that a packet comes from a pod (`--detect-local-mode`). Traffic to ClusterIPs from elsewhere is
-/// masqueraded; an external client of a policy-Local front end is refused where no endpoint is local.
+/// How packets from pods are recognized (`--detect-local-mode`). Traffic to ClusterIPs from elsewhere is masqueraded. If a front
+/// end with traffic policy `Local` has no local endpoint, external clients are refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DetectLocal {
-    /// Its source is in one of these ranges, the first of its family (`--cluster-cidr`). Without one nothing is told.
+    /// By their source in the first of these ranges that has their family (`--cluster-cidr`). Without one, pods are not
+    /// recognized.
     ClusterCidr(Vec<IpNet>),
-    /// Its source is in the Node's pod ranges.
+    /// By their source in the Node's pod CIDRs.
     NodeCidr,
-    /// It comes in by this bridge (`--pod-bridge-interface`).
+    /// By this bridge as the incoming interface (`--pod-bridge-interface`).
     BridgeInterface(String),
-    /// It comes in by an interface whose name begins so (`--pod-interface-name-prefix`).
+    /// By the prefix of the incoming interface's name (`--pod-interface-name-prefix`).
     InterfaceNamePrefix(String),
 }
 
-/// What the operator chose.
+/// The operator's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
-    /// The name of the own Node: endpoints with this `nodeName` are local.
+    /// The name of this Node. Endpoints with this `nodeName` are local.
     pub node_name: String,
     /// The scheduler of every virtual server (`--ipvs-scheduler`).
     pub scheduler: Scheduler,
@@ -72,29 +73,29 @@ pub struct Policy {
     pub exclude: Vec<IpNet>,
     /// `--nodeport-addresses`.
     pub node_port_addresses: NodePortAddresses,
-    /// Takes the place of the node's IP of its family (`--bind-address`); `None` for the unspecified address.
+    /// Replaces the node's IP of its family (`--bind-address`); `None` for the unspecified address.
     pub bind_address: Option<IpAddr>,
-    /// Where the API server is, as far as that is known before it has said anything.
+    /// The addresses of API servers that the configuration names.
     pub api_servers: Vec<IpAddr>,
-    /// Whether `spec.externalIPs` count (feature gate `AllowServiceExternalIPs`).
+    /// Whether `spec.externalIPs` are served (feature gate `AllowServiceExternalIPs`).
     pub external_ips: bool,
     /// The families the node can serve.
     pub families: Families,
     /// Whether all traffic to ClusterIPs is masqueraded (`--masquerade-all`).
     pub masquerade_all: bool,
-    /// Which bit of the packet mark, 0 to 31, says that a connection is to be masqueraded (`--iptables-masquerade-bit`).
+    /// The bit of the packet mark, 0 to 31, that marks connections to be masqueraded (`--iptables-masquerade-bit`).
     pub masquerade_bit: u8,
-    /// How to tell that a packet comes from a pod.
+    /// How packets from pods are recognized.
     pub detect_local: DetectLocal,
-    /// How long a real server may drain before it is deleted with the connections it has (`--ipvs-drain-timeout`);
-    /// `None` for as long as they last.
+    /// How long a real server may drain before it is deleted with its remaining connections (`--ipvs-drain-timeout`); `None` for
+    /// no limit.
     pub drain_timeout: Option<Duration>,
-    /// How the kernel learns that VIPs are this node's (`--vip-binding`, `--vip-ranges`).
+    /// How VIPs are bound to this node (`--vip-binding`, `--vip-ranges`).
     pub binding: VipBinding,
 }
 
 impl Policy {
-    /// Everything as kube-proxy has it without flags.
+    /// The defaults of kube-proxy.
     pub fn new(node_name: impl Into<String>) -> Self {
         Self {
             node_name: node_name.into(),
@@ -113,7 +114,7 @@ impl Policy {
         }
     }
 
-    /// The flags of every virtual server: kube-proxy hashes the source port with `mh`, and sets no other flag.
+    /// The scheduler flags of every virtual server. Like kube-proxy, only `mh` has one: it hashes the source port too.
     pub fn scheduler_flags(&self) -> SchedulerFlags {
         match self.scheduler {
             Scheduler::MaglevHashing => SchedulerFlags::MH_PORT,

@@ -1,4 +1,4 @@
-//! What a sync did: operations carried out and refused, drift found, and what people should know.
+//! The report of a sync: operations carried out and refused, drift found, and what operators should know.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -15,51 +15,51 @@ use crate::plan::{Key, Operation};
 /// An operation that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
-    /// What it was about.
+    /// The key of the operation.
     pub key: Key,
-    /// The Service that wants it, where one does.
+    /// The Service that needs it, if any.
     pub service: Option<ObjectName>,
-    /// The operation, the kernel's reason, and what to do.
+    /// The operation, the kernel's reason, and a hint.
     pub error: String,
-    /// Whether it failed in the same way the last time.
+    /// Whether the last attempt failed with the same error.
     pub is_repeated: bool,
 }
 
-/// What a sync did.
+/// The report of a sync or an audit.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SyncReport {
-    /// The operations the kernel carried out, by kind.
+    /// How many operations were carried out, by kind.
     pub applied: OperationCounts,
-    /// Those it did not.
+    /// The operations that failed.
     pub failures: Vec<Failure>,
-    /// Keys that were found otherwise than this agent had left them.
+    /// Keys that another program has changed.
     pub drifted_keys: Vec<Key>,
-    /// Front ends that two Services began to claim.
+    /// New conflicts of two Services over a front end.
     pub conflicts: Vec<FrontEndConflict>,
-    /// Of the first audit: how many virtual servers it found that are not provably this program's, and so stay.
+    /// In the first audit: how many virtual servers are not provably this program's and stay.
     pub foreign_servers: usize,
-    /// VIPs that began to be refused, each with its Service and with whose address it is.
+    /// VIPs that are refused since this sync, each with its Service and the owner of the address.
     pub refused_vips: Vec<(ObjectName, IpAddr, AddressOwner)>,
-    /// What load balancers are to be told of a Service from now on; nothing is asked for it where the list is empty.
+    /// Services whose health checks of load balancers have changed. An empty list ends them.
     pub health_checks: Vec<(ObjectName, Vec<HealthCheck>)>,
-    /// When the EndpointSlices that changed began to say what they say.
+    /// The trigger times of the EndpointSlices that changed (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
     pub trigger_times: Vec<(Family, SystemTime)>,
-    /// Families of which something is otherwise than desired, was so before, and cannot be repaired: the packet filter,
-    /// the device, or what somebody else changed.
+    /// Families in which something differs from the desired state and could not be repaired: the packet filter, the device, or what
+    /// another program changed.
     pub unrepaired: BTreeSet<Family>,
-    /// What there is after it.
+    /// Totals after the sync.
     pub totals: Totals,
-    /// How long it took.
+    /// The duration of the sync.
     pub duration: Duration,
-    /// What the kernel was asked for it.
+    /// Statistics of the exchange with the kernel.
     pub kernel_stats: KernelStats,
     /// Whether everything was read from the kernel.
     pub is_audit: bool,
-    /// Whether it was read without anything known of it before.
+    /// Whether it was the first audit, or the first after an error that left the state of the kernel unknown.
     pub is_first_audit: bool,
 }
 
-/// What there is after a sync.
+/// Totals after a sync.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Totals {
     /// Services that are served.
@@ -74,24 +74,24 @@ pub struct Totals {
     pub draining: usize,
     /// Keys whose last operation failed.
     pub failing: usize,
-    /// Services with an internal policy Local and no local endpoint although they have others: IPv4, IPv6.
+    /// Services with `internalTrafficPolicy: Local` and no local endpoint although they have others: IPv4, IPv6.
     pub internal_without_local: [usize; 2],
-    /// The same of the external policy.
+    /// The same for `externalTrafficPolicy`.
     pub external_without_local: [usize; 2],
 }
 
 /// How many operations of each kind were carried out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct OperationCounts {
-    /// Virtual servers made.
+    /// Virtual servers added.
     pub servers_added: usize,
     /// Virtual servers changed.
     pub servers_changed: usize,
     /// Virtual servers deleted.
     pub servers_deleted: usize,
-    /// Real servers made.
+    /// Real servers added.
     pub real_servers_added: usize,
-    /// Real servers corrected, or taken back while they drained.
+    /// Real servers changed, among them those that are wanted again while they drain.
     pub real_servers_changed: usize,
     /// Real servers set to weight 0.
     pub real_servers_drained: usize,
@@ -99,29 +99,29 @@ pub struct OperationCounts {
     pub real_servers_deleted: usize,
     /// VIPs bound.
     pub addresses_bound: usize,
-    /// VIPs taken from the device.
+    /// VIPs unbound.
     pub addresses_unbound: usize,
-    /// Local routes made, of VIPs and of ranges.
+    /// Local routes added, of VIPs and of ranges.
     pub routes_added: usize,
     /// Local routes deleted.
     pub routes_removed: usize,
-    /// Devices made, or set up.
+    /// Devices added or set up.
     pub device_added: usize,
-    /// Tables of the packet filter made.
+    /// Tables of the packet filter built.
     pub filters_built: usize,
-    /// What the packet filter learned.
+    /// Elements and source ranges of the packet filter added or changed.
     pub filter_added: usize,
-    /// What it forgot.
+    /// Elements and source ranges of the packet filter deleted.
     pub filter_removed: usize,
 }
 
 impl OperationCounts {
-    /// How many operations in all.
+    /// The sum.
     pub fn total(&self) -> usize {
         self.by_kind().into_iter().map(|(_, count)| count).sum()
     }
 
-    /// The numbers with the names of their kinds.
+    /// The numbers with the kinds of operation, as labels for metrics.
     pub fn by_kind(&self) -> [(&'static str, usize); 15] {
         [
             ("add_virtual_server", self.servers_added),
@@ -144,7 +144,7 @@ impl OperationCounts {
 
     pub(crate) fn count(&mut self, operation: &Operation) {
         *match operation {
-            // Most of them find nothing to delete.
+            // Not counted, since most of them find nothing to delete.
             Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => return,
             Operation::BuildTable { .. } => &mut self.filters_built,
             Operation::SetSourceRanges(..)
@@ -174,25 +174,26 @@ impl OperationCounts {
 /// Keys with the first error of each.
 pub(crate) type ErrorsByKey = BTreeMap<Key, KernelError>;
 
-/// What did not go as planned.
+/// The errors of a plan.
 #[derive(Debug, Default)]
 pub(crate) struct PlanErrors {
-    /// Keys with operations that were refused.
+    /// Keys with an operation that was refused.
     pub(crate) failed: ErrorsByKey,
-    /// Keys the mirror is wrong about.
+    /// Keys for which the mirror is wrong.
     pub(crate) stale: ErrorsByKey,
-    /// Whether it is wrong about the packet filter.
+    /// Whether the mirror is wrong about the packet filter.
     pub(crate) is_filter_stale: bool,
-    /// Whether `kube-ipvs0` went away, and with it every address.
+    /// Whether `kube-ipvs0` was deleted, and with it every address and route.
     pub(crate) is_device_lost: bool,
 }
 
 impl PlanErrors {
+    /// Whether an operation of a key failed.
     pub(crate) fn contains(&self, key: &Key) -> bool {
         self.failed.contains_key(key) || self.stale.contains_key(key)
     }
 
-    /// What did not go well with one key holds up another: that is to be tried again as well.
+    /// Copies the errors of one key to another that depends on it, so that both are retried.
     pub(crate) fn copy(&mut self, key: &Key, other: &Key) {
         for errors in [&mut self.failed, &mut self.stale] {
             if let Some(error) = errors.get(key).cloned() {
@@ -201,6 +202,7 @@ impl PlanErrors {
         }
     }
 
+    /// Adds the errors of a later plan.
     pub(crate) fn extend(&mut self, more: Self) {
         self.failed.extend(more.failed);
         self.stale.extend(more.stale);

@@ -1,4 +1,4 @@
-//! A thread and a clock for the reconciler: takes inputs from a channel and decides when to sync and when to audit.
+//! The main loop of the reconciler: it receives inputs from a channel and decides when to sync and when to audit.
 
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
@@ -11,44 +11,43 @@ use crate::log;
 use crate::reconciler::Reconciler;
 use crate::report::{Failure, SyncReport};
 
-/// How long after a failed reading of the kernel it is read again, unless the minimum period is longer.
+/// The delay before the kernel is read again after an error, unless the minimum period is longer.
 const READ_RETRY_DELAY: Duration = Duration::from_secs(1);
 
-/// How long the first sync waits for what it takes of the Node. kube-proxy waits as long for its addresses.
+/// How long the first sync waits for the Node's data. kube-proxy waits as long for its addresses.
 const NODE_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// While the source is saying what there is, more is waited for so long: to be woken for each object would cost more than to
-/// take it in.
+/// How long the loop waits for more inputs while the initial list arrives. To wake up for each object would cost more than to apply it.
 const BATCH_DELAY: Duration = Duration::from_millis(1);
 
-/// What the thread is told.
+/// An input of the loop.
 #[derive(Clone, Debug)]
 pub enum Input {
-    /// A source says so, since then.
+    /// A change of a source, and when it was received.
     Change(Change, Instant),
     /// Addresses of the node's interfaces changed.
     InterfacesChanged,
-    /// Somebody deleted `kube-ipvs0`.
+    /// Another program deleted `kube-ipvs0`.
     DeviceLost,
 }
 
-/// Who is told what the thread does. Nothing here may wait: the kernel does meanwhile.
+/// Receives the reports. Its methods must not block: the kernel is not programmed meanwhile.
 pub trait Observer {
-    /// A sync or an audit has ended. What had been said before `since` is in it.
-    fn done(&mut self, report: &SyncReport, since: Instant, changes: &ReceivedChanges);
+    /// A sync or an audit has ended. It includes all changes that were received before `start`.
+    fn synced(&mut self, report: &SyncReport, start: Instant, changes: &ReceivedChanges);
 
-    /// The state of the kernel could not be read, so nothing was done.
-    fn failed(&mut self, error: &KernelError);
+    /// The kernel could not be read, so nothing was done.
+    fn read_failed(&mut self, error: &KernelError);
 }
 
-/// What a sync took in.
+/// The changes that were received since the last sync.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ReceivedChanges {
-    /// When each change was heard of that made a difference.
+    /// When each change was received that altered anything.
     pub received_at: Vec<Instant>,
-    /// How many changes of Services there were, whether they made one or not.
+    /// How many changes of Services there were, including those that altered nothing.
     pub services: usize,
-    /// How many of EndpointSlices.
+    /// How many changes of EndpointSlices there were.
     pub slices: usize,
 }
 
@@ -62,40 +61,40 @@ impl ReceivedChanges {
     }
 }
 
-/// How often to sync.
+/// When syncs and audits start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Periods {
-    /// From the end of a sync to the start of the next at least this (`--ipvs-min-sync-period`); changes within it are
+    /// The minimum time between the end of a sync and the start of the next (`--ipvs-min-sync-period`). Changes meanwhile are
     /// synced together.
     pub min: Duration,
-    /// From the end of an audit to the start of the next at most this (`--ipvs-sync-period`).
+    /// The maximum time between the end of an audit and the start of the next (`--ipvs-sync-period`).
     pub audit: Duration,
 }
 
-/// What is to be done.
+/// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Task {
     Sync,
     Audit,
 }
 
-/// When to do what. Free of clocks: it is told the time.
+/// When to sync and when to audit. It reads no clock: the caller passes the time.
 #[derive(Debug)]
 struct Schedule {
     periods: Periods,
-    /// Before this nothing is done.
+    /// No task starts before this.
     not_before: Option<Instant>,
     next_audit: Option<Instant>,
     node: NodeWait,
 }
 
-/// Whether the first sync waits for what it takes of the Node.
+/// Whether the first sync waits for the Node's data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum NodeWait {
-    /// If anything is lacking.
+    /// It will wait if anything is missing.
     NotStarted,
     Until(Instant),
-    /// It has come, or been waited for long enough: Services come before perfection.
+    /// The data has arrived, or the time is over: to serve Services is more important.
     Over,
 }
 
@@ -104,10 +103,10 @@ impl Schedule {
         Self { periods, not_before: None, next_audit: None, node: NodeWait::NotStarted }
     }
 
-    /// Until when nothing is done for the want of what is lacking of the Node.
-    fn hold(&mut self, is_lacking: bool, now: Instant) -> Option<Instant> {
+    /// Until when the first sync waits for the Node's data; `None` if it does not wait.
+    fn wait_for_node(&mut self, is_missing: bool, now: Instant) -> Option<Instant> {
         match self.node {
-            NodeWait::NotStarted if is_lacking => {
+            NodeWait::NotStarted if is_missing => {
                 info!(
                     "waiting up to {} s for what the configuration needs of the own Node: its addresses or podCIDRs; is \
                      --hostname-override the name of the Node?",
@@ -117,8 +116,8 @@ impl Schedule {
                 self.node = NodeWait::Until(deadline);
                 Some(deadline)
             }
-            NodeWait::Until(deadline) if is_lacking && now < deadline => Some(deadline),
-            NodeWait::Until(_) if is_lacking => {
+            NodeWait::Until(deadline) if is_missing && now < deadline => Some(deadline),
+            NodeWait::Until(_) if is_missing => {
                 warn!(
                     "the own Node is still not known, or lacks addresses or podCIDRs: going on without; NodePorts listen on \
                      all addresses and pods are not told from others until it is"
@@ -130,17 +129,17 @@ impl Schedule {
         }
     }
 
-    /// The next task of a reconciler and its time, which may have passed.
+    /// The next task of a reconciler and its time, which may be in the past.
     fn due<K: Kernel>(&mut self, reconciler: &Reconciler<K>, now: Instant) -> (Task, Instant) {
-        let hold = self.hold(reconciler.is_missing_node_data(), now);
+        let node_wait = self.wait_for_node(reconciler.is_missing_node_data(), now);
         let (task, at) = self.next(reconciler.is_dirty(), reconciler.next_check(), now);
-        (task, hold.map_or(at, |hold| at.max(hold)))
+        (task, node_wait.map_or(at, |until| at.max(until)))
     }
 
-    /// `look` is when the reconciler wants to look at something.
-    fn next(&self, is_dirty: bool, look: Option<Instant>, now: Instant) -> (Task, Instant) {
+    /// The same without the wait for the Node. `check` is when the reconciler retries or checks something.
+    fn next(&self, is_dirty: bool, check: Option<Instant>, now: Instant) -> (Task, Instant) {
         let audit = self.next_audit.unwrap_or(now);
-        let sync = if is_dirty { Some(now) } else { look };
+        let sync = if is_dirty { Some(now) } else { check };
         let (task, at) = match sync {
             Some(sync) if sync < audit => (Task::Sync, sync),
             _ => (Task::Audit, audit),
@@ -148,7 +147,7 @@ impl Schedule {
         (task, self.not_before.map_or(at, |not_before| at.max(not_before)))
     }
 
-    fn ended(&mut self, task: Task, is_success: bool, now: Instant) {
+    fn task_ended(&mut self, task: Task, is_success: bool, now: Instant) {
         if is_success {
             self.node = NodeWait::Over;
             self.not_before = Some(now + self.periods.min);
@@ -161,8 +160,8 @@ impl Schedule {
     }
 }
 
-/// Runs until the senders of the channel are gone, or with `once` until the first sync has ended. Returns what failed in the
-/// last sync.
+/// Runs until all senders of the channel are dropped, or with `once` until the first sync has ended. Returns the failures of the last
+/// sync.
 pub fn run<K: Kernel>(
     reconciler: &mut Reconciler<K>,
     inputs: &Receiver<Input>,
@@ -171,8 +170,8 @@ pub fn run<K: Kernel>(
     observer: &mut impl Observer,
 ) -> Vec<Failure> {
     let mut schedule = Schedule::new(periods);
-    let mut failed = Vec::new();
-    let mut unreadable = None;
+    let mut failures = Vec::new();
+    let mut read_error = None;
     let mut changes = ReceivedChanges::default();
     loop {
         let wait = reconciler.is_ready().then(|| {
@@ -189,13 +188,13 @@ pub fn run<K: Kernel>(
                 if !reconciler.is_ready() {
                     std::thread::sleep(BATCH_DELAY);
                 }
-                // All that has come by now is one change of state, not many.
+                // All inputs that have arrived by now are applied before the next sync.
                 for input in std::iter::once(input).chain(inputs.try_iter()) {
                     match input {
                         Input::Change(change, since) => {
                             changes.count(&change);
                             reconciler.apply(change);
-                            // What changes nothing waits for no sync.
+                            // A change that alters nothing does not wait for a sync.
                             if reconciler.is_dirty() {
                                 changes.received_at.push(since);
                             }
@@ -206,7 +205,7 @@ pub fn run<K: Kernel>(
                 }
             }
             Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return failed,
+            Err(RecvTimeoutError::Disconnected) => return failures,
         }
         if !reconciler.is_ready() {
             sync_bootstrap(reconciler, &changes);
@@ -225,28 +224,28 @@ pub fn run<K: Kernel>(
         match &mut result {
             Ok(report) => {
                 report.duration = end - start;
-                failed.clone_from(&report.failures);
-                unreadable = None;
+                failures.clone_from(&report.failures);
+                read_error = None;
                 log::report(report, changes.received_at.first().map(|first| end - *first));
-                observer.done(report, start, &changes);
+                observer.synced(report, start, &changes);
                 changes = ReceivedChanges::default();
             }
             Err(error) => {
-                if unreadable.as_ref() != Some(error) {
+                if read_error.as_ref() != Some(error) {
                     error!("cannot read the state of the kernel, will try again: {error}");
                 }
-                unreadable = Some(error.clone());
-                observer.failed(error);
+                read_error = Some(error.clone());
+                observer.read_failed(error);
             }
         }
-        schedule.ended(task, result.is_ok(), end);
+        schedule.task_ended(task, result.is_ok(), end);
         if once && result.is_ok() {
-            return failed;
+            return failures;
         }
     }
 }
 
-/// What everything waits for is served before all else is known.
+/// Programs bootstrap Services before the initial list is complete.
 fn sync_bootstrap<K: Kernel>(reconciler: &mut Reconciler<K>, changes: &ReceivedChanges) {
     let last = changes.received_at.last();
     match reconciler.sync_bootstrap(Instant::now()) {
@@ -276,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_run_is_an_audit_and_is_not_delayed() {
+    fn the_first_task_is_an_audit_without_delay() {
         let now = Instant::now();
         assert_eq!(schedule().next(true, None, now), (Task::Audit, now));
     }
@@ -284,7 +283,7 @@ mod tests {
     #[test]
     fn changes_within_the_minimum_period_wait_for_its_end() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start);
         let soon = start + MIN / 2;
         assert_eq!(schedule.next(true, None, soon), (Task::Sync, start + MIN));
         let late = start + MIN * 3;
@@ -292,44 +291,48 @@ mod tests {
     }
 
     #[test]
-    fn syncs_do_not_put_off_the_audit() {
+    fn syncs_do_not_delay_the_audit() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start);
         for second in 1..30 {
-            schedule.ended(Task::Sync, true, start + Duration::from_secs(second));
+            schedule.task_ended(Task::Sync, true, start + Duration::from_secs(second));
         }
         assert_eq!(schedule.next(false, None, start + AUDIT), (Task::Audit, start + AUDIT));
         assert_eq!(schedule.next(true, None, start + AUDIT * 2).0, Task::Audit);
     }
 
     #[test]
-    fn the_first_run_waits_for_what_it_needs_of_the_node_and_not_for_ever() {
+    fn the_first_sync_waits_a_limited_time_for_the_node() {
         let (mut schedule, start) = (schedule(), Instant::now());
         let late = start + NODE_WAIT_MAX;
-        assert_eq!(schedule.hold(true, start), Some(late));
-        assert_eq!(schedule.hold(true, start + MIN), Some(late), "the time does not begin anew");
-        assert_eq!(schedule.hold(false, start + MIN), None, "it has come");
+        assert_eq!(schedule.wait_for_node(true, start), Some(late));
+        assert_eq!(schedule.wait_for_node(true, start + MIN), Some(late), "the time does not begin anew");
+        assert_eq!(schedule.wait_for_node(false, start + MIN), None, "it has come");
 
-        assert_eq!(schedule.hold(true, late), None, "it has not");
-        assert_eq!(schedule.hold(true, late + MIN), None);
+        assert_eq!(schedule.wait_for_node(true, late), None, "it has not");
+        assert_eq!(schedule.wait_for_node(true, late + MIN), None);
 
         let mut schedule = self::schedule();
-        schedule.ended(Task::Audit, true, start);
-        assert_eq!(schedule.hold(true, start + MIN), None, "after the first run nothing waits for it any more");
+        schedule.task_ended(Task::Audit, true, start);
+        assert_eq!(
+            schedule.wait_for_node(true, start + MIN),
+            None,
+            "after the first run nothing waits for it any more"
+        );
     }
 
     #[test]
-    fn a_look_is_a_sync_at_its_time() {
+    fn a_check_is_a_sync_when_it_is_due() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.ended(Task::Audit, true, start);
-        let look = start + MIN * 5;
-        assert_eq!(schedule.next(false, Some(look), start), (Task::Sync, look));
+        schedule.task_ended(Task::Audit, true, start);
+        let check = start + MIN * 5;
+        assert_eq!(schedule.next(false, Some(check), start), (Task::Sync, check));
     }
 
     #[test]
-    fn a_failed_reading_is_tried_again_soon_but_not_at_once() {
+    fn a_failed_dump_is_retried_after_a_delay() {
         let (mut schedule, start) = (Schedule::new(Periods { min: Duration::ZERO, audit: AUDIT }), Instant::now());
-        schedule.ended(Task::Audit, false, start);
+        schedule.task_ended(Task::Audit, false, start);
         assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
     }
 }

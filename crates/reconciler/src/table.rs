@@ -1,4 +1,4 @@
-//! The Service table: every Service with its EndpointSlices, and which Services a change concerns.
+//! The Service table: every Service with its EndpointSlices. It says which Services a change affects.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -8,41 +8,41 @@ use foldhash::HashMap;
 use litemap::LiteMap;
 use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
 
-/// A Service and the slices that name it. Either may come first.
+/// A Service and its EndpointSlices, which may arrive in any order.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceEntry {
     /// The Service, once it is known.
     pub service: Option<Arc<Service>>,
-    /// Its slices by name, so that what follows from them does not depend on the order they came in.
+    /// Its slices by name, so that the result does not depend on the order in which they arrived.
     pub slices: LiteMap<ObjectName, EndpointSlice>,
 }
 
-/// What a change makes necessary.
+/// What must be recomputed after a change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Dirty {
-    /// The contributions of these Services; none, where nothing changed.
+    /// The contributions of these Services; of none if nothing changed.
     Services(Vec<ObjectName>),
-    /// Those of all Services: the node itself changed.
+    /// The contributions of all Services, since the node changed.
     Node,
-    /// Everything in the kernel must be looked at.
+    /// No contribution, but everything that the kernel holds is compared again.
     All,
 }
 
-/// Every Service and EndpointSlice, and the own Node.
+/// Every Service and EndpointSlice, this Node and the addresses of the other Nodes.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceTable {
     entries: HashMap<ObjectName, ServiceEntry>,
-    /// Which Service a slice belongs to: a slice may move from one to another.
+    /// The Service of each slice. A slice may move from one Service to another.
     owners: HashMap<ObjectName, ObjectName>,
     node: Option<Node>,
     /// The addresses of the other Nodes that are known.
-    neighbours: HashMap<Arc<str>, Vec<IpAddr>>,
+    peer_nodes: HashMap<Arc<str>, Vec<IpAddr>>,
     synced: bool,
     is_incomplete: bool,
 }
 
 impl ServiceTable {
-    /// Takes in a change and says what it makes dirty. An object that did not change makes nothing dirty.
+    /// Applies a change and returns what must be recomputed: nothing for an object that did not change.
     pub fn apply(&mut self, change: Change) -> Dirty {
         let mut dirty = BTreeSet::new();
         match change {
@@ -57,7 +57,7 @@ impl ServiceTable {
                 if let Some(entry) = self.entries.get_mut(&name)
                     && entry.service.take().is_some()
                 {
-                    self.forget_if_empty(&name);
+                    self.remove_if_empty(&name);
                     dirty.insert(name);
                 }
             }
@@ -72,7 +72,7 @@ impl ServiceTable {
                 let slices = &mut self.entries.entry(owner.clone()).or_default().slices;
                 if slices.get(&slice.name) != Some(&slice) {
                     if slices.is_empty() {
-                        // Mostly there is one; by itself a vector would begin with room for four.
+                        // Mostly there is one slice. A vector would allocate room for four.
                         *slices = LiteMap::with_capacity(1);
                     }
                     slices.insert(slice.name.clone(), slice);
@@ -91,26 +91,26 @@ impl ServiceTable {
                     return Dirty::Node;
                 }
             }
-            // As if it had never been known: what is programmed follows from what the API holds, not from its history.
+            // As if it had never been known: what is programmed follows from the objects in the API, not from their history.
             Change::NodeDeleted => {
                 if self.node.take().is_some() {
                     return Dirty::Node;
                 }
             }
             Change::PeerNode(name, addresses) => {
-                if self.neighbours.get(&name) != Some(&addresses) {
-                    self.neighbours.insert(name, addresses);
+                if self.peer_nodes.get(&name) != Some(&addresses) {
+                    self.peer_nodes.insert(name, addresses);
                     return Dirty::Node;
                 }
             }
             Change::PeerNodeDeleted(name) => {
-                if self.neighbours.remove(&name).is_some() {
+                if self.peer_nodes.remove(&name).is_some() {
                     return Dirty::Node;
                 }
             }
             Change::Incomplete(is_incomplete) => {
                 let was_incomplete = std::mem::replace(&mut self.is_incomplete, is_incomplete);
-                // What was kept for its sake may have to go now.
+                // What was retained for the missing objects may have to be deleted now.
                 if was_incomplete && !is_incomplete {
                     return Dirty::All;
                 }
@@ -125,27 +125,27 @@ impl ServiceTable {
         self.entries.get(name)
     }
 
-    /// The names of all that has a Service or a slice.
+    /// The names of all Services of which the Service or a slice is known.
     pub fn names(&self) -> impl Iterator<Item = &ObjectName> {
         self.entries.keys()
     }
 
-    /// The own Node, once it is known.
+    /// This Node, once it is known.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
     }
 
     /// The addresses of all other Nodes that are known.
     pub fn peer_node_addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.neighbours.values().flatten().copied()
+        self.peer_nodes.values().flatten().copied()
     }
 
-    /// Whether all that existed at the start is in the table.
+    /// Whether the initial list is complete.
     pub fn is_synced(&self) -> bool {
         self.synced
     }
 
-    /// Whether there is something nobody could understand yet: then nothing may be taken for gone.
+    /// Whether there are objects that have never been parsed. Then an object that is missing may not be taken as deleted.
     pub fn is_incomplete(&self) -> bool {
         self.is_incomplete
     }
@@ -153,11 +153,11 @@ impl ServiceTable {
     fn remove_slice(&mut self, owner: &ObjectName, slice: &ObjectName) {
         if let Some(entry) = self.entries.get_mut(owner) {
             entry.slices.remove(slice);
-            self.forget_if_empty(owner);
+            self.remove_if_empty(owner);
         }
     }
 
-    fn forget_if_empty(&mut self, name: &ObjectName) {
+    fn remove_if_empty(&mut self, name: &ObjectName) {
         if self.entries.get(name).is_some_and(|entry| entry.service.is_none() && entry.slices.is_empty()) {
             self.entries.remove(name);
         }

@@ -138,7 +138,7 @@ fn the_external_policy_means_nothing_for_a_service_that_is_not_external() {
     let mut web = service("web", &["10.96.0.10"]);
     web.external_policy = LOCAL;
     web.ports[0].node_port = Some(port(30080));
-    let node = NodeView { node_ports: [ip("192.168.1.1")].into(), ..NodeView::default() };
+    let node = NodeView { node_port_addresses: [ip("192.168.1.1")].into(), ..NodeView::default() };
     let contribution = Contribution::new(&entry(web, "1 2l"), &node, &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("192.168.1.1", 30080)), [1, 2]);
 }
@@ -193,7 +193,7 @@ fn external_ips_count_only_while_the_gate_is_open_and_families_only_where_the_no
     let mut web = service("web", &["10.96.0.10", "fd96::10"]);
     web.external_ips = vec![ip("203.0.113.1")];
     let entry = entry(web, "1");
-    let count = |policy: &Policy| Contribution::new(&entry, &NodeView::default(), policy).addresses.len();
+    let count = |policy: &Policy| Contribution::new(&entry, &NodeView::default(), policy).vips.len();
     let open = Policy::new(NODE);
     assert_eq!(count(&open), 3);
     assert_eq!(count(&Policy { external_ips: false, ..open.clone() }), 2);

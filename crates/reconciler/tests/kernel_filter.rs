@@ -27,7 +27,7 @@ use reconciler::policy::{DetectLocal, Families};
 use service_watch::{ObjectName, Protocol};
 
 fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), usize> {
-    let (begin, end) = Transaction::brackets();
+    let (begin, end) = Transaction::begin_and_end();
     let result = socket.transaction(&begin, transaction.into_requests(), &end).unwrap();
     result.map_err(|(index, _)| index)
 }
@@ -64,7 +64,7 @@ fn contents(family: Family) -> impl Strategy<Value = TableContents> {
         Just(Masquerade::Node),
         Just(Masquerade::NodeIsRefused)
     ];
-    let guard = prop_oneof![Just(Access::Open), Just(Access::Insiders), Just(Access::Refuse)];
+    let access = prop_oneof![Just(Access::Open), Just(Access::Insiders), Just(Access::Refused)];
     let protocol = prop_oneof![Just(Protocol::Tcp), Just(Protocol::Udp), Just(Protocol::Sctp)];
     let front_end = (0_u16..2000, any::<u16>(), protocol.clone()).prop_map(move |(number, port, protocol)| FrontEnd {
         address: address(family, number),
@@ -86,15 +86,15 @@ fn contents(family: Family) -> impl Strategy<Value = TableContents> {
         )),
         any::<u16>().prop_map(move |port| SetElement::HealthCheckPort(family, port)),
     ];
-    let rule = (masquerade, guard, any::<bool>(), proptest::option::of(any::<prop::sample::Index>()));
+    let rule = (masquerade, access, any::<bool>(), proptest::option::of(any::<prop::sample::Index>()));
     let front_ends = proptest::collection::btree_map(front_end, rule, 0..60);
     (front_ends, proptest::collection::btree_set(element, 0..60), sources).prop_map(
         |(front_ends, elements, sources)| {
             let names: Vec<ObjectName> = sources.keys().cloned().collect();
             let front_ends =
-                front_ends.into_iter().map(|(front_end, (masquerade, guard, is_closed_to_node, index))| {
+                front_ends.into_iter().map(|(front_end, (masquerade, access, is_closed_to_node, index))| {
                     let source_ranges = index.filter(|_| !names.is_empty()).map(|index| index.get(&names).clone());
-                    (front_end, FrontEndRule { masquerade, guard, is_closed_to_node, source_ranges })
+                    (front_end, FrontEndRule { masquerade, access, is_closed_to_node, source_ranges })
                 });
             TableContents { front_ends: front_ends.collect(), elements, source_ranges: sources }
         },
@@ -173,7 +173,7 @@ fn thousands_of_elements_and_ranges_go_in_one_transaction() {
         let ranges: Vec<IpNet> = (0..5000_u16).map(|number| IpNet::from(address(family, number * 2))).collect();
         let rule = FrontEndRule {
             masquerade: Masquerade::Everybody,
-            guard: Access::Open,
+            access: Access::Open,
             is_closed_to_node: true,
             source_ranges: Some(name(1)),
         };
@@ -238,7 +238,7 @@ fn names_as_long_as_they_may_be_fit() {
     let service = ObjectName::new(&"n".repeat(63), &"s".repeat(63));
     let rule = FrontEndRule {
         masquerade: Masquerade::Nobody,
-        guard: Access::Open,
+        access: Access::Open,
         is_closed_to_node: true,
         source_ranges: Some(service.clone()),
     };
@@ -268,7 +268,7 @@ fn what_nft_lists_it_can_load_again() {
         let ranges = ["10.0.0.0/8", "192.0.2.1/32", "fd00::/8", "2001:db8::/32"].map(|text| text.parse().unwrap());
         let rule = FrontEndRule {
             masquerade: Masquerade::Outsiders,
-            guard: Access::Insiders,
+            access: Access::Insiders,
             is_closed_to_node: true,
             source_ranges: Some(name(1)),
         };

@@ -6,7 +6,7 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use lab::netns::isolate;
-use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
+use reconciler::linux::interface_watch::{InterfaceChanges, InterfaceWatch};
 
 fn ip(batch: &str) {
     let mut ip = Command::new("ip").args(["-batch", "-"]).stdin(Stdio::piped()).spawn().unwrap();
@@ -26,13 +26,17 @@ fn a_flood_of_vips_hides_no_loss_of_the_device_and_is_none() {
     isolate().unwrap();
     let mut watch = InterfaceWatch::open().unwrap();
     ip("link add kube-ipvs0 type dummy\n");
-    assert_eq!(watch.wait().unwrap(), Changed::default());
+    assert_eq!(watch.wait().unwrap(), InterfaceChanges::default());
     ip(&many("add"));
     let mut flood = watch.wait().unwrap();
     while !flood.addresses {
         flood = watch.wait().unwrap();
     }
-    assert_eq!(flood, Changed { addresses: true, device_lost: false }, "nothing but the watch's own queue was lost");
+    assert_eq!(
+        flood,
+        InterfaceChanges { addresses: true, device_lost: false },
+        "nothing but the watch's own queue was lost"
+    );
 
     ip(&format!("{}link del kube-ipvs0\nlink add kube-ipvs0 type dummy\n", many("del")));
     let mut flood = watch.wait().unwrap();

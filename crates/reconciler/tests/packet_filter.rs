@@ -54,8 +54,8 @@ fn world(service: Service, endpoints: Vec<Endpoint>) -> World {
     World::with(FakeKernel::default(), Policy::new(NODE), changes)
 }
 
-fn rule(masquerade: Masquerade, guard: Access) -> FrontEndElements {
-    FrontEndElements::from(&FrontEndRule { masquerade, guard, is_closed_to_node: false, source_ranges: None })
+fn rule(masquerade: Masquerade, access: Access) -> FrontEndElements {
+    FrontEndElements::from(&FrontEndRule { masquerade, access, is_closed_to_node: false, source_ranges: None })
 }
 
 fn front_ends(world: &mut World) -> BTreeMap<String, FrontEndElements> {
@@ -67,7 +67,7 @@ fn front_ends(world: &mut World) -> BTreeMap<String, FrontEndElements> {
 fn each_front_end_has_the_rule_of_its_kind_and_policy() {
     let (remote, here) = (|| vec![endpoint("10.0.0.2")], || vec![local("10.0.0.1"), endpoint("10.0.0.2")]);
     let outsiders = rule(Masquerade::Outsiders, Access::Open);
-    let refuse = rule(Masquerade::Nobody, Access::Refuse);
+    let refuse = rule(Masquerade::Nobody, Access::Refused);
     for (what, external, endpoints, from_inside, from_outside) in [
         ("Cluster", TrafficPolicy::Cluster, here(), &outsiders, rule(Masquerade::Everybody, Access::Open)),
         ("Local", TrafficPolicy::Local, here(), &outsiders, rule(Masquerade::Nobody, Access::Open)),
@@ -91,7 +91,7 @@ fn the_nodes_own_udp_is_refused_where_there_is_no_endpoint() {
     udp.ports[0].protocol = Protocol::Udp;
     let mut world = world(udp, vec![]);
     let front_end = FrontEnd { protocol: Protocol::Udp, ..tcp(CLUSTER_IP, 80) };
-    assert_eq!(world.kernel().filter.front_ends[&front_end], rule(Masquerade::NodeIsRefused, Access::Refuse));
+    assert_eq!(world.kernel().filter.front_ends[&front_end], rule(Masquerade::NodeIsRefused, Access::Refused));
 }
 
 #[test]

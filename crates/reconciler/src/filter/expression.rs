@@ -1,7 +1,7 @@
-//! The expressions of `nf_tables` that the rules are made of, each in one word.
+//! Constructors for the expressions of `nf_tables` that the rules consist of.
 //!
-//! `netlink-packet-netfilter` has types for some; `ct`, `fib`, `masq`, `nat` and `reject` are put together here from their
-//! attributes in `linux/netfilter/nf_tables.h`, and so are the values those take.
+//! `netlink-packet-netfilter` has types for some of them. `ct`, `fib`, `masq`, `nat` and `reject` are built here from their
+//! attributes in `linux/netfilter/nf_tables.h`.
 
 use std::net::IpAddr;
 
@@ -25,7 +25,7 @@ fn expression(name: &str, data: Expressions) -> Expression {
     ListAttribute::Element(vec![ExpressionAttribute::Name(name.to_owned()), ExpressionAttribute::Data(data)])
 }
 
-fn other<const N: usize>(name: &str, attributes: [(u16, Vec<u8>); N]) -> Expression {
+fn raw_expression<const N: usize>(name: &str, attributes: [(u16, Vec<u8>); N]) -> Expression {
     let attributes = attributes.into_iter().map(|(kind, value)| DefaultNla::new(kind, value)).collect();
     expression(name, Expressions::Other { expression_type: name.to_owned(), attributes })
 }
@@ -41,7 +41,7 @@ pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
     }
 }
 
-/// Protocol numbers of IP.
+/// The IP protocol number.
 pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
     match protocol {
         Protocol::Tcp => 6,
@@ -50,7 +50,7 @@ pub(crate) fn protocol_number(protocol: Protocol) -> u8 {
     }
 }
 
-/// Where in a packet a field is.
+/// The position of a field in a packet.
 #[derive(Clone, Copy)]
 pub(crate) struct Field {
     base: u32,
@@ -94,7 +94,7 @@ pub(crate) fn load(field: Field, into: Register) -> Expression {
     )
 }
 
-/// Loads what the kernel knows beside the packet.
+/// Loads metadata of the packet.
 pub(crate) fn load_meta(key: MetaKey, into: Register) -> Expression {
     expression("meta", Expressions::Meta(vec![Meta::DestinationRegister(into), Meta::Key(key)]))
 }
@@ -104,7 +104,7 @@ pub(crate) fn set_mark(from: Register) -> Expression {
     expression("meta", Expressions::Meta(vec![Meta::Key(MetaKey::Mark), Meta::SourceRegister(from)]))
 }
 
-/// Goes on only if a register has, or has not, this value.
+/// Matches if a register equals, or does not equal, this value.
 pub(crate) fn compare(register: Register, is_equal: bool, value: &[u8]) -> Expression {
     expression(
         "cmp",
@@ -132,12 +132,12 @@ pub(crate) fn bitwise(register: Register, mask: &[u8], xor: &[u8]) -> Expression
 
 const NFT_LOOKUP_F_INV: u32 = 1;
 
-/// Goes on only if the registers from this one on are in a set.
+/// Matches if the registers from this one on are in a set.
 pub(crate) fn is_in(set: &str, from: Register) -> Expression {
     expression("lookup", Expressions::Lookup(vec![Lookup::Set(set.to_owned()), Lookup::SourceRegister(from)]))
 }
 
-/// Goes on only if the registers are not in a set.
+/// Matches if the registers are not in a set.
 pub(crate) fn is_not_in(set: &str, from: Register) -> Expression {
     expression(
         "lookup",
@@ -149,7 +149,7 @@ pub(crate) fn is_not_in(set: &str, from: Register) -> Expression {
     )
 }
 
-/// Goes on only if the registers are not in a set that is made in the same transaction.
+/// Matches if the registers are not in a set that is created in the same transaction.
 pub(crate) fn is_not_in_anonymous(set: &str, id: u32, from: Register) -> Expression {
     expression(
         "lookup",
@@ -162,9 +162,8 @@ pub(crate) fn is_not_in_anonymous(set: &str, id: u32, from: Register) -> Express
     )
 }
 
-/// Loads what a map has for the registers, and goes on only if it has something. Into the verdict register, it is carried
-/// out.
-pub(crate) fn map(map: &str, from: Register, into: Register) -> Expression {
+/// Loads the data of a map for the registers, and matches if there is any. In the verdict register it becomes the rule's verdict.
+pub(crate) fn lookup_map(map: &str, from: Register, into: Register) -> Expression {
     expression(
         "lookup",
         Expressions::Lookup(vec![
@@ -175,7 +174,7 @@ pub(crate) fn map(map: &str, from: Register, into: Register) -> Expression {
     )
 }
 
-/// What becomes of a packet.
+/// A verdict on a packet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Accept,
@@ -190,7 +189,7 @@ const NF_DROP: u32 = 0;
 const NF_ACCEPT: u32 = 1;
 
 impl Verdict {
-    /// As the data of a verdict, in a rule or in an element of a map.
+    /// The attributes of the verdict, in a rule or in an element of a map.
     pub(crate) fn data(&self) -> DataAttribute {
         let (code, chain) = match self {
             Self::Accept => (VerdictCode::Other(NF_ACCEPT), None),
@@ -204,18 +203,21 @@ impl Verdict {
     }
 }
 
-/// Decides about the packet.
-pub(crate) fn verdict(fate: &Verdict) -> Expression {
+/// Issues a verdict on the packet.
+pub(crate) fn verdict(verdict: &Verdict) -> Expression {
     expression(
         "immediate",
-        Expressions::Immediate(vec![Immediate::DestinationRegister(Register::Verdict), Immediate::Data(fate.data())]),
+        Expressions::Immediate(vec![
+            Immediate::DestinationRegister(Register::Verdict),
+            Immediate::Data(verdict.data()),
+        ]),
     )
 }
 
-/// What connection tracking knows (`enum nft_ct_keys`), in the host's byte order.
+/// A property of the packet's connection (`enum nft_ct_keys`), in the host's byte order.
 #[derive(Clone, Copy)]
 pub(crate) enum ConntrackKey {
-    /// One bit for each state.
+    /// One bit per state.
     State,
     /// `IPS_*`.
     Status,
@@ -226,28 +228,28 @@ pub(crate) const STATE_NEW: u32 = 1 << 3;
 /// `IPS_DST_NAT`.
 pub(crate) const STATUS_DESTINATION_TRANSLATED: u32 = 1 << 5;
 
-/// Loads what connection tracking knows; a packet that is not tracked ends the rule.
-pub(crate) fn load_conntrack(what: ConntrackKey, into: Register) -> Expression {
+/// Loads a property of the packet's connection. A packet that is not tracked does not match.
+pub(crate) fn load_conntrack(key: ConntrackKey, into: Register) -> Expression {
     const NFTA_CT_DREG: u16 = 1;
     const NFTA_CT_KEY: u16 = 2;
-    let key = match what {
+    let key = match key {
         ConntrackKey::State => 0,
         ConntrackKey::Status => 2,
     };
-    other("ct", [(NFTA_CT_DREG, be32(into.into())), (NFTA_CT_KEY, be32(key))])
+    raw_expression("ct", [(NFTA_CT_DREG, be32(into.into())), (NFTA_CT_KEY, be32(key))])
 }
 
-/// `RTN_LOCAL`, as the routing table calls an address of this machine.
+/// `RTN_LOCAL`: an address of this machine.
 pub(crate) const ROUTE_LOCAL: u32 = 2;
 
-/// Loads what the routing table says of the packet's source address, in the host's byte order.
+/// Loads the type of the packet's source address in the routing table, in the host's byte order.
 pub(crate) fn load_source_type(into: Register) -> Expression {
     const NFTA_FIB_DREG: u16 = 1;
     const NFTA_FIB_RESULT: u16 = 2;
     const NFTA_FIB_FLAGS: u16 = 3;
     const NFT_FIB_RESULT_ADDRTYPE: u32 = 3;
     const NFTA_FIB_F_SADDR: u32 = 1;
-    other(
+    raw_expression(
         "fib",
         [
             (NFTA_FIB_DREG, be32(into.into())),
@@ -257,18 +259,18 @@ pub(crate) fn load_source_type(into: Register) -> Expression {
     )
 }
 
-/// Gives the connection an address of the outgoing interface for its source; with a random port on request.
+/// Masquerades the connection, optionally with a random source port.
 pub(crate) fn masquerade(has_random_port: bool) -> Expression {
     const NFTA_MASQ_FLAGS: u16 = 1;
     const NF_NAT_RANGE_PROTO_RANDOM_FULLY: u32 = 1 << 4;
     if has_random_port {
-        other("masq", [(NFTA_MASQ_FLAGS, be32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))])
+        raw_expression("masq", [(NFTA_MASQ_FLAGS, be32(NF_NAT_RANGE_PROTO_RANDOM_FULLY))])
     } else {
-        other("masq", [])
+        raw_expression("masq", [])
     }
 }
 
-/// Sends the connection to the address in this register, and to the port in the other.
+/// Translates the destination of the connection to the address, and the port, in these registers.
 pub(crate) fn translate_destination(family: Family, address: Register, port: Option<Register>) -> Expression {
     const NFTA_NAT_TYPE: u16 = 1;
     const NFTA_NAT_FAMILY: u16 = 2;
@@ -281,15 +283,15 @@ pub(crate) fn translate_destination(family: Family, address: Register, port: Opt
         (NFTA_NAT_REG_ADDR_MIN, be32(address.into())),
     ];
     match port {
-        None => other("nat", translation),
+        None => raw_expression("nat", translation),
         Some(port) => {
             let [a, b, c] = translation;
-            other("nat", [a, b, c, (NFTA_NAT_REG_PROTO_MIN, be32(port.into()))])
+            raw_expression("nat", [a, b, c, (NFTA_NAT_REG_PROTO_MIN, be32(port.into()))])
         }
     }
 }
 
-/// Puts bytes into a register.
+/// Loads a constant into a register.
 pub(crate) fn immediate(value: &[u8], into: Register) -> Expression {
     expression(
         "immediate",
@@ -303,13 +305,13 @@ pub(crate) fn immediate(value: &[u8], into: Register) -> Expression {
 const NFTA_REJECT_TYPE: u16 = 1;
 const NFTA_REJECT_ICMP_CODE: u16 = 2;
 
-/// Answers with a TCP reset.
+/// Rejects with a TCP reset.
 pub(crate) fn reset() -> Expression {
     const NFT_REJECT_TCP_RST: u32 = 1;
-    other("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_TCP_RST))])
+    raw_expression("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_TCP_RST))])
 }
 
-/// Answers that the port is unreachable.
+/// Rejects with an ICMP error: port unreachable.
 pub(crate) fn port_unreachable(family: Family) -> Expression {
     const NFT_REJECT_ICMP_UNREACH: u32 = 0;
     const ICMP_PORT_UNREACH: u8 = 3;
@@ -318,7 +320,7 @@ pub(crate) fn port_unreachable(family: Family) -> Expression {
         Family::Ipv4 => ICMP_PORT_UNREACH,
         Family::Ipv6 => ICMPV6_PORT_UNREACH,
     };
-    other("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_ICMP_UNREACH)), (NFTA_REJECT_ICMP_CODE, vec![code])])
+    raw_expression("reject", [(NFTA_REJECT_TYPE, be32(NFT_REJECT_ICMP_UNREACH)), (NFTA_REJECT_ICMP_CODE, vec![code])])
 }
 
 /// `NFPROTO_IPV4` or `NFPROTO_IPV6`.

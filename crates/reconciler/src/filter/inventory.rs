@@ -1,15 +1,15 @@
-//! What is in a table, in one number: what this program would write, and what is found.
+//! The sets, chains and rules of a table, for comparison: those this program would write, and those the kernel holds.
 
 use std::collections::BTreeSet;
 
 use super::Fingerprint;
 
-/// The sets, chains and rules of a table, wanted or found, in whatever order they come.
+/// The sets, chains and rules of a table, desired or held, independent of their order.
 #[derive(Debug, Default)]
 pub(crate) struct Inventory(BTreeSet<String>);
 
 impl Inventory {
-    /// What is switched on for the table as a whole; 0 if nothing is.
+    /// The flags of the table; 0 for none.
     pub(crate) fn table(&mut self, flags: u32) {
         self.0.insert(format!("table {flags:x}"));
     }

@@ -1,10 +1,11 @@
-//! The packet filter: who is masqueraded, who is refused, and where.
+//! The packet filter: which connections are masqueraded, and which are refused.
 //!
-//! Two tables, one a family, both named [`TABLE`]: a constant [`ruleset`] over a few sets and maps, and elements that
-//! follow the Services. [`crate::linux::filter`] writes them as `nf_tables` messages and reads them back. What a front end gets
-//! follows from the sets it is in, its [`FrontEndRule`]; only source ranges have chains of their own, as they have no size.
+//! There are two tables of `nf_tables`, one per family, both named [`TABLE`]. Each has a constant [`ruleset`] with a few sets and maps,
+//! whose elements depend on the Services. [`crate::linux::filter`] writes them as netlink messages and reads them back. What happens
+//! to connections to a front end, its [`FrontEndRule`], depends on the sets it is in. Only source ranges have chains of their own,
+//! since their number is unlimited.
 //!
-//! What this file has, and so what the Services want, is free of netlink.
+//! This file, and so what Services need, does not depend on netlink.
 
 pub(crate) mod expression;
 pub(crate) mod inventory;
@@ -20,55 +21,54 @@ use service_watch::{ObjectName, Protocol};
 
 use crate::front_end::FrontEnd;
 
-/// The name of the tables. kube-proxy deletes the tables `kube-proxy` of either family when it starts in ipvs mode, so
-/// that name is not to be had.
+/// The name of the tables. It cannot be `kube-proxy`: kube-proxy deletes those when it starts in ipvs mode.
 pub const TABLE: &str = "kube-ipvs";
 
-/// From whom connections to a front end are masqueraded.
+/// Which connections to a front end are masqueraded. The variants have the names of the sets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Masquerade {
-    /// Nobody: the real server sees the client.
+    /// None: the real server sees the client's address.
     Nobody,
-    /// Whoever is no pod, as far as `--detect-local-mode` tells: for ClusterIPs.
+    /// Those that are not from pods as recognized by `--detect-local-mode`: for ClusterIPs.
     Outsiders,
-    /// Everybody: an answer to someone else than the node might not come back this way.
+    /// All: otherwise replies might not come back through this node.
     Everybody,
-    /// The node itself, whose source address would be the VIP.
+    /// Those from the node itself, whose source address would be the VIP.
     Node,
-    /// Nobody, and what the node itself sends by UDP goes where it is refused: IPVS, finding no real server, would have
-    /// `send` fail with `EPERM`.
+    /// None, and UDP packets of the node itself are redirected to where they are refused. Otherwise IPVS, without a real server,
+    /// would make `send` fail with `EPERM`.
     NodeIsRefused,
 }
 
-/// Who may connect to a front end, source ranges aside.
+/// Who may connect to a front end, apart from source ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// Everybody.
     Open,
-    /// Whoever is inside the cluster. An answer to an outsider would come from nowhere: its policy is Local, and its only
-    /// endpoints are on other nodes.
+    /// Pods and the node. Its traffic policy is `Local` and its only endpoints are on other nodes, so replies to external clients
+    /// would have the wrong source.
     Insiders,
-    /// Nobody: there is no endpoint.
-    Refuse,
+    /// Nobody, since there is no endpoint.
+    Refused,
 }
 
 /// What the packet filter does with connections to a front end.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FrontEndRule {
-    /// From whom they are masqueraded.
+    /// Which of them are masqueraded.
     pub masquerade: Masquerade,
-    /// Who may make them.
-    pub guard: Access,
-    /// Whether the node itself may not: its address is in none of the source ranges.
+    /// Who may connect.
+    pub access: Access,
+    /// Whether the node itself may not connect, since the source ranges exclude its address.
     pub is_closed_to_node: bool,
-    /// The Service whose source ranges they must come from.
+    /// The Service whose source ranges apply.
     pub source_ranges: Option<ObjectName>,
 }
 
 impl FrontEndRule {
-    /// Everybody may connect, and stays who they are.
+    /// Everybody may connect, and nothing is masqueraded.
     pub const OPEN: Self =
-        Self { masquerade: Masquerade::Nobody, guard: Access::Open, is_closed_to_node: false, source_ranges: None };
+        Self { masquerade: Masquerade::Nobody, access: Access::Open, is_closed_to_node: false, source_ranges: None };
 
     /// The sets the front end is in, one bit each.
     pub fn sets(&self) -> u32 {
@@ -79,12 +79,12 @@ impl FrontEndRule {
             Masquerade::Node => set::MASQUERADE_NODE,
             Masquerade::NodeIsRefused => set::UDP_REFUSED_TO_NODE,
         };
-        let guard = match self.guard {
+        let access = match self.access {
             Access::Open => set::OPEN,
             Access::Insiders => set::OPEN_TO_INSIDERS,
-            Access::Refuse => set::REFUSED,
+            Access::Refused => set::REFUSED,
         };
-        masquerade | guard | if self.is_closed_to_node { set::CLOSED_TO_NODE } else { 0 }
+        masquerade | access | if self.is_closed_to_node { set::CLOSED_TO_NODE } else { 0 }
     }
 }
 
@@ -149,27 +149,28 @@ impl From<&FrontEndRule> for FrontEndElements {
 }
 
 impl FrontEndElements {
-    /// Whether these let in whom others kept out: then there must be somebody behind the door.
+    /// Whether these admit clients that others refused. They may be written only once real servers can answer those clients.
     pub(crate) fn is_wider_than(&self, before: &Self) -> bool {
         let is_narrow = |it: &Self| it.sets & (set::OPEN_TO_INSIDERS | set::REFUSED) != 0;
         is_narrow(before) && !is_narrow(self)
     }
 }
 
-/// A member of one of the plain sets.
+/// An element of one of the sets that are not about front ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SetElement {
-    /// A VIP on `kube-ipvs0`: what is no front end on it is refused, whatever listens on the node.
+    /// A VIP that is bound to this node. Connections to its ports that are not front ends are refused, whatever listens on the
+    /// node.
     Vip(IpAddr),
-    /// An endpoint on this node: what its pod sends to itself by way of a VIP is masqueraded, or it would answer itself
-    /// directly.
+    /// An endpoint on this node. Connections of its pod to itself through a VIP are masqueraded; otherwise the pod would reply to
+    /// itself directly.
     Hairpin(SocketAddr, Protocol),
-    /// A port on which load balancers ask after the node's health, of either family's table.
+    /// A port on which the node answers health checks of load balancers, in one family's table.
     HealthCheckPort(Family, u16),
 }
 
 impl SetElement {
-    /// Of which family's table it is.
+    /// The family of its table.
     pub fn family(&self) -> Family {
         match self {
             Self::Vip(address) => Family::of(*address),
@@ -189,15 +190,15 @@ impl fmt::Display for SetElement {
     }
 }
 
-/// The source ranges of a Service in one family: sorted, without overlap, none of them everything.
+/// The source ranges of a Service in one family: sorted, without overlaps, and without a range that contains everything.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct SourceRanges(Vec<IpNet>);
 
 impl SourceRanges {
-    /// Those of a family among ranges as they were written; `None` where they let everybody in.
+    /// The ranges of a family among those of a Service; `None` if they admit everybody.
     ///
-    /// Overlaps and host bits are resolved here, so that the kernel, which refuses overlaps, sees none. A list without a
-    /// range of the family lets nobody in: kube-proxy lets everybody in then, which nobody who restricts can mean.
+    /// Overlaps and host bits are resolved here, since the kernel refuses overlaps. A list without a range of the family admits
+    /// nobody. kube-proxy admits everybody then, which nobody who restricts access can intend.
     pub fn of_family(ranges: &[IpNet], family: Family) -> Option<Self> {
         let of_family: Vec<IpNet> = ranges.iter().filter(|range| Family::of(range.addr()) == family).copied().collect();
         let mut aggregated = IpNet::aggregate(&of_family);
@@ -218,7 +219,7 @@ impl SourceRanges {
         self.0.iter().any(|range| range.contains(&address))
     }
 
-    /// A number that tells these ranges from others: what the kernel remembers of them in a rule's user data.
+    /// Identifies the ranges. The kernel holds it in a rule's user data.
     pub fn fingerprint(&self) -> u64 {
         let mut fingerprint = Fingerprint::default();
         for range in &self.0 {
@@ -228,12 +229,12 @@ impl SourceRanges {
     }
 }
 
-/// Everything in the table of one family that follows the Services.
+/// All elements and source ranges of one family's table, which depend on the Services.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct TableContents {
     /// Front ends.
     pub front_ends: BTreeMap<FrontEnd, FrontEndRule>,
-    /// Members of plain sets.
+    /// Elements of the other sets.
     pub elements: BTreeSet<SetElement>,
     /// Source ranges by Service.
     pub source_ranges: BTreeMap<ObjectName, SourceRanges>,
@@ -246,14 +247,14 @@ pub struct ObservedFilter {
     pub rulesets: BTreeMap<Family, u64>,
     /// Front ends.
     pub front_ends: BTreeMap<FrontEnd, FrontEndElements>,
-    /// Members of plain sets.
+    /// Elements of the other sets.
     pub elements: BTreeSet<SetElement>,
     /// Fingerprints of source ranges, by Service and family.
     pub source_ranges: BTreeMap<(ObjectName, Family), u64>,
 }
 
-/// FNV-1a over words of 64 bits: tells what this program has written from what it would write now. It guards against neither malice
-/// nor luck, and need not: who can write the tables needs no collision.
+/// FNV-1a over words of 64 bits. It compares what this program has written with what it would write now. It need not resist
+/// attacks: whoever can write the tables needs no collision.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fingerprint(u64);
 
@@ -264,11 +265,11 @@ impl Default for Fingerprint {
 }
 
 impl Fingerprint {
-    /// Adds a part, whose end counts too.
+    /// Adds a part and its length.
     pub(crate) fn add(&mut self, part: &[u8]) {
         let mut mix = |word: u64| {
             let mixed = (self.0 ^ word).wrapping_mul(0x0100_0000_01b3);
-            // Only upwards carries a product; what the upper bits know must reach the lower ones too.
+            // A product only carries upwards, so the upper bits are mixed into the lower ones.
             self.0 = mixed ^ (mixed >> 32);
         };
         let (words, rest) = part.as_chunks::<8>();
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_lose_overlaps_and_host_bits_and_nothing_else() {
+    fn source_ranges_are_aggregated_by_family() {
         for (written, v4, v6) in [
             (&["10.0.0.0/8"][..], Some(&["10.0.0.0/8"][..]), Some(&[][..])),
             (&["10.1.2.3/8", "10.2.0.0/16", "10.1.2.3/32"], Some(&["10.0.0.0/8"]), Some(&[])),
@@ -312,7 +313,7 @@ mod tests {
     }
 
     #[test]
-    fn fingerprints_tell_lists_apart() {
+    fn fingerprints_differ_for_different_ranges() {
         let of = |texts: &[&str]| SourceRanges::of_family(&ranges(texts), Family::Ipv4).unwrap().fingerprint();
         assert_eq!(of(&["10.0.0.0/8", "192.0.2.0/24"]), of(&["192.0.2.0/24", "10.0.0.0/8"]));
         assert_ne!(of(&["10.0.0.0/8"]), of(&["10.0.0.0/9"]));

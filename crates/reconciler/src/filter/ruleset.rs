@@ -1,17 +1,18 @@
-//! The constant part of a family's table: sets, chains, and the rules in them. It follows from flags and the Node alone.
+//! The constant part of a family's table: sets, chains and rules. It depends on flags and the Node alone.
 //!
 //! ```text
-//! prerouting, output (nat)  a connection begins ─▶ in which sets is its front end? ─▶ mark it, keep others' hands off it
+//! prerouting, output (nat)  new connection ─▶ which sets have its front end? ─▶ mark it, protect it from other NAT rules
 //! postrouting (nat)         marked, or from a pod to itself ─▶ masquerade
-//! input (filter)            before IPVS takes it: source ranges, front ends, health-check ports; the rest on a VIP is refused
-//! forward (filter)          to a VIP that is not bound yet: nothing
+//! input (filter)            before IPVS: source ranges, front ends, health-check ports; refuse all else to a VIP
+//! forward (filter)          to a VIP that is not bound yet ─▶ drop
 //! ```
 //!
-//! IPVS takes packets in `LOCAL_IN` at 98 and in `LOCAL_OUT` at −99 (`ip_vs_core.c`), so the filter at input sees the VIP
-//! and nat at −110 comes before it. What the node itself sends IPVS takes at output, where to drop a packet is to fail the
-//! sender with `EPERM`: what it must not reach is sent to where it is dropped, or refused, at input.
+//! IPVS handles packets in `LOCAL_IN` at priority 98 and in `LOCAL_OUT` at −99 (`ip_vs_core.c`), so the filter at input sees the
+//! VIP, and nat at −110 comes before it. IPVS handles the node's own packets at output, where a dropped packet makes the sender's
+//! call fail with `EPERM`. So packets that the node must not send are redirected to a port where they are dropped, or refused, at
+//! input.
 //!
-//! The rules keep to what nft's language can say, so that `nft list ruleset` can be loaded again.
+//! The rules use only what nft's language can express, so that the output of `nft list ruleset` can be loaded again.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::OnceLock;
@@ -24,7 +25,7 @@ use service_watch::Protocol;
 
 use super::expression::{
     ConntrackKey, Expression, Field, ROUTE_LOCAL, STATE_NEW, STATUS_DESTINATION_TRANSLATED, Verdict, bitwise, compare,
-    immediate, is_in, is_not_in, load, load_conntrack, load_meta, load_source_type, map, masquerade, octets,
+    immediate, is_in, is_not_in, load, load_conntrack, load_meta, load_source_type, lookup_map, masquerade, octets,
     port_unreachable, protocol_number, register, reset, set_mark, translate_destination, verdict,
 };
 use super::inventory::Inventory;
@@ -33,25 +34,25 @@ use crate::binding;
 use crate::node::NodeView;
 use crate::policy::{DetectLocal, Policy};
 
-/// A map: front end to the chain with its source ranges.
+/// A map from front ends to the chains with their source ranges.
 pub(crate) const SOURCE_RANGES: &str = "source-ranges";
-/// A set: VIPs on `kube-ipvs0`.
+/// A set of VIPs that are bound to this node.
 pub(crate) const VIPS: &str = "vips";
-/// A set: local endpoints, each as source and as destination, with protocol and port.
+/// A set of local endpoints, each as source and as destination, with protocol and port.
 pub(crate) const HAIRPIN: &str = "hairpin";
-/// A set: ports on which the node tells load balancers of its health.
+/// A set of ports on which the node answers health checks of load balancers.
 pub(crate) const HEALTH_CHECK_PORTS: &str = "health-check-ports";
-/// What the chains with source ranges begin with; the Service's namespace and name follow.
+/// The prefix of the chains with source ranges; namespace and name of the Service follow.
 pub(crate) const SOURCES_PREFIX: &str = "sources-";
 
-/// The port that the node's own packets go to that nobody may get: no Service and no socket can have it.
+/// The port to which the node's own packets are redirected that must not reach a front end. No Service and no socket has it.
 const NO_PORT: [u8; 2] = [0; 2];
 
 const LOOPBACK_V4: Ipv4Net = Ipv4Net::new_assert(Ipv4Addr::new(127, 0, 0, 0), 8);
 const LOOPBACK_V6: Ipv6Net = Ipv6Net::new_assert(Ipv6Addr::LOCALHOST, 128);
 /// The loopback device has this index in every network namespace.
 const LOOPBACK_DEVICE: u32 = 1;
-/// `IFNAMSIZ`: names of interfaces are compared in full, with the zeros after them.
+/// `IFNAMSIZ`: interface names are compared in full, padded with zeros.
 const INTERFACE_NAME_BYTES: usize = 16;
 
 /// The number of nft's type of addresses (`datatype.h`).
@@ -62,10 +63,10 @@ pub(crate) fn address_type(family: Family) -> u32 {
     }
 }
 
-/// How to tell that a packet comes from a pod.
+/// How packets from pods are matched.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Insiders {
-    /// It cannot be told.
+enum PodMatch {
+    /// They cannot be matched.
     Unknown,
     Range(IpNet),
     Interface(String),
@@ -78,21 +79,22 @@ pub struct Ruleset {
     family: Family,
     mark: u32,
     masquerades_all: bool,
-    insiders: Insiders,
-    /// Ranges of VIPs that are this node's as a whole, sorted: what is no VIP in them is refused.
+    pods: PodMatch,
+    /// Ranges of VIPs that are routed to this node as a whole, sorted. Connections to their other addresses are refused.
     ranges: Vec<IpNet>,
-    /// Whether the node's connections to VIPs have them as their source too, and so can be told.
+    /// Whether the node's own connections to a VIP have that VIP as their source.
     has_vip_sources: bool,
-    /// The node's own addresses in them. None was there at the start; one that came since must not cut the node off.
-    own: Vec<IpAddr>,
-    /// Worked out when it is first asked for, from the rest.
+    /// The node's addresses in these ranges. At the start there are none; one that is added later must stay reachable.
+    node_addresses: Vec<IpAddr>,
+    /// Computed from the other fields on first use.
     fingerprint: OnceLock<u64>,
 }
 
 impl PartialEq for Ruleset {
     fn eq(&self, other: &Self) -> bool {
         let facts = |it: &Self| (it.family, it.mark, it.masquerades_all, it.has_vip_sources);
-        let is_same = self.insiders == other.insiders && self.ranges == other.ranges && self.own == other.own;
+        let is_same =
+            self.pods == other.pods && self.ranges == other.ranges && self.node_addresses == other.node_addresses;
         is_same && facts(self) == facts(other)
     }
 }
@@ -102,7 +104,7 @@ impl Eq for Ruleset {}
 /// A set or map.
 pub(crate) struct Set {
     pub(crate) name: &'static str,
-    /// What its elements are, for those who list them; see `nft describe`.
+    /// The data type of its keys for `nft list`; see `nft describe`.
     pub(crate) key_type: u32,
     pub(crate) key_bytes: u32,
     /// Whether it is a map to verdicts.
@@ -112,13 +114,13 @@ pub(crate) struct Set {
 /// A chain.
 pub(crate) struct Chain {
     pub(crate) name: String,
-    pub(crate) base: Option<Base>,
+    pub(crate) base: Option<BaseChain>,
     pub(crate) rules: Vec<Rule>,
 }
 
-/// Where a base chain is hooked in.
+/// Type, hook and priority of a base chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Base {
+pub(crate) struct BaseChain {
     pub(crate) kind: &'static str,
     /// `NF_INET_*`.
     pub(crate) hook: u32,
@@ -127,7 +129,7 @@ pub(crate) struct Base {
 
 /// A rule.
 pub(crate) struct Rule {
-    /// Shown by `nft list ruleset`.
+    /// `nft list ruleset` shows it.
     pub(crate) comment: String,
     pub(crate) expressions: Vec<Expression>,
 }
@@ -137,7 +139,7 @@ impl Rule {
         Self { comment: comment.into(), expressions: expressions.into_iter().flatten().collect() }
     }
 
-    /// Tells the rule from others, whatever the kernel makes of it.
+    /// Identifies the rule as this program writes it, whatever representation the kernel returns.
     pub(crate) fn fingerprint(&self) -> u64 {
         let attribute = RuleAttribute::Expressions(self.expressions.clone());
         let mut bytes = vec![0; attribute.buffer_len()];
@@ -156,7 +158,7 @@ const FORWARD: u32 = 2;
 const OUTPUT: u32 = 3;
 const POSTROUTING: u32 = 4;
 
-/// Before others' NAT, at −100 and 100: a hostPort of a CNI must not take what is a Service's.
+/// Before the NAT of other programs at −100 and 100: a CNI's hostPort must not capture connections to a Service.
 const BEFORE_DNAT: i32 = -110;
 const BEFORE_SNAT: i32 = 90;
 const FILTER: i32 = 0;
@@ -166,42 +168,47 @@ impl Ruleset {
     pub fn new(family: Family, policy: &Policy, node: &NodeView) -> Self {
         let first_of = |ranges: &[IpNet]| {
             let range = ranges.iter().find(|range| Family::of(range.addr()) == family);
-            range.map_or(Insiders::Unknown, |range| Insiders::Range(range.trunc()))
+            range.map_or(PodMatch::Unknown, |range| PodMatch::Range(range.trunc()))
         };
         Self {
             ranges: policy.binding.ranges().iter().filter(|range| binding::family(range) == family).copied().collect(),
-            // IPv6 takes only addresses on devices for sources.
+            // IPv6 selects only addresses on devices as sources.
             has_vip_sources: !(family == Family::Ipv6 && policy.binding.is_routes()),
-            own: node.local.iter().filter(|own| policy.binding.range_of(**own).is_some()).copied().collect(),
+            node_addresses: node
+                .interface_addresses
+                .iter()
+                .filter(|address| policy.binding.range_of(**address).is_some())
+                .copied()
+                .collect(),
             family,
             mark: 1 << policy.masquerade_bit,
             masquerades_all: policy.masquerade_all,
-            insiders: match &policy.detect_local {
+            pods: match &policy.detect_local {
                 DetectLocal::ClusterCidr(ranges) => first_of(ranges),
                 DetectLocal::NodeCidr => first_of(&node.pod_cidrs),
-                DetectLocal::BridgeInterface(name) => Insiders::Interface(name.clone()),
-                DetectLocal::InterfaceNamePrefix(prefix) => Insiders::InterfacePrefix(prefix.clone()),
+                DetectLocal::BridgeInterface(name) => PodMatch::Interface(name.clone()),
+                DetectLocal::InterfaceNamePrefix(prefix) => PodMatch::InterfacePrefix(prefix.clone()),
             },
             fingerprint: OnceLock::new(),
         }
     }
 
-    /// The same, for a node that has routes of other ranges too.
+    /// The same for a node that has routes to other ranges too.
     #[must_use]
-    pub fn with_ranges(mut self, others: &[IpNet]) -> Self {
-        self.ranges.extend(others.iter().filter(|range| binding::family(range) == self.family));
+    pub fn with_ranges(mut self, ranges: &[IpNet]) -> Self {
+        self.ranges.extend(ranges.iter().filter(|range| binding::family(range) == self.family));
         self.ranges.sort_unstable();
         self.ranges.dedup();
         self.fingerprint = OnceLock::new();
         self
     }
 
-    /// Of which family it is.
+    /// The family of the table.
     pub fn family(&self) -> Family {
         self.family
     }
 
-    /// Tells the sets, chains and rules from all others: what a table has must have this too.
+    /// Identifies the sets, chains and rules. A table that is up to date has the same fingerprint.
     pub fn fingerprint(&self) -> u64 {
         *self.fingerprint.get_or_init(|| self.inventory().fingerprint())
     }
@@ -246,27 +253,27 @@ impl Ruleset {
     pub(crate) fn chains(&self) -> Vec<Chain> {
         let base = |name: &str, kind, hook, priority, rules| Chain {
             name: name.to_owned(),
-            base: Some(Base { kind, hook, priority }),
+            base: Some(BaseChain { kind, hook, priority }),
             rules,
         };
         let chain = |name: &str, rules| Chain { name: name.to_owned(), base: None, rules };
         vec![
-            chain("nat-masquerade", vec![self.mark(), self.keep()]),
+            chain("nat-masquerade", vec![self.mark(), self.keep_destination()]),
             chain("nat-cluster-ip", self.cluster_ip()),
-            chain("nat-keep", vec![self.keep()]),
-            chain("nat-closed", self.closed()),
+            chain("nat-keep", vec![self.keep_destination()]),
+            chain("nat-closed", self.redirect_to_nowhere()),
             chain("nat-services", self.nat_services()),
             chain("refuse", self.refuse()),
-            chain("insiders", self.insiders_only()),
-            base("nat-prerouting", "nat", PREROUTING, BEFORE_DNAT, self.nat_begin()),
-            base("nat-output", "nat", OUTPUT, BEFORE_DNAT, self.nat_begin()),
+            chain("insiders", self.pods_and_node_only()),
+            base("nat-prerouting", "nat", PREROUTING, BEFORE_DNAT, self.nat_entry()),
+            base("nat-output", "nat", OUTPUT, BEFORE_DNAT, self.nat_entry()),
             base("nat-postrouting", "nat", POSTROUTING, BEFORE_SNAT, self.nat_postrouting()),
             base("filter-input", "filter", INPUT, FILTER, self.filter_input()),
             base("filter-forward", "filter", FORWARD, FILTER, self.filter_forward()),
         ]
     }
 
-    /// The first words: destination, protocol and destination port, as in the key of a front end.
+    /// Loads destination, protocol and destination port into the first registers, as in the key of a front end.
     fn load_front_end(&self) -> Vec<Expression> {
         let words = self.address_words();
         vec![
@@ -281,7 +288,7 @@ impl Ruleset {
         register(12)
     }
 
-    /// Goes on only for front ends in a set.
+    /// Matches front ends in a set.
     fn is_front_end(&self, set: u32) -> Vec<Expression> {
         [self.load_front_end(), vec![is_in(set::name(set), register(0))]].concat()
     }
@@ -314,36 +321,36 @@ impl Ruleset {
         vec![load(field, register(0)), bitwise(register(0), &mask, &zeros), compare(register(0), true, &network)]
     }
 
-    /// What goes to no VIP although the whole range is this node's.
-    fn to_no_vip(&self, comment: &str, fate: &[Expression]) -> impl Iterator<Item = Rule> {
+    /// Matches packets to addresses in the routed ranges that are not VIPs.
+    fn to_non_vips(&self, comment: &str, statement: &[Expression]) -> impl Iterator<Item = Rule> {
         let destination = Field::destination(self.family);
         self.ranges.iter().map(move |range| {
             let is_no_vip = vec![load(destination, register(0)), is_not_in(VIPS, register(0))];
-            Rule::new(comment, [Self::is_in_range(destination, range), is_no_vip, fate.to_vec()])
+            Rule::new(comment, [Self::is_in_range(destination, range), is_no_vip, statement.to_vec()])
         })
     }
 
-    /// The node's own addresses are no VIPs, and its own all the same.
-    fn to_own(&self, fate: &Verdict) -> impl Iterator<Item = Rule> {
+    /// Matches packets to the node's addresses in the routed ranges, which are not VIPs but stay reachable.
+    fn to_node_addresses(&self, to_verdict: &Verdict) -> impl Iterator<Item = Rule> {
         let destination = Field::destination(self.family);
-        self.own.iter().map(move |own| {
-            let is_owned = vec![load(destination, register(0)), compare(register(0), true, &octets(*own))];
-            Rule::new("the node's own", [is_owned, vec![verdict(fate)]])
+        self.node_addresses.iter().map(move |address| {
+            let is_destination = vec![load(destination, register(0)), compare(register(0), true, &octets(*address))];
+            Rule::new("the node's own", [is_destination, vec![verdict(to_verdict)]])
         })
     }
 
-    /// Goes on only for packets from pods; `None` where that cannot be told.
-    fn is_insider(&self) -> Option<Vec<Expression>> {
+    /// Matches packets from pods; `None` if they cannot be matched.
+    fn is_from_pod(&self) -> Option<Vec<Expression>> {
         let interface = |name: &[u8]| vec![load_meta(MetaKey::Iifname, register(0)), compare(register(0), true, name)];
-        match &self.insiders {
-            Insiders::Unknown => None,
-            Insiders::Range(range) => Some(self.is_source_in(range)),
-            Insiders::Interface(name) => {
+        match &self.pods {
+            PodMatch::Unknown => None,
+            PodMatch::Range(range) => Some(self.is_source_in(range)),
+            PodMatch::Interface(name) => {
                 let mut padded = name.as_bytes().to_vec();
                 padded.resize(INTERFACE_NAME_BYTES, 0);
                 Some(interface(&padded))
             }
-            Insiders::InterfacePrefix(prefix) => Some(interface(prefix.as_bytes())),
+            PodMatch::InterfacePrefix(prefix) => Some(interface(prefix.as_bytes())),
         }
     }
 
@@ -363,9 +370,9 @@ impl Ruleset {
         )
     }
 
-    /// Translates the destination to what it is: the connection has its destination then, and no hostPort of a CNI, whose
-    /// rules match every address of the node and so every VIP, can give it another.
-    fn keep(&self) -> Rule {
+    /// Translates the destination to itself. Then no later NAT rule can translate it, such as that of a CNI's hostPort, which
+    /// matches every local address and so every VIP.
+    fn keep_destination(&self) -> Rule {
         Rule::new(
             "a Service's, not a hostPort's",
             [vec![
@@ -375,11 +382,11 @@ impl Ruleset {
         )
     }
 
-    /// Sends what the node must not reach to where `filter-input` drops it without a word. (For nft a port is one of some
-    /// protocol.)
-    fn closed(&self) -> Vec<Rule> {
+    /// Redirects the node's own packets that its source ranges exclude to where `filter-input` drops them. There is a rule for each
+    /// protocol, since nft's language has no port without one.
+    fn redirect_to_nowhere(&self) -> Vec<Rule> {
         let port = register(self.address_words());
-        let to_nowhere = || {
+        let redirect = || {
             vec![
                 immediate(&self.loopback(), register(0)),
                 immediate(&NO_PORT, port),
@@ -387,7 +394,7 @@ impl Ruleset {
             ]
         };
         let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter();
-        protocols.map(|protocol| Rule::new("to nowhere", [Self::is_protocol(protocol), to_nowhere()])).collect()
+        protocols.map(|protocol| Rule::new("to nowhere", [Self::is_protocol(protocol), redirect()])).collect()
     }
 
     fn loopback(&self) -> Vec<u8> {
@@ -403,22 +410,22 @@ impl Ruleset {
             return vec![from_elsewhere];
         }
         let from_the_node = |it| Rule::new("from the node", [it, Self::goto("nat-masquerade")]);
-        // Its source may be an address that it has towards pods, which may be one of theirs by its range.
+        // The node's source address may be one that it uses towards pods, which may lie in the range of the pods.
         let mut rules: Vec<Rule> =
             (!self.has_vip_sources).then(|| from_the_node(Self::is_from_the_node())).into_iter().collect();
-        if let Some(is_insider) = self.is_insider() {
-            rules.extend([Rule::new("from a pod", [is_insider, self.keep().expressions]), from_elsewhere]);
+        if let Some(is_from_pod) = self.is_from_pod() {
+            rules.extend([Rule::new("from a pod", [is_from_pod, self.keep_destination().expressions]), from_elsewhere]);
             return rules;
         }
-        // Without a way to tell pods only the node itself is masqueraded, where its source would be a VIP.
+        // If pods cannot be matched, only the node's own connections with a VIP as source are masqueraded.
         if self.has_vip_sources {
             rules.push(from_the_node(vec![load(Field::source(self.family), register(0)), is_in(VIPS, register(0))]));
         }
-        rules.push(self.keep());
+        rules.push(self.keep_destination());
         rules
     }
 
-    fn nat_begin(&self) -> Vec<Rule> {
+    fn nat_entry(&self) -> Vec<Rule> {
         let loopback = match self.family {
             Family::Ipv4 => IpNet::V4(LOOPBACK_V4),
             Family::Ipv6 => IpNet::V6(LOOPBACK_V6),
@@ -431,7 +438,7 @@ impl Ruleset {
 
     fn nat_services(&self) -> Vec<Rule> {
         let words = self.address_words();
-        let away = vec![
+        let redirect = vec![
             immediate(&NO_PORT, register(words)),
             translate_destination(self.family, register(0), Some(register(words))),
         ];
@@ -452,14 +459,14 @@ impl Ruleset {
                     Self::is_protocol(Protocol::Udp),
                     self.is_front_end(set::UDP_REFUSED_TO_NODE),
                     Self::is_from_the_node(),
-                    away,
+                    redirect,
                 ],
             ),
             to("no endpoint", set::UDP_REFUSED_TO_NODE, "nat-keep"),
         ];
-        // A hostPort is on every address of the node, and so on all of a range.
-        rules.extend(self.to_own(&Verdict::Return));
-        rules.extend(self.to_no_vip("to no VIP", &self.keep().expressions));
+        // A hostPort matches every local address, and so every address of a routed range.
+        rules.extend(self.to_node_addresses(&Verdict::Return));
+        rules.extend(self.to_non_vips("to no VIP", &self.keep_destination().expressions));
         rules
     }
 
@@ -509,13 +516,14 @@ impl Ruleset {
         };
         let is_to_loopback =
             vec![load(Field::destination(self.family), register(0)), compare(register(0), true, &self.loopback())];
-        // First: a VIP of a range is this node's before it is known, and after. So front ends are served once it is in the set.
-        let mut rules: Vec<Rule> = self.to_own(&Verdict::Accept).collect();
-        rules.extend(self.to_no_vip("to no VIP", &Self::goto("refuse")));
+        // First, since a VIP of a routed range is local before and after it is served. Its front ends are served while it is in the
+        // set.
+        let mut rules: Vec<Rule> = self.to_node_addresses(&Verdict::Accept).collect();
+        rules.extend(self.to_non_vips("to no VIP", &Self::goto("refuse")));
         rules.extend([
             Rule::new(
                 "source ranges",
-                [self.load_front_end(), vec![map(SOURCE_RANGES, register(0), Register::Verdict)]],
+                [self.load_front_end(), vec![lookup_map(SOURCE_RANGES, register(0), Register::Verdict)]],
             ),
             Rule::new("to an open front end", [self.is_front_end(set::OPEN), vec![verdict(&Verdict::Accept)]]),
             Rule::new("no local endpoint", [self.is_front_end(set::OPEN_TO_INSIDERS), Self::goto("insiders")]),
@@ -550,12 +558,12 @@ impl Ruleset {
         rules
     }
 
-    fn insiders_only(&self) -> Vec<Rule> {
+    fn pods_and_node_only(&self) -> Vec<Rule> {
         let accept = || vec![verdict(&Verdict::Accept)];
         let mut rules = vec![Rule::new("from the node", [Self::is_from_the_node(), accept()])];
-        match self.is_insider() {
-            Some(is_insider) => {
-                rules.push(Rule::new("from a pod", [is_insider, accept()]));
+        match self.is_from_pod() {
+            Some(is_from_pod) => {
+                rules.push(Rule::new("from a pod", [is_from_pod, accept()]));
                 rules.push(Rule::new("from elsewhere", [Self::goto("refuse")]));
             }
             None => rules.push(Rule::new("pods cannot be told from others", [accept()])),
@@ -563,8 +571,8 @@ impl Ruleset {
         rules
     }
 
-    /// Only what begins is refused: a connection to an endpoint that drains goes on. TCP is reset, since the kernel sends
-    /// few unreachables to one peer (`icmp_ratelimit`), and a client that hears nothing waits.
+    /// Refuses new connections only: connections to an endpoint that drains continue. TCP is reset, since the kernel limits the rate of
+    /// ICMP errors to one peer (`icmp_ratelimit`), and a client without an answer waits.
     fn refuse(&self) -> Vec<Rule> {
         vec![
             Rule::new("TCP", [Self::is_new(), Self::is_protocol(Protocol::Tcp), vec![reset()]]),
@@ -572,8 +580,8 @@ impl Ruleset {
         ]
     }
 
-    /// A VIP is never somewhere else. Before it is bound here its packets would leave by the default route, and connection
-    /// tracking would take note of connections that nobody translates.
+    /// Drops packets to VIPs that are not bound yet. They would leave by the default route, and connection tracking would record
+    /// connections that IPVS does not translate.
     fn filter_forward(&self) -> Vec<Rule> {
         let is_to_vip = vec![load(Field::destination(self.family), register(0)), is_in(VIPS, register(0))];
         let drop = || vec![verdict(&Verdict::Drop)];

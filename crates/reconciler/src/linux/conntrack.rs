@@ -1,9 +1,9 @@
-//! Connections and flows that connection tracking knows and that lead to where nobody answers.
+//! Deletes stale entries from connection tracking: those to a front end whose replies are not expected from one of its real servers.
 //!
-//! A UDP flow lives as long as its client keeps sending. When its real server is gone IPVS chooses another, but connection
-//! tracking still expects answers from the old one and would not translate those of the new: the flow is dead until it
-//! pauses. And what a client began before there was a virtual server, TCP too, is known as something nobody translates,
-//! and its next packet would not be masqueraded. So what no living real server answers is deleted.
+//! A UDP flow continues while its client sends. When its real server is deleted IPVS selects another, but connection tracking still
+//! expects replies from the old one and does not translate those of the new one, so the flow is broken until it pauses. Connections,
+//! also of TCP, that began before there was a virtual server have an entry without a translation, and their next packet would not be
+//! masqueraded.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -39,22 +39,21 @@ const FILTER_DESTINATION_PORT: u32 = 1 << 5;
 
 const ENOENT: i32 = 2;
 
-/// Who answers for each front end, sorted.
-type Alive<'a> = HashMap<FrontEnd, &'a Arc<[RealServerAddress]>>;
+/// The real servers of each front end, sorted.
+type LiveServers<'a> = HashMap<FrontEnd, &'a Arc<[RealServerAddress]>>;
 
-/// Deletes the stale flows of all front ends that operations name, with one reading for each family among them, of which
-/// `conntrack_cleanups` gets an account.
-pub(crate) fn flush(
+/// Deletes the stale flows of all front ends in operations, with one dump per family. Each dump is recorded in `cleanups`.
+pub(crate) fn delete_stale_flows(
     socket: &mut Socket,
     operations: &[Operation],
-    conntrack_cleanups: &mut Vec<ConntrackCleanup>,
+    cleanups: &mut Vec<ConntrackCleanup>,
 ) -> Result<(), Error> {
-    let mut wanted = Alive::default();
+    let mut wanted = LiveServers::default();
     for operation in operations {
-        if let Operation::DeleteUntranslatedFlows(front_end, alive) | Operation::DeleteStaleFlows(front_end, alive) =
+        if let Operation::DeleteUntranslatedFlows(front_end, live) | Operation::DeleteStaleFlows(front_end, live) =
             operation
         {
-            wanted.insert(*front_end, alive);
+            wanted.insert(*front_end, live);
         }
     }
     for family in [Family::Ipv4, Family::Ipv6] {
@@ -68,7 +67,7 @@ pub(crate) fn flush(
         let protocol = has_one_protocol.then_some(first.protocol);
         let port = (has_one_protocol && has_one_port).then_some(first.port);
         let (start, mut stale) = (Instant::now(), Vec::new());
-        for entry in socket.stream(&list(family, protocol, port))? {
+        for entry in socket.stream(&list_request(family, protocol, port))? {
             let ConntrackEntry(attributes) = entry?;
             if is_stale(&attributes, &wanted) {
                 stale.push(delete(family, attributes));
@@ -83,19 +82,19 @@ pub(crate) fn flush(
             }
             debug!(flows = found, "deleted stale flows from connection tracking");
         }
-        conntrack_cleanups.push(ConntrackCleanup { family, duration: start.elapsed(), deleted: found });
+        cleanups.push(ConntrackCleanup { family, duration: start.elapsed(), deleted: found });
     }
     Ok(())
 }
 
-/// An entry of connection tracking. One that cannot be understood is empty: it must not keep us from the others.
+/// An entry of connection tracking. One that cannot be decoded is empty, so that the others are still handled.
 struct ConntrackEntry(Vec<ConntrackAttribute>);
 
 impl NetlinkDeserializable for ConntrackEntry {
     type Error = DecodeError;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        // Of other subsystems the library reads more than it is sure of.
+        // The library's decoder for other subsystems does not check all lengths.
         if header.message_type >> 8 != NFNL_SUBSYS_CTNETLINK {
             return Ok(Self(Vec::new()));
         }
@@ -107,11 +106,10 @@ impl NetlinkDeserializable for ConntrackEntry {
     }
 }
 
-/// A request for a list of flows. The library has no type for the filter, and gives none of its own to an attribute that
-/// must be marked as nested.
-struct List(Vec<u8>);
+/// A request to list flows. The library has no type for the filter, whose attribute must be marked as nested.
+struct ListRequest(Vec<u8>);
 
-impl NetlinkSerializable for List {
+impl NetlinkSerializable for ListRequest {
     fn message_type(&self) -> u16 {
         const IPCTNL_MSG_CT_GET: u16 = 1;
         NFNL_SUBSYS_CTNETLINK << 8 | IPCTNL_MSG_CT_GET
@@ -126,14 +124,14 @@ impl NetlinkSerializable for List {
     }
 }
 
-/// Asks for the flows of a family, of one protocol and to one port if there is only one to be looked for. Before Linux 5.8
-/// the kernel takes no notice of the filter and lists everything, so what it lists is looked at again.
-fn list(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> List {
+/// A request for the flows of a family, optionally of one protocol and to one port. Before Linux 5.8 the kernel ignores the filter, so
+/// each entry is checked again.
+fn list_request(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> ListRequest {
     let header = header(family);
     let Some(protocol) = protocol else {
         let mut bytes = vec![0; header.buffer_len()];
         header.emit(&mut bytes);
-        return List(bytes);
+        return ListRequest(bytes);
     };
     let mut proto = vec![ProtoTuple::Protocol(protocol_number(protocol).into())];
     proto.extend(port.map(ProtoTuple::DestinationPort));
@@ -150,20 +148,20 @@ fn list(family: Family, protocol: Option<Protocol>, port: Option<u16>) -> List {
     put(20, CTA_FILTER | NLA_F_NESTED, None);
     put(8, CTA_FILTER_ORIG_FLAGS, Some(flags));
     put(8, CTA_FILTER_REPLY_FLAGS, Some(0));
-    List(bytes)
+    ListRequest(bytes)
 }
 
-/// Reads an entry, looks at whether it is stale, and writes the request that deletes it.
+/// Decodes an entry, checks whether it is stale, and encodes the request that deletes it.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
     if let Ok(ConntrackEntry(attributes)) = ConntrackEntry::deserialize(header, payload) {
-        let _ = is_stale(&attributes, &Alive::default());
+        let _ = is_stale(&attributes, &LiveServers::default());
         let Request { message, .. } = delete(Family::Ipv4, attributes);
         message.serialize(&mut vec![0; NetlinkSerializable::buffer_len(&message)]);
     }
 }
 
-fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
+fn is_stale(attributes: &[ConntrackAttribute], wanted: &LiveServers<'_>) -> bool {
     let find = |pick: fn(&ConntrackAttribute) -> Option<&Vec<Tuple>>| attributes.iter().find_map(pick);
     let original = find(|attribute| match attribute {
         ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
@@ -179,8 +177,8 @@ fn is_stale(attributes: &[ConntrackAttribute], wanted: &Alive<'_>) -> bool {
         port: destination.port(),
         protocol,
     });
-    let alive = front_end.and_then(|front_end| wanted.get(&front_end));
-    alive.is_some_and(|alive| source(reply).is_none_or(|from| alive.binary_search(&real_server_address(from)).is_err()))
+    let live = front_end.and_then(|front_end| wanted.get(&front_end));
+    live.is_some_and(|live| source(reply).is_none_or(|from| live.binary_search(&real_server_address(from)).is_err()))
 }
 
 fn split_tuple(tuple: &[Tuple]) -> (&[IPTuple], &[ProtoTuple]) {
@@ -221,7 +219,7 @@ fn socket_address(address: Option<IpAddr>, port: Option<u16>) -> Option<SocketAd
     Some(SocketAddr::new(address?, port?))
 }
 
-/// Deletes exactly this flow: by its original direction and its zone. One that has ended meanwhile is no loss.
+/// A request that deletes exactly this flow, by its original tuple and its zone.
 fn delete(family: Family, attributes: Vec<ConntrackAttribute>) -> Request<NetfilterMessage> {
     let identity = attributes.into_iter().filter(|attribute| match attribute {
         ConntrackAttribute::CtaTupleOrig(_) => true,
@@ -235,9 +233,9 @@ fn delete(family: Family, attributes: Vec<ConntrackAttribute>) -> Request<Netfil
 mod tests {
     use super::*;
 
-    /// Found by fuzzing: the library takes the length of an attribute of `nf_tables` on trust.
+    /// Found by fuzzing: the library does not check the length of an attribute of `nf_tables`.
     #[test]
-    fn a_message_of_another_subsystem_is_no_entry() {
+    fn a_message_of_another_subsystem_is_ignored() {
         let payload = [
             0x02, 0x00, 0x00, 0x01, 0x44, 0x00, 0x03, 0x00, 0x40, 0x00, 0x01, 0x00, 0x14, 0x00, 0x01, 0x00, 0x50, 0x00,
             0x01, 0x00, 0x0a, 0x60, 0x00, 0x01, 0x06, 0x00, 0x00, 0x00, 0x00, 0x50, 0x00, 0x00, 0x28, 0x00, 0x02, 0x00,

@@ -1,8 +1,8 @@
-//! Tells when addresses of the node's interfaces change, and when `kube-ipvs0` goes away.
+//! Watches the addresses of the node's interfaces, and whether `kube-ipvs0` is deleted.
 //!
-//! kube-proxy reads all addresses at each sync; with thousands of VIPs that took most of its time. Here the kernel tells
-//! of changes, and only then they are read, and by each audit. The watch itself remembers nothing that could become
-//! wrong but the index of `kube-ipvs0`, whose own addresses are no news.
+//! kube-proxy reads all addresses at each sync, which takes most of its time with thousands of VIPs. Here addresses are read after
+//! a notification from the kernel, and by each audit. The only state of the watch is the index of `kube-ipvs0`, whose own addresses
+//! are ignored.
 
 use netlink_batch::protocols::NETLINK_ROUTE;
 use netlink_batch::{Error, Received, Socket, Subscription};
@@ -21,22 +21,22 @@ const RTM_DELLINK: u16 = 17;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 
-// linux/if_link.h, linux/if_addr.h: where things are in struct ifinfomsg and struct ifaddrmsg.
+// linux/if_link.h, linux/if_addr.h: the layout of struct ifinfomsg and struct ifaddrmsg.
 const IFLA_IFNAME: u16 = 3;
 const IFINFOMSG_BYTES: usize = 16;
 const AF_INET6: u8 = 10;
 const RT_SCOPE_LINK: u8 = 253;
 
-/// What happened.
+/// What changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Changed {
+pub struct InterfaceChanges {
     /// Addresses of interfaces other than `kube-ipvs0`.
     pub addresses: bool,
-    /// `kube-ipvs0` was deleted or renamed: not by this agent, which never does.
+    /// `kube-ipvs0` was deleted or renamed by another program.
     pub device_lost: bool,
 }
 
-/// A notification, as far as it matters here. Links have attributes of countless kinds; none but the name is looked at.
+/// A notification. Of the many attributes of a link only the name is decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Notification {
     Link { index: u32, is_ours: bool },
@@ -58,7 +58,7 @@ impl NetlinkDeserializable for Notification {
                 Self::Link { index: index()?, is_ours: name.as_deref() == Some(DEVICE) }
             }
             RTM_DELLINK => Self::LinkGone { index: index()? },
-            // Every new pod interface gets a link-local address of IPv6; the next audit is soon enough for those.
+            // Every new pod interface gets an IPv6 link-local address. To read those at the next audit is soon enough.
             RTM_NEWADDR | RTM_DELADDR if payload.starts_with(&[AF_INET6]) && payload.get(3) == Some(&RT_SCOPE_LINK) => {
                 Self::Other
             }
@@ -68,41 +68,41 @@ impl NetlinkDeserializable for Notification {
     }
 }
 
-/// A watch over the addresses of the node's interfaces.
+/// A watch of the addresses of the node's interfaces.
 #[derive(Debug)]
 pub struct InterfaceWatch {
     subscription: Subscription,
     /// The index of `kube-ipvs0`.
-    ours: Option<u32>,
+    device_index: Option<u32>,
 }
 
 impl InterfaceWatch {
-    /// Begins: what happens from now on is told.
+    /// Opens the watch. It reports what happens from now on.
     pub fn open() -> Result<Self, Error> {
         let subscription =
             Subscription::open(NETLINK_ROUTE, &[RTNLGRP_LINK, RTNLGRP_IPV4_IFADDR, RTNLGRP_IPV6_IFADDR])?;
-        Ok(Self { subscription, ours: device()? })
+        Ok(Self { subscription, device_index: device()? })
     }
 
-    /// Waits until something happens.
-    pub fn wait(&mut self) -> Result<Changed, Error> {
-        let mut changed = Changed::default();
-        let ours = &mut self.ours;
+    /// Waits for a notification.
+    pub fn wait(&mut self) -> Result<InterfaceChanges, Error> {
+        let mut changed = InterfaceChanges::default();
+        let device_index = &mut self.device_index;
         let received = self.subscription.receive(|notification| match notification {
-            Notification::Link { index, is_ours: true } => *ours = Some(index),
+            Notification::Link { index, is_ours: true } => *device_index = Some(index),
             Notification::Link { index, is_ours: false } | Notification::LinkGone { index } => {
-                if *ours == Some(index) {
-                    *ours = None;
+                if *device_index == Some(index) {
+                    *device_index = None;
                     changed.device_lost = true;
                 }
             }
-            Notification::Address { index } => changed.addresses |= *ours != Some(index),
+            Notification::Address { index } => changed.addresses |= *device_index != Some(index),
             Notification::Other => {}
         })?;
         if received == Received::Overrun {
-            // As when thousands of VIPs are bound, of each of which the kernel tells.
+            // For example when thousands of VIPs are bound, since the kernel sends a notification for each.
             let now = device()?;
-            let before = std::mem::replace(&mut self.ours, now);
+            let before = std::mem::replace(&mut self.device_index, now);
             changed.addresses = true;
             changed.device_lost |= before.is_some() && before != now;
         }
@@ -112,17 +112,17 @@ impl InterfaceWatch {
 
 /// The index of `kube-ipvs0`; `None` where there is no such device.
 fn device() -> Result<Option<u32>, Error> {
-    let mut ask = LinkMessage::default();
-    ask.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
+    let mut request = LinkMessage::default();
+    request.attributes.push(LinkAttribute::IfName(DEVICE.to_owned()));
     let mut found = None;
-    let asked =
-        Socket::open(NETLINK_ROUTE)?.request(&RouteNetlinkMessage::GetLink(ask).into(), |answer: Notification| {
+    let result =
+        Socket::open(NETLINK_ROUTE)?.request(&RouteNetlinkMessage::GetLink(request).into(), |answer: Notification| {
             if let Notification::Link { index, is_ours: true } = answer {
                 found = Some(index);
             }
         });
-    match asked {
-        // The kernel says no.
+    match result {
+        // A refusal of the kernel means that there is no such device.
         Err(error) if error.refusal().is_none() => Err(error),
         _ => Ok(found),
     }
@@ -139,20 +139,20 @@ mod tests {
     }
 
     #[test]
-    fn of_a_link_only_index_and_name_are_read() {
+    fn only_index_and_name_of_a_link_are_decoded() {
         let mut link = vec![0; IFINFOMSG_BYTES];
         link[4] = 7;
         link.extend_from_slice(&[8, 0, 99, 0, 1, 2, 3, 4]);
         link.extend_from_slice(&[15, 0, 3, 0]);
         link.extend_from_slice(b"kube-ipvs0\0\0");
         assert_eq!(decode(RTM_NEWLINK, &link).unwrap(), Notification::Link { index: 7, is_ours: true });
-        // An attribute that is cut off costs nothing but itself.
+        // A truncated attribute is ignored.
         assert_eq!(decode(RTM_NEWLINK, &link[..20]).unwrap(), Notification::Link { index: 7, is_ours: false });
         assert!(decode(RTM_NEWLINK, &[0; 5]).is_err());
     }
 
     #[test]
-    fn link_local_addresses_of_ipv6_are_no_news_and_those_of_ipv4_are() {
+    fn ipv6_link_local_addresses_are_ignored() {
         assert_eq!(decode(RTM_NEWADDR, &[AF_INET6, 64, 0, RT_SCOPE_LINK, 3, 0, 0, 0]).unwrap(), Notification::Other);
         assert_eq!(decode(RTM_DELADDR, &[AF_INET6, 64, 0, 0, 3, 0, 0, 0]).unwrap(), Notification::Address { index: 3 });
         let ipv4 = [2, 16, 0, RT_SCOPE_LINK, 3, 0, 0, 0];

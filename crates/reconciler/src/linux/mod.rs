@@ -162,10 +162,10 @@ impl LinuxKernel {
     }
 
     /// Has `kube-ipvs0` take routes: IPv6 lets none lead to a device that is down.
-    fn raise_device(&mut self) -> Result<(), KernelError> {
+    fn set_device_up(&mut self) -> Result<(), KernelError> {
         let operation = Operation::SetDeviceUp;
         let Some(device) = self.device else { return Err(no_device(&operation)) };
-        for request in routes::raise(device) {
+        for request in routes::set_up_requests(device) {
             match self.route.request(&request, |_: RouteNetlinkMessage| {}) {
                 Ok(()) => {}
                 // Without IPv6 there is no link-local address to be kept away. The anchor may be there already.
@@ -225,7 +225,7 @@ impl LinuxKernel {
             })
             .map_err(|error| refused(format!("cannot list the addresses of the node: {error}")))?;
         observed.device = device.map(|(_, is_up)| ObservedDevice {
-            accepts_routes: is_up && on_device.iter().any(|(address, _)| *address == routes::ANCHOR),
+            accepts_routes: is_up && on_device.iter().any(|(address, _)| *address == routes::ANCHOR_ADDRESS),
             addresses: on_device,
             routes: Vec::new(),
         });
@@ -303,7 +303,7 @@ impl LinuxKernel {
     }
 
     fn apply_flows(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
-        let flushed = conntrack::flush(&mut self.netfilter, operations, &mut self.conntrack_cleanups);
+        let flushed = conntrack::delete_stale_flows(&mut self.netfilter, operations, &mut self.conntrack_cleanups);
         if flushed.as_ref().is_err_and(|error| error.refusal().is_none()) {
             // Nothing the mirror knows of is at stake, so it stays; a new socket is made with the next reading.
             self.is_broken = true;
@@ -376,7 +376,7 @@ impl Kernel for LinuxKernel {
             let start = Instant::now();
             match target {
                 Target::Device => results.extend(run.iter().map(|operation| match operation {
-                    Operation::SetDeviceUp => self.raise_device(),
+                    Operation::SetDeviceUp => self.set_device_up(),
                     _ => self.ensure_device(),
                 })),
                 Target::Filter => self.apply_filter(run, &mut results),

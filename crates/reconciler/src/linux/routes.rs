@@ -1,4 +1,4 @@
-//! Local routes to `kube-ipvs0` over rtnetlink: what makes them ours, how they are written, and how they are read.
+//! Local routes to `kube-ipvs0` over rtnetlink: how they are identified, written and read.
 
 use std::net::{IpAddr, Ipv4Addr};
 
@@ -13,19 +13,19 @@ use netlink_packet_route::link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, Link
 use netlink_packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-/// Says that a route is ours, and only such routes are touched: a number that neither `linux/rtnetlink.h` nor iproute2's
-/// `rt_protos` gives to anybody.
+/// Identifies the routes of this program; no others are changed. Neither `linux/rtnetlink.h` nor iproute2's `rt_protos` assigns
+/// this number.
 const PROTOCOL: u8 = 105;
 
-/// The routes that come with addresses have 0: so a VIP can have both while it changes from the one to the other.
+/// The kernel's own routes for addresses have metric 0, so a VIP can have both while its binding changes.
 const METRIC: u32 = 1024;
 
-/// An address on `kube-ipvs0` that is there for as long as routes are. When the last IPv4 address leaves a device, the kernel
-/// deletes all IPv4 routes to it (`fib_inetaddr_event`), as would be at the change from addresses to routes. A loopback
-/// address is the node's anyway, and nobody else's.
-pub(crate) const ANCHOR: Ipv4Addr = Ipv4Addr::new(127, 105, 112, 118);
+/// An address on `kube-ipvs0` while there are routes to it. When the last IPv4 address of a device is deleted, the kernel deletes all
+/// IPv4 routes to it (`fib_inetaddr_event`), which would happen when the binding changes from addresses to routes. A loopback
+/// address is local to the node anyway.
+pub(crate) const ANCHOR_ADDRESS: Ipv4Addr = Ipv4Addr::new(127, 105, 112, 118);
 
-// linux/rtnetlink.h: where things are in struct rtmsg.
+// linux/rtnetlink.h: the layout of struct rtmsg.
 const RTM_NEWROUTE: u16 = 24;
 const RTMSG_BYTES: usize = 12;
 const RTA_DST: u16 = 1;
@@ -33,15 +33,15 @@ const RTA_OIF: u16 = 4;
 const RTA_PRIORITY: u16 = 6;
 const RTA_TABLE: u16 = 15;
 const RTN_LOCAL: u8 = 2;
-/// The table that is looked into first, for what is the node's own.
+/// The table with local addresses, which is looked up first.
 const LOCAL_TABLE: u8 = 255;
 
-/// What has a device take routes, in order: no link-local address comes with it, it is up, and it has the anchor.
-pub(crate) fn raise(device: u32) -> [Request<RouteNetlinkMessage>; 3] {
-    let mut quiet = LinkMessage::default();
-    quiet.header.index = device;
+/// The requests that set a device up for routes, in order: without an IPv6 link-local address, up, and with the anchor address.
+pub(crate) fn set_up_requests(device: u32) -> [Request<RouteNetlinkMessage>; 3] {
+    let mut no_link_local = LinkMessage::default();
+    no_link_local.header.index = device;
     let no_address = AfSpecInet6::AddrGenMode(In6AddrGenMode::None);
-    quiet.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![no_address])]));
+    no_link_local.attributes.push(LinkAttribute::AfSpecUnspec(vec![AfSpecUnspec::Inet6(vec![no_address])]));
     let mut up = LinkMessage::default();
     up.header.index = device;
     (up.header.flags, up.header.change_mask) = (LinkFlags::Up, LinkFlags::Up);
@@ -50,10 +50,10 @@ pub(crate) fn raise(device: u32) -> [Request<RouteNetlinkMessage>; 3] {
     anchor.header.family = AddressFamily::Inet;
     anchor.header.prefix_len = 32;
     anchor.header.scope = AddressScope::Host;
-    anchor.attributes.push(AddressAttribute::Local(ANCHOR.into()));
-    anchor.attributes.push(AddressAttribute::Address(ANCHOR.into()));
+    anchor.attributes.push(AddressAttribute::Local(ANCHOR_ADDRESS.into()));
+    anchor.attributes.push(AddressAttribute::Address(ANCHOR_ADDRESS.into()));
     [
-        RouteNetlinkMessage::SetLink(quiet).into(),
+        RouteNetlinkMessage::SetLink(no_link_local).into(),
         RouteNetlinkMessage::SetLink(up).into(),
         Request { message: RouteNetlinkMessage::NewAddress(anchor), flags: NLM_F_CREATE | NLM_F_EXCL },
     ]
@@ -79,17 +79,17 @@ fn route(range: &IpNet, device: u32) -> RouteMessage {
     message
 }
 
-/// Makes a route, beside one of somebody else for the same range.
+/// Adds a route, beside any route of another program for the same range.
 pub(crate) fn add(range: &IpNet, device: u32) -> Request<RouteNetlinkMessage> {
     Request { message: RouteNetlinkMessage::NewRoute(route(range, device)), flags: NLM_F_CREATE | NLM_F_APPEND }
 }
 
-/// Deletes a route of ours.
+/// Deletes a route of this program.
 pub(crate) fn remove(range: &IpNet, device: u32) -> Request<RouteNetlinkMessage> {
     RouteNetlinkMessage::DelRoute(route(range, device)).into()
 }
 
-/// A route as it was read: whose it is, and where from. Routes have attributes of countless kinds; few are looked at.
+/// A route as it was read. Few of its many attributes are decoded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Route {
     range: Option<IpNet>,
@@ -134,15 +134,15 @@ fn destination(family: u8, prefix: u8, value: &[u8]) -> Option<IpNet> {
     IpNet::new(address, prefix).ok()
 }
 
-/// A socket to read with.
+/// Opens the socket that reads routes.
 pub(crate) fn open() -> Result<Socket, Error> {
     let mut socket = Socket::open(netlink_batch::protocols::NETLINK_ROUTE)?;
-    // Then the kernel looks for our routes itself (since Linux 4.20); before, it tells all of them.
+    // Since Linux 4.20 the kernel then lists only the requested routes; older kernels list all of them.
     socket.enable_strict_checking();
     Ok(socket)
 }
 
-/// Reads our routes to a device, of both families.
+/// Reads the routes of this program to a device, of both families.
 pub(crate) fn read(socket: &mut Socket, device: u32) -> Result<Vec<IpNet>, Error> {
     let mut ranges = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -175,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_is_ours_when_it_is_read_and_nothing_else() {
+    fn only_routes_of_this_program_are_recognized() {
         for text in ["10.96.0.0/12", "203.0.113.1/32", "fd00:96::/112", "fd00::1/128"] {
             let range: IpNet = text.parse().unwrap();
             let ours = route(&range, 7);
@@ -195,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_is_cut_off_is_an_error_and_no_panic() {
+    fn a_truncated_message_is_an_error() {
         let mut header = NetlinkHeader::default();
         header.message_type = RTM_NEWROUTE;
         let ours = route(&"10.96.0.0/12".parse().unwrap(), 7);

@@ -1,4 +1,4 @@
-//! Carries out what plans want of the packet filter, each run of operations as one transaction.
+//! Carries out the packet filter's operations of plans, each run of operations as one transaction.
 
 use netlink_batch::{Error, Refusal, Socket};
 
@@ -20,14 +20,14 @@ const ENOENT: i32 = 2;
 const EBUSY: i32 = 16;
 const EEXIST: i32 = 17;
 
-/// What helps where the kernel lacks a part of `nf_tables`, which it would load by itself if it could.
+/// A hint for a kernel that lacks a part of `nf_tables`. It loads modules automatically if it can.
 const MODULES: &str = "it takes CAP_NET_ADMIN, and the modules nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_reject_ipv4 \
                        nft_reject_ipv6 nft_fib_ipv4 nft_fib_ipv6: load them with `modprobe -a`";
 
-/// What became of one operation.
+/// The result of one operation.
 type OperationResult = Result<(), KernelError>;
 
-/// Reads the tables of the families the node serves.
+/// Reads the tables of the families that the node serves.
 pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<ObservedFilter, KernelError> {
     read::read(socket, families).map_err(|error| {
         let hint = error.refusal().map_or("", |refusal| hint(refusal.errno));
@@ -35,7 +35,7 @@ pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<Observe
     })
 }
 
-/// Makes the tables and takes them back, in one transaction.
+/// Creates the tables and deletes them again in one transaction.
 pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelError> {
     let failed = |reason: &dyn std::fmt::Display| KernelError {
         cause: Cause::Refused,
@@ -67,7 +67,7 @@ pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, Ke
     result.map(|()| !tables.is_empty()).map_err(|refusal| failed(&refusal))
 }
 
-/// Carries out operations on the packet filter and returns one result each. An `Err` of the whole is a socket that failed.
+/// Carries out operations on the packet filter and returns a result for each. `Err` means that the socket failed.
 pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<OperationResult>, Error> {
     let mut results = Vec::with_capacity(operations.len());
     for chunk in operations.chunks(TRANSACTION_OPERATIONS) {
@@ -76,12 +76,12 @@ pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec
     Ok(results)
 }
 
-/// A transaction takes effect as a whole or not at all. Where one is refused, its halves are tried by themselves, down to
-/// the operation that is at fault: it must not hold up the others.
+/// Commits operations as one transaction. If it is refused, its halves are tried separately, down to the operation at fault, so that
+/// the others take effect.
 fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<OperationResult>) -> Result<(), Error> {
     let mut transaction = Transaction::default();
     for operation in operations {
-        put(operation, &mut transaction);
+        add_to_transaction(operation, &mut transaction);
     }
     match (send(socket, transaction)?, operations) {
         (Ok(()), _) => results.extend(operations.iter().map(|_| Ok(()))),
@@ -97,12 +97,12 @@ fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Opera
 
 /// The inner result is the kernel's first refusal.
 fn send(socket: &mut Socket, transaction: Transaction) -> Result<Result<(), Refusal>, Error> {
-    let (begin, end) = Transaction::brackets();
+    let (begin, end) = Transaction::begin_and_end();
     let result = socket.transaction(&begin, transaction.into_requests(), &end)?;
     Ok(result.map_err(|(_, refusal)| refusal))
 }
 
-fn put(operation: &Operation, transaction: &mut Transaction) {
+fn add_to_transaction(operation: &Operation, transaction: &mut Transaction) {
     match operation {
         Operation::BuildTable { ruleset, replaces, contents } => transaction.build(ruleset, *replaces, contents),
         Operation::SetSourceRanges(service, family, ranges) => transaction.set_source_ranges(service, *family, ranges),
@@ -115,14 +115,14 @@ fn put(operation: &Operation, transaction: &mut Transaction) {
         Operation::RemoveElement(element) => transaction.remove_element(*element),
         Operation::AddRoutedVip(address) => transaction.add_element(SetElement::Vip(*address)),
         Operation::RemoveRoutedVip(address) => transaction.remove_element(SetElement::Vip(*address)),
-        // Of other parts of the kernel.
+        // Operations on other parts of the kernel.
         _ => {}
     }
 }
 
 fn refused(operation: &Operation, refusal: &Refusal) -> KernelError {
     let cause = match refusal.errno {
-        // EBUSY is a key that has something else already, or a chain in use: somebody has changed the table.
+        // EBUSY: an element exists with other data, or a chain is in use. Another program has changed the table.
         EEXIST | EBUSY => Cause::Exists,
         ENOENT => Cause::NotFound,
         _ => Cause::Refused,

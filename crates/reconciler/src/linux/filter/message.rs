@@ -1,5 +1,5 @@
-//! The tables and their elements as messages of `nf_tables`. Order within a transaction is made here: what is referred to
-//! comes before what refers to it, and goes after it.
+//! The tables and their elements as messages of `nf_tables`, ordered within a transaction: an object is created before those that refer
+//! to it, and deleted after them.
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -26,21 +26,21 @@ use crate::filter::ruleset::{
 use crate::filter::{FrontEndElements, SetElement, SourceRanges, SourceRangesElement, TABLE, TableContents, set};
 use crate::front_end::FrontEnd;
 
-/// One attribute has 16 bits for its length: a list of elements goes in pieces of at most this many bytes.
+/// The length of an attribute has 16 bits, so a list of elements is split into messages of at most this many bytes.
 const LIST_BYTES: usize = 48 * 1024;
 /// `NFNL_SUBSYS_NFTABLES`.
 const SUBSYSTEM: u16 = 10;
-/// What the kernel numbers a set by that has no name of its own.
+/// The name of anonymous sets. The kernel replaces `%d` by a number.
 const ANONYMOUS: &str = "__set%d";
 
-/// In a rule's user data, as `libnftnl` lays it out: a comment; and what `nft` does not know and leaves alone.
+/// Types in a rule's user data, in the layout of `libnftnl`: a comment, and a fingerprint, which `nft` ignores.
 const UDATA_COMMENT: u8 = 0;
 pub(crate) const UDATA_FINGERPRINT: u8 = 0x4b;
 
 /// An element of a set or map.
 type Element = Vec<SetElementAttribute>;
 
-/// What is to be done to the tables at one instant.
+/// Changes to the tables that take effect together.
 #[derive(Debug, Default)]
 pub struct Transaction {
     tables: Vec<Request<NetfilterMessage>>,
@@ -52,19 +52,19 @@ pub struct Transaction {
 }
 
 impl Transaction {
-    /// The message that begins any transaction, and the one that ends it.
-    pub fn brackets() -> (NetfilterMessage, NetfilterMessage) {
+    /// The messages that begin and end a transaction.
+    pub fn begin_and_end() -> (NetfilterMessage, NetfilterMessage) {
         let message =
             |content| NetfilterMessage::new(NetfilterHeader::new(NetfilterProtoFamily::Unspec, 0, SUBSYSTEM), content);
         (message(ControlMessage::BatchBegin), message(ControlMessage::BatchEnd))
     }
 
-    /// Everything between the brackets.
+    /// The messages between them.
     pub fn into_requests(self) -> Vec<Request<NetfilterMessage>> {
         let mut requests = self.tables;
         let elements = |(key, elements): ((Family, &'static str), Vec<Element>), is_new: bool| {
             let (family, set) = key;
-            pieces(elements).into_iter().map(move |piece| set_elements(family, set, None, piece, is_new))
+            split_elements(elements).into_iter().map(move |piece| set_elements(family, set, None, piece, is_new))
         };
         requests.extend(self.removed.into_iter().flat_map(|set| elements(set, false)));
         requests.extend(self.source_ranges);
@@ -73,7 +73,7 @@ impl Transaction {
         requests
     }
 
-    /// Makes a family's table anew, in the place of one that exists.
+    /// Builds a family's table, in place of one that exists.
     pub fn build(&mut self, ruleset: &Ruleset, exists: bool, contents: &TableContents) {
         let family = ruleset.family();
         if exists {
@@ -120,11 +120,11 @@ impl Transaction {
         self.tables.push(request(family, NfTablesMessage::DeleteTable(TableMessage { attributes }), 0));
     }
 
-    /// Changes what the sets have for a front end.
+    /// Replaces the elements of a front end.
     pub fn set_front_end(&mut self, front_end: FrontEnd, before: &FrontEndElements, after: &FrontEndElements) {
         let family = Family::of(front_end.address);
         let key = || SetElementAttribute::Key(DataAttribute::Value(front_end_key(&front_end)));
-        // What is put into a map has a verdict, what is put into a set has none.
+        // An element of a map has a verdict; an element of a set has none.
         let mut change = |set: &'static str, is_before: bool, after: Option<Option<DataAttribute>>| {
             if is_before {
                 self.removed.entry((family, set)).or_default().push(vec![key()]);
@@ -151,19 +151,19 @@ impl Transaction {
         }
     }
 
-    /// Adds a member to a plain set.
+    /// Adds an element to a set that is not about front ends.
     pub fn add_element(&mut self, element: SetElement) {
         let (set, attributes) = encode_element(element);
         self.added.entry((element.family(), set)).or_default().push(attributes);
     }
 
-    /// Takes a member from a plain set.
+    /// Deletes an element from a set that is not about front ends.
     pub fn remove_element(&mut self, element: SetElement) {
         let (set, attributes) = encode_element(element);
         self.removed.entry((element.family(), set)).or_default().push(attributes);
     }
 
-    /// Makes the chain with a Service's source ranges, or puts others in it.
+    /// Creates the chain with a Service's source ranges, or replaces its rule.
     pub fn set_source_ranges(&mut self, service: &ObjectName, family: Family, ranges: &SourceRanges) {
         let chain = source_ranges_chain(service);
         let attributes = vec![ChainAttribute::Table(TABLE.into()), ChainAttribute::Name(chain.clone())];
@@ -174,11 +174,11 @@ impl Transaction {
         let mut elements = ranges.iter().flat_map(interval).peekable();
         let mut expressions = Vec::new();
         if elements.peek().is_some() {
-            // A set of intervals has no fixed size and takes no part in a concatenation before Linux 5.6; one that only
-            // this rule knows goes with it.
+            // Before Linux 5.6 intervals cannot be part of a concatenation, so they need a set of their own. An anonymous set is deleted
+            // with its rule.
             let id = self.next_set_id();
-            self.source_ranges.push(create(family, intervals(family, id)));
-            for piece in pieces(elements.collect()) {
+            self.source_ranges.push(create(family, new_interval_set(family, id)));
+            for piece in split_elements(elements.collect()) {
                 self.source_ranges.push(set_elements(family, ANONYMOUS, Some(id), piece, true));
             }
             expressions
@@ -228,7 +228,7 @@ fn new_set(set: &Set, id: u32) -> NfTablesMessage {
     NfTablesMessage::NewSet(SetMessage { attributes })
 }
 
-fn intervals(family: Family, id: u32) -> NfTablesMessage {
+fn new_interval_set(family: Family, id: u32) -> NfTablesMessage {
     NfTablesMessage::NewSet(SetMessage {
         attributes: vec![
             SetAttribute::Table(TABLE.into()),
@@ -241,8 +241,8 @@ fn intervals(family: Family, id: u32) -> NfTablesMessage {
     })
 }
 
-/// Cuts a list of elements into pieces that fit into an attribute each.
-fn pieces(elements: Vec<Element>) -> Vec<Vec<Element>> {
+/// Splits elements into lists that fit into an attribute each.
+fn split_elements(elements: Vec<Element>) -> Vec<Vec<Element>> {
     let mut pieces: Vec<Vec<Element>> = Vec::new();
     let mut bytes = LIST_BYTES;
     for element in elements {
@@ -300,7 +300,7 @@ pub(crate) fn source_ranges_chain(service: &ObjectName) -> String {
     format!("{SOURCES_PREFIX}{service}")
 }
 
-/// Each part of a concatenation fills whole words.
+/// Each part of a concatenation is padded to whole words of 4 bytes.
 fn front_end_key(front_end: &FrontEnd) -> Vec<u8> {
     [octets(front_end.address), port_key(front_end.protocol, front_end.port)].concat()
 }
@@ -321,7 +321,7 @@ fn encode_element(element: SetElement) -> (&'static str, Element) {
     (set, vec![SetElementAttribute::Key(DataAttribute::Value(key))])
 }
 
-/// A range is its first address and, marked as an end, the address after its last, unless there is none.
+/// The elements of a range: its first address and, flagged as interval end, the address after its last, if there is one.
 fn interval(range: &IpNet) -> impl Iterator<Item = Element> {
     let key = |address: IpAddr| SetElementAttribute::Key(DataAttribute::Value(octets(address)));
     let after = match range {

@@ -1,4 +1,4 @@
-//! The packet filter's tables over netlink: [`message`] writes them, [`read`] reads them back, [`client`] does both on a socket.
+//! The packet filter's tables over netlink: [`message`] encodes them, [`read`] reads them back, [`client`] carries out operations.
 
 pub(crate) mod client;
 pub mod message;

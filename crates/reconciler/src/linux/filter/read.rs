@@ -1,5 +1,5 @@
-//! Reading the tables back. Only what this program needs is decoded, by hand: a chain of somebody else's with an attribute
-//! nobody has heard of must not keep us from reading ours.
+//! Reads the tables back. Only the needed attributes are decoded, by hand: an unknown attribute of another program's chain must not
+//! make our own unreadable.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
@@ -24,23 +24,26 @@ use crate::filter::{ObservedFilter, SetElement, SourceRangesElement, TABLE, set}
 use crate::front_end::FrontEnd;
 use crate::policy::Families;
 
-/// A message of nfnetlink: the generation of the ruleset that it tells of (`res_id` of `nfgenmsg`, the low half of a number
-/// that each transaction raises), and its attributes.
+/// An undecoded message of nfnetlink.
 #[derive(Debug)]
-struct Raw(u16, Vec<u8>);
+struct RawMessage {
+    /// The generation of the ruleset (`res_id` of `nfgenmsg`): the low half of a number that each transaction increments.
+    generation: u16,
+    attributes: Vec<u8>,
+}
 
-impl NetlinkDeserializable for Raw {
+impl NetlinkDeserializable for RawMessage {
     type Error = DecodeError;
 
     fn deserialize(_: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
         let [_, _, high, low, attributes @ ..] = payload else { return Err("a message of nfnetlink is short".into()) };
-        Ok(Self(u16::from_be_bytes([*high, *low]), attributes.to_vec()))
+        Ok(Self { generation: u16::from_be_bytes([*high, *low]), attributes: attributes.to_vec() })
     }
 }
 
-impl Raw {
+impl RawMessage {
     fn attribute(&self, kind: u16) -> Option<&[u8]> {
-        attribute(&self.1, kind)
+        attribute(&self.attributes, kind)
     }
 
     fn text(&self, kind: u16) -> Option<String> {
@@ -54,7 +57,7 @@ impl Raw {
 
 fn attribute(attributes: &[u8], wanted: u16) -> Option<&[u8]> {
     let mut rest = attributes;
-    // By hand for the lifetime: the iterator's items end with it.
+    // By hand, since the items of the library's iterator do not outlive it.
     while let [a, b, c, d, ..] = *rest {
         let length = usize::from(u16::from_ne_bytes([a, b]));
         let kind = u16::from_ne_bytes([c, d]) & netlink_packet_core::NLA_TYPE_MASK;
@@ -94,45 +97,45 @@ const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 const NF_ACCEPT: u32 = 1;
 
-/// How often tables are read that others change meanwhile.
+/// How often a read is attempted while other programs change their tables.
 const ATTEMPTS: u32 = 5;
 
-/// Several dumps that are to tell of one moment.
+/// Several dumps that should be of one generation of the ruleset.
 #[derive(Debug, Default)]
-struct Reading {
+struct Snapshot {
     generation: Option<u16>,
-    /// Whether something changed between them.
-    is_torn: bool,
+    /// Whether the generation changed between them.
+    is_inconsistent: bool,
 }
 
-impl Reading {
+impl Snapshot {
     fn dump(
         &mut self,
         socket: &mut Socket,
         family: Family,
         message: NfTablesMessage,
-        mut each: impl FnMut(Raw),
+        mut each: impl FnMut(RawMessage),
     ) -> Result<(), Error> {
-        socket.dump(&NetfilterMessage::new(header(family), message), |raw: Raw| {
-            self.is_torn |= *self.generation.get_or_insert(raw.0) != raw.0;
+        socket.dump(&NetfilterMessage::new(header(family), message), |raw: RawMessage| {
+            self.is_inconsistent |= *self.generation.get_or_insert(raw.generation) != raw.generation;
             each(raw);
         })
     }
 }
 
-/// Which families have a table of ours, and its flags: one that is dormant does nothing.
+/// The families that have a table of this program, with its flags: a dormant table has no effect.
 pub fn tables(socket: &mut Socket, families: impl Iterator<Item = Family>) -> Result<Vec<(Family, u32)>, Error> {
-    find_tables(socket, families, &mut Reading::default())
+    find_tables(socket, families, &mut Snapshot::default())
 }
 
 fn find_tables(
     socket: &mut Socket,
     families: impl Iterator<Item = Family>,
-    reading: &mut Reading,
+    snapshot: &mut Snapshot,
 ) -> Result<Vec<(Family, u32)>, Error> {
     let mut found = Vec::new();
     for family in families {
-        reading.dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
+        snapshot.dump(socket, family, NfTablesMessage::GetTable(TableMessage { attributes: vec![] }), |table| {
             if table.text(NFTA_TABLE_NAME).as_deref() == Some(TABLE) {
                 found.push((family, table.number(NFTA_TABLE_FLAGS).unwrap_or(0)));
             }
@@ -141,36 +144,35 @@ fn find_tables(
     Ok(found)
 }
 
-/// Reads the tables of these families, as they are at one moment; where others never stop changing theirs, as nearly so as
-/// can be had.
+/// Reads the tables of these families in one generation of the ruleset; after several attempts, in more than one.
 pub fn read(socket: &mut Socket, families: Families) -> Result<ObservedFilter, Error> {
     let mut attempts = 0;
     loop {
         attempts += 1;
-        let mut reading = Reading::default();
-        let observed = read_once(socket, families, &mut reading)?;
-        if !reading.is_torn || attempts == ATTEMPTS {
+        let mut snapshot = Snapshot::default();
+        let observed = read_once(socket, families, &mut snapshot)?;
+        if !snapshot.is_inconsistent || attempts == ATTEMPTS {
             return Ok(observed);
         }
     }
 }
 
-fn read_once(socket: &mut Socket, families: Families, reading: &mut Reading) -> Result<ObservedFilter, Error> {
+fn read_once(socket: &mut Socket, families: Families, snapshot: &mut Snapshot) -> Result<ObservedFilter, Error> {
     let mut observed = ObservedFilter::default();
-    for (family, flags) in find_tables(socket, families.iter(), reading)? {
+    for (family, flags) in find_tables(socket, families.iter(), snapshot)? {
         let mut inventory = Inventory::default();
         inventory.table(flags);
-        read_sets(socket, family, &mut inventory, reading)?;
-        read_chains(socket, family, &mut inventory, &mut observed, reading)?;
-        read_elements(socket, family, &mut inventory, &mut observed, reading)?;
+        read_sets(socket, family, &mut inventory, snapshot)?;
+        read_chains(socket, family, &mut inventory, &mut observed, snapshot)?;
+        read_elements(socket, family, &mut inventory, &mut observed, snapshot)?;
         observed.rulesets.insert(family, inventory.fingerprint());
     }
     Ok(observed)
 }
 
-/// Chains of other tables at the forward hook that drop what nobody accepts, with their tables.
+/// The chains at the forward hook whose policy is drop, with their tables.
 ///
-/// To accept a packet in one table does not keep another from dropping it.
+/// A packet that one table accepts can still be dropped by another.
 pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
     const FORWARD: u32 = 2;
     const NF_DROP: u32 = 0;
@@ -179,7 +181,7 @@ pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
     for (family, word) in families.into_iter().zip(["ip", "ip6", "inet"]) {
         let message = NfTablesMessage::GetChain(ChainMessage { attributes: vec![] });
         let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message);
-        socket.dump(&message, |chain: Raw| {
+        socket.dump(&message, |chain: RawMessage| {
             let hook = chain.attribute(NFTA_CHAIN_HOOK).and_then(|hook| attribute(hook, NFTA_HOOK_HOOKNUM));
             let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
             if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
@@ -195,10 +197,10 @@ fn read_sets(
     socket: &mut Socket,
     family: Family,
     inventory: &mut Inventory,
-    reading: &mut Reading,
+    snapshot: &mut Snapshot,
 ) -> Result<(), Error> {
     let attributes = vec![SetAttribute::Table(TABLE.into())];
-    reading.dump(socket, family, NfTablesMessage::GetSet(SetMessage { attributes }), |set| {
+    snapshot.dump(socket, family, NfTablesMessage::GetSet(SetMessage { attributes }), |set| {
         let is_anonymous = set.number(NFTA_SET_FLAGS).unwrap_or(0) & NFT_SET_ANONYMOUS != 0;
         if set.text(NFTA_SET_TABLE).as_deref() == Some(TABLE) && !is_anonymous {
             let name = set.text(NFTA_SET_NAME).unwrap_or_default();
@@ -213,24 +215,24 @@ fn read_chains(
     family: Family,
     inventory: &mut Inventory,
     observed: &mut ObservedFilter,
-    reading: &mut Reading,
+    snapshot: &mut Snapshot,
 ) -> Result<(), Error> {
     let mut rules: BTreeMap<String, Vec<u64>> = BTreeMap::new();
     let attributes = vec![RuleAttribute::Table(TABLE.into())];
-    reading.dump(socket, family, NfTablesMessage::GetRule(RuleMessage { attributes }), |rule| {
+    snapshot.dump(socket, family, NfTablesMessage::GetRule(RuleMessage { attributes }), |rule| {
         if rule.text(NFTA_RULE_TABLE).as_deref() == Some(TABLE) {
             let chain = rule.text(NFTA_RULE_CHAIN).unwrap_or_default();
             let user_data = rule.attribute(NFTA_RULE_USERDATA).unwrap_or_default();
             rules.entry(chain).or_default().push(rule_fingerprint(user_data).unwrap_or(0));
         }
     })?;
-    reading.dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
+    snapshot.dump(socket, family, NfTablesMessage::GetChain(ChainMessage { attributes: vec![] }), |chain| {
         if chain.text(NFTA_CHAIN_TABLE).as_deref() != Some(TABLE) {
             return;
         }
         let name = chain.text(NFTA_CHAIN_NAME).unwrap_or_default();
         let rules = rules.get(&name).map(Vec::as_slice).unwrap_or_default();
-        if let Some(service) = sources_of(&name) {
+        if let Some(service) = service_of_chain(&name) {
             let fingerprint = if let [only] = rules { *only } else { 0 };
             observed.source_ranges.insert((service, family), fingerprint);
             return;
@@ -238,7 +240,7 @@ fn read_chains(
         let kind = chain.text(NFTA_CHAIN_TYPE);
         let base = chain.attribute(NFTA_CHAIN_HOOK).map(|hook| {
             let number = |kind| attribute(hook, kind).and_then(|value| parse_u32_be(value).ok()).unwrap_or(u32::MAX);
-            // With another policy it is another chain.
+            // A chain with another policy differs.
             let is_accept = chain.number(NFTA_CHAIN_POLICY).unwrap_or(NF_ACCEPT) == NF_ACCEPT;
             let kind = kind.as_deref().filter(|_| is_accept).unwrap_or("");
             (kind, number(NFTA_HOOK_HOOKNUM), number(NFTA_HOOK_PRIORITY).cast_signed())
@@ -248,12 +250,12 @@ fn read_chains(
 }
 
 /// The Service whose source ranges a chain has.
-fn sources_of(chain: &str) -> Option<ObjectName> {
+fn service_of_chain(chain: &str) -> Option<ObjectName> {
     let (namespace, name) = chain.strip_prefix(SOURCES_PREFIX)?.split_once('/')?;
     Some(ObjectName::new(namespace, name))
 }
 
-/// What this program left in a rule's user data.
+/// The fingerprint in a rule's user data.
 fn rule_fingerprint(mut user_data: &[u8]) -> Option<u64> {
     while let [kind, length, rest @ ..] = user_data {
         let value = rest.get(..usize::from(*length))?;
@@ -270,39 +272,39 @@ fn read_elements(
     family: Family,
     inventory: &mut Inventory,
     observed: &mut ObservedFilter,
-    reading: &mut Reading,
+    snapshot: &mut Snapshot,
 ) -> Result<(), Error> {
     let others = [SOURCE_RANGES, VIPS, HAIRPIN, HEALTH_CHECK_PORTS];
     for set in set::NAMES.iter().map(|(_, name)| *name).chain(others) {
         let attributes = vec![SetElementList::Table(TABLE.into()), SetElementList::Set(set.into())];
         let message = NfTablesMessage::GetSetElement(SetElementMessage { attributes });
         let mut is_ours = true;
-        let read = reading.dump(socket, family, message, |list| {
+        let read = snapshot.dump(socket, family, message, |list| {
             let elements = list.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
             for element in NlasIterator::new(elements).flatten() {
                 is_ours &= decode_element(family, set, element.value(), observed).is_some();
             }
         });
         match read {
-            // Without the set the inventory shows already that this is not our table, unless it went just now.
-            Err(error) if error.refusal().is_some() => reading.is_torn |= inventory.has_set(set),
+            // If the set is missing, the inventory differs already, unless the set was deleted just now.
+            Err(error) if error.refusal().is_some() => snapshot.is_inconsistent |= inventory.has_set(set),
             read => read?,
         }
         if !is_ours {
-            inventory.set(&format!("{set} with what no Service has"), 0, 0);
+            inventory.set(&format!("{set} with foreign elements"), 0, 0);
         }
     }
     Ok(())
 }
 
-/// `None` is an element that this program never makes.
+/// Decodes an element. `None` if this program never writes such an element.
 fn decode_element(family: Family, set: &str, element: &[u8], observed: &mut ObservedFilter) -> Option<()> {
     let key = attribute(attribute(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
     let data = attribute(element, NFTA_SET_ELEM_DATA);
     match set {
         SOURCE_RANGES => {
             let chain = attribute(attribute(data?, NFTA_DATA_VERDICT)?, NFTA_VERDICT_CHAIN);
-            let service = chain.and_then(|chain| parse_string(chain).ok()).and_then(|chain| sources_of(&chain));
+            let service = chain.and_then(|chain| parse_string(chain).ok()).and_then(|chain| service_of_chain(&chain));
             observed.front_ends.entry(front_end(family, key)?).or_default().source_ranges =
                 service.map_or(SourceRangesElement::Foreign, SourceRangesElement::Service);
         }
@@ -350,12 +352,12 @@ fn address(family: Family, key: &[u8]) -> Option<(IpAddr, &[u8])> {
     })
 }
 
-/// Reads a table, a chain, a rule, and the elements of each set.
+/// Decodes a table, a chain, a rule, and the elements of each set.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(header: &NetlinkHeader, payload: &[u8]) {
-    let Ok(raw) = Raw::deserialize(header, payload) else { return };
+    let Ok(raw) = RawMessage::deserialize(header, payload) else { return };
     for kind in 0..16 {
-        let _ = (raw.number(kind), raw.text(kind).and_then(|name| sources_of(&name)));
+        let _ = (raw.number(kind), raw.text(kind).and_then(|name| service_of_chain(&name)));
     }
     let _ = rule_fingerprint(raw.attribute(NFTA_RULE_USERDATA).unwrap_or_default());
     let elements = raw.attribute(NFTA_SET_ELEM_LIST_ELEMENTS).unwrap_or_default();
