@@ -95,9 +95,9 @@ fn all_nodes_are_watched_only_when_asked_for() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     for (flag, field) in [("--watch-all-nodes=false", true), ("--watch-all-nodes", false)] {
-        let before = cluster.server.asked().len();
+        let before = cluster.server.requests().len();
         cluster.agent(&["--once", flag]).ends();
-        let asked = cluster.server.asked().split_off(before);
+        let asked = cluster.server.requests().split_off(before);
         let asked: Vec<_> = asked.into_iter().filter(|asked| asked.resource == "nodes").collect();
         assert!(!asked.is_empty() && asked.iter().all(|asked| asked.query.contains("metadata.name=node-a") == field));
     }
@@ -274,7 +274,7 @@ fn a_resource_that_becomes_forbidden_changes_nothing_and_is_counted() {
     let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=1s"]);
     clients_go_on(&listener, || {
         cluster.server.forbid(Some("services"));
-        cluster.server.cut();
+        cluster.server.end_watches();
         agent.says("watch of services").says("system:node-proxier");
         // Other kinds go on.
         cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
@@ -293,7 +293,7 @@ fn a_server_that_says_410_and_lists_less_takes_away_what_is_gone() {
     cluster.apply(&service("other", "10.96.0.11"));
     let (mut agent, listener) = answering(&cluster, &["-A -t 10.96.0.11:80 -s rr"], &[]);
     clients_go_on(&listener, || {
-        cluster.server.break_off();
+        cluster.server.break_watches();
         cluster.server.delete("Service", "default", "other");
         cluster.server.compact();
         cluster.server.expire_watches();
@@ -335,7 +335,7 @@ fn a_server_that_was_away_and_comes_back_with_another_history_is_believed_and_un
         cluster.server.refuse();
         thread::sleep(Duration::from_secs(40));
         assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "{}", agent.log());
-        cluster.server.begin_anew();
+        cluster.server.reset();
         cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice(
             "web-9",
             "web",
@@ -355,23 +355,23 @@ fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
     let cluster = Cluster::new();
     cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
     let tls = cluster.server.listen_over_tls_in_thread().unwrap();
-    cluster.server.ask_for_token("one");
+    cluster.server.require_token("one");
     tls.write_kubeconfig(cluster.dir.path(), "one");
     let mut agent = cluster.agent(&[]);
     agent.has(&[WEB, WEB_1]);
 
     // The authority: known by its file, so that nobody has to fail first.
-    tls.change_authority();
+    tls.replace_ca();
     tls.write_kubeconfig(cluster.dir.path(), "one");
-    cluster.server.break_off();
+    cluster.server.break_watches();
     agent.says("the kubeconfig or a certificate of the API server has changed: starting anew with it");
     cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
     agent.has(&[WEB, WEB_1, WEB_2]);
 
     // The token: read again within a minute.
-    cluster.server.ask_for_token("two");
+    cluster.server.require_token("two");
     tls.write_kubeconfig(cluster.dir.path(), "two");
-    cluster.server.break_off();
+    cluster.server.break_watches();
     cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
     agent.until_within(AT_LAST, "take up the token", |_| ipvs().len() <= 2);
     agent.has(&[WEB, WEB_1]);

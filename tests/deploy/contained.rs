@@ -41,7 +41,7 @@ fn node() -> (Server, TlsListener) {
         fs::write(format!("/proc/sys/{key}"), "0").unwrap();
     }
     let server = Server::new();
-    server.ask_for_token(TOKEN);
+    server.require_token(TOKEN);
     for manifest in [NODE, &service("web", "10.96.0.10"), &slice("web-1", "web", &["10.0.0.1", "10.0.0.2"])] {
         set(&server, manifest);
     }
@@ -254,7 +254,7 @@ fn the_role_allows_what_the_agent_asks_for_and_nothing_it_does_not() {
         agent.ends();
     }
     let asked: BTreeSet<String> = server
-        .asked()
+        .requests()
         .iter()
         .map(|asked| {
             let verb = match asked.verb {

@@ -1,4 +1,4 @@
-//! Answering requests.
+//! Handling of requests.
 
 use std::convert::Infallible;
 use std::io;
@@ -15,9 +15,9 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use crate::store::{Change, Selector, served};
-use crate::{Asked, Drip, Fault, Gone, Server, Streaming, Verb, status};
+use crate::{Expiry, Fault, RecordedRequest, Server, Streaming, Throttle, Verb, status};
 
-/// The body of an answer.
+/// The body of a response.
 pub type Body = BoxBody<Bytes, io::Error>;
 
 /// An open watch.
@@ -31,8 +31,8 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    /// Whether anybody listens.
-    pub(crate) fn open(&self) -> bool {
+    /// Whether the client still reads it.
+    pub(crate) fn is_open(&self) -> bool {
         !self.send.is_closed()
     }
 
@@ -50,12 +50,12 @@ impl Watch {
         }
     }
 
-    /// Sends what is no event.
-    pub(crate) fn garble(&self) {
+    /// Sends bytes that are not a watch event.
+    pub(crate) fn send_garbage(&self) {
         let _ = self.send.send(Ok(Bytes::from_static(b"\x00\xff{\"type\": \"ADDED\", \"object\": [\n")));
     }
 
-    /// Says at once that all these are there.
+    /// Sends ADDED events for all these objects.
     fn added<'a>(&self, objects: impl Iterator<Item = &'a str>, padding: usize) {
         let mut some = String::new();
         for object in objects {
@@ -85,7 +85,7 @@ impl Watch {
         }
     }
 
-    /// An object that comes to match the selector is added, one that ceases to is deleted.
+    /// Sends a change. An object that starts to match the selector is ADDED; one that stops matching is DELETED.
     pub(crate) fn change(&self, change: &Change) {
         if change.resource != self.resource {
             return;
@@ -103,10 +103,10 @@ impl Watch {
     }
 }
 
-/// About so much of a list is sent at a time.
+/// The approximate size of the chunks of a list, in bytes.
 const CHUNK: usize = 64 << 10;
 
-/// A line of a watch, in the order of the real one: readers may decode as it comes.
+/// A line of a watch, with its fields in the order of a real API server, since clients may decode it incrementally.
 fn event(kind: &str, object: impl std::fmt::Display) -> String {
     format!("{{\"type\":\"{kind}\",\"object\":{object}}}\n")
 }
@@ -137,12 +137,12 @@ impl Server {
             (_, Some("true"), _) => Verb::Watch,
             _ => Verb::List,
         };
-        let asked = Asked { resource: resource.clone(), verb, query: query.text() };
+        let recorded = RecordedRequest { resource: resource.clone(), verb, query: query.text() };
         let given =
             request.headers().get(header::AUTHORIZATION).and_then(|value| value.to_str().ok()?.strip_prefix("Bearer "));
         let fault = {
             let mut state = self.state();
-            state.asked.push(asked);
+            state.requests.push(recorded);
             if state.token.as_deref().is_some_and(|token| given != Some(token)) {
                 return json_answer(401, &status(401, "Unauthorized", "Unauthorized"));
             }
@@ -190,19 +190,19 @@ impl Server {
             return json_answer(404, &status(404, "NotFound", "the server could not find the requested resource"));
         };
         let response = if verb == Verb::List { self.list(served, &query) } else { self.watch(served.0, verb, &query) };
-        let drip = self.state().drip;
-        match drip {
-            Some(drip) => response.map(|response| response.map(|body| dripping(body, drip))),
+        let throttle = self.state().throttle;
+        match throttle {
+            Some(throttle) => response.map(|response| response.map(|body| throttled(body, throttle))),
             None => response,
         }
     }
 
-    fn create_event(&self, place: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
+    fn create_event(&self, path: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         if event["metadata"]["name"].as_str().is_none_or(str::is_empty) {
             return json_answer(422, &status(422, "Invalid", "an Event without a name"));
         }
-        event["metadata"]["namespace"] = json!(place.namespace);
+        event["metadata"]["namespace"] = json!(path.namespace);
         if state.events.iter().any(|other| other["metadata"] == event["metadata"]) {
             return json_answer(409, &status(409, "AlreadyExists", "there is an Event of this name"));
         }
@@ -210,11 +210,11 @@ impl Server {
         json_answer(201, &event)
     }
 
-    fn patch_event(&self, place: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
+    fn patch_event(&self, path: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         let is_meant = |event: &&mut Value| {
             let metadata = &event["metadata"];
-            metadata["namespace"] == place.namespace.as_str() && metadata["name"] == place.name.as_str()
+            metadata["namespace"] == path.namespace.as_str() && metadata["name"] == path.name.as_str()
         };
         let Some(event) = state.events.iter_mut().find(is_meant) else {
             return json_answer(404, &status(404, "NotFound", "there is no such Event"));
@@ -270,12 +270,12 @@ impl Server {
             state.watches.push(watch);
         } else {
             let expired = status(410, "Expired", "too old resource version");
-            match state.gone {
-                Gone::Status => return json_answer(410, &expired),
-                Gone::Event => watch.event("ERROR", &expired),
+            match state.expiry {
+                Expiry::Status => return json_answer(410, &expired),
+                Expiry::Event => watch.event("ERROR", &expired),
             }
         }
-        // The server ends each watch after the time it is asked for; a silent one has no server any more.
+        // The server ends each watch after the requested time, except while it is silent.
         let seconds = query.get("timeoutSeconds").and_then(|seconds| seconds.parse().ok()).unwrap_or(3600);
         let mut end = Some(Box::pin(tokio::time::sleep(Duration::from_secs(seconds))));
         let server = self.clone();
@@ -296,7 +296,7 @@ impl Server {
     }
 }
 
-/// Where Events are: `/apis/events.k8s.io/v1/namespaces/NAMESPACE/events`, with or without a name.
+/// The path of Events: `/apis/events.k8s.io/v1/namespaces/NAMESPACE/events`, with or without a name.
 struct EventPath {
     namespace: String,
     name: String,
@@ -328,14 +328,14 @@ fn merge(value: &mut Value, patch: &Value) {
     }
 }
 
-/// A body that comes in small pieces.
-fn dripping(body: Body, drip: Drip) -> Body {
+/// Sends a body in small pieces.
+fn throttled(body: Body, throttle: Throttle) -> Body {
     let pieces = body.into_data_stream().flat_map(move |chunk| {
         let mut pieces = Vec::new();
         match chunk {
             Ok(mut chunk) => {
                 while !chunk.is_empty() {
-                    pieces.push(Ok(chunk.split_to(drip.bytes.min(chunk.len()))));
+                    pieces.push(Ok(chunk.split_to(throttle.bytes.min(chunk.len()))));
                 }
             }
             Err(error) => pieces.push(Err(error)),
@@ -343,7 +343,7 @@ fn dripping(body: Body, drip: Drip) -> Body {
         stream::iter(pieces)
     });
     stream_body(pieces.then(move |piece| async move {
-        tokio::time::sleep(drip.every).await;
+        tokio::time::sleep(throttle.every).await;
         piece
     }))
 }

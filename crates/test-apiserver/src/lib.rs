@@ -1,8 +1,8 @@
-//! For tests: a small Kubernetes API server in the process, with faults to order.
+//! For tests: a small in-process Kubernetes API server with fault injection.
 //!
 //! It lists (with pages), watches (with resource versions, bookmarks and compaction) and streams lists of Services,
-//! EndpointSlices and Nodes, with the label and field selectors that watchers send. It checks nothing: what is applied
-//! is what comes out, so that wrong objects can be served too.
+//! EndpointSlices and Nodes, with the label and field selectors that clients send. It validates nothing: objects are
+//! served as they were applied, so that tests can serve invalid ones.
 //!
 //! [`Server::service`] is a tower service for `kube::Client::new`: no socket, and tests can run on paused time.
 //! [`Server::listen`] and [`Server::listen_in_thread`] serve HTTP on 127.0.0.1, for a program under test, and
@@ -10,7 +10,7 @@
 //!
 //! Events of `events.k8s.io` can be posted and patched, and are kept for [`Server::events`].
 //!
-//! A `Server` is a handle: clones are the same server. Its methods panic on what only a wrong test does.
+//! A `Server` is a handle: clones refer to the same server. Its methods panic on incorrect use by a test.
 
 mod answer;
 mod listen;
@@ -34,9 +34,9 @@ pub struct Server {
     state: Arc<Mutex<State>>,
 }
 
-/// A request as it came.
+/// A request that the server has received.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Asked {
+pub struct RecordedRequest {
     /// `services`, `endpointslices`, `nodes` or `events`.
     pub resource: String,
     /// Whether it was a list, a watch or a streaming list.
@@ -45,34 +45,34 @@ pub struct Asked {
     pub query: String,
 }
 
-/// What a request was for.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verb {
     /// A list, or a page of one.
     List,
     /// A watch from a resource version.
     Watch,
-    /// A watch that begins with all there is.
+    /// A watch with `sendInitialEvents`: a streaming list.
     StreamingList,
     /// Anything but GET.
     Post,
 }
 
-/// How the server takes `sendInitialEvents`.
+/// How the server handles `sendInitialEvents`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Streaming {
     /// It streams lists.
     #[default]
     Yes,
-    /// It refuses with this status, as servers do that have it switched off (422).
+    /// It responds with this status, as servers do that have the feature disabled (422).
     Refused(u16),
-    /// It does not know the parameter: the end of the list is never marked.
+    /// It ignores the parameter: no bookmark ends the list.
     Unknown,
 }
 
 /// How a watch from a compacted resource version fails.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Gone {
+pub enum Expiry {
     /// With HTTP status 410.
     #[default]
     Status,
@@ -80,7 +80,7 @@ pub enum Gone {
     Event,
 }
 
-/// What every answer is while the server is out of order.
+/// A fault that affects all responses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Fault {
     Answer { resource: Option<String>, status: u16, content_type: &'static str, body: String },
@@ -96,29 +96,29 @@ struct State {
     store: Store,
     watches: Vec<Watch>,
     streaming: Streaming,
-    gone: Gone,
+    expiry: Expiry,
     fault: Option<Fault>,
-    asked: Vec<Asked>,
+    requests: Vec<RecordedRequest>,
     events: Vec<Value>,
     token: Option<String>,
-    drip: Option<Drip>,
-    /// How many changes ago lists are of.
+    throttle: Option<Throttle>,
+    /// By how many changes lists are stale.
     stale_by: u64,
-    /// How many bytes of no use each object of a list has.
+    /// How many bytes of padding each object of a list has.
     padding: usize,
-    /// Whether each event comes twice, and after it the one before it again.
-    stutters: bool,
+    /// Whether watches repeat each event and the one before it.
+    repeats_events: bool,
 }
 
-/// How slowly answers come.
+/// A limit of the rate of responses.
 #[derive(Clone, Copy, Debug)]
-struct Drip {
+struct Throttle {
     bytes: usize,
     every: Duration,
 }
 
 impl Server {
-    /// A server that has nothing.
+    /// A server without objects.
     pub fn new() -> Self {
         Self::default()
     }
@@ -136,7 +136,7 @@ impl Server {
         let mut state = self.state();
         let change = state.store.apply(object);
         let version = change.version;
-        state.tell(&change);
+        state.notify_watches(&change);
         version
     }
 
@@ -148,31 +148,31 @@ impl Server {
     pub fn delete(&self, kind: &str, namespace: &str, name: &str) {
         let mut state = self.state();
         let change = state.store.delete(kind, namespace, name);
-        state.tell(&change);
+        state.notify_watches(&change);
     }
 
-    /// Forgets how everything came to be: watches from before now are answered with 410.
+    /// Forgets the history: watches from an earlier resource version expire (410).
     pub fn compact(&self) {
         self.state().store.compact();
     }
 
-    /// Sets how streaming lists are taken.
+    /// Sets how streaming lists are handled.
     pub fn streaming(&self, streaming: Streaming) {
         self.state().streaming = streaming;
     }
 
     /// Sets how a watch from a compacted resource version fails.
-    pub fn gone(&self, gone: Gone) {
-        self.state().gone = gone;
+    pub fn expiry(&self, expiry: Expiry) {
+        self.state().expiry = expiry;
     }
 
-    /// Ends all watches, as a server that restarts.
-    pub fn cut(&self) {
+    /// Ends all watches, as a server does that restarts.
+    pub fn end_watches(&self) {
         self.state().watches.clear();
     }
 
-    /// Ends all watches in mid-stream, as a broken connection.
-    pub fn break_off(&self) {
+    /// Ends all watches with an error, as a broken connection does.
+    pub fn break_watches(&self) {
         for watch in self.state().watches.drain(..) {
             watch.fail();
         }
@@ -194,7 +194,7 @@ impl Server {
         }
     }
 
-    /// From now on nothing comes any more, neither on open watches (those stay silent for ever) nor as an answer.
+    /// From now on the server sends nothing, neither on open watches (which stay silent) nor in response to requests.
     pub fn silence(&self) {
         let mut state = self.state();
         state.fault = Some(Fault::Silence);
@@ -203,24 +203,24 @@ impl Server {
         }
     }
 
-    /// From now on answers begin and never go on.
+    /// From now on responses start but never continue.
     pub fn stall(&self) {
         self.state().fault = Some(Fault::Stall);
     }
 
-    /// From now on requests are refused as if nobody listened; open watches break off.
+    /// From now on connections are refused; open watches break.
     pub fn refuse(&self) {
-        self.break_off();
+        self.break_watches();
         self.state().fault = Some(Fault::Refuse);
     }
 
-    /// From now on requests for `resource` (all without) are forbidden.
+    /// From now on requests for `resource`, or all, are forbidden.
     pub fn forbid(&self, resource: Option<&str>) {
         let body = status(403, "Forbidden", "User \"test\" cannot list resource at the cluster scope").to_string();
         self.answer_with(resource, 403, "application/json", body);
     }
 
-    /// From now on requests for `resource` (all without) are answered with this.
+    /// From now on requests for `resource`, or all, get this response.
     pub fn answer_with(
         &self,
         resource: Option<&str>,
@@ -232,43 +232,42 @@ impl Server {
         self.state().fault = Some(Fault::Answer { resource, status, content_type, body: body.into() });
     }
 
-    /// From now on requests are answered with status 429, as by a server that has too many of them, and that they may come
-    /// again after so many seconds.
-    pub fn too_many(&self, retry_after: u64) {
-        self.break_off();
+    /// From now on requests get status 429 with a `Retry-After` of so many seconds.
+    pub fn reject_with_429(&self, retry_after: u64) {
+        self.break_watches();
         self.state().fault = Some(Fault::TooMany { retry_after });
     }
 
-    /// From now on answers are an object that never ends.
-    pub fn endless(&self) {
-        self.break_off();
+    /// From now on responses are an object without an end.
+    pub fn respond_endlessly(&self) {
+        self.break_watches();
         self.state().fault = Some(Fault::Endless);
     }
 
-    /// From now on answers come so many bytes at a time, with pauses.
-    pub fn drip(&self, bytes: usize, every: Duration) {
-        self.state().drip = Some(Drip { bytes, every });
+    /// From now on responses are sent so many bytes at a time, with pauses.
+    pub fn throttle(&self, bytes: usize, every: Duration) {
+        self.state().throttle = Some(Throttle { bytes, every });
     }
 
-    /// From now on lists are as they were so many changes ago. Watches that begin with them tell the rest.
-    pub fn lists_are_stale_by(&self, changes: u64) {
+    /// From now on lists are stale by so many changes. Watches that start with them send the rest.
+    pub fn serve_stale_lists(&self, changes: u64) {
         self.state().stale_by = changes;
     }
 
-    /// From now on each object of a list has so many bytes that nobody reads.
+    /// From now on each object of a list has so many bytes of padding.
     pub fn pad(&self, bytes: usize) {
         self.state().padding = bytes;
     }
 
-    /// From now on each event of a watch comes twice, and then the one before it once more.
-    pub fn stutter(&self) {
-        self.state().stutters = true;
+    /// From now on watches send each event twice, and the one before it again.
+    pub fn repeat_events(&self) {
+        self.state().repeats_events = true;
     }
 
-    /// Sends on all watches what is no event.
-    pub fn garble(&self) {
+    /// Sends bytes that are not a watch event on all watches.
+    pub fn send_garbage(&self) {
         for watch in &self.state().watches {
-            watch.garble();
+            watch.send_garbage();
         }
     }
 
@@ -276,30 +275,30 @@ impl Server {
     pub fn recover(&self) {
         let mut state = self.state();
         state.fault = None;
-        state.drip = None;
+        state.throttle = None;
         state.stale_by = 0;
-        state.stutters = false;
+        state.repeats_events = false;
     }
 
     /// From now on requests need this bearer token.
-    pub fn ask_for_token(&self, token: &str) {
+    pub fn require_token(&self, token: &str) {
         self.state().token = Some(token.to_owned());
     }
 
-    /// Forgets every object, and begins to count anew: as a server that comes back from an old backup, or from none.
-    pub fn begin_anew(&self) {
-        self.break_off();
+    /// Deletes all objects and restarts the resource versions, as a server does that was restored from a backup.
+    pub fn reset(&self) {
+        self.break_watches();
         self.state().store = Store::default();
     }
 
     /// All requests so far.
-    pub fn asked(&self) -> Vec<Asked> {
-        self.state().asked.clone()
+    pub fn requests(&self) -> Vec<RecordedRequest> {
+        self.state().requests.clone()
     }
 
     /// How many requests of this kind there were for a resource.
     pub fn count(&self, resource: &str, verb: Verb) -> usize {
-        self.state().asked.iter().filter(|asked| asked.resource == resource && asked.verb == verb).count()
+        self.state().requests.iter().filter(|it| it.resource == resource && it.verb == verb).count()
     }
 
     /// The Events that were posted, as they are now.
@@ -309,7 +308,7 @@ impl Server {
 
     /// How many watches are open.
     pub fn watches(&self) -> usize {
-        self.state().watches.iter().filter(|watch| watch.open()).count()
+        self.state().watches.iter().filter(|watch| watch.is_open()).count()
     }
 
     /// Writes a kubeconfig that leads to `address`, as returned by [`Server::listen`].
@@ -327,21 +326,21 @@ impl Server {
             "users": [{ "name": "test", "user": {} }],
         });
         if let Err(error) = std::fs::write(path, config.to_string()) {
-            wrong(&format!("cannot write {}: {error}", path.display()));
+            fail_test(&format!("cannot write {}: {error}", path.display()));
         }
     }
 }
 
 impl State {
-    fn tell(&mut self, change: &store::Change) {
-        self.watches.retain(Watch::open);
-        let before = if self.stutters { self.store.before(change) } else { None };
+    fn notify_watches(&mut self, change: &store::Change) {
+        self.watches.retain(Watch::is_open);
+        let before = if self.repeats_events { self.store.before(change) } else { None };
         for watch in &self.watches {
             watch.change(change);
-            if self.stutters {
+            if self.repeats_events {
                 watch.change(change);
                 before.as_ref().inspect(|before| watch.change(before));
-                // What is told last is what is: a watch may repeat itself, and ends with the truth.
+                // The last event must be the current state.
                 watch.change(change);
             }
         }
@@ -357,6 +356,6 @@ fn status(code: u16, reason: &str, message: &str) -> Value {
 }
 
 #[expect(clippy::panic, reason = "a test is wrong, and should say so")]
-fn wrong(what: &str) -> ! {
+fn fail_test(what: &str) -> ! {
     panic!("{what}")
 }

@@ -1,10 +1,10 @@
-//! Objects, their history, and selectors.
+//! The store: objects, their history, and selectors.
 
 use std::collections::BTreeMap;
 
 use serde_json::{Value, json};
 
-use crate::wrong;
+use crate::fail_test;
 
 /// The plural name, the kind and the apiVersion of what is served.
 const SERVED: [(&str, &str, &str); 3] = [
@@ -24,7 +24,7 @@ pub(crate) struct Store {
     compacted: u64,
 }
 
-/// An object, and how it is sent.
+/// An object and its JSON.
 #[derive(Debug)]
 struct Object {
     value: Value,
@@ -54,11 +54,11 @@ impl Store {
     pub(crate) fn apply(&mut self, mut object: Value) -> Change {
         let kind = object["kind"].as_str().unwrap_or_default();
         let Some(&(resource, _, _)) = SERVED.iter().find(|(_, served, _)| *served == kind) else {
-            wrong(&format!("kind {kind:?} is not served"));
+            fail_test(&format!("kind {kind:?} is not served"));
         };
         let key = key(resource, &object);
         if key.2.is_empty() {
-            wrong("an object without metadata.name");
+            fail_test("an object without metadata.name");
         }
         self.version += 1;
         object["metadata"]["resourceVersion"] = json!(self.version.to_string());
@@ -71,7 +71,7 @@ impl Store {
         let resource = SERVED.iter().find(|(_, served, _)| *served == kind).map_or("", |served| served.0);
         let key = (resource, namespace.to_owned(), name.to_owned());
         let Some(mut before) = self.objects.remove(&key).map(|before| before.value) else {
-            wrong(&format!("there is no {kind} {namespace}/{name} to delete"));
+            fail_test(&format!("there is no {kind} {namespace}/{name} to delete"));
         };
         self.version += 1;
         before["metadata"]["resourceVersion"] = json!(self.version.to_string());
@@ -95,7 +95,7 @@ impl Store {
         self.history.iter().rfind(is_earlier).cloned()
     }
 
-    /// What there was so many changes ago, as far as that is remembered.
+    /// The state of so many changes ago, as far as the history has it.
     pub(crate) fn as_of(&self, changes: u64) -> Self {
         let version = self.version.saturating_sub(changes).max(self.compacted);
         let mut past = Self { version: self.compacted, compacted: self.compacted, ..Self::default() };
@@ -127,16 +127,16 @@ impl Store {
         self.compacted = self.version;
     }
 
-    /// Tells the changes after `version`; `false` if they are not known any more.
-    pub(crate) fn since(&self, version: u64, tell: impl FnMut(&Change)) -> bool {
+    /// Passes the changes after `version` to `each`; `false` if the history no longer has them.
+    pub(crate) fn since(&self, version: u64, each: impl FnMut(&Change)) -> bool {
         let known = version >= self.compacted;
         if known {
-            self.history.iter().filter(|change| change.version > version).for_each(tell);
+            self.history.iter().filter(|change| change.version > version).for_each(each);
         }
         known
     }
 
-    /// All objects that match, as they are sent.
+    /// The JSON of all matching objects.
     pub(crate) fn texts(&self, resource: &str, wanted: &Selector) -> impl Iterator<Item = &str> {
         let matching = self.objects.iter().filter(move |(key, it)| key.0 == resource && wanted.matches(&it.value));
         matching.map(|(_, object)| object.text.as_str())
@@ -149,17 +149,17 @@ impl Store {
             Some((_, after)) => Some(after),
             None => None,
         };
-        let place = |key: &Key| format!("{}/{}", key.1, key.2);
+        let position = |key: &Key| format!("{}/{}", key.1, key.2);
         let mut matching = self
             .objects
             .iter()
             .filter(|(key, object)| key.0 == resource && wanted.matches(&object.value))
-            .filter(|(key, _)| after.is_none_or(|after| place(key).as_str() > after))
+            .filter(|(key, _)| after.is_none_or(|after| position(key).as_str() > after))
             .peekable();
         let mut items = Vec::new();
         let mut last = String::new();
         while let Some((key, object)) = matching.next_if(|_| limit == 0 || items.len() < limit) {
-            last = place(key);
+            last = position(key);
             items.push(object.value.clone());
         }
         let next = matching.peek().map(|_| format!("{}~{last}", self.version));
@@ -188,11 +188,12 @@ impl Selector {
     pub(crate) fn matches(&self, object: &Value) -> bool {
         let label = |key: &str| object["metadata"]["labels"][key].as_str();
         let field = |path: &str| path.split('.').fold(object, |value, part| &value[part]).as_str();
-        self.labels.split(',').all(|term| holds(term, label)) && self.fields.split(',').all(|term| holds(term, field))
+        self.labels.split(',').all(|term| term_matches(term, label))
+            && self.fields.split(',').all(|term| term_matches(term, field))
     }
 }
 
-fn holds<'a>(term: &str, value: impl Fn(&str) -> Option<&'a str>) -> bool {
+fn term_matches<'a>(term: &str, value: impl Fn(&str) -> Option<&'a str>) -> bool {
     if let Some((key, wanted)) = term.split_once("!=") {
         value(key) != Some(wanted)
     } else if let Some((key, wanted)) = term.split_once('=') {

@@ -1,4 +1,4 @@
-//! The server over TLS: with an authority of its own, a certificate that can be replaced, and a token that it asks for.
+//! The server over TLS, with a CA of its own that can be replaced.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -12,7 +12,7 @@ use tokio::net::TcpListener;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::{self, ServerConfig};
 
-use crate::{Server, wrong};
+use crate::{Server, fail_test};
 
 /// A server that listens over TLS.
 #[derive(Clone)]
@@ -21,7 +21,7 @@ pub struct TlsListener {
     identity: Arc<Mutex<Identity>>,
 }
 
-/// A certificate of an authority, and the authority's.
+/// The CA certificate, and the TLS configuration with a certificate of this CA.
 #[derive(Clone)]
 struct Identity {
     authority: String,
@@ -33,7 +33,7 @@ impl Server {
     pub fn listen_over_tls_in_thread(&self) -> io::Result<TlsListener> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let listener = runtime.block_on(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)))?;
-        let identity = Identity::new().unwrap_or_else(|error| wrong(&error));
+        let identity = Identity::new().unwrap_or_else(|error| fail_test(&error));
         let tls = TlsListener { address: listener.local_addr()?, identity: Arc::new(Mutex::new(identity)) };
         let (server, accepting) = (self.clone(), tls.clone());
         std::thread::spawn(move || {
@@ -55,9 +55,9 @@ impl Server {
 }
 
 impl TlsListener {
-    /// From now on new connections get a certificate of a new authority.
-    pub fn change_authority(&self) {
-        let identity = Identity::new().unwrap_or_else(|error| wrong(&error));
+    /// From now on new connections get a certificate of a new CA.
+    pub fn replace_ca(&self) {
+        let identity = Identity::new().unwrap_or_else(|error| fail_test(&error));
         *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = identity;
     }
 
@@ -85,7 +85,7 @@ impl TlsListener {
         ];
         for (path, content) in files {
             if let Err(error) = std::fs::write(&path, content) {
-                wrong(&format!("cannot write {}: {error}", path.display()));
+                fail_test(&format!("cannot write {}: {error}", path.display()));
             }
         }
     }

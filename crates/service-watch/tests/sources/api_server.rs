@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use service_watch::{ApiServer, Kind, Report, Source, Subject};
-use test_apiserver::{Gone, Server, Streaming, Verb};
+use test_apiserver::{Expiry, Server, Streaming, Verb};
 use tokio::time::{Instant, sleep};
 
 use crate::common::{Listener, labelled, listen, node, of_service, service, slice};
@@ -56,7 +56,7 @@ async fn requests_have_kube_proxys_selectors_and_the_nodes_name() {
     let server = Server::new();
     server.streaming(Streaming::Refused(422));
     running(&server).await;
-    for asked in server.asked() {
+    for asked in server.requests() {
         for part in match asked.resource.as_str() {
             "services" => {
                 ["labelSelector=!service.kubernetes.io/service-proxy-name", "fieldSelector=spec.clusterIP!=None"]
@@ -97,8 +97,12 @@ async fn all_nodes_are_watched_if_requested_and_deletions_are_found() {
             server.apply(node(name, zone));
         }
         let mut listener = listen(Source::ApiServer(api_server(&server).watch_all_nodes(true)));
-        assert_eq!(listener.synced().await, ["peer node-b", "peer node-c", "node z"]);
-        assert!(server.asked().iter().all(|asked| !asked.query.contains("metadata.name")), "{:?}", server.asked());
+        assert_eq!(listener.synced().await, ["node z", "peer node-b", "peer node-c"]);
+        assert!(
+            server.requests().iter().all(|asked| !asked.query.contains("metadata.name")),
+            "{:?}",
+            server.requests()
+        );
         server.apply(node("node-d", "y"));
         assert_eq!(listener.change().await, "peer node-d");
         server.delete("Node", "", "node-b");
@@ -111,7 +115,7 @@ async fn all_nodes_are_watched_if_requested_and_deletions_are_found() {
         server.compact();
         server.recover();
         let changes = listener.changes(4).await;
-        assert_eq!(changes, ["-peer node-c", "-node", "peer node-0", "peer node-d"], "{streaming:?}");
+        assert_eq!(changes, ["-node", "-peer node-c", "peer node-0", "peer node-d"], "{streaming:?}");
         server.apply(node("node-a", "x"));
         assert_eq!(listener.change().await, "node x");
     }
@@ -218,14 +222,14 @@ async fn missing_support_for_streaming_lists_is_detected_within_a_minute() {
 #[tokio::test(start_paused = true)]
 async fn objects_deleted_while_disconnected_are_deleted_by_the_relist() {
     for (streaming, gone) in [
-        (Streaming::Yes, Gone::Status),
-        (Streaming::Yes, Gone::Event),
-        (Streaming::Refused(422), Gone::Status),
-        (Streaming::Refused(422), Gone::Event),
+        (Streaming::Yes, Expiry::Status),
+        (Streaming::Yes, Expiry::Event),
+        (Streaming::Refused(422), Expiry::Status),
+        (Streaming::Refused(422), Expiry::Event),
     ] {
         let server = Server::new();
         server.streaming(streaming);
-        server.gone(gone);
+        server.expiry(gone);
         let mut listener = running(&server).await;
         server.refuse();
         sleep(MINUTE).await;
@@ -259,7 +263,7 @@ async fn an_expired_watch_is_relisted_without_a_report() {
 async fn an_ended_watch_is_resumed_at_once_without_losing_changes() {
     let server = Server::new();
     let mut listener = running(&server).await;
-    for (i, break_off) in [Server::cut, Server::break_off].into_iter().enumerate() {
+    for (i, break_off) in [Server::end_watches, Server::break_watches].into_iter().enumerate() {
         sleep(MINUTE / 2).await;
         let start = Instant::now();
         break_off(&server);
@@ -350,9 +354,9 @@ async fn retries_back_off_exponentially() {
     server.refuse();
     let _listener = listen(source(&server));
     sleep(Duration::from_secs(5)).await;
-    let early = server.asked().len();
+    let early = server.requests().len();
     sleep(10 * MINUTE).await;
-    let late = server.asked().len() - early;
+    let late = server.requests().len() - early;
     // Three kinds: a quick second attempt and some more at first, then one in 30 to 60 s.
     assert!((9..=18).contains(&early), "{early}");
     assert!((27..=63).contains(&late), "{late}");
@@ -382,9 +386,9 @@ async fn an_error_never_deletes_known_objects() {
         (504, "application/json", r#"{"kind": "Status", "code": 504, "message": "Too large resource version: 9"}"#),
     ] {
         for (streaming, end) in [
-            (Streaming::Yes, Server::cut as fn(&Server)),
+            (Streaming::Yes, Server::end_watches as fn(&Server)),
             (Streaming::Yes, Server::expire_watches),
-            (Streaming::Refused(422), Server::cut),
+            (Streaming::Refused(422), Server::end_watches),
             (Streaming::Refused(422), Server::expire_watches),
         ] {
             let server = Server::new();
@@ -419,7 +423,7 @@ async fn an_unknown_resource_version_leads_to_a_relist() {
     let too_large =
         r#"{"kind": "Status", "code": 504, "message": "Timeout: Too large resource version: 9, current: 3"}"#;
     server.answer_with(Some("services"), 504, "application/json", too_large);
-    server.cut();
+    server.end_watches();
     assert!(failure(&mut listener, Kind::Service).await.contains("504"));
     server.recover();
     assert_eq!(listener.change().await, "a 10.96.0.1");
@@ -433,7 +437,7 @@ async fn an_html_response_is_reported_as_not_an_api_server() {
     let mut listener = running(&server).await;
     server.compact();
     server.answer_with(Some("services"), 200, "text/html", "<html>\n<body>hello</body>\n</html>");
-    server.cut();
+    server.end_watches();
     let problem = failure(&mut listener, Kind::Service).await;
     assert!(
         problem.contains("not what an API server sends") && problem.contains("check that the address"),
@@ -477,7 +481,7 @@ async fn a_long_outage_leads_to_a_relist() {
     sleep(MINUTE).await;
     // Its versions are not beyond those that are known, and nothing says that they mean other things.
     let lists = server.count("endpointslices", Verb::StreamingList);
-    server.begin_anew();
+    server.reset();
     server.apply(node("node-a", "z9"));
     server.recover();
     sleep(2 * MINUTE).await;
@@ -497,10 +501,10 @@ async fn bookmarks_avoid_a_relist() {
     server.bookmark();
     sleep(Duration::from_secs(1)).await;
     server.compact();
-    server.cut();
+    server.end_watches();
     server.apply(service("b", "10.96.0.2"));
     assert_eq!(listener.change().await, "b 10.96.0.2");
-    let resumed = server.asked().into_iter().rfind(|asked| asked.resource == "services").unwrap();
+    let resumed = server.requests().into_iter().rfind(|asked| asked.resource == "services").unwrap();
     assert!(resumed.query.contains(&format!("resourceVersion={version}")), "{resumed:?}");
     assert_eq!((server.count("services", Verb::StreamingList), server.count("services", Verb::List)), (1, 0));
 }
@@ -512,7 +516,7 @@ async fn a_server_that_ends_every_watch_at_once_is_not_flooded() {
     let before = server.count("services", Verb::Watch);
     let end = Instant::now() + Duration::from_secs(20);
     while Instant::now() < end {
-        server.cut();
+        server.end_watches();
         sleep(Duration::from_millis(5)).await;
     }
     let asked = server.count("services", Verb::Watch) - before;

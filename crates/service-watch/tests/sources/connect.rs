@@ -32,7 +32,7 @@ async fn a_kubeconfig_names_the_server_and_master_overrides_it() {
     let mut listener = last.unwrap();
     server.apply(service("b", "10.96.0.2"));
     assert_eq!(listener.change().await, "b 10.96.0.2");
-    server.break_off();
+    server.break_watches();
     server.delete("Service", "default", "b");
     assert_eq!(listener.change().await, "-b");
 }

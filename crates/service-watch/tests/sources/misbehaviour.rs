@@ -92,43 +92,43 @@ const JSON: &str = "application/json";
 const EMPTY: &str = r#"{"apiVersion": "v1", "kind": "List", "metadata": {"resourceVersion": "0"}, "items": []}"#;
 
 const FAULTS: [FaultCase; 16] = [
-    ("watches end", Server::cut),
-    ("watches break off", Server::break_off),
+    ("watches end", Server::end_watches),
+    ("watches break off", Server::break_watches),
     ("watches expire", Server::expire_watches),
     ("watches are forgotten", |server| {
-        server.break_off();
+        server.break_watches();
         server.compact();
     }),
-    ("events come twice, and old ones again", Server::stutter),
-    ("what is no event", Server::garble),
+    ("events come twice, and old ones again", Server::repeat_events),
+    ("what is no event", Server::send_garbage),
     ("stale lists", |server| {
-        server.lists_are_stale_by(5);
+        server.serve_stale_lists(5);
         server.compact();
-        server.break_off();
+        server.break_watches();
     }),
     ("stale lists of what was told already", |server| {
-        server.lists_are_stale_by(5);
+        server.serve_stale_lists(5);
         server.expire_watches();
     }),
     ("status 500", |server| {
         server.answer_with(None, 500, JSON, "{}");
-        server.break_off();
+        server.break_watches();
     }),
-    ("status 429", |server| server.too_many(2)),
+    ("status 429", |server| server.reject_with_429(2)),
     ("nonsense", |server| {
         server.answer_with(None, 200, JSON, "{\"kind\": [}");
-        server.break_off();
+        server.break_watches();
     }),
     ("another's page", |server| {
         server.answer_with(None, 200, "text/html", "<html>");
-        server.break_off();
+        server.break_watches();
     }),
     ("an empty list by error", |server| {
         server.answer_with(None, 200, JSON, EMPTY);
         server.expire_watches();
     }),
     ("slow drips", |server| {
-        server.drip(100, Duration::from_millis(500));
+        server.throttle(100, Duration::from_millis(500));
         server.expire_watches();
     }),
     ("silence", Server::silence),
@@ -153,15 +153,15 @@ async fn retry_after_is_respected_up_to_a_minute() {
         let server = Server::new();
         let mut listener = running(&server);
         listener.synced().await;
-        server.too_many(asked_for);
+        server.reject_with_429(asked_for);
         // The first refusal is the answer to those who were cut off.
-        while server.asked().iter().filter(|asked| asked.resource == "services").count() < 2 {
+        while server.requests().iter().filter(|asked| asked.resource == "services").count() < 2 {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let start = Instant::now();
         tokio::time::sleep(Duration::from_millis(500)).await;
-        let asked = server.asked().len();
-        while server.asked().len() == asked {
+        let asked = server.requests().len();
+        while server.requests().len() == asked {
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
         let left_alone = start.elapsed().as_secs();
@@ -176,7 +176,7 @@ async fn an_endless_response_is_aborted() {
         server.streaming(streaming);
         let mut listener = running(&server);
         listener.synced().await;
-        server.endless();
+        server.respond_endlessly();
         server.compact();
         let report = loop {
             let report = listener.report().await;

@@ -34,12 +34,12 @@ pub(crate) fn misbehave(server: &Server, rng: &mut Rng, shared: &Shared) {
     shared.trouble(&format!("API server: {kind}"));
     let json = "application/json";
     match kind {
-        "watches end" => return server.cut(),
-        "watches break off" => return server.break_off(),
+        "watches end" => return server.end_watches(),
+        "watches break off" => return server.break_watches(),
         "watches expire" => return server.expire_watches(),
         "history is compacted" => {
             server.compact();
-            return server.break_off();
+            return server.break_watches();
         }
         "status 500" => server.answer_with(None, 500, json, status(500)),
         "status 429" => server.answer_with(None, 429, json, status(429)),
@@ -51,7 +51,7 @@ pub(crate) fn misbehave(server: &Server, rng: &mut Rng, shared: &Shared) {
             server.answer_with(None, 200, json, empty);
         }
     }
-    server.break_off();
+    server.break_watches();
     thread::sleep(Duration::from_secs(rng.u64(1..5)));
     server.recover();
 }
