@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_count_may_be_a_tenth_higher_and_no_more() {
+    fn a_count_may_be_ten_percent_higher() {
         let stored = Stored::of_here(counts(&[("a", 1000)]));
         for (count, faults, better) in [(1101, 1, 0), (1100, 0, 0), (1000, 0, 0), (900, 0, 0), (899, 0, 1)] {
             let verdict = Verdict::of(&counts(&[("a", count)]), &stored);
@@ -205,14 +205,14 @@ mod tests {
     }
 
     #[test]
-    fn what_is_stored_and_what_is_measured_are_the_same_works() {
+    fn missing_and_stale_entries_are_faults() {
         let stored = Stored::of_here(counts(&[("a", 1), ("gone", 1)]));
         let verdict = Verdict::of(&counts(&[("a", 1), ("new", 1)]), &stored);
         assert_eq!(verdict.faults, ["new: 1 instructions, and no stored count", "gone: stored, and not measured"]);
     }
 
     #[test]
-    fn among_many_things_it_takes_what_it_takes_among_few() {
+    fn a_steady_pair_may_differ_by_a_fifth() {
         let steady = [("few".to_owned(), "many".to_owned())];
         for (many, faults) in [(121, 1), (120, 0), (80, 0), (79, 1)] {
             assert_eq!(grown(&counts(&[("few", 100), ("many", many)]), &steady).len(), faults, "{many}");

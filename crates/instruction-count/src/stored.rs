@@ -89,13 +89,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn a_written_file_can_be_read() {
         let stored = Stored::of_here(vec![("decode: a, b".into(), 7), ("c = d".into(), 1_000_000)]);
         assert_eq!(Stored::parse(&stored.text()), Ok(stored));
     }
 
     #[test]
-    fn a_line_that_is_no_count_is_told() {
+    fn an_invalid_line_is_an_error() {
         assert_eq!(Stored::parse("a = 1\nb = many\n"), Err("b = many"));
         assert_eq!(Stored::parse("a\n"), Err("a"));
     }

@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-    fn both_ways_to_ask_for_schedulers_have_the_same_answers_and_leave_nothing_behind() {
+    fn both_scheduler_probes_agree_and_leave_no_virtual_server() {
         lab::netns::isolate().unwrap();
         let mut client = Client::connect().unwrap();
         let engines = [None, Some("sip".parse().unwrap()), Some("nosuch".parse().unwrap())];

@@ -125,7 +125,7 @@ fn the_table_is_that_of_the_threads_own_network_namespace() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_template_is_assured_by_an_answer_and_invalidated_with_its_real_server() {
+fn a_template_is_assured_by_a_reply_and_invalidated_with_its_server() {
     let mut client = client();
     for (virtual_address, near, here, there) in [
         ("10.96.0.1:80", "10.96.0.1:0", "10.1.0.7:8080", "10.1.0.8:8080"),

@@ -165,7 +165,7 @@ fn what_is_changed_here_ipvsadm_reads() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_save_example_prints_what_ipvsadm_does_with_thresholds_and_restore_reads_both() {
+fn the_save_example_matches_ipvsadm_and_restore_reads_both() {
     let mut client = client();
     let wanted = messages();
     apply(&mut client, &wanted);

@@ -197,12 +197,12 @@ impl Server {
         }
     }
 
-    fn create_event(&self, path: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
+    fn create_event(&self, event_path: &EventPath, mut event: Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         if event["metadata"]["name"].as_str().is_none_or(str::is_empty) {
             return json_answer(422, &status(422, "Invalid", "an Event without a name"));
         }
-        event["metadata"]["namespace"] = json!(path.namespace);
+        event["metadata"]["namespace"] = json!(event_path.namespace);
         if state.events.iter().any(|other| other["metadata"] == event["metadata"]) {
             return json_answer(409, &status(409, "AlreadyExists", "there is an Event of this name"));
         }
@@ -210,11 +210,11 @@ impl Server {
         json_answer(201, &event)
     }
 
-    fn patch_event(&self, path: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
+    fn patch_event(&self, event_path: &EventPath, patch: &Value) -> io::Result<Response<Body>> {
         let mut state = self.state();
         let is_meant = |event: &&mut Value| {
             let metadata = &event["metadata"];
-            metadata["namespace"] == path.namespace.as_str() && metadata["name"] == path.name.as_str()
+            metadata["namespace"] == event_path.namespace.as_str() && metadata["name"] == event_path.name.as_str()
         };
         let Some(event) = state.events.iter_mut().find(is_meant) else {
             return json_answer(404, &status(404, "NotFound", "there is no such Event"));
