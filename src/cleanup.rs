@@ -1,7 +1,7 @@
-//! `kube-ipvs cleanup`: takes away what was made, and says what it leaves.
+//! `kube-ipvs cleanup`: removes everything that kube-ipvs made from the kernel, and logs what it leaves.
 //!
-//! What is ours shows in the kernel: every front end is in the tables of the packet filter, or where there is none its VIP is on
-//! `kube-ipvs0`. So no API server is needed, and what others made is not taken for ours.
+//! The kernel shows what is ours: the front end of each of our virtual servers is in our tables of nf_tables, or if there are
+//! none its VIP is on `kube-ipvs0`. So no API server is needed, and objects of other programs are left alone.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -16,37 +16,37 @@ use reconciler::policy::Families;
 use service_watch::Protocol;
 use tracing::{error, info};
 
-use crate::agent::End;
-use crate::alone::Alone;
+use crate::instance_lock::InstanceLock;
+use crate::mode::ExitReason;
 use crate::takeover;
 
-/// Removes everything of ours. What fails does not keep the rest from going; then the exit status is 1.
-pub(crate) fn run() -> Result<End> {
-    let _alone = Alone::new()?;
+/// Removes everything of ours. If an operation fails the others are done all the same, and an error is returned.
+pub(crate) fn run() -> Result<ExitReason> {
+    let _lock = InstanceLock::acquire()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
-    let (plan, left) = plan(observed);
+    let (plan, foreign) = plan(observed);
     let mut tally = carry_out(&mut kernel, &plan);
-    if tally.failed == 0 && left.addresses.is_empty() {
-        tally.count_whole("device kube-ipvs0", kernel.delete_device());
+    if tally.failed == 0 && foreign.addresses.is_empty() {
+        tally.count_deletion("device kube-ipvs0", kernel.delete_device());
     }
-    // Last: what they refuse is refused for as long as there is a VIP, and by what is in them the rest is known to be ours.
+    // Last: they refuse other ports of VIPs as long as there are VIPs, and their elements prove which virtual servers are ours.
     if tally.failed == 0 {
-        tally.count_whole("the tables kube-ipvs of nf_tables", kernel.delete_filter());
+        tally.count_deletion("the tables kube-ipvs of nf_tables", kernel.delete_filter());
     }
-    for server in &left.servers {
+    for server in &foreign.servers {
         info!("left: virtual server {server}, which is not provably ours");
     }
-    for address in &left.addresses {
+    for address in &foreign.addresses {
         info!("left: address {address} on {DEVICE}, which kube-ipvs does not make, and the device");
     }
-    info!("left: settings of the kernel (sysctls and IPVS timeouts)");
+    info!("left: kernel settings (sysctls and IPVS timeouts)");
     let Tally { done, failed } = tally;
     if failed > 0 {
-        bail!("{failed} things could not be removed: see above, and run it again");
+        bail!("{failed} objects could not be removed: see above, and run it again");
     }
-    info!(done, "{}", if done == 0 { "there was nothing of ours" } else { "all that was ours is gone" });
-    Ok(End::Done)
+    info!(done, "{}", if done == 0 { "there was nothing to remove" } else { "removed everything of kube-ipvs" });
+    Ok(ExitReason::Completed)
 }
 
 /// How much was done, and how much failed.
@@ -63,7 +63,7 @@ impl Tally {
                 info!("done: {what}");
                 self.done += 1;
             }
-            // Somebody was faster.
+            // It is gone already.
             Err(error) if matches!(error.cause, Cause::NotFound | Cause::NoDevice) => {}
             Err(error) => {
                 error!("{error}");
@@ -72,8 +72,8 @@ impl Tally {
         }
     }
 
-    /// The same for what says itself whether it was there.
-    fn count_whole(&mut self, what: &str, result: Result<bool, KernelError>) {
+    /// The same for a deletion that returns whether there was something to delete.
+    fn count_deletion(&mut self, what: &str, result: Result<bool, KernelError>) {
         if let Some(result) = result.map(|was_there| was_there.then_some(())).transpose() {
             self.count(&format_args!("delete {what}"), result);
         }
@@ -90,10 +90,10 @@ fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> Tally {
     tally
 }
 
-/// Removes the tables of the packet filter, and before them the routes, which nobody else would guard: kube-proxy binds each
-/// VIP by an address. Whoever serves the VIPs by now guards them too.
-pub(crate) fn remove_filter() -> Result<End> {
-    let _alone = Alone::new()?;
+/// Removes only the tables of the packet filter, and before them our routes. kube-proxy, which serves the VIPs by then, binds
+/// them as addresses and filters traffic to them, but it does not know our routes.
+pub(crate) fn remove_packet_filter() -> Result<ExitReason> {
+    let _lock = InstanceLock::acquire()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
     let Tally { done, failed } = carry_out(&mut kernel, &routes.into_iter().map(Operation::RemoveRoute).collect());
@@ -102,31 +102,32 @@ pub(crate) fn remove_filter() -> Result<End> {
     }
     match kernel.delete_filter()? {
         true => info!("done: delete the tables kube-ipvs of nf_tables"),
-        false if done == 0 => info!("there was nothing of ours"),
+        false if done == 0 => info!("there was nothing to remove"),
         false => {}
     }
-    Ok(End::Done)
+    Ok(ExitReason::Completed)
 }
 
-/// `--cleanup`: what is ours, and what kube-proxy left. What fails of the one does not keep the other.
-pub(crate) fn run_with_leftovers() -> Result<End> {
+/// `--cleanup`: removes what is ours, and what kube-proxy left. An error in one does not prevent the other.
+pub(crate) fn run_with_kube_proxy() -> Result<ExitReason> {
     let own = run();
     let remaining = takeover::remove_leftovers();
     if remaining > 0 {
-        bail!("{remaining} things that kube-proxy left could not be removed: see above, and run it again");
+        bail!("{remaining} objects that kube-proxy left could not be removed: see above, and run it again");
     }
     own
 }
 
-/// What is not ours.
+/// Objects that are not ours, as text.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Left {
+struct Foreign {
     servers: Vec<String>,
     addresses: Vec<String>,
 }
 
-fn plan(observed: Observed) -> (Plan, Left) {
-    let mut left = Left::default();
+/// What to remove, and what is not ours.
+fn plan(observed: Observed) -> (Plan, Foreign) {
+    let mut foreign = Foreign::default();
     let servers: Vec<_> = observed.servers.iter().map(|server| server.front_end).collect();
     let device = observed.device.clone().unwrap_or_default();
     let on_device: Vec<(IpAddr, u8)> = device.addresses;
@@ -136,7 +137,7 @@ fn plan(observed: Observed) -> (Plan, Left) {
         if mirror.has_host_address(address) {
             operations.push(Operation::UnbindAddress(address));
         } else if mirror.has_address(address) {
-            left.addresses.push(format!("{address}/{prefix}"));
+            foreign.addresses.push(format!("{address}/{prefix}"));
         }
     }
     operations.extend(device.routes.into_iter().map(Operation::RemoveRoute));
@@ -147,8 +148,8 @@ fn plan(observed: Observed) -> (Plan, Left) {
                 operations.push(Operation::DeleteStaleFlows(front_end, Arc::default()));
             }
         } else {
-            left.servers.push(front_end.to_string());
+            foreign.servers.push(front_end.to_string());
         }
     }
-    (operations.into_iter().collect(), left)
+    (operations.into_iter().collect(), foreign)
 }

@@ -1,25 +1,47 @@
-//! What people should know of a sync, as Kubernetes Events: on the Service it concerns, else on the Node. How often the same
-//! is said, and how many at once, is the business of whoever posts them.
+//! Every Kubernetes Event of the agent is made here: on the Service that it concerns, otherwise on the Node. The recorder in
+//! `service-watch` limits repetitions and rates.
+
+use std::sync::{Arc, OnceLock};
 
 use reconciler::contribution::AddressOwner;
 use reconciler::report::SyncReport;
-use service_watch::{Event, EventType, EventObject, ObjectName};
+use service_watch::{Event, EventType, EventObject, Events, ObjectName};
 
-/// More Services than this that fail in one sync have a reason in common: the Node is told, and they are not.
-const FEW: usize = 5;
+/// If more operations than this keep failing, they have a common cause: one Event on the Node replaces those on Services.
+const MAX_FAILURE_EVENTS: usize = 5;
 
-/// What a sync or an audit gives to tell.
-pub(crate) fn of(report: &SyncReport) -> Vec<Event> {
+/// Publishes Events, once there is an API server. Until then, and with manifests, they are discarded.
+#[derive(Clone, Default)]
+pub(crate) struct EventRecorder(Arc<OnceLock<Events>>);
+
+impl EventRecorder {
+    /// Sends all further Events to this API server.
+    pub(crate) fn connect(&self, events: Events) {
+        self.0.get_or_init(|| events);
+    }
+
+    pub(crate) fn publish(&self, event: Event) {
+        if let Some(events) = self.0.get() {
+            events.publish(event);
+        }
+    }
+
+    /// How many Events could not be sent.
+    pub(crate) fn dropped(&self) -> u64 {
+        self.0.get().map_or(0, Events::dropped)
+    }
+}
+
+/// The Events of a sync or an audit.
+pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
     let mut events = Vec::new();
-    for (service, vip, holder) in &report.refused_vips {
-        let reason = match holder {
+    for (service, vip, owner) in &report.refused_vips {
+        let reason = match owner {
             AddressOwner::Node => "AddressIsANodes",
             AddressOwner::ApiServer => "AddressIsTheApiServers",
         };
-        let note = format!(
-            "{vip} is the address of {} and is not served: it would cut nodes off from there",
-            holder.description()
-        );
+        let note =
+            format!("{vip} is the address of {} and is not served: nodes could no longer reach that", owner.description());
         events.push(warning(Some(service), reason, "RefuseAddress", note));
     }
     for clash in &report.conflicts {
@@ -34,20 +56,20 @@ pub(crate) fn of(report: &SyncReport) -> Vec<Event> {
         ));
     }
     if let Some(first) = report.drifted_keys.first() {
-        // How many they are is not said: it would be another note each time.
-        let fate = if report.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
-        let note = format!("somebody else changed what this agent manages, such as {first}; {fate}");
+        // Without their number, so that the same drift gives the same note.
+        let result = if report.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };
+        let note = format!("somebody else changed what this agent manages, such as {first}; {result}");
         events.push(warning(None, "DriftFound", "RepairKernel", note));
     }
-    // The first failure may be over by the next attempt.
-    let lasting: Vec<_> = report.failures.iter().filter(|failure| failure.is_repeated).collect();
-    if let [first, ..] = lasting.as_slice()
-        && lasting.len() > FEW
+    // A first failure is not reported: the next attempt may succeed.
+    let repeated: Vec<_> = report.failures.iter().filter(|failure| failure.is_repeated).collect();
+    if let [first, ..] = repeated.as_slice()
+        && repeated.len() > MAX_FAILURE_EVENTS
     {
-        let note = format!("{} operations keep failing and are tried again, such as: {}", lasting.len(), first.error);
+        let note = format!("{} operations keep failing and are tried again, such as: {}", repeated.len(), first.error);
         events.push(warning(None, "ProgrammingFailed", "ProgramKernel", note));
     } else {
-        events.extend(lasting.into_iter().map(|failure| {
+        events.extend(repeated.into_iter().map(|failure| {
             let note = format!("{}; it is tried again", failure.error);
             warning(failure.service.as_ref(), "ProgrammingFailed", "ProgramKernel", note)
         }));
@@ -55,21 +77,22 @@ pub(crate) fn of(report: &SyncReport) -> Vec<Event> {
     events
 }
 
-/// A port on which nobody can be told of a Service's endpoints; kube-proxy's reason and action.
-pub(crate) fn health_check_port(service: &ObjectName, problem: String) -> Event {
+/// The agent cannot listen on a Service's health-check node port. Reason and action are kube-proxy's.
+pub(crate) fn health_check_port_failed(service: &ObjectName, problem: String) -> Event {
     warning(Some(service), "FailedToStartServiceHealthcheck", "Listen", problem)
 }
 
-/// A port of the agent itself that cannot be listened on; kube-proxy's reasons.
-pub(crate) fn own_port(reason: &str, problem: String) -> Event {
+/// The agent cannot listen on its health or metrics port. Reasons are kube-proxy's.
+pub(crate) fn agent_port_failed(reason: &str, problem: String) -> Event {
     warning(None, reason, "StartKubeIpvs", problem)
 }
 
-/// A setting of the kernel that Services depend on, and that somebody has changed.
-pub(crate) fn setting(problem: String) -> Event {
+/// Another program changed a sysctl that Services depend on, and it cannot be restored.
+pub(crate) fn sysctl_changed(problem: String) -> Event {
     warning(None, "KernelSettingChanged", "SetKernelSetting", problem)
 }
 
+/// The agent has started.
 pub(crate) fn starting() -> Event {
     Event {
         regarding: EventObject::Node,
@@ -80,7 +103,7 @@ pub(crate) fn starting() -> Event {
     }
 }
 
-/// On a Service, or on the own Node.
+/// A warning on a Service, or without one on this node's Node.
 fn warning(service: Option<&ObjectName>, reason: &str, action: &str, note: String) -> Event {
     Event {
         regarding: service.map_or(EventObject::Node, |service| EventObject::Service(service.clone())),
@@ -108,19 +131,19 @@ mod tests {
     }
 
     fn subjects(failures: Vec<Failure>) -> Vec<EventObject> {
-        of(&SyncReport { failures, ..SyncReport::default() }).into_iter().map(|event| event.regarding).collect()
+        of_sync(&SyncReport { failures, ..SyncReport::default() }).into_iter().map(|event| event.regarding).collect()
     }
 
     #[test]
-    fn what_fails_once_is_not_told_and_what_keeps_failing_is_told_to_its_service() {
+    fn only_repeated_failures_are_events_of_their_service() {
         assert_eq!(subjects(vec![failure("a", false)]), []);
-        let told = subjects(vec![failure("a", true), failure("b", false)]);
-        assert_eq!(told, [EventObject::Service(ObjectName::new("default", "a"))]);
+        let events = subjects(vec![failure("a", true), failure("b", false)]);
+        assert_eq!(events, [EventObject::Service(ObjectName::new("default", "a"))]);
     }
 
     #[test]
-    fn many_failures_at_once_are_one_event_of_the_node() {
-        let told = subjects(["a", "b", "c", "d", "e", "f"].map(|name| failure(name, true)).into());
-        assert_eq!(told, [EventObject::Node]);
+    fn many_repeated_failures_are_one_event_of_the_node() {
+        let events = subjects(["a", "b", "c", "d", "e", "f"].map(|name| failure(name, true)).into());
+        assert_eq!(events, [EventObject::Node]);
     }
 }

@@ -1,9 +1,9 @@
-//! Whether the node's Services are as they should be, as far as the agent can tell. Without a clock of its own.
+//! The node's health: whether its Services are programmed as they should be. Callers pass the time.
 //!
-//! A family is unhealthy when, after the first sync, a change has waited for more than two sync periods, when the
-//! kernel could not be read for as long, and when something was right, was changed by somebody else and cannot be
-//! repaired. That one Service cannot be programmed says nothing about the node: whoever may make a Service must not be
-//! able to take nodes out of service.
+//! An address family is unhealthy in three cases: after the first sync, a change is pending for more than two sync periods; the
+//! kernel could not be read for as long; or another program changed something that was right, and it cannot be repaired. A single
+//! Service that cannot be programmed does not make the node unhealthy: users who may create Services must not be able to take
+//! nodes out of service.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -12,42 +12,43 @@ use std::time::{Duration, Instant, SystemTime};
 use ipvs_netlink::Family;
 use reconciler::policy::Families;
 
-/// Shared by those who know something of it and those who are asked.
+/// The state from which health is derived. The reconciler's observer and the source update it; HTTP handlers read it.
 #[derive(Debug)]
 pub(crate) struct Health {
     families: Families,
-    /// How long a change may wait, and a reading fail.
-    patience: Duration,
+    /// How long a change may be pending, and how long reading the kernel may fail.
+    tolerance: Duration,
     state: Mutex<State>,
 }
 
 #[derive(Debug, Default)]
 struct State {
-    /// The first change that is not in the kernel, and the last that was heard of.
-    waiting: Option<(Instant, Instant)>,
+    /// When the first pending change was received, and when the last one.
+    pending: Option<(Instant, Instant)>,
     /// Since when the kernel cannot be read.
-    unreadable: Option<Instant>,
+    unreadable_since: Option<Instant>,
+    /// Families with drift that cannot be repaired.
     unrepaired: BTreeSet<Family>,
     /// `None` before the first sync.
     last_update: Option<SystemTime>,
     is_node_eligible: bool,
 }
 
-/// How it stands at one moment.
+/// The health at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Report {
-    /// Each family that is served, and whether it is healthy.
+pub(crate) struct HealthStatus {
+    /// Each served family, and whether it is healthy.
     pub(crate) families: Vec<(Family, bool)>,
-    /// Whether the own Node is known and is to stay.
+    /// Whether this node's Node object is known and may receive traffic: it is not being deleted, for example.
     pub(crate) is_node_eligible: bool,
-    /// Whether there is something to be served that has waited for too long for the first sync of all.
-    pub(crate) is_start_late: bool,
-    /// When the kernel last was brought to what was asked for.
+    /// Whether changes have been pending for too long without a first sync.
+    pub(crate) is_first_sync_overdue: bool,
+    /// When the last sync or audit ended.
     pub(crate) last_update: Option<SystemTime>,
 }
 
-impl Report {
-    /// Whether all families are.
+impl HealthStatus {
+    /// Whether all families are healthy.
     pub(crate) fn is_healthy(&self) -> bool {
         self.families.iter().all(|(_, is_healthy)| *is_healthy)
     }
@@ -55,56 +56,57 @@ impl Report {
 
 impl Health {
     pub(crate) fn new(families: Families, sync_period: Duration) -> Self {
-        Self { families, patience: sync_period.saturating_mul(2), state: Mutex::default() }
+        Self { families, tolerance: sync_period.saturating_mul(2), state: Mutex::default() }
     }
 
-    /// A change was heard of.
-    pub(crate) fn change_heard(&self, now: Instant) {
+    /// A change was received from the source.
+    pub(crate) fn change_received(&self, now: Instant) {
         let mut state = self.state();
-        let first = state.waiting.map_or(now, |(first, _)| first);
-        state.waiting = Some((first, now));
+        let first = state.pending.map_or(now, |(first, _)| first);
+        state.pending = Some((first, now));
     }
 
-    /// Everything heard of before `since` has been dealt with.
+    /// A sync has ended that dealt with every change received before `since`.
     pub(crate) fn synced(&self, since: Instant, unrepaired: &BTreeSet<Family>, now: SystemTime) {
         let mut state = self.state();
-        // When exactly the first of those that came meanwhile did is not known; not before this.
-        state.waiting = state.waiting.filter(|(_, last)| *last > since).map(|(_, last)| (since, last));
-        state.unreadable = None;
+        // The first change that was received during the sync is not recorded; it came at `since` or later.
+        state.pending = state.pending.filter(|(_, last)| *last > since).map(|(_, last)| (since, last));
+        state.unreadable_since = None;
         state.unrepaired.clone_from(unrepaired);
         state.last_update = Some(now);
     }
 
     /// The kernel could not be read.
-    pub(crate) fn unreadable(&self, now: Instant) {
-        self.state().unreadable.get_or_insert(now);
+    pub(crate) fn kernel_unreadable(&self, now: Instant) {
+        self.state().unreadable_since.get_or_insert(now);
     }
 
-    /// What is known of the own Node: whether it is to stay; `false` where there is none.
-    pub(crate) fn node(&self, is_eligible: bool) {
+    /// Sets whether this node's Node object may receive traffic; `false` if there is none.
+    pub(crate) fn set_node_eligible(&self, is_eligible: bool) {
         self.state().is_node_eligible = is_eligible;
     }
 
-    /// Whether everything has been dealt with once.
+    /// Whether a sync has ended.
     pub(crate) fn has_synced(&self) -> bool {
         self.state().last_update.is_some()
     }
 
-    pub(crate) fn report(&self, now: Instant) -> Report {
+    /// The health at `now`.
+    pub(crate) fn status(&self, now: Instant) -> HealthStatus {
         let state = self.state();
-        let is_late = |since: Instant| now.saturating_duration_since(since) >= self.patience;
-        let is_change_late = state.waiting.is_some_and(|(first, _)| is_late(first));
-        // An agent that still lists what there is would not come further by being started again.
+        let is_late = |since: Instant| now.saturating_duration_since(since) >= self.tolerance;
+        let is_change_late = state.pending.is_some_and(|(first, _)| is_late(first));
+        // Before the first sync the agent is still listing objects; a restart by the kubelet would not speed that up.
         let is_started = state.last_update.is_some();
-        let is_behind = (is_started && is_change_late) || state.unreadable.is_some_and(is_late);
-        Report {
+        let is_behind = (is_started && is_change_late) || state.unreadable_since.is_some_and(is_late);
+        HealthStatus {
             families: self
                 .families
                 .iter()
                 .map(|family| (family, !is_behind && !state.unrepaired.contains(&family)))
                 .collect(),
             is_node_eligible: state.is_node_eligible,
-            is_start_late: !is_started && is_change_late,
+            is_first_sync_overdue: !is_started && is_change_late,
             last_update: state.last_update,
         }
     }
@@ -114,7 +116,7 @@ impl Health {
     }
 }
 
-/// As in the API.
+/// The name of a family in the Kubernetes API.
 pub(crate) fn family_name(family: Family) -> &'static str {
     match family {
         Family::Ipv4 => "IPv4",
@@ -133,7 +135,7 @@ mod tests {
     }
 
     fn is_healthy(health: &Health, now: Instant) -> bool {
-        health.report(now).is_healthy()
+        health.status(now).is_healthy()
     }
 
     fn sync(health: &Health, since: Instant) {
@@ -141,29 +143,29 @@ mod tests {
     }
 
     #[test]
-    fn before_anything_was_heard_all_is_well_but_the_node_is_not_known() {
+    fn before_any_change_all_families_are_healthy_and_the_node_is_unknown() {
         let (health, now) = health();
         assert!(is_healthy(&health, now + 600 * SECOND));
-        assert!(!health.has_synced() && !health.report(now).is_node_eligible);
+        assert!(!health.has_synced() && !health.status(now).is_node_eligible);
     }
 
     #[test]
-    fn before_the_first_sync_a_change_that_waits_makes_nothing_unhealthy_but_the_start_late() {
+    fn before_the_first_sync_a_pending_change_only_makes_it_overdue() {
         let (health, now) = health();
-        health.change_heard(now);
-        let report = health.report(now + 60 * SECOND);
-        assert!(report.is_healthy() && report.is_start_late);
-        assert!(!health.report(now + 59 * SECOND).is_start_late);
+        health.change_received(now);
+        let status = health.status(now + 60 * SECOND);
+        assert!(status.is_healthy() && status.is_first_sync_overdue);
+        assert!(!health.status(now + 59 * SECOND).is_first_sync_overdue);
         sync(&health, now + 61 * SECOND);
-        assert!(!health.report(now + 62 * SECOND).is_start_late);
+        assert!(!health.status(now + 62 * SECOND).is_first_sync_overdue);
     }
 
     #[test]
-    fn a_change_may_wait_for_two_periods_from_the_first_one_on() {
+    fn a_change_may_be_pending_for_two_periods() {
         let (health, now) = health();
         sync(&health, now);
-        health.change_heard(now);
-        health.change_heard(now + 50 * SECOND);
+        health.change_received(now);
+        health.change_received(now + 50 * SECOND);
         assert!(is_healthy(&health, now + 59 * SECOND));
         assert!(!is_healthy(&health, now + 60 * SECOND));
         sync(&health, now + 61 * SECOND);
@@ -171,22 +173,22 @@ mod tests {
     }
 
     #[test]
-    fn a_change_that_came_during_a_sync_waits_since_then() {
+    fn a_change_during_a_sync_is_pending_from_its_start() {
         let (health, now) = health();
         sync(&health, now);
-        health.change_heard(now);
-        health.change_heard(now + 5 * SECOND);
+        health.change_received(now);
+        health.change_received(now + 5 * SECOND);
         sync(&health, now + 2 * SECOND);
         assert!(is_healthy(&health, now + 61 * SECOND));
         assert!(!is_healthy(&health, now + 62 * SECOND));
     }
 
     #[test]
-    fn a_kernel_that_cannot_be_read_for_two_periods_is_unhealthy_without_a_change() {
+    fn a_kernel_that_is_unreadable_for_two_periods_is_unhealthy() {
         let (health, now) = health();
         sync(&health, now);
-        health.unreadable(now + SECOND);
-        health.unreadable(now + 31 * SECOND);
+        health.kernel_unreadable(now + SECOND);
+        health.kernel_unreadable(now + 31 * SECOND);
         assert!(is_healthy(&health, now + 60 * SECOND));
         assert!(!is_healthy(&health, now + 61 * SECOND));
         sync(&health, now + 62 * SECOND);
@@ -194,10 +196,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_repaired_concerns_its_family() {
+    fn unrepaired_drift_makes_only_its_family_unhealthy() {
         let (health, now) = health();
         health.synced(now, &[Family::Ipv6].into(), SystemTime::now());
-        assert_eq!(health.report(now).families, [(Family::Ipv4, true), (Family::Ipv6, false)]);
+        assert_eq!(health.status(now).families, [(Family::Ipv4, true), (Family::Ipv6, false)]);
         sync(&health, now);
         assert!(is_healthy(&health, now));
     }

@@ -1,4 +1,4 @@
-//! Structured logs on standard error.
+//! Structured logs on standard error, and errors as one line of them.
 
 use std::io::IsTerminal;
 
@@ -11,19 +11,19 @@ use tracing_subscriber::util::SubscriberInitExt;
 
 use crate::config::object::Logging;
 
-/// How much is logged, to be changed while the agent runs.
+/// Changes the verbosity while the agent runs.
 #[derive(Clone)]
-pub(crate) struct Verbosity(Handle<Targets, Registry>);
+pub(crate) struct VerbosityHandle(Handle<Targets, Registry>);
 
-impl Verbosity {
+impl VerbosityHandle {
     pub(crate) fn set(&self, verbosity: u32) {
-        // It fails only once nothing is logged any more.
+        // Fails only if the subscriber is gone.
         let _ = self.0.reload(targets(verbosity));
     }
 }
 
-/// Starts logging, a line for people or an object for programs.
-pub(crate) fn start(logging: &Logging) -> Verbosity {
+/// Starts logging, as text or as JSON.
+pub(crate) fn init(logging: &Logging) -> VerbosityHandle {
     let (filter, handle) = Layer::new(targets(logging.verbosity));
     let registry = tracing_subscriber::registry().with(filter);
     let is_colored =
@@ -34,18 +34,30 @@ pub(crate) fn start(logging: &Logging) -> Verbosity {
     } else {
         registry.with(format).init();
     }
-    Verbosity(handle)
+    VerbosityHandle(handle)
 }
 
-/// Verbosity counts as kube-proxy's: 4 and more show debugging output, 6 and more everything, that of libraries included.
-/// Below 4 libraries are silent: what they complain about is in our own words once.
+/// The levels of kube-proxy's `-v`: from 4 on debugging output, from 6 on everything, libraries included. Below 4 libraries are
+/// silent, because the agent logs their errors itself.
 fn targets(verbosity: u32) -> Targets {
-    let (ours, theirs) = match verbosity {
+    let (own, libraries) = match verbosity {
         0..4 => (LevelFilter::INFO, LevelFilter::OFF),
         4..6 => (LevelFilter::DEBUG, LevelFilter::WARN),
         6.. => (LevelFilter::TRACE, LevelFilter::DEBUG),
     };
     ["kube_ipvs", "reconciler", "service_watch", "ipvs_netlink", "takeover"]
         .into_iter()
-        .fold(Targets::new().with_default(theirs), |filter, target| filter.with_target(target, ours))
+        .fold(Targets::new().with_default(libraries), |filter, target| filter.with_target(target, own))
+}
+
+/// An error and its causes in one line. A cause whose text the line already has is left out: many errors include their cause.
+pub(crate) fn error_chain(error: &anyhow::Error) -> String {
+    error.chain().fold(String::new(), |mut line, cause| {
+        let cause = cause.to_string();
+        if !line.contains(&cause) {
+            line += if line.is_empty() { "" } else { ": " };
+            line += &cause;
+        }
+        line
+    })
 }

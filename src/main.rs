@@ -1,28 +1,36 @@
-//! kube-ipvs: makes Kubernetes Services work with the kernel's own load balancer, IPVS.
+//! kube-ipvs: makes Kubernetes Services work with IPVS, the kernel's load balancer.
 //!
-//! * `flags` and `config`: the command line and the configuration file, spelled as kube-proxy spells them.
-//! * `alone`: that there is no other agent on this node.
-//! * `preflight`: what the kernel has, and what to do where it lacks something.
-//! * `sysctl`: the kernel's settings that Services depend on.
-//! * `agent`: the parts wired together, from start to signal.
-//! * `health`, `metrics`, `events`: what is to be known of it, and `http`: where one asks.
-//! * `cleanup`: takes away what was made. `takeover`: takes a node over from kube-proxy.
+//! Where to find what:
 //!
-//! What the agent does with Services is in the crate `reconciler`, where they come from in `service-watch`.
+//! | Question | File |
+//! |---|---|
+//! | Where is a flag read? | `flags/fields.rs`: flags with a field in the configuration file; `flags/mod.rs`: all others |
+//! | Where is the configuration file parsed? | `config/parse.rs`, into the object of `config/object.rs` |
+//! | Where is a value checked? | `config/settings.rs` |
+//! | Where is a metric named? | `metrics.rs` |
+//! | Where is an Event made? | `events.rs` |
+//! | Where are the node's sysctls set? | `sysctl/`; which ones: `sysctl/required.rs` and `sysctl/conntrack.rs` |
+//! | What is checked before the first write? | `preflight.rs` |
+//! | How are the threads and tasks connected? | `agent/` |
+//! | What is served over HTTP? | `http/`; whether the node is healthy: `health.rs` |
+//! | What do `cleanup` and `takeover` do? | `cleanup.rs`, `takeover.rs` |
+//! | Why does a second agent not start? | `instance_lock.rs` |
+//!
+//! What is programmed for a Service is decided in the crate `reconciler`; Services are read by the crate `service-watch`.
 
 #![forbid(unsafe_code)]
 
 mod agent;
-mod alone;
 mod cleanup;
 mod config;
 mod events;
 mod flags;
-mod go;
 mod health;
 mod http;
+mod instance_lock;
 mod logging;
 mod metrics;
+mod mode;
 mod preflight;
 mod sysctl;
 mod takeover;
@@ -33,43 +41,44 @@ use std::process::ExitCode;
 use anyhow::{Context as _, Result};
 use tracing::{debug, error, info, warn};
 
-use crate::agent::{End, Mode, Start};
+use crate::agent::AgentOptions;
 use crate::config::object::Logging;
-use crate::flags::{Command, Effective, Flags};
+use crate::flags::{Command, EffectiveConfig, Flags};
+use crate::mode::{ExitReason, RunMode};
 
 fn main() -> ExitCode {
     let flags = match flags::parse(std::env::args_os()) {
         Ok(flags) => flags,
         Err(error) => {
-            // clap's own answers to --help and --version come this way too, and are no errors.
+            // clap returns the texts of --help and --version as errors too.
             let is_error = error.use_stderr();
             let _ = error.print();
             return if is_error { ExitCode::FAILURE } else { ExitCode::SUCCESS };
         }
     };
     match run(flags) {
-        Ok(End::Done | End::Stopped) => ExitCode::SUCCESS,
-        Ok(End::Restart) => {
-            error!("cannot start anew: {}", restart());
+        Ok(ExitReason::Completed | ExitReason::Stopped) => ExitCode::SUCCESS,
+        Ok(ExitReason::Restart) => {
+            error!("cannot restart: {}", exec_self());
             ExitCode::FAILURE
         }
         Err(error) => {
-            error!("{}", in_one_line(&error));
+            error!("{}", logging::error_chain(&error));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(flags: Flags) -> Result<End> {
-    // Needs no configuration, and is not to fail for the want of one.
+fn run(flags: Flags) -> Result<ExitReason> {
+    // `cleanup` needs no configuration, and must not fail because of a bad one.
     if let Some(Command::Cleanup { filter_only }) = flags.command {
-        logging::start(&Logging::default());
-        return if filter_only { cleanup::remove_filter() } else { cleanup::run() };
+        logging::init(&Logging::default());
+        return if filter_only { cleanup::remove_packet_filter() } else { cleanup::run() };
     }
     let effective = flags.effective();
     let logging = effective.as_ref().map(|effective| effective.configuration.logging.clone());
-    let verbosity = logging::start(&logging.unwrap_or_default());
-    let Effective { configuration, settings, warnings } = effective?;
+    let verbosity = logging::init(&logging.unwrap_or_default());
+    let EffectiveConfig { configuration, settings, warnings } = effective?;
     for warning in &warnings {
         warn!("{warning}");
     }
@@ -78,51 +87,39 @@ fn run(flags: Flags) -> Result<End> {
         info!("flags of kube-proxy without effect here: --{}", without_effect.join(" --"));
     }
     if !settings.ignored_gates.is_empty() {
-        debug!("feature gates without a meaning here: {}", settings.ignored_gates.join(" "));
+        debug!("ignored feature gates: {}", settings.ignored_gates.join(" "));
     }
     if let Some(path) = &flags.write_config_to {
         let text = configuration.to_yaml()?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
         info!(file = %path.display(), "wrote the configuration");
-        return Ok(End::Done);
+        return Ok(ExitReason::Completed);
     }
     if flags.cleanup {
-        return cleanup::run_with_leftovers();
+        return cleanup::run_with_kube_proxy();
     }
     if flags.init_only {
         return agent::init(settings);
     }
     let mode = match flags.command {
-        Some(Command::Takeover) => Mode::Takeover,
-        _ if flags.once => Mode::Once,
-        _ => Mode::Serve,
+        Some(Command::Takeover) => RunMode::Takeover,
+        _ if flags.once => RunMode::Once,
+        _ => RunMode::Serve,
     };
-    let end = agent::run(Start { flags, configuration, settings, verbosity, mode })?;
-    // Only what is in place can take the place of something: where the sync failed or was stopped, everything stays.
-    if mode == Mode::Takeover && end == End::Done {
-        // What remains is told, and is no reason to keep the agent, which comes next, from a node.
+    let reason = agent::run(AgentOptions { flags, configuration, settings, verbosity, mode })?;
+    // kube-proxy's rules are removed only after our own are in place, so not where the sync failed or was stopped.
+    if mode == RunMode::Takeover && reason == ExitReason::Completed {
+        // What cannot be removed is logged. It must not keep the agent, which starts next, from the node.
         takeover::remove_leftovers();
     }
-    Ok(end)
+    Ok(reason)
 }
 
-/// Starts the same program with the same arguments in the place of this process. Returns only where that fails.
+/// Replaces this process with the same program and arguments. Returns only if that fails.
 ///
-/// A process that ended would be started again too, but by a kubelet that waits longer each time.
-fn restart() -> std::io::Error {
+/// kubelet would restart a container that exits too, but with an increasing delay.
+fn exec_self() -> std::io::Error {
     let mut arguments = std::env::args_os();
     let name = arguments.next().unwrap_or_default();
     std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
-}
-
-/// An error with its causes; many errors say their cause themselves, and once is enough.
-fn in_one_line(error: &anyhow::Error) -> String {
-    error.chain().fold(String::new(), |mut line, cause| {
-        let cause = cause.to_string();
-        if !line.contains(&cause) {
-            line += if line.is_empty() { "" } else { ": " };
-            line += &cause;
-        }
-        line
-    })
 }

@@ -1,7 +1,6 @@
-//! What is measured: kube-proxy's metrics under its names, as far as they mean something here, and ours beside them.
+//! Every metric is named, described and updated here: kube-proxy's under its names, and those of kube-ipvs.
 //!
-//! [`ALL`] is the list of them, from which the exporter learns types, help and buckets; `docs/metrics.md` tells people the
-//! same, and a test compares the two.
+//! [`ALL`] lists them with type, labels, help and buckets. A test compares it with `docs/metrics.md`.
 
 use std::collections::BTreeSet;
 use std::time::SystemTime;
@@ -21,37 +20,37 @@ use crate::health::family_name;
 /// A metric.
 pub(crate) struct Metric {
     pub(crate) name: &'static str,
-    pub(crate) kind: Kind,
+    pub(crate) kind: MetricKind,
     pub(crate) labels: &'static [&'static str],
     pub(crate) help: &'static str,
 }
 
-/// What kind of number it is.
+/// The Prometheus type.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Kind {
+pub(crate) enum MetricKind {
     Counter,
     Gauge,
-    /// With these upper bounds.
+    /// With these upper bounds of its buckets.
     Histogram(fn() -> Vec<f64>),
 }
 
 /// 1 ms to 16 s, each twice the last.
-fn durations() -> Vec<f64> {
+fn duration_buckets() -> Vec<f64> {
     (0..15).map(|power| 0.001 * f64::from(1 << power)).collect()
 }
 
 /// 10 µs to 5 s, each about twice the last.
-fn short_durations() -> Vec<f64> {
+fn short_duration_buckets() -> Vec<f64> {
     (0..20).map(|power| 0.00001 * f64::from(1 << power)).collect()
 }
 
 /// 1 to 262,144, each four times the last.
-fn sizes() -> Vec<f64> {
+fn size_buckets() -> Vec<f64> {
     (0..10).map(|power| f64::from(1 << (2 * power))).collect()
 }
 
-/// kube-proxy's for the time from a change of an endpoint to the rules: fine up to a minute, then coarser up to five.
-fn programming() -> Vec<f64> {
+/// kube-proxy's buckets of `network_programming_duration`: by the second up to a minute, then coarser up to five minutes.
+fn programming_buckets() -> Vec<f64> {
     let (seconds, fives, thirties) = (1..60, (60..120).step_by(5), (120..=300).step_by(30));
     [0.25, 0.5].into_iter().chain(seconds.chain(fives).chain(thirties).map(f64::from)).collect()
 }
@@ -108,84 +107,84 @@ macro_rules! metrics {
     };
 }
 
-/// Every metric there is.
+/// Every metric.
 pub(crate) const ALL: &[Metric] = metrics! {
-    SYNC_DURATION Kind::Histogram(durations), ["ip_family"], "How long a sync or an audit took";
-    SYNC_TIMESTAMP Kind::Gauge, ["ip_family"], "When the last sync or audit ended that could read the kernel";
-    QUEUED_TIMESTAMP Kind::Gauge, ["ip_family"], "When a change last was heard of";
-    PROGRAMMING Kind::Histogram(programming), ["ip_family"], "From the time an EndpointSlice says its content began to be so until the kernel had it";
-    ENDPOINT_CHANGES_PENDING Kind::Gauge, [], "Changes of EndpointSlices that the kernel does not have yet";
-    ENDPOINT_CHANGES Kind::Counter, [], "Changes of EndpointSlices";
-    SERVICE_CHANGES_PENDING Kind::Gauge, [], "Changes of Services that the kernel does not have yet";
-    SERVICE_CHANGES Kind::Counter, [], "Changes of Services";
-    RESTORE_FAILURES Kind::Counter, ["ip_family"], "Operations on the packet filter that failed (there is no iptables here)";
-    NO_LOCAL_ENDPOINTS Kind::Gauge, ["traffic_policy", "ip_family"], "Services with a traffic policy Local and endpoints, none of them on this node";
-    HEALTHZ Kind::Counter, ["code"], "Answers of /healthz by status";
-    LIVEZ Kind::Counter, ["code"], "Answers of /livez by status";
-    CONNTRACK_DURATION Kind::Histogram(durations), ["ip_family"], "How long it took to look for flows in connection tracking that lead nowhere";
-    CONNTRACK_DELETED Kind::Counter, ["ip_family"], "Such flows that were deleted";
+    SYNC_DURATION MetricKind::Histogram(duration_buckets), ["ip_family"], "How long a sync or an audit took";
+    SYNC_TIMESTAMP MetricKind::Gauge, ["ip_family"], "When the last sync or audit ended that could read the kernel";
+    QUEUED_TIMESTAMP MetricKind::Gauge, ["ip_family"], "When the last change was received";
+    PROGRAMMING MetricKind::Histogram(programming_buckets), ["ip_family"], "From an EndpointSlice's last-change-trigger-time until the kernel had the change";
+    ENDPOINT_CHANGES_PENDING MetricKind::Gauge, [], "Changes of EndpointSlices that are not in the kernel yet";
+    ENDPOINT_CHANGES MetricKind::Counter, [], "Changes of EndpointSlices";
+    SERVICE_CHANGES_PENDING MetricKind::Gauge, [], "Changes of Services that are not in the kernel yet";
+    SERVICE_CHANGES MetricKind::Counter, [], "Changes of Services";
+    RESTORE_FAILURES MetricKind::Counter, ["ip_family"], "Operations on the packet filter that failed (the agent does not use iptables)";
+    NO_LOCAL_ENDPOINTS MetricKind::Gauge, ["traffic_policy", "ip_family"], "Services with a traffic policy Local and endpoints, none of them on this node";
+    HEALTHZ MetricKind::Counter, ["code"], "Responses of /healthz by status code";
+    LIVEZ MetricKind::Counter, ["code"], "Responses of /livez by status code";
+    CONNTRACK_DURATION MetricKind::Histogram(duration_buckets), ["ip_family"], "How long it took to find and delete stale flows in connection tracking";
+    CONNTRACK_DELETED MetricKind::Counter, ["ip_family"], "Stale flows that were deleted";
 
-    BUILD Kind::Gauge, ["version"], "1, with the version";
-    SYNC Kind::Histogram(short_durations), ["kind"], "How long a sync (of what changed) or an audit (of everything) took";
-    PLAN Kind::Histogram(sizes), ["kind"], "How many operations a sync or an audit carried out";
-    OPERATIONS Kind::Counter, ["operation"], "Operations that the kernel carried out";
-    FAILURES Kind::Counter, ["object"], "Operations that the kernel refused, by what they were about";
-    FAILING Kind::Gauge, [], "Things whose last operation failed; each is tried again";
-    DRIFT_FOUND Kind::Counter, [], "Things that somebody else had changed when an audit looked";
-    DRIFT_REPAIRED Kind::Counter, [], "Those of them that were repaired at once";
-    UNREPAIRED Kind::Gauge, ["ip_family"], "1 while something that somebody else changed cannot be repaired";
-    WRONG_SETTINGS Kind::Gauge, [], "Settings of the kernel that Services depend on, that somebody else changed and that cannot be set back";
-    UNREADABLE Kind::Counter, [], "Times the state of the kernel could not be read";
-    SERVICES Kind::Gauge, [], "Services that are served";
-    VIRTUAL_SERVERS Kind::Gauge, [], "Virtual servers that are desired";
-    REAL_SERVERS Kind::Gauge, [], "Real servers in the kernel, those that drain included";
-    DRAINING Kind::Gauge, [], "Real servers that get no new connections and keep those they have";
-    VIPS Kind::Gauge, [], "Addresses on kube-ipvs0 that are desired";
-    BATCHES Kind::Counter, [], "Datagrams sent to the kernel: batches, transactions, dumps, requests";
-    MESSAGES Kind::Counter, [], "Netlink messages in them";
-    BYTES Kind::Counter, [], "Bytes in them";
-    CHANGE Kind::Histogram(short_durations), [], "From hearing of a change until the kernel had it, --ipvs-min-sync-period included";
-    CLASHES Kind::Counter, [], "Times two Services began to claim one front end";
-    REFUSED Kind::Counter, [], "VIPs that began to be refused because a Node has the address";
-    WATCH_RESTARTS Kind::Counter, [], "Times a watch had to list everything anew";
-    WATCH_ERRORS Kind::Counter, [], "Requests to the API server that failed, and files that could not be read";
-    PROBLEMS Kind::Counter, [], "Objects and parts of objects that could not be used, each time one was read";
-    EVENTS_DROPPED Kind::Counter, [], "Events that were not posted: too many at once, or not taken by the API server";
-    PROCESS_CPU Kind::Counter, [], "Processor time of the agent, in seconds";
-    PROCESS_MEMORY Kind::Gauge, [], "Memory of the agent, in bytes";
-    PROCESS_FILES Kind::Gauge, [], "Open files of the agent";
-    PROCESS_START Kind::Gauge, [], "When the agent started, in seconds since 1970";
+    BUILD MetricKind::Gauge, ["version"], "1, with the version";
+    SYNC MetricKind::Histogram(short_duration_buckets), ["kind"], "How long a sync (of what changed) or an audit (of everything) took";
+    PLAN MetricKind::Histogram(size_buckets), ["kind"], "How many operations a sync or an audit carried out";
+    OPERATIONS MetricKind::Counter, ["operation"], "Operations that the kernel carried out";
+    FAILURES MetricKind::Counter, ["object"], "Operations that the kernel refused, by the kind of object";
+    FAILING MetricKind::Gauge, [], "Objects whose last operation failed; each is tried again";
+    DRIFT_FOUND MetricKind::Counter, [], "Objects that another program had changed, found by audits";
+    DRIFT_REPAIRED MetricKind::Counter, [], "Changed objects that the same audit repaired";
+    UNREPAIRED MetricKind::Gauge, ["ip_family"], "1 while an object that another program changed cannot be repaired";
+    WRONG_SETTINGS MetricKind::Gauge, [], "Kernel settings that Services require, that another program changed and that cannot be restored";
+    UNREADABLE MetricKind::Counter, [], "Times the state of the kernel could not be read";
+    SERVICES MetricKind::Gauge, [], "Services that are served";
+    VIRTUAL_SERVERS MetricKind::Gauge, [], "Virtual servers in the desired state";
+    REAL_SERVERS MetricKind::Gauge, [], "Real servers in the kernel, including those that drain";
+    DRAINING MetricKind::Gauge, [], "Real servers that get no new connections and keep those they have";
+    VIPS MetricKind::Gauge, [], "VIPs in the desired state";
+    BATCHES MetricKind::Counter, [], "Datagrams sent to the kernel: batches, transactions, dumps, requests";
+    MESSAGES MetricKind::Counter, [], "Netlink messages sent to the kernel";
+    BYTES MetricKind::Counter, [], "Bytes sent to the kernel";
+    CHANGE MetricKind::Histogram(short_duration_buckets), [], "From receiving a change until the kernel had it, including --ipvs-min-sync-period";
+    CLASHES MetricKind::Counter, [], "Front ends that a second Service began to claim";
+    REFUSED MetricKind::Counter, [], "VIPs that began to be refused because a Node or the API server has the address";
+    WATCH_RESTARTS MetricKind::Counter, [], "Watches that had to list all objects again";
+    WATCH_ERRORS MetricKind::Counter, [], "Requests to the API server that failed, and files that could not be read";
+    PROBLEMS MetricKind::Counter, [], "Objects and fields that could not be used, counted each time one was read";
+    EVENTS_DROPPED MetricKind::Counter, [], "Events that were not sent: too many at once, or refused by the API server";
+    PROCESS_CPU MetricKind::Counter, [], "Processor time of the agent, in seconds";
+    PROCESS_MEMORY MetricKind::Gauge, [], "Memory of the agent, in bytes";
+    PROCESS_FILES MetricKind::Gauge, [], "Open files of the agent";
+    PROCESS_START MetricKind::Gauge, [], "When the agent started, in seconds since 1970";
 };
 
-/// Starts measuring. What was measured is had from what this returns.
-pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
+/// Installs the recorder. The returned handle renders the metrics.
+pub(crate) fn install_recorder() -> Result<PrometheusHandle, BuildError> {
     let mut builder = PrometheusBuilder::new();
     for metric in ALL {
-        if let Kind::Histogram(buckets) = metric.kind {
+        if let MetricKind::Histogram(buckets) = metric.kind {
             builder = builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), &buckets())?;
         }
     }
     let handle = builder.install_recorder()?;
     for metric in ALL {
         match metric.kind {
-            Kind::Counter => metrics::describe_counter!(metric.name, metric.help),
-            Kind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
-            Kind::Histogram(_) => metrics::describe_histogram!(metric.name, metric.help),
+            MetricKind::Counter => metrics::describe_counter!(metric.name, metric.help),
+            MetricKind::Gauge => metrics::describe_gauge!(metric.name, metric.help),
+            MetricKind::Histogram(_) => metrics::describe_histogram!(metric.name, metric.help),
         }
-        // What has not happened yet is 0 from the start: an alert on a rise needs something to rise from.
+        // Counters and gauges exist with value 0 from the start: `rate()` of an alert needs a first value.
         match (metric.kind, metric.labels) {
-            (Kind::Counter, []) => counter!(metric.name).absolute(0),
-            (Kind::Counter, ["ip_family"]) => {
+            (MetricKind::Counter, []) => counter!(metric.name).absolute(0),
+            (MetricKind::Counter, ["ip_family"]) => {
                 for family in [Family::Ipv4, Family::Ipv6] {
                     counter!(metric.name, "ip_family" => family_name(family)).absolute(0);
                 }
             }
-            (Kind::Counter, ["code"]) => {
+            (MetricKind::Counter, ["code"]) => {
                 for code in ["200", "503"] {
                     counter!(metric.name, "code" => code).absolute(0);
                 }
             }
-            (Kind::Gauge, []) => gauge!(metric.name).set(0.0),
+            (MetricKind::Gauge, []) => gauge!(metric.name).set(0.0),
             _ => {}
         }
     }
@@ -194,8 +193,8 @@ pub(crate) fn install() -> Result<PrometheusHandle, BuildError> {
     Ok(handle)
 }
 
-/// A source said something.
-pub(crate) fn change_heard(change: &Change, families: Families) {
+/// A change was received from the source.
+pub(crate) fn change_received(change: &Change, families: Families) {
     match change {
         Change::Service(_) | Change::ServiceDeleted(_) => {
             counter!(SERVICE_CHANGES).increment(1);
@@ -213,13 +212,14 @@ pub(crate) fn change_heard(change: &Change, families: Families) {
     }
 }
 
-/// A sync or an audit has ended. `started` is when the agent did: slices that are older say nothing about it.
-pub(crate) fn synced(report: &SyncReport, received: &ReceivedChanges, families: Families, started: SystemTime) {
+/// A sync or an audit has ended. Trigger times of EndpointSlices before `started`, when the agent started, are ignored: they
+/// do not measure this agent.
+pub(crate) fn sync_ended(report: &SyncReport, received: &ReceivedChanges, families: Families, started: SystemTime) {
     let now = SystemTime::now();
     let kind = if report.is_audit { "audit" } else { "sync" };
     histogram!(SYNC, "kind" => kind).record(report.duration);
     if report.applied.total() > 0 {
-        histogram!(PLAN, "kind" => kind).record(count(report.applied.total()));
+        histogram!(PLAN, "kind" => kind).record(to_f64(report.applied.total()));
     }
     for family in families.iter() {
         let name = family_name(family);
@@ -228,8 +228,8 @@ pub(crate) fn synced(report: &SyncReport, received: &ReceivedChanges, families: 
         let is_unrepaired = report.unrepaired.contains(&family);
         gauge!(UNREPAIRED, "ip_family" => name).set(f64::from(u8::from(is_unrepaired)));
     }
-    gauge!(SERVICE_CHANGES_PENDING).decrement(count(received.services));
-    gauge!(ENDPOINT_CHANGES_PENDING).decrement(count(received.slices));
+    gauge!(SERVICE_CHANGES_PENDING).decrement(to_f64(received.services));
+    gauge!(ENDPOINT_CHANGES_PENDING).decrement(to_f64(received.slices));
     for (family, triggered) in report.trigger_times.iter().filter(|(_, triggered)| *triggered >= started) {
         let latency = now.duration_since(*triggered).unwrap_or_default();
         histogram!(PROGRAMMING, "ip_family" => family_name(*family)).record(latency);
@@ -260,10 +260,10 @@ pub(crate) fn synced(report: &SyncReport, received: &ReceivedChanges, families: 
     counter!(BATCHES).increment(report.kernel_stats.sent.datagrams);
     counter!(MESSAGES).increment(report.kernel_stats.sent.messages);
     counter!(BYTES).increment(report.kernel_stats.sent.bytes);
-    for flush in &report.kernel_stats.conntrack_cleanups {
-        let name = family_name(flush.family);
-        histogram!(CONNTRACK_DURATION, "ip_family" => name).record(flush.duration);
-        counter!(CONNTRACK_DELETED, "ip_family" => name).increment(flush.deleted as u64);
+    for cleanup in &report.kernel_stats.conntrack_cleanups {
+        let name = family_name(cleanup.family);
+        histogram!(CONNTRACK_DURATION, "ip_family" => name).record(cleanup.duration);
+        counter!(CONNTRACK_DELETED, "ip_family" => name).increment(cleanup.deleted as u64);
     }
 
     let totals = &report.totals;
@@ -275,40 +275,39 @@ pub(crate) fn synced(report: &SyncReport, received: &ReceivedChanges, families: 
         (VIPS, totals.vips),
         (FAILING, totals.failing),
     ] {
-        gauge!(name).set(count(number));
+        gauge!(name).set(to_f64(number));
     }
     for (policy, numbers) in [("internal", totals.internal_without_local), ("external", totals.external_without_local)]
     {
         for (family, number) in [Family::Ipv4, Family::Ipv6].into_iter().zip(numbers) {
             if families.contains(family) {
                 let name = family_name(family);
-                gauge!(NO_LOCAL_ENDPOINTS, "traffic_policy" => policy, "ip_family" => name).set(count(number));
+                gauge!(NO_LOCAL_ENDPOINTS, "traffic_policy" => policy, "ip_family" => name).set(to_f64(number));
             }
         }
     }
 }
 
-/// How many settings of the kernel are not as Services need them.
-pub(crate) fn wrong_settings(count: usize) {
+/// Sets how many sysctls are not as Services need them.
+pub(crate) fn set_wrong_sysctls(count: usize) {
     gauge!(WRONG_SETTINGS).set(u32::try_from(count).unwrap_or(u32::MAX));
 }
 
 /// The state of the kernel could not be read.
-pub(crate) fn unreadable() {
+pub(crate) fn kernel_read_failed() {
     counter!(UNREADABLE).increment(1);
 }
 
-/// Somebody asked whether all is well.
-pub(crate) fn health_asked(metric: &'static str, answer: StatusCode) {
-    counter!(metric, "code" => answer.as_u16().to_string()).increment(1);
+/// A request to [`HEALTHZ`] or [`LIVEZ`] was answered with this status.
+pub(crate) fn count_health_request(metric: &'static str, status: StatusCode) {
+    counter!(metric, "code" => status.as_u16().to_string()).increment(1);
 }
 
-/// The kernel's unit of processor time towards programs (`USER_HZ` of `asm-generic/param.h`): fixed, whatever the kernel's
-/// own clock is.
-const TICKS_A_SECOND: u64 = 100;
+/// The unit of processor times in /proc (`USER_HZ` of `asm-generic/param.h`), which does not depend on the kernel's own tick.
+const USER_HZ: u64 = 100;
 
-/// What is counted elsewhere, at the moment somebody asks: by a source, with how many kinds of objects it has. It lists
-/// each once; more is beginning anew.
+/// Updates the metrics that are counted elsewhere, before they are rendered. The source comes with the number of kinds of
+/// objects that it watches: it lists each kind once, and every further list is a restart of a watch.
 pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
     if let Some((source, kinds)) = source {
         counter!(WATCH_RESTARTS).absolute(source.lists().saturating_sub(kinds));
@@ -317,16 +316,16 @@ pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
     }
     counter!(EVENTS_DROPPED).absolute(events_dropped);
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
-        gauge!(PROCESS_FILES).set(count(files.count()));
+        gauge!(PROCESS_FILES).set(to_f64(files.count()));
     }
     if let Some(kib) = resident_kib() {
-        gauge!(PROCESS_MEMORY).set(count(kib * 1024));
+        gauge!(PROCESS_MEMORY).set(to_f64(kib * 1024));
     }
     // utime and stime, after the name of the program, which may hold anything.
     if let Ok(stat) = std::fs::read_to_string("/proc/self/stat") {
         let after_name = stat.rsplit(')').next().unwrap_or_default();
         let ticks: u64 = after_name.split_whitespace().skip(11).take(2).filter_map(|n| n.parse::<u64>().ok()).sum();
-        counter!(PROCESS_CPU).absolute(ticks / TICKS_A_SECOND);
+        counter!(PROCESS_CPU).absolute(ticks / USER_HZ);
     }
 }
 
@@ -339,9 +338,9 @@ fn seconds(time: SystemTime) -> f64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
-/// Exact up to 2^53, which no node has of anything.
+/// Exact up to 2^53, which no count reaches.
 #[expect(clippy::cast_precision_loss, reason = "no number here comes near 2^53")]
-fn count(number: usize) -> f64 {
+fn to_f64(number: usize) -> f64 {
     number as f64
 }
 
@@ -350,27 +349,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_page_of_metrics_has_every_metric_with_its_type_and_labels() {
+    fn docs_metrics_md_has_every_metric_with_its_type_and_labels() {
         let page = include_str!("../docs/metrics.md");
         let rows: Vec<&str> = page.lines().filter(|line| line.starts_with("| `")).collect();
         for metric in ALL {
             let kind = match metric.kind {
-                Kind::Counter => "counter",
-                Kind::Gauge => "gauge",
-                Kind::Histogram(_) => "histogram",
+                MetricKind::Counter => "counter",
+                MetricKind::Gauge => "gauge",
+                MetricKind::Histogram(_) => "histogram",
             };
             let labels = metric.labels.iter().map(|label| format!("`{label}`")).collect::<Vec<_>>().join(", ");
             let labels = if labels.is_empty() { "–" } else { &labels };
             let row = format!("| `{}` | {kind} | {labels} | {} |", metric.name, metric.help);
             assert!(rows.contains(&row.as_str()), "docs/metrics.md lacks: {row}");
         }
-        assert_eq!(rows.len(), ALL.len(), "docs/metrics.md has what is not there");
+        assert_eq!(rows.len(), ALL.len(), "docs/metrics.md has metrics that do not exist");
     }
 
     #[test]
-    fn buckets_are_kube_proxys() {
-        assert_eq!(durations().first().zip(durations().last()), Some((&0.001, &16.384)));
-        let programming = programming();
+    fn buckets_are_those_of_kube_proxy() {
+        assert_eq!(duration_buckets().first().zip(duration_buckets().last()), Some((&0.001, &16.384)));
+        let programming = programming_buckets();
         assert_eq!(programming[..4], [0.25, 0.5, 1.0, 2.0]);
         assert_eq!(programming[programming.len() - 8..], [115.0, 120.0, 150.0, 180.0, 210.0, 240.0, 270.0, 300.0]);
         assert!(programming.is_sorted());

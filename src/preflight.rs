@@ -1,4 +1,5 @@
-//! Before anything is programmed: what this kernel has, and what to do where it lacks something.
+//! Checks before anything is programmed: that the kernel has what the agent needs, with a remedy in each error. Also sets the
+//! limits of the process and the IPVS timeouts.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -15,21 +16,21 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use service_watch::ExistingState;
 use tracing::{info, warn};
 
-/// Connects to the kernel and checks that it has IPVS, the scheduler and dummy devices, and lets us use them.
-pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
+/// Connects to the kernel, and checks that IPVS, the scheduler, nf_tables and dummy devices exist and may be used.
+pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
     let scheduler = policy.scheduler;
     let mut kernel = LinuxKernel::connect(policy.families)?;
-    // The first request that takes a privilege.
+    // The first request that requires CAP_NET_ADMIN.
     let in_use = kernel.ipvs().virtual_servers()?;
     if !in_use.iter().any(|entry| entry.server.scheduler == scheduler) {
-        has_scheduler(kernel.ipvs(), scheduler)?;
+        check_scheduler(kernel.ipvs(), scheduler)?;
     }
-    ranges_have_no_own_address(&mut kernel, &policy.binding)?;
+    check_vip_ranges(&mut kernel, &policy.binding)?;
     kernel.probe_filter(policy)?;
     kernel.ensure_device()?;
     match kernel.forward_drops() {
         Ok(chains) if chains.is_empty() => {}
-        // To accept a packet in one table keeps no other from dropping it, and others' tables are not ours to change.
+        // An accept in our table does not prevent a drop in another one, and the agent does not change tables of other programs.
         Ok(chains) => warn!(
             chains = chains.join(", "),
             "a chain of another program drops forwarded packets that it does not accept itself; unless that program accepts \
@@ -41,24 +42,25 @@ pub(crate) fn kernel(policy: &Policy) -> Result<LinuxKernel> {
     Ok(kernel)
 }
 
-/// In a range of VIPs everything else is refused: the node's own addresses, and whoever they lead to, are not to be among it.
-fn ranges_have_no_own_address(kernel: &mut LinuxKernel, binding: &VipBinding) -> Result<()> {
+/// All addresses in a range of VIPs become local to the node, and those that are no VIP are refused. So a range must not have an
+/// address of the node's interfaces.
+fn check_vip_ranges(kernel: &mut LinuxKernel, binding: &VipBinding) -> Result<()> {
     if binding.ranges().is_empty() {
         return Ok(());
     }
-    for own in kernel.dump(Scope::Interfaces)?.interfaces {
-        if let Some(range) = binding.ranges().iter().find(|range| range.contains(&own)) {
+    for address in kernel.dump(Scope::Interfaces)?.interfaces {
+        if let Some(range) = binding.ranges().iter().find(|range| range.contains(&address)) {
             bail!(
-                "--vip-ranges (kubeIPVS.vipRanges): {range} has {own}, an address of an interface of this node: give ranges of \
-                 ClusterIPs alone, take the address from the interface, or leave the range out. Nothing was changed"
+                "--vip-ranges (kubeIPVS.vipRanges): {range} contains {address}, an address of an interface of this node: give ranges \
+                 of ClusterIPs only, remove the address from the interface, or omit the range. Nothing was changed"
             );
         }
     }
     Ok(())
 }
 
-/// Asking for a scheduler makes the kernel load its module, and changes nothing else.
-fn has_scheduler(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
+/// Fails if the kernel does not have the scheduler. The request makes the kernel load the scheduler's module.
+fn check_scheduler(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
     if !ipvs.has_scheduler(scheduler).context("cannot find out whether the kernel has the scheduler")? {
         bail!(
             "--ipvs-scheduler={scheduler}: this kernel has no such scheduler, and could not load its module. Load it with \
@@ -68,8 +70,8 @@ fn has_scheduler(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
     Ok(())
 }
 
-/// The address families this node can serve.
-pub(crate) fn families() -> Families {
+/// The address families that this node has.
+pub(crate) fn detect_families() -> Families {
     let ipv6_is_off =
         std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "1");
     let ipv6 = Path::new("/proc/net/if_inet6").exists() && !ipv6_is_off;
@@ -79,8 +81,7 @@ pub(crate) fn families() -> Families {
     Families { ipv4: true, ipv6 }
 }
 
-/// Raises the limit of open files to what the process may have: each health-check node port is one. (Go's runtime does so
-/// for every program.)
+/// Raises the limit of open files to the hard limit, because each health-check node port needs one. (Go's runtime does the same.)
 pub(crate) fn raise_file_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
@@ -89,30 +90,42 @@ pub(crate) fn raise_file_limit() {
     }
 }
 
-/// Whether pods can be told by their addresses at all.
-pub(crate) fn pods_have_a_family(policy: &Policy) -> Result<()> {
+/// Sets the OOM score adjustment of this process. To lower it requires `CAP_SYS_RESOURCE`; a failure is only logged.
+pub(crate) fn set_oom_score_adj(score: i32) {
+    const PATH: &str = "/proc/self/oom_score_adj";
+    let is_set = std::fs::read_to_string(PATH).is_ok_and(|value| value.trim() == score.to_string());
+    if !is_set && let Err(error) = std::fs::write(PATH, score.to_string()) {
+        info!(
+            "cannot set {PATH} to {score} (--oom-score-adj): {error}; kubelet sets it for pods of priority class \
+             system-node-critical"
+        );
+    }
+}
+
+/// Fails if `--cluster-cidr` has no range of a family that this node has: pods could not be recognised.
+pub(crate) fn check_cluster_cidr(policy: &Policy) -> Result<()> {
     if let DetectLocal::ClusterCidr(ranges) = &policy.detect_local
         && !ranges.is_empty()
         && !ranges.iter().any(|range| policy.families.contains(Family::of(range.addr())))
     {
         bail!(
-            "--cluster-cidr (clusterCIDR) names no range of a family that this node has: give one, or give the node the \
-             family"
+            "--cluster-cidr (clusterCIDR) has no range of an address family that this node has: add one, or enable that family \
+             on the node"
         );
     }
     Ok(())
 }
 
-/// What the node serves before anything is known of what it should. What cannot be read is nothing.
-pub(crate) fn serving(ipvs: &mut Client) -> ExistingState {
+/// How many VIPs the node serves before the agent has listed any Service. 0 if that cannot be read.
+pub(crate) fn served_vips(ipvs: &mut Client) -> ExistingState {
     let listed = ipvs.virtual_servers().inspect_err(|error| warn!("{error}")).unwrap_or_default();
     let front_ends = listed.iter().filter_map(|entry| FrontEnd::from_id(&entry.server.id));
     let vips: BTreeSet<IpAddr> = front_ends.map(|front_end| front_end.address).collect();
     ExistingState { vips: vips.len() }
 }
 
-/// Sets the timeouts that differ; 0 leaves one as it is. A failure is no reason not to serve.
-pub(crate) fn set_timeouts(ipvs: &mut Client, wanted: Timeouts) {
+/// Sets the IPVS timeouts that differ; 0 leaves the kernel's value. A failure is only logged.
+pub(crate) fn set_ipvs_timeouts(ipvs: &mut Client, wanted: Timeouts) {
     if wanted == Timeouts::default() {
         return;
     }

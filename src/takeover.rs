@@ -1,12 +1,11 @@
-//! `kube-ipvs takeover`: takes away what kube-proxy left, once what takes its place is there.
+//! `kube-ipvs takeover`: removes what kube-proxy left, after the first sync has put our packet filter in place.
 //!
-//! Virtual servers and addresses need no taking over: kube-proxy's are like ours, and the first sync finds them in place.
-//! What is left are its chains of iptables, its ipsets and its tables of `nf_tables`, which go on doing what they did, beside
-//! ours, and for Services that are long gone.
+//! kube-proxy's virtual servers and addresses are like ours, and the first sync adopts them. Its iptables chains, ipsets and
+//! nf_tables tables would stay in effect beside our tables, even for Services that are deleted.
 
 use tracing::{error, info, warn};
 
-/// Removes what kube-proxy left, as far as it can. Returns how much of it could not be removed.
+/// Removes what kube-proxy left, and returns how many objects could not be removed.
 pub(crate) fn remove_leftovers() -> usize {
     let report = ::takeover::remove();
     for object in &report.objects {
@@ -15,9 +14,9 @@ pub(crate) fn remove_leftovers() -> usize {
     for kept in &report.kept {
         info!("left: {kept}");
     }
-    // An image that has nothing but the agent has no tools either.
-    for unchecked in &report.unchecked {
-        warn!("not looked at: {unchecked}");
+    // The tools of iptables-legacy, for example, which the agent's image does not have.
+    for unseen in &report.unchecked {
+        warn!("not checked: {unseen}");
     }
     for problem in &report.problems {
         error!("{problem}");
@@ -26,12 +25,13 @@ pub(crate) fn remove_leftovers() -> usize {
     if remaining > 0 {
         error!(
             done,
-            remaining, "not all that kube-proxy left is gone: run `kube-ipvs takeover` again once that is mended"
+            remaining,
+            "not everything that kube-proxy left could be removed: fix the errors above, then run `kube-ipvs takeover` again"
         );
     } else if done == 0 {
         info!("kube-proxy left nothing");
     } else {
-        info!(done, "all that kube-proxy left is gone");
+        info!(done, "removed everything that kube-proxy left");
     }
     remaining
 }

@@ -279,7 +279,7 @@ fn a_kernel_without_ipvs_is_named_with_the_remedy() {
 fn wrong_flags_end_with_status_1_and_the_reason() {
     for (flag, reason) in [
         ("--proxy-mode=iptables", "run kube-proxy"),
-        ("--ipvs-sync-period=never", "no duration"),
+        ("--ipvs-sync-period=never", "not a duration"),
         ("--no-such-flag", "unexpected argument"),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_kube-ipvs")).arg(flag).output().unwrap();
@@ -356,7 +356,7 @@ fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
     manifests.write("new.yaml", &service("new", "10.96.0.11"));
     let mut once = manifests.agent(&["--once"]);
     assert!(!once.ends().success());
-    assert!(once.log().contains("not everything could be understood"), "{}", once.log());
+    assert!(once.log().contains("not everything could be parsed"), "{}", once.log());
     let mut agent = manifests.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
     manifests.write("service.yaml", "# nothing to serve here");

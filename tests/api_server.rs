@@ -364,7 +364,7 @@ fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
     tls.replace_ca();
     tls.write_kubeconfig(cluster.dir.path(), "one");
     cluster.server.break_watches();
-    agent.says("the kubeconfig or a certificate of the API server has changed: starting anew with it");
+    agent.says("the kubeconfig or a certificate of the API server has changed: restarting with it");
     cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
     agent.has(&[WEB, WEB_1, WEB_2]);
 

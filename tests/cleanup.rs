@@ -41,7 +41,7 @@ fn cleanup_removes_all_that_was_made_and_nothing_else_and_may_be_repeated() {
     assert!(log.contains("left: virtual server TCP 172.16.0.1:80"), "{log}");
     assert!(log.contains("delete virtual server TCP 192.168.1.1:30080"), "{log}");
     let again = cleanup();
-    assert!(again.contains("there was nothing of ours"), "{again}");
+    assert!(again.contains("there was nothing to remove"), "{again}");
 }
 
 #[test]

@@ -75,11 +75,13 @@ fn a_config_map_that_changes_takes_effect_and_one_that_makes_no_sense_does_not()
     agent.has(&[WEB, WEB_1]);
     agent.says("unknown field \"udpIdleTimeout\"");
     map.update(&configuration("ipvs: {scheduler: sh, syncPeriod: soon}"));
-    agent.says("cannot be used, so that of the start stays").says("KubeProxyConfiguration.ipvs.syncPeriod");
+    agent
+        .says("is invalid; the agent continues with the old configuration")
+        .says("KubeProxyConfiguration.ipvs.syncPeriod");
     agent.has(&[WEB, WEB_1]);
     map.update(&configuration("# only a comment\nipvs: {scheduler: rr}\nudpIdleTimeout: 250ms"));
     map.update(&configuration("ipvs: {scheduler: sh}"));
-    agent.says("the configuration has changed: starting anew with it");
+    agent.says("the configuration has changed: restarting with it");
     // The same process: nobody has to start it again.
     agent.has(&[WEB_SH, WEB_1]);
     assert_eq!(addresses(), ["10.96.0.10/32"]);
@@ -102,7 +104,7 @@ fn flags_beside_a_file_are_not_heeded_but_those_that_kube_proxy_heeds() {
     assert!(agent.ends().success(), "{}", agent.log());
     assert!(ipvs().contains(&WEB_SH.to_owned()), "{:?}", ipvs());
     let log = agent.log();
-    assert!(log.contains("--ipvs-scheduler: not heeded beside --config"), "{log}");
+    assert!(log.contains("--ipvs-scheduler: ignored because of --config"), "{log}");
     assert!(log.contains("node=\"node-a\""), "the flag's name counts: {log}");
 }
 
@@ -133,7 +135,7 @@ fn the_configuration_in_effect_can_be_written_and_read_again_without_a_kernel() 
 fn init_only_makes_the_kernel_ready_and_programs_nothing() {
     isolate().unwrap();
     let (ok, log) = kube_ipvs(&["--init-only", "--ipvs-udp-timeout=33s", "--conntrack-max-per-core=0"]);
-    assert!(ok && log.contains("CAP_NET_ADMIN only"), "{log}");
+    assert!(ok && log.contains("needs only CAP_NET_ADMIN"), "{log}");
     assert_eq!(run("cat /proc/sys/net/ipv4/vs/conntrack /proc/sys/net/ipv4/ip_forward"), "1\n1\n");
     assert!(run("ipvsadm -l --timeout").contains(" 33"), "{}", run("ipvsadm -l --timeout"));
     assert_eq!((ipvs().len(), addresses().len()), (0, 0));
@@ -168,7 +170,7 @@ fn a_change_that_takes_more_rights_than_the_agent_has_leaves_it_as_it_is() {
     );
     agent.has(&[WEB, WEB_1]);
     map.update(&configuration(&format!("{conntrack}\nipvs: {{strictARP: true}}")));
-    agent.says("the kernel cannot be made ready for it").says("arp_ignore").says("delete the pod");
+    agent.says("the kernel cannot be prepared for it").says("arp_ignore").says("delete the pod");
     agent.has(&[WEB, WEB_1]);
     map.update(&configuration(&format!("{conntrack}\nipvs: {{scheduler: sh}}")));
     agent.has(&[WEB_SH, WEB_1]);

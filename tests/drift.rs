@@ -130,7 +130,7 @@ fn a_setting_that_somebody_turns_back_is_set_again_and_told() {
     for key in ["net.ipv4.ip_forward", "net.ipv4.vs.conntrack", "net.ipv4.vs.expire_nodest_conn"] {
         run(&format!("sysctl -qw {key}=0"));
         agent.until("set it again", |_| run(&format!("sysctl -n {key}")).trim() == "1");
-        agent.says(&format!("somebody had changed {key}, which Services depend on: it is 1 again"));
+        agent.says(&format!("another program had changed {key}, which Services require: it is 1 again"));
     }
     agent.until("count none as wrong", |_| metric("kube_ipvs_settings_wrong") == Some(0.0));
 }
@@ -218,6 +218,6 @@ fn who_merely_has_the_name_of_an_agent_keeps_none_from_starting() {
     manifests.write("web.yaml", &service("web", "10.96.0.10"));
     let mut agent = manifests.agent(&["--once"]);
     assert!(agent.ends().success(), "{}", agent.log());
-    assert!(agent.log().contains("somebody without the rights of an agent has the name @kube-ipvs"), "{}", agent.log());
+    assert!(agent.log().contains("a process without an agent's privileges has the name @kube-ipvs"), "{}", agent.log());
     assert_eq!(ipvs(), ["-A -t 10.96.0.10:80 -s rr"]);
 }

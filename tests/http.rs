@@ -213,7 +213,7 @@ fn health_check_node_ports_that_move_between_services_are_answered_at_once() {
         write(a, b);
         agent.until("swap", |_| has(a, "a") && has(b, "b"));
     }
-    assert!(!agent.log().contains("cannot be listened on"), "{}", agent.log());
+    assert!(!agent.log().contains("cannot listen on"), "{}", agent.log());
 }
 
 #[test]
@@ -226,7 +226,9 @@ fn health_check_node_ports_are_where_node_ports_are_and_wait_for_one_that_is_tak
     manifests.write("web.json", &load_balanced(31777));
     manifests.write("v4.json", &placed("web-4", &[("10.0.0.1", "node-a", true)]));
     let mut agent = serving(&manifests, &["--nodeport-addresses=192.168.1.0/24"]);
-    agent.says("node port 31777 cannot be listened on").says("give spec.healthCheckNodePort another value");
+    agent
+        .says("cannot listen on node port 31777 for health checks")
+        .says("give spec.healthCheckNodePort another value");
     assert!(get("127.0.0.1:31777", "/").is_none(), "it is not among the addresses");
     drop(taken);
     agent.until("have it", |_| get("192.168.1.1:31777", "/").is_some_and(|answer| answer.status == 200));

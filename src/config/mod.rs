@@ -1,15 +1,18 @@
-//! Configuration: kube-proxy's file and flags, read as kube-proxy reads them, and what they come to here.
+//! The configuration: kube-proxy's file and flags, parsed as kube-proxy parses them, and the settings that follow from them.
 //!
-//! * `object`: `KubeProxyConfiguration`, field by field, with its defaults.
-//! * `read`: from the text of a file to that object.
-//! * `settings`: from the object to what the agent goes by; whatever is wrong is found there, all at once.
-//! * `follow`: notices that a file has changed.
+//! * `object`: `KubeProxyConfiguration`, all its fields and their defaults.
+//! * `parse`: from the text of a file to that object.
+//! * `settings`: from the object to the typed settings of the agent; all values are checked there, and all errors are
+//!   reported together.
+//! * `file_watcher`: notices that a file has changed.
+//! * `go_syntax`: durations and booleans as Go writes them.
 //!
-//! A file is all there is: with `--config` only the flags count that kube-proxy heeds beside it, and those it does not have.
+//! With `--config` a flag has an effect only if kube-proxy does not have it, or uses it beside a file too.
 
-pub(crate) mod follow;
+pub(crate) mod file_watcher;
+pub(crate) mod go_syntax;
 pub(crate) mod object;
-mod read;
+mod parse;
 pub(crate) mod settings;
 #[cfg(test)]
 mod tests;
@@ -18,84 +21,84 @@ use std::fmt;
 use std::path::Path;
 
 pub(crate) use self::object::Configuration;
-pub(crate) use self::read::Read;
+pub(crate) use self::parse::ParsedFile;
 pub(crate) use self::settings::Settings;
 
-/// Reads a file. What is wrong with its values is for [`Settings`] to find.
-pub(crate) fn load(path: &Path) -> Result<Read, Problems> {
+/// Reads and parses a file. [`Settings`] checks its values.
+pub(crate) fn load(path: &Path) -> Result<ParsedFile, ConfigError> {
     let text = std::fs::read_to_string(path)
-        .map_err(|error| Problems::of_file(path, vec![Problem::new("", format!("cannot be read: {error}"))]))?;
-    complete(&text).map_err(|problems| Problems::of_file(path, problems))
+        .map_err(|error| ConfigError::in_file(path, vec![FieldError::new("", format!("cannot be read: {error}"))]))?;
+    parse(&text).map_err(|problems| ConfigError::in_file(path, problems))
 }
 
-/// Reads the text of a file, and gives defaults to what it leaves out.
-pub(crate) fn complete(text: &str) -> Result<Read, Vec<Problem>> {
-    let mut read = read::read(text)?;
-    read.configuration.complete();
-    Ok(read)
+/// Parses the text of a file, and fills in the defaults of fields that it leaves out.
+pub(crate) fn parse(text: &str) -> Result<ParsedFile, Vec<FieldError>> {
+    let mut file = parse::parse(text)?;
+    file.configuration.apply_defaults();
+    Ok(file)
 }
 
-/// Something that is wrong with a field.
+/// What is wrong with one field.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
+pub(crate) struct FieldError {
     /// The path of the field, as in `ipvs.syncPeriod`; empty for the file itself.
     path: String,
-    what: String,
+    message: String,
 }
 
-impl Problem {
-    pub(crate) fn new(path: impl Into<String>, what: impl Into<String>) -> Self {
-        Self { path: path.into(), what: what.into() }
+impl FieldError {
+    pub(crate) fn new(path: impl Into<String>, message: impl Into<String>) -> Self {
+        Self { path: path.into(), message: message.into() }
     }
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for FieldError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let field = self.path.split('[').next().unwrap_or_default();
-        match (field, flag_of(field)) {
-            ("", _) => f.write_str(&self.what),
-            (_, None) => write!(f, "KubeProxyConfiguration.{}: {}", self.path, self.what),
-            (_, Some(flag)) => write!(f, "KubeProxyConfiguration.{} (--{flag}): {}", self.path, self.what),
+        match (field, flag_for_field(field)) {
+            ("", _) => f.write_str(&self.message),
+            (_, None) => write!(f, "KubeProxyConfiguration.{}: {}", self.path, self.message),
+            (_, Some(flag)) => write!(f, "KubeProxyConfiguration.{} (--{flag}): {}", self.path, self.message),
         }
     }
 }
 
-/// All that is wrong with a configuration.
+/// Everything that is wrong with a configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Problems {
+pub(crate) struct ConfigError {
     /// The file; empty for flags.
-    origin: String,
-    problems: Vec<Problem>,
+    file: String,
+    fields: Vec<FieldError>,
 }
 
-impl Problems {
-    pub(crate) fn of_file(path: &Path, problems: Vec<Problem>) -> Self {
-        Self { origin: path.display().to_string(), problems }
+impl ConfigError {
+    pub(crate) fn in_file(path: &Path, fields: Vec<FieldError>) -> Self {
+        Self { file: path.display().to_string(), fields }
     }
 
-    pub(crate) fn of_flags(problems: Vec<Problem>) -> Self {
-        Self { origin: String::new(), problems }
+    pub(crate) fn in_flags(fields: Vec<FieldError>) -> Self {
+        Self { file: String::new(), fields }
     }
 }
 
-impl fmt::Display for Problems {
-    /// A line for each, if there are several.
+impl fmt::Display for ConfigError {
+    /// One line for each error, if there are several.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let separator = if self.origin.is_empty() { "" } else { ": " };
-        match self.problems.as_slice() {
-            [one] => write!(f, "{}{separator}{one}", self.origin),
+        let separator = if self.file.is_empty() { "" } else { ": " };
+        match self.fields.as_slice() {
+            [one] => write!(f, "{}{separator}{one}", self.file),
             all => {
-                write!(f, "{}{separator}{} settings are wrong:", self.origin, all.len())?;
-                all.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+                write!(f, "{}{separator}{} settings are wrong:", self.file, all.len())?;
+                all.iter().try_for_each(|error| write!(f, "\n  {error}"))
             }
         }
     }
 }
 
-impl std::error::Error for Problems {}
+impl std::error::Error for ConfigError {}
 
-/// The flags that set fields, each with its field: what one may write in either place.
-pub(crate) const FLAGS_OF_FIELDS: &[(&str, &str)] = &[
+/// The flags that set a field of the file, each with that field.
+pub(crate) const FLAG_FIELDS: &[(&str, &str)] = &[
     ("feature-gates", "featureGates"),
     ("kubeconfig", "clientConnection.kubeconfig"),
     ("kube-api-content-type", "clientConnection.contentType"),
@@ -152,6 +155,6 @@ pub(crate) const FLAGS_OF_FIELDS: &[(&str, &str)] = &[
     ("confirm-disappearance", "kubeIPVS.confirmDisappearance"),
 ];
 
-fn flag_of(field: &str) -> Option<&'static str> {
-    FLAGS_OF_FIELDS.iter().find(|(_, path)| *path == field).map(|(flag, _)| *flag)
+fn flag_for_field(field: &str) -> Option<&'static str> {
+    FLAG_FIELDS.iter().find(|(_, path)| *path == field).map(|(flag, _)| *flag)
 }

@@ -1,20 +1,20 @@
-//! `KubeProxyConfiguration` of `kubeproxy.config.k8s.io/v1alpha1` as it stands in a file, and the defaults of its fields.
+//! `KubeProxyConfiguration` of `kubeproxy.config.k8s.io/v1alpha1`: all fields of kube-proxy 1.36, and their defaults.
 //!
-//! Field by field as in kube-proxy 1.36. What has no meaning in IPVS mode is there too: it is kept, shown and written.
+//! Fields without a meaning in IPVS mode are kept too, to be shown by `/configz` and written by `--write-config-to`.
 
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::Value;
 
-use crate::go;
+use super::go_syntax;
 
-/// What a file must say it is.
+/// The `apiVersion` and `kind` that a file must have.
 pub(crate) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 pub(crate) const KIND: &str = "KubeProxyConfiguration";
 
-/// All that can be configured. Strings that are empty, numbers that are not there and durations of 0 stand for defaults
-/// in a file; [`Configuration::complete`] fills them in.
+/// The whole configuration. In a file an empty string, a missing number or a duration of 0 stands for the default, which
+/// [`Configuration::apply_defaults`] fills in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Configuration {
@@ -43,12 +43,12 @@ pub(crate) struct Configuration {
     pub(crate) node_port_addresses: Vec<String>,
     pub(crate) oom_score_adj: Option<i32>,
     pub(crate) conntrack: Conntrack,
-    pub(crate) config_sync_period: go::Duration,
+    pub(crate) config_sync_period: go_syntax::Duration,
     pub(crate) port_range: String,
     pub(crate) windows_run_as_service: bool,
-    /// What kube-proxy does not have. It names the field in a warning and goes on without it.
-    #[serde(rename = "kubeIPVS", skip_serializing_if = "Own::is_default")]
-    pub(crate) own: Own,
+    /// Settings that kube-proxy does not have. It logs a warning about the field and ignores it.
+    #[serde(rename = "kubeIPVS", skip_serializing_if = "KubeIpvs::is_default")]
+    pub(crate) kube_ipvs: KubeIpvs,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -79,9 +79,9 @@ pub(crate) struct Vmodule {
     pub(crate) verbosity: u32,
 }
 
-/// A duration that may also be a number, of nanoseconds, and is written as one.
+/// A duration that may also be given as a number of nanoseconds, and is serialized as one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct FlushFrequency(pub(crate) go::Duration);
+pub(crate) struct FlushFrequency(pub(crate) go_syntax::Duration);
 
 impl Serialize for FlushFrequency {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -95,10 +95,10 @@ impl<'de> Deserialize<'de> for FlushFrequency {
         #[serde(untagged, expecting = "a duration as in 5s, or a number of nanoseconds")]
         enum Either {
             Nanoseconds(i64),
-            Duration(go::Duration),
+            Duration(go_syntax::Duration),
         }
         Ok(match Either::deserialize(deserializer)? {
-            Either::Nanoseconds(nanoseconds) => Self(go::Duration::from_nanos(nanoseconds)),
+            Either::Nanoseconds(nanoseconds) => Self(go_syntax::Duration::from_nanos(nanoseconds)),
             Either::Duration(duration) => Self(duration),
         })
     }
@@ -110,23 +110,23 @@ pub(crate) struct Iptables {
     pub(crate) masquerade_bit: Option<i32>,
     pub(crate) masquerade_all: bool,
     pub(crate) localhost_node_ports: Option<bool>,
-    pub(crate) sync_period: go::Duration,
-    pub(crate) min_sync_period: go::Duration,
+    pub(crate) sync_period: go_syntax::Duration,
+    pub(crate) min_sync_period: go_syntax::Duration,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Ipvs {
-    pub(crate) sync_period: go::Duration,
-    pub(crate) min_sync_period: go::Duration,
+    pub(crate) sync_period: go_syntax::Duration,
+    pub(crate) min_sync_period: go_syntax::Duration,
     pub(crate) scheduler: String,
     #[serde(rename = "excludeCIDRs")]
     pub(crate) exclude_cidrs: Vec<String>,
     #[serde(rename = "strictARP")]
     pub(crate) strict_arp: bool,
-    pub(crate) tcp_timeout: go::Duration,
-    pub(crate) tcp_fin_timeout: go::Duration,
-    pub(crate) udp_timeout: go::Duration,
+    pub(crate) tcp_timeout: go_syntax::Duration,
+    pub(crate) tcp_fin_timeout: go_syntax::Duration,
+    pub(crate) udp_timeout: go_syntax::Duration,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -134,8 +134,8 @@ pub(crate) struct Ipvs {
 pub(crate) struct Nftables {
     pub(crate) masquerade_bit: Option<i32>,
     pub(crate) masquerade_all: bool,
-    pub(crate) sync_period: go::Duration,
-    pub(crate) min_sync_period: go::Duration,
+    pub(crate) sync_period: go_syntax::Duration,
+    pub(crate) min_sync_period: go_syntax::Duration,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -161,43 +161,43 @@ pub(crate) struct DetectLocal {
 pub(crate) struct Conntrack {
     pub(crate) max_per_core: Option<i32>,
     pub(crate) min: Option<i32>,
-    pub(crate) tcp_established_timeout: Option<go::Duration>,
-    pub(crate) tcp_close_wait_timeout: Option<go::Duration>,
+    pub(crate) tcp_established_timeout: Option<go_syntax::Duration>,
+    pub(crate) tcp_close_wait_timeout: Option<go_syntax::Duration>,
     pub(crate) tcp_be_liberal: bool,
-    pub(crate) udp_timeout: go::Duration,
-    pub(crate) udp_stream_timeout: go::Duration,
+    pub(crate) udp_timeout: go_syntax::Duration,
+    pub(crate) udp_stream_timeout: go_syntax::Duration,
 }
 
-/// Settings of kube-ipvs alone.
+/// Settings that only kube-ipvs has.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
-pub(crate) struct Own {
-    /// How long a TCP real server that is to go may keep its connections; 0 for as long as they last.
-    pub(crate) drain_timeout: go::Duration,
-    /// Whether to know the addresses of all Nodes.
+pub(crate) struct KubeIpvs {
+    /// How long a TCP real server that is being removed may keep its connections; 0 means as long as they last.
+    pub(crate) drain_timeout: go_syntax::Duration,
+    /// Whether to watch all Nodes, to know their addresses.
     pub(crate) watch_all_nodes: bool,
-    /// How the kernel learns that VIPs are this node's: address or route; empty for the first.
+    /// How VIPs are bound to this node: `address` or `route`; empty means `address`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) vip_binding: String,
-    /// Ranges of which each is one route.
+    /// Ranges of VIPs that are bound by one route each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) vip_ranges: Vec<String>,
-    /// Whether the kernel is to sum up what it counts; what is not said leaves it as it is.
+    /// Whether the kernel estimates rates and sums up statistics; `None` leaves the kernel's setting.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) estimation: Option<bool>,
-    /// Whether lists that lack most of what there was are read again before they are believed; not said means yes.
+    /// Whether a list that lacks most known objects is read again before it is used; `None` means yes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) confirm_disappearance: Option<bool>,
 }
 
-impl Own {
+impl KubeIpvs {
     fn is_default(&self) -> bool {
         *self == Self::default()
     }
 }
 
 impl Default for Configuration {
-    /// An object in which nothing is said.
+    /// An object without any field set.
     fn default() -> Self {
         Self {
             api_version: API_VERSION.to_owned(),
@@ -223,37 +223,37 @@ impl Default for Configuration {
             node_port_addresses: Vec::new(),
             oom_score_adj: None,
             conntrack: Conntrack::default(),
-            config_sync_period: go::Duration::ZERO,
+            config_sync_period: go_syntax::Duration::ZERO,
             port_range: String::new(),
             windows_run_as_service: false,
-            own: Own::default(),
+            kube_ipvs: KubeIpvs::default(),
         }
     }
 }
 
 impl Configuration {
-    /// What kube-proxy takes where nothing was said. (`SetDefaults_KubeProxyConfiguration`; `ipvs.minSyncPeriod` has no
-    /// default in a file, though it has one on the command line.)
-    pub(crate) fn complete(&mut self) {
-        fill(&mut self.bind_address, "0.0.0.0");
+    /// Fills in kube-proxy's defaults (`SetDefaults_KubeProxyConfiguration`). `ipvs.minSyncPeriod` has a default on the command
+    /// line, and none in a file.
+    pub(crate) fn apply_defaults(&mut self) {
+        set_if_empty(&mut self.bind_address, "0.0.0.0");
         let is_v6 = service_watch::parse_ip(&self.bind_address).is_some_and(|address| address.is_ipv6());
         let [healthz, metrics] = if is_v6 { ["[::]", "[::1]"] } else { ["0.0.0.0", "127.0.0.1"] };
-        fill(&mut self.healthz_bind_address, healthz);
+        set_if_empty(&mut self.healthz_bind_address, healthz);
         self.healthz_bind_address = with_port(&self.healthz_bind_address, 10256);
-        fill(&mut self.metrics_bind_address, metrics);
+        set_if_empty(&mut self.metrics_bind_address, metrics);
         self.metrics_bind_address = with_port(&self.metrics_bind_address, 10249);
-        self.name_modes();
+        self.default_modes();
 
-        fill(&mut self.client_connection.content_type, "application/vnd.kubernetes.protobuf");
+        set_if_empty(&mut self.client_connection.content_type, "application/vnd.kubernetes.protobuf");
         if self.client_connection.qps == 0.0 {
             self.client_connection.qps = 5.0;
         }
         if self.client_connection.burst == 0 {
             self.client_connection.burst = 10;
         }
-        fill(&mut self.logging.format, "text");
-        if self.logging.flush_frequency.0 == go::Duration::ZERO {
-            self.logging.flush_frequency.0 = go::Duration::from_secs(5);
+        set_if_empty(&mut self.logging.format, "text");
+        if self.logging.flush_frequency.0 == go_syntax::Duration::ZERO {
+            self.logging.flush_frequency.0 = go_syntax::Duration::from_secs(5);
         }
 
         self.iptables.masquerade_bit.get_or_insert(14);
@@ -269,22 +269,22 @@ impl Configuration {
             (&mut self.config_sync_period, 15 * 60),
         ];
         for (period, default) in periods {
-            if *period == go::Duration::ZERO {
-                *period = go::Duration::from_secs(default);
+            if *period == go_syntax::Duration::ZERO {
+                *period = go_syntax::Duration::from_secs(default);
             }
         }
 
         let conntrack = &mut self.conntrack;
         conntrack.max_per_core.get_or_insert(32 * 1024);
         conntrack.min.get_or_insert(128 * 1024);
-        conntrack.tcp_established_timeout.get_or_insert(go::Duration::from_secs(24 * 3600));
-        conntrack.tcp_close_wait_timeout.get_or_insert(go::Duration::from_secs(3600));
+        conntrack.tcp_established_timeout.get_or_insert(go_syntax::Duration::from_secs(24 * 3600));
+        conntrack.tcp_close_wait_timeout.get_or_insert(go_syntax::Duration::from_secs(3600));
     }
 
-    /// Says which modes it is that are meant where nothing is said.
-    pub(crate) fn name_modes(&mut self) {
-        fill(&mut self.mode, "ipvs");
-        fill(&mut self.detect_local_mode, "ClusterCIDR");
+    /// Fills in the modes that an empty string stands for.
+    pub(crate) fn default_modes(&mut self) {
+        set_if_empty(&mut self.mode, "ipvs");
+        set_if_empty(&mut self.detect_local_mode, "ClusterCIDR");
     }
 
     /// The object as YAML, its fields in alphabetical order as kube-proxy writes them.
@@ -293,13 +293,13 @@ impl Configuration {
     }
 }
 
-fn fill(field: &mut String, default: &str) {
+fn set_if_empty(field: &mut String, default: &str) {
     if field.is_empty() {
         default.clone_into(field);
     }
 }
 
-/// Adds a port to an address that has none. What is no address stays, to be refused as it was written.
+/// Adds a port to an address that has none. Text that is not an address is returned as it is, to be refused by the checks.
 pub(crate) fn with_port(text: &str, port: u16) -> String {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     match service_watch::parse_ip(bare) {

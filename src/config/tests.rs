@@ -1,4 +1,4 @@
-//! Every flag and every field: what it is by default, what it takes, and what it refuses and how.
+//! A table of all fields and flags: their defaults, and values they accept and refuse.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -7,8 +7,8 @@ use std::fs;
 use serde_json::{Value, json};
 
 use super::object::{API_VERSION, KIND};
-use super::{Configuration, FLAGS_OF_FIELDS};
-use crate::flags::{self, Effective};
+use super::{Configuration, FLAG_FIELDS};
+use crate::flags::{self, EffectiveConfig};
 
 /// A field, the flag that sets it if there is one, and values.
 struct Row {
@@ -16,45 +16,45 @@ struct Row {
     flag: Option<&'static str>,
     /// In a file that does not mention it.
     default: Value,
-    /// As text of the flag, and in the file. Beside it, what else it takes to make sense.
-    takes: (&'static str, Value, Value),
-    /// As text of the flag, in the file, and what is said of it.
-    refuses: Vec<(&'static str, Value, &'static str)>,
+    /// A valid value: as text of the flag, and in the file. Then other fields that it requires.
+    accepts: (&'static str, Value, Value),
+    /// Invalid values: as text of the flag, in the file, and a part of the error.
+    rejects: Vec<(&'static str, Value, &'static str)>,
 }
 
-fn row(field: &'static str, default: Value, takes: (&'static str, Value)) -> Row {
-    let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| *path == field).map(|(flag, _)| *flag);
-    Row { field, flag, default, takes: (takes.0, takes.1, Value::Null), refuses: Vec::new() }
+fn row(field: &'static str, default: Value, accepts: (&'static str, Value)) -> Row {
+    let flag = FLAG_FIELDS.iter().find(|(_, path)| *path == field).map(|(flag, _)| *flag);
+    Row { field, flag, default, accepts: (accepts.0, accepts.1, Value::Null), rejects: Vec::new() }
 }
 
 impl Row {
-    fn refuses(mut self, flag: &'static str, file: impl Into<Value>, what: &'static str) -> Self {
-        self.refuses.push((flag, file.into(), what));
+    fn rejects(mut self, flag: &'static str, file: impl Into<Value>, what: &'static str) -> Self {
+        self.rejects.push((flag, file.into(), what));
         self
     }
 
-    /// The value makes sense beside this field only.
-    fn beside(mut self, field: &str, value: &str) -> Self {
-        self.takes.2 = json!({ field: value });
+    /// The value is valid only with this value of another field.
+    fn requires(mut self, field: &str, value: &str) -> Self {
+        self.accepts.2 = json!({ field: value });
         self
     }
 
-    fn duration_of_0_and_more(self) -> Self {
-        self.refuses("-1s", "-1s", "-1s: must not be less than 0").refuses("5", "5", "is no duration")
+    fn non_negative_duration(self) -> Self {
+        self.rejects("-1s", "-1s", "-1s: must not be less than 0").rejects("5", "5", "is not a duration")
     }
 
-    fn truth_value(self) -> Self {
-        self.refuses("perhaps", "perhaps", "")
+    fn boolean(self) -> Self {
+        self.rejects("perhaps", "perhaps", "")
     }
 }
 
 #[expect(clippy::too_many_lines, reason = "a table")]
 fn rows() -> Vec<Row> {
     let yes = || ("true", json!(true));
-    let no_range = "is no range of addresses";
+    let not_a_range = "is not a range of addresses";
     vec![
         row("featureGates", Value::Null, ("AllowServiceExternalIPs=false", json!({"AllowServiceExternalIPs": false})))
-            .refuses("AllowServiceExternalIPs", json!({"AllowServiceExternalIPs": "often"}), ""),
+            .rejects("AllowServiceExternalIPs", json!({"AllowServiceExternalIPs": "often"}), ""),
         row("clientConnection.kubeconfig", json!(""), ("/k", json!("/k"))),
         row("clientConnection.acceptContentTypes", json!(""), ("", json!("application/json"))),
         row(
@@ -63,14 +63,14 @@ fn rows() -> Vec<Row> {
             ("application/json", json!("application/json")),
         ),
         row("clientConnection.qps", json!(5.0), ("20.5", json!(20.5)))
-            .refuses("many", "many", "")
-            .refuses("NaN", "NaN", ""),
-        row("clientConnection.burst", json!(10), ("20", json!(20))).refuses("-1", -1, "-1: must not be less than 0"),
-        row("logging.format", json!("text"), ("json", json!("json"))).refuses("xml", "xml", "give text or json"),
+            .rejects("many", "many", "")
+            .rejects("NaN", "NaN", ""),
+        row("clientConnection.burst", json!(10), ("20", json!(20))).rejects("-1", -1, "-1: must not be less than 0"),
+        row("logging.format", json!("text"), ("json", json!("json"))).rejects("xml", "xml", "give text or json"),
         row("logging.flushFrequency", json!(5_000_000_000_u64), ("1s", json!(1_000_000_000)))
-            .refuses("soon", "soon", ""),
-        row("logging.verbosity", json!(0), ("4", json!(4))).refuses("-1", -1, ""),
-        row("logging.vmodule", Value::Null, ("agent*=5", json!([{"filePattern": "agent*", "verbosity": 5}]))).refuses(
+            .rejects("soon", "soon", ""),
+        row("logging.verbosity", json!(0), ("4", json!(4))).rejects("-1", -1, ""),
+        row("logging.vmodule", Value::Null, ("agent*=5", json!([{"filePattern": "agent*", "verbosity": 5}]))).rejects(
             "agent",
             json!([{"verbosity": "x"}]),
             "",
@@ -79,61 +79,61 @@ fn rows() -> Vec<Row> {
         row("logging.options.text.infoBufferSize", Value::Null, ("1Ki", json!("1Ki"))),
         row("logging.options.json.splitStream", Value::Null, yes()),
         row("logging.options.json.infoBufferSize", Value::Null, ("1Ki", json!("1Ki"))),
-        row("hostnameOverride", json!(""), (" Node-A ", json!(" Node-A "))).refuses("  ", "  ", "must not be blank"),
-        row("bindAddress", json!("0.0.0.0"), ("010.0.0.1", json!("010.0.0.1"))).refuses(
+        row("hostnameOverride", json!(""), (" Node-A ", json!(" Node-A "))).rejects("  ", "  ", "must not be blank"),
+        row("bindAddress", json!("0.0.0.0"), ("010.0.0.1", json!("010.0.0.1"))).rejects(
             "here",
             "here",
-            "is no IP address",
+            "is not an IP address",
         ),
         row("healthzBindAddress", json!("0.0.0.0:10256"), ("[::1]:80", json!("[::1]:80")))
-            .refuses("0.0.0.0:0", "0.0.0.0:0", "is no address with a port")
-            .refuses("0.0.0.0:65536", "0.0.0.0:65536", "is no address with a port")
-            .refuses("localhost:80", "localhost:80", "is no address with a port"),
-        row("metricsBindAddress", json!("127.0.0.1:10249"), ("0.0.0.0:1", json!("0.0.0.0:1"))).refuses(
+            .rejects("0.0.0.0:0", "0.0.0.0:0", "is not an address with a port")
+            .rejects("0.0.0.0:65536", "0.0.0.0:65536", "is not an address with a port")
+            .rejects("localhost:80", "localhost:80", "is not an address with a port"),
+        row("metricsBindAddress", json!("127.0.0.1:10249"), ("0.0.0.0:1", json!("0.0.0.0:1"))).rejects(
             "everywhere",
             "everywhere",
-            "is no address with a port",
+            "is not an address with a port",
         ),
-        row("bindAddressHardFail", json!(false), yes()).truth_value(),
-        row("enableProfiling", json!(false), yes()).truth_value(),
-        row("showHiddenMetricsForVersion", json!(""), ("1.35", json!("1.35"))).refuses(
+        row("bindAddressHardFail", json!(false), yes()).boolean(),
+        row("enableProfiling", json!(false), yes()).boolean(),
+        row("showHiddenMetricsForVersion", json!(""), ("1.35", json!("1.35"))).rejects(
             "1.34",
             "1.34",
             "leave it empty, or give \"1.35\"",
         ),
         row("mode", json!("ipvs"), ("ipvs", json!("ipvs")))
-            .refuses("iptables", "iptables", "for this mode run kube-proxy")
-            .refuses("nftables", "nftables", "for this mode run kube-proxy")
-            .refuses("userspace", "userspace", "the only mode is ipvs"),
+            .rejects("iptables", "iptables", "for this mode run kube-proxy")
+            .rejects("nftables", "nftables", "for this mode run kube-proxy")
+            .rejects("userspace", "userspace", "the only mode is ipvs"),
         row("iptables.masqueradeBit", json!(14), ("31", json!(31)))
-            .refuses("32", 32, "32: must be within 0 and 31")
-            .refuses("-1", -1, "-1: must be within 0 and 31"),
-        row("iptables.masqueradeAll", json!(false), yes()).truth_value(),
-        row("iptables.localhostNodePorts", json!(true), ("false", json!(false))).truth_value(),
-        row("iptables.syncPeriod", json!("30s"), ("1m0s", json!("1m0s"))).refuses("x", "x", "is no duration"),
-        row("iptables.minSyncPeriod", json!("1s"), ("2s", json!("2s"))).refuses("x", "x", "is no duration"),
+            .rejects("32", 32, "32: must be within 0 and 31")
+            .rejects("-1", -1, "-1: must be within 0 and 31"),
+        row("iptables.masqueradeAll", json!(false), yes()).boolean(),
+        row("iptables.localhostNodePorts", json!(true), ("false", json!(false))).boolean(),
+        row("iptables.syncPeriod", json!("30s"), ("1m0s", json!("1m0s"))).rejects("x", "x", "is not a duration"),
+        row("iptables.minSyncPeriod", json!("1s"), ("2s", json!("2s"))).rejects("x", "x", "is not a duration"),
         row("ipvs.syncPeriod", json!("30s"), ("1m0s", json!("1m0s")))
-            .refuses("-1s", "-1s", "-1s: must be more than 0")
-            .refuses("x", "x", "is no duration"),
-        row("ipvs.minSyncPeriod", json!("0s"), ("5s", json!("5s"))).duration_of_0_and_more().refuses(
+            .rejects("-1s", "-1s", "-1s: must be more than 0")
+            .rejects("x", "x", "is not a duration"),
+        row("ipvs.minSyncPeriod", json!("0s"), ("5s", json!("5s"))).non_negative_duration().rejects(
             "31s",
             "31s",
             "must not be less than ipvs.minSyncPeriod",
         ),
-        row("ipvs.scheduler", json!(""), ("sh", json!("sh"))).refuses(
+        row("ipvs.scheduler", json!(""), ("sh", json!("sh"))).rejects(
             "a-name-too-long-for-it",
             "a-name-too-long-for-it",
             "cannot be a name in IPVS",
         ),
-        row("ipvs.excludeCIDRs", json!([]), ("10.0.0.0/8,fd00::/64", json!(["10.0.0.0/8", "fd00::/64"]))).refuses(
+        row("ipvs.excludeCIDRs", json!([]), ("10.0.0.0/8,fd00::/64", json!(["10.0.0.0/8", "fd00::/64"]))).rejects(
             "10.0.0.0/8,10.0.0.0/40",
             json!(["10.0.0.0/8", "10.0.0.0/40"]),
-            no_range,
+            not_a_range,
         ),
-        row("ipvs.strictARP", json!(false), yes()).truth_value(),
-        row("ipvs.tcpTimeout", json!("0s"), ("15m0s", json!("15m0s"))).duration_of_0_and_more(),
-        row("ipvs.tcpFinTimeout", json!("0s"), ("2m0s", json!("2m0s"))).duration_of_0_and_more(),
-        row("ipvs.udpTimeout", json!("0s"), ("5m0s", json!("5m0s"))).duration_of_0_and_more(),
+        row("ipvs.strictARP", json!(false), yes()).boolean(),
+        row("ipvs.tcpTimeout", json!("0s"), ("15m0s", json!("15m0s"))).non_negative_duration(),
+        row("ipvs.tcpFinTimeout", json!("0s"), ("2m0s", json!("2m0s"))).non_negative_duration(),
+        row("ipvs.udpTimeout", json!("0s"), ("5m0s", json!("5m0s"))).non_negative_duration(),
         row("winkernel.networkName", json!(""), ("", json!("n"))),
         row("winkernel.sourceVip", json!(""), ("", json!("1.2.3.4"))),
         row("winkernel.enableDSR", json!(false), ("", json!(true))),
@@ -144,70 +144,74 @@ fn rows() -> Vec<Row> {
         row("nftables.syncPeriod", json!("30s"), ("", json!("1m0s"))),
         row("nftables.minSyncPeriod", json!("1s"), ("", json!("2s"))),
         row("detectLocalMode", json!("ClusterCIDR"), ("NodeCIDR", json!("NodeCIDR")))
-            .refuses("clustercidr", "clustercidr", "give ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix")
-            .refuses("BridgeInterface", "BridgeInterface", "must be given with detectLocalMode BridgeInterface")
-            .refuses("InterfaceNamePrefix", "InterfaceNamePrefix", "must be given with detectLocalMode"),
+            .rejects("clustercidr", "clustercidr", "give ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix")
+            .rejects("BridgeInterface", "BridgeInterface", "must be given with detectLocalMode BridgeInterface")
+            .rejects("InterfaceNamePrefix", "InterfaceNamePrefix", "must be given with detectLocalMode"),
         row("detectLocal.bridgeInterface", json!(""), ("cni0", json!("cni0")))
-            .beside("detectLocalMode", "BridgeInterface"),
+            .requires("detectLocalMode", "BridgeInterface"),
         row("detectLocal.interfaceNamePrefix", json!(""), ("veth", json!("veth")))
-            .beside("detectLocalMode", "InterfaceNamePrefix"),
+            .requires("detectLocalMode", "InterfaceNamePrefix"),
         row("clusterCIDR", json!(""), ("10.244.0.0/16,fd00::/56", json!("10.244.0.0/16,fd00::/56")))
-            .refuses("10.0.0.0/8,10.1.0.0/16", "10.0.0.0/8,10.1.0.0/16", "one of each family")
-            .refuses("10.0.0.0/8,fd00::/64,fd01::/64", "10.0.0.0/8,fd00::/64,fd01::/64", "one of each family")
-            .refuses("10.0.0.0/8, fd00::/64", "10.0.0.0/8, fd00::/64", no_range),
+            .rejects("10.0.0.0/8,10.1.0.0/16", "10.0.0.0/8,10.1.0.0/16", "one of each family")
+            .rejects("10.0.0.0/8,fd00::/64,fd01::/64", "10.0.0.0/8,fd00::/64,fd01::/64", "one of each family")
+            .rejects("10.0.0.0/8, fd00::/64", "10.0.0.0/8, fd00::/64", not_a_range),
         row("nodePortAddresses", json!([]), ("primary", json!(["primary"])))
-            .refuses("primary,10.0.0.0/8", json!(["primary", "10.0.0.0/8"]), "either `primary` alone or a list")
-            .refuses("10.0.0.0", json!(["10.0.0.0"]), no_range),
-        row("oomScoreAdj", json!(-999), ("-1000", json!(-1000))).refuses(
+            .rejects("primary,10.0.0.0/8", json!(["primary", "10.0.0.0/8"]), "either `primary` alone or a list")
+            .rejects("10.0.0.0", json!(["10.0.0.0"]), not_a_range),
+        row("oomScoreAdj", json!(-999), ("-1000", json!(-1000))).rejects(
             "1001",
             1001,
             "1001: must be within -1000 and 1000",
         ),
-        row("conntrack.maxPerCore", json!(32768), ("0", json!(0))).refuses("-1", -1, "-1: must not be less than 0"),
+        row("conntrack.maxPerCore", json!(32768), ("0", json!(0))).rejects("-1", -1, "-1: must not be less than 0"),
         row("conntrack.min", json!(131_072), ("1", json!(1)))
-            .refuses("-1", -1, "-1: must not be less than 0")
-            .refuses("many", "many", ""),
-        row("conntrack.tcpEstablishedTimeout", json!("24h0m0s"), ("0s", json!("0s"))).duration_of_0_and_more(),
-        row("conntrack.tcpCloseWaitTimeout", json!("1h0m0s"), ("0s", json!("0s"))).duration_of_0_and_more(),
-        row("conntrack.tcpBeLiberal", json!(false), yes()).truth_value(),
-        row("conntrack.udpTimeout", json!("0s"), ("10s", json!("10s"))).duration_of_0_and_more(),
-        row("conntrack.udpStreamTimeout", json!("0s"), ("10s", json!("10s"))).duration_of_0_and_more(),
-        row("configSyncPeriod", json!("15m0s"), ("1h0m0s", json!("1h0m0s"))).refuses(
+            .rejects("-1", -1, "-1: must not be less than 0")
+            .rejects("many", "many", ""),
+        row("conntrack.tcpEstablishedTimeout", json!("24h0m0s"), ("0s", json!("0s"))).non_negative_duration(),
+        row("conntrack.tcpCloseWaitTimeout", json!("1h0m0s"), ("0s", json!("0s"))).non_negative_duration(),
+        row("conntrack.tcpBeLiberal", json!(false), yes()).boolean(),
+        row("conntrack.udpTimeout", json!("0s"), ("10s", json!("10s"))).non_negative_duration(),
+        row("conntrack.udpStreamTimeout", json!("0s"), ("10s", json!("10s"))).non_negative_duration(),
+        row("configSyncPeriod", json!("15m0s"), ("1h0m0s", json!("1h0m0s"))).rejects(
             "-1s",
             "-1s",
             "-1s: must be more than 0",
         ),
         row("portRange", json!(""), ("", json!("1-2"))),
         row("windowsRunAsService", json!(false), ("", json!(true))),
-        row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).duration_of_0_and_more(),
-        row("kubeIPVS.watchAllNodes", Value::Null, yes()).truth_value(),
-        row("kubeIPVS.vipBinding", Value::Null, ("route", json!("route"))).refuses(
+        row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).non_negative_duration(),
+        row("kubeIPVS.watchAllNodes", Value::Null, yes()).boolean(),
+        row("kubeIPVS.vipBinding", Value::Null, ("route", json!("route"))).rejects(
             "routes",
             "routes",
             "give address or route",
         ),
         row("kubeIPVS.vipRanges", Value::Null, ("10.96.0.0/12,fd00::/108", json!(["10.96.0.0/12", "fd00::/108"])))
-            .beside("kubeIPVS.vipBinding", "route")
-            .refuses("10.96.0.0/12", json!(["10.96.0.0/12"]), "takes kubeIPVS.vipBinding (--vip-binding) to be route")
-            .refuses("10.96.0.0", json!(["10.96.0.0"]), no_range)
-            .refuses("0.0.0.0/0", json!(["0.0.0.0/0"]), "0.0.0.0/0 is everything: the node would keep all packets")
-            .refuses(
+            .requires("kubeIPVS.vipBinding", "route")
+            .rejects(
+                "10.96.0.0/12",
+                json!(["10.96.0.0/12"]),
+                "requires kubeIPVS.vipBinding (--vip-binding) to be route",
+            )
+            .rejects("10.96.0.0", json!(["10.96.0.0"]), not_a_range)
+            .rejects("0.0.0.0/0", json!(["0.0.0.0/0"]), "0.0.0.0/0 is everything: the node would keep all packets")
+            .rejects(
                 "fe80::/64",
                 json!(["fe80::/64"]),
                 "fe80::/64 has addresses of fe80::/10, none of which can be a VIP",
             ),
-        row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).truth_value(),
-        row("kubeIPVS.confirmDisappearance", Value::Null, ("false", json!(false))).truth_value(),
+        row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).boolean(),
+        row("kubeIPVS.confirmDisappearance", Value::Null, ("false", json!(false))).boolean(),
     ]
 }
 
-fn with_flags(words: &[String]) -> Result<Effective, String> {
+fn with_flags(words: &[String]) -> Result<EffectiveConfig, String> {
     let words = ["kube-ipvs".to_owned()].into_iter().chain(words.iter().cloned()).map(OsString::from);
     let flags = flags::parse(words).map_err(|error| error.to_string())?;
     flags.effective().map_err(|problems| problems.to_string())
 }
 
-fn with_file(content: &str) -> Result<Effective, String> {
+fn with_file(content: &str) -> Result<EffectiveConfig, String> {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.conf");
     fs::write(&path, content).unwrap();
@@ -228,7 +232,7 @@ fn file(field: &str, value: &Value, beside: &Value) -> String {
 /// The flags of the fields that a value makes sense beside.
 fn flags_beside(beside: &Value) -> impl Iterator<Item = String> {
     beside.as_object().into_iter().flatten().map(|(field, value)| {
-        let flag = FLAGS_OF_FIELDS.iter().find(|(_, path)| path == field).unwrap().0;
+        let flag = FLAG_FIELDS.iter().find(|(_, path)| path == field).unwrap().0;
         format!("--{flag}={}", value.as_str().unwrap())
     })
 }
@@ -251,9 +255,9 @@ fn every_field_has_its_default() {
 }
 
 #[test]
-fn every_field_and_its_flag_take_a_value() {
+fn every_field_and_its_flag_accept_a_value() {
     for row in rows() {
-        let (text, value, beside) = &row.takes;
+        let (text, value, beside) = &row.accepts;
         let effective = with_file(&file(row.field, value, beside)).unwrap();
         assert_eq!(field(&shown(&effective.configuration), row.field), value, "{} in a file", row.field);
         assert_eq!(effective.warnings, [""; 0], "{} in a file", row.field);
@@ -269,28 +273,28 @@ fn every_field_and_its_flag_take_a_value() {
 }
 
 #[test]
-fn every_flag_beside_a_file_takes_effect_or_is_named() {
+fn every_flag_beside_a_file_has_an_effect_or_a_warning() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.conf");
     fs::write(&path, file("mode", &json!("ipvs"), &Value::Null)).unwrap();
     for row in rows() {
         let Some(flag) = row.flag else { continue };
-        let mut words = vec![format!("--config={}", path.display()), format!("--{flag}={}", row.takes.0)];
-        words.extend(flags_beside(&row.takes.2));
+        let mut words = vec![format!("--config={}", path.display()), format!("--{flag}={}", row.accepts.0)];
+        words.extend(flags_beside(&row.accepts.2));
         let effective = with_flags(&words).unwrap();
         let has_effect = field(&shown(&effective.configuration), row.field) != &row.default;
-        let named = effective.warnings.iter().filter_map(|warning| warning.split_once(": not heeded beside --config"));
+        let named = effective.warnings.iter().filter_map(|warning| warning.split_once(": ignored because of --config"));
         let is_named = named.flat_map(|(flags, _)| flags.split(' ')).any(|named| named == format!("--{flag}"));
         assert_ne!(has_effect, is_named, "--{flag}: {:?}", effective.warnings);
     }
 }
 
 #[test]
-fn every_field_and_its_flag_refuse_what_makes_no_sense_and_name_themselves() {
+fn an_invalid_value_is_rejected_with_the_name_of_its_field() {
     for row in rows() {
-        for (text, value, what) in &row.refuses {
+        for (text, value, what) in &row.rejects {
             let error = with_file(&file(row.field, value, &Value::Null)).expect_err(row.field);
-            // Said of another field where two do not go together.
+            // Where two fields contradict each other, the error may name the other one.
             let is_named =
                 error.contains(&format!("KubeProxyConfiguration.{}", row.field)) || error.contains(row.field);
             assert!(is_named || what.contains("detectLocalMode"), "{} = {value} in a file: {error}", row.field);
@@ -320,12 +324,12 @@ fn the_table_has_every_flag_and_every_field() {
     leaves("", &shown(&Configuration::default()), &mut fields);
     fields.retain(|field| !["apiVersion", "kind", "logging.options"].contains(&field.as_str()));
     assert_eq!(fields.difference(&table).collect::<Vec<_>>(), [""; 0], "fields that are not in the table");
-    let flags: BTreeSet<String> = FLAGS_OF_FIELDS.iter().map(|(_, field)| (*field).to_owned()).collect();
+    let flags: BTreeSet<String> = FLAG_FIELDS.iter().map(|(_, field)| (*field).to_owned()).collect();
     assert_eq!(flags.difference(&table).collect::<Vec<_>>(), [""; 0], "flags that are not in the table");
 }
 
 #[test]
-fn all_that_is_wrong_is_said_at_once() {
+fn all_errors_are_reported_together() {
     let error = with_file(
         "
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -339,9 +343,9 @@ oomScoreAdj: 5000
     .unwrap_err();
     for line in [
         "4 settings are wrong:",
-        "\n  KubeProxyConfiguration.bindAddress (--bind-address): \"here\" is no IP address",
+        "\n  KubeProxyConfiguration.bindAddress (--bind-address): \"here\" is not an IP address",
         "\n  KubeProxyConfiguration.ipvs.syncPeriod (--ipvs-sync-period): 1s: must not be less than ipvs.minSyncPeriod",
-        "\n  KubeProxyConfiguration.ipvs.excludeCIDRs[1] (--ipvs-exclude-cidrs): \"x\" is no range",
+        "\n  KubeProxyConfiguration.ipvs.excludeCIDRs[1] (--ipvs-exclude-cidrs): \"x\" is not a range",
         "\n  KubeProxyConfiguration.oomScoreAdj (--oom-score-adj): 5000: must be within",
     ] {
         assert!(error.contains(line), "{line}: {error}");
@@ -360,7 +364,7 @@ oomScoreAdj: 5000
 }
 
 #[test]
-fn values_of_another_kind_hide_no_other_that_is_wrong() {
+fn a_value_of_the_wrong_type_does_not_hide_other_errors() {
     let error = with_file(&format!(
         "{{\"apiVersion\": \"{API_VERSION}\", \"kind\": \"{KIND}\", \"oomScoreAdj\": 2000, \"mode\": \"ipvs\", \"ipvs\": \
          {{\"syncPeriod\": 5, \"scheduler\": \"a-name-too-long-for-it\"}}, \"nodePortAddresses\": [1, \"a/b\"]}}"
@@ -372,7 +376,7 @@ fn values_of_another_kind_hide_no_other_that_is_wrong() {
 }
 
 #[test]
-fn unknown_and_duplicate_fields_are_named_and_no_obstacle() {
+fn unknown_and_duplicate_fields_are_warnings() {
     let effective = with_file(
         "
 apiVersion: kubeproxy.config.k8s.io/v1alpha1
@@ -397,10 +401,10 @@ clusterCIDR: null
 }
 
 #[test]
-fn what_is_no_such_file_is_refused() {
+fn a_file_that_is_no_kube_proxy_configuration_is_rejected() {
     for (content, what) in [
-        ("", "this is no object"),
-        ("- a", "this is no object"),
+        ("", "this is not an object"),
+        ("- a", "this is not an object"),
         ("a: [", "neither YAML nor JSON"),
         ("kind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1", "not of apiVersion kubeproxy"),
         ("mode: ipvs", "not of apiVersion kubeproxy"),
@@ -414,7 +418,7 @@ fn what_is_no_such_file_is_refused() {
 }
 
 #[test]
-fn addresses_to_listen_on_follow_the_family_of_a_files_bind_address_and_get_their_ports() {
+fn listen_addresses_follow_the_family_of_the_files_bind_address() {
     for (content, healthz, metrics) in [
         (json!({"bindAddress": "::"}), "[::]:10256", "[::1]:10249"),
         (json!({"bindAddress": "10.0.0.1"}), "0.0.0.0:10256", "127.0.0.1:10249"),
@@ -427,7 +431,7 @@ fn addresses_to_listen_on_follow_the_family_of_a_files_bind_address_and_get_thei
 }
 
 #[test]
-fn what_is_written_reads_as_the_same() {
+fn a_written_configuration_parses_as_the_same() {
     let effective = with_flags(&["--ipvs-scheduler=sh".to_owned(), "--ipvs-drain-timeout=5m".to_owned()]).unwrap();
     let written = effective.configuration.to_yaml().unwrap();
     let read = with_file(&written).unwrap();
@@ -439,15 +443,15 @@ fn what_is_written_reads_as_the_same() {
 }
 
 #[test]
-fn what_others_write_loads_as_it_is() {
+fn files_of_kubeadm_kubespray_and_k3s_load_without_a_warning() {
     let kubeadm = with_file(include_str!("../../tests/configurations/kubeadm.conf")).unwrap();
     assert_eq!(kubeadm.warnings, [""; 0]);
     let mut plain = Configuration::default();
-    plain.complete();
+    plain.apply_defaults();
     plain.cluster_cidr = "10.244.0.0/16".to_owned();
     plain.client_connection.kubeconfig = "/var/lib/kube-proxy/kubeconfig.conf".to_owned();
     plain.logging.options.clone_from(&kubeadm.configuration.logging.options);
-    assert_eq!(kubeadm.configuration, plain, "it writes down that nothing is said");
+    assert_eq!(kubeadm.configuration, plain, "kubeadm writes fields without values");
 
     let kubespray = with_file(include_str!("../../tests/configurations/kubespray.conf")).unwrap();
     assert_eq!(kubespray.warnings, [""; 0]);

@@ -1,4 +1,4 @@
-//! Flags that say what fields of the configuration file say: kube-proxy's, and at the end ours.
+//! The flags that have a field in the configuration file: kube-proxy's, and at the end those only kube-ipvs has.
 
 #![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
 
@@ -7,10 +7,10 @@ use std::str::FromStr as _;
 use clap::Args;
 use serde_json::Value;
 
+use crate::config::go_syntax;
 use crate::config::object::{Configuration, Vmodule, with_port};
-use crate::go;
 
-/// Each is there only if it was given. Defaults are those of the fields.
+/// `None` for a flag that was not given. The fields have the defaults.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct FieldFlags {
     /// How virtual servers choose real servers: rr, wrr, lc, wlc, lblc, lblcr, dh, sh, sed, nq, fo, ovf, mh or twos [default:
@@ -18,30 +18,31 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "NAME", help_heading = "Services and their virtual servers")]
     ipvs_scheduler: Option<String>,
 
-    /// How often everything in the kernel is compared and repaired, at least [default: 30s]
+    /// The longest time between two audits, which compare everything in the kernel and repair it [default: 30s]
     #[arg(
         long,
         value_name = "DURATION",
         allow_hyphen_values = true,
         help_heading = "Services and their virtual servers"
     )]
-    ipvs_sync_period: Option<go::Duration>,
+    ipvs_sync_period: Option<go_syntax::Duration>,
 
-    /// How long to gather changes after a sync before the next [default: 1s; in a file 0s]
+    /// The shortest time from the end of a sync to the next one [default: 1s; in a file 0s]
     #[arg(
         long,
         value_name = "DURATION",
         allow_hyphen_values = true,
         help_heading = "Services and their virtual servers"
     )]
-    ipvs_min_sync_period: Option<go::Duration>,
+    ipvs_min_sync_period: Option<go_syntax::Duration>,
 
     /// Ranges whose virtual servers are never deleted
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
     ipvs_exclude_cidrs: Option<Vec<String>>,
 
-    /// Answer ARP only for addresses of the interface asked, as load balancers need that announce VIPs by ARP
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Services and their virtual servers")]
+    /// Answer ARP requests only for addresses of the interface that received them. Required by load balancers that announce
+    /// VIPs by ARP
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Services and their virtual servers")]
     ipvs_strict_arp: Option<bool>,
 
     /// How long an idle TCP connection is kept, in whole seconds; 0s leaves the kernel's value [default: 0s]
@@ -51,7 +52,7 @@ pub(super) struct FieldFlags {
         allow_hyphen_values = true,
         help_heading = "Services and their virtual servers"
     )]
-    ipvs_tcp_timeout: Option<go::Duration>,
+    ipvs_tcp_timeout: Option<go_syntax::Duration>,
 
     /// How long a TCP connection is kept after a FIN; 0s leaves the kernel's value [default: 0s]
     #[arg(
@@ -60,7 +61,7 @@ pub(super) struct FieldFlags {
         allow_hyphen_values = true,
         help_heading = "Services and their virtual servers"
     )]
-    ipvs_tcpfin_timeout: Option<go::Duration>,
+    ipvs_tcpfin_timeout: Option<go_syntax::Duration>,
 
     /// How long an idle UDP flow is kept; 0s leaves the kernel's value [default: 0s]
     #[arg(
@@ -69,34 +70,34 @@ pub(super) struct FieldFlags {
         allow_hyphen_values = true,
         help_heading = "Services and their virtual servers"
     )]
-    ipvs_udp_timeout: Option<go::Duration>,
+    ipvs_udp_timeout: Option<go_syntax::Duration>,
 
     /// The node's addresses on which NodePorts listen: ranges, or `primary` [default: all]
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
     nodeport_addresses: Option<Vec<String>>,
 
-    /// Switches as NAME=true|false: `AllowServiceExternalIPs` has a meaning here, others are ignored
-    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = gate, help_heading = "Services and their virtual servers")]
+    /// Feature gates as NAME=true|false: only `AllowServiceExternalIPs` has an effect, others are ignored
+    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = parse_gate, help_heading = "Services and their virtual servers")]
     feature_gates: Option<Vec<(String, bool)>>,
 
-    /// What kind of proxy to be: only ipvs can be had here [default: ipvs]
+    /// The proxy mode: only ipvs is supported [default: ipvs]
     #[arg(long, value_name = "MODE", help_heading = "Services and their virtual servers")]
     proxy_mode: Option<String>,
 
-    /// Masquerade all traffic to ClusterIPs, that of pods too
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Whose traffic is masqueraded")]
+    /// Masquerade all traffic to ClusterIPs, that from pods too
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Whose traffic is masqueraded")]
     masquerade_all: Option<bool>,
 
-    /// Which bit of a packet's mark, 0 to 31, says that it is to be masqueraded [default: 14]
+    /// The bit of a packet's mark, 0 to 31, by which packets to be masqueraded are marked [default: 14]
     #[arg(long, value_name = "BIT", allow_negative_numbers = true, help_heading = "Whose traffic is masqueraded")]
     iptables_masquerade_bit: Option<i32>,
 
-    /// How to tell pods, whose traffic to ClusterIPs is not masqueraded: `ClusterCIDR`, `NodeCIDR`, `BridgeInterface` or
-    /// `InterfaceNamePrefix` [default: ClusterCIDR]
+    /// How to recognise traffic from pods, which is not masqueraded on its way to ClusterIPs: `ClusterCIDR`, `NodeCIDR`,
+    /// `BridgeInterface` or `InterfaceNamePrefix` [default: ClusterCIDR]
     #[arg(long, value_name = "MODE", help_heading = "Whose traffic is masqueraded")]
     detect_local_mode: Option<String>,
 
-    /// For `ClusterCIDR`, the range of pod addresses, one a family; without one pods cannot be told from others
+    /// For `ClusterCIDR`, the range of pod addresses, one for each family; without one, pods are not recognised
     #[arg(long, value_name = "CIDR,...", help_heading = "Whose traffic is masqueraded")]
     cluster_cidr: Option<String>,
 
@@ -104,79 +105,79 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "NAME", help_heading = "Whose traffic is masqueraded")]
     pod_bridge_interface: Option<String>,
 
-    /// For `InterfaceNamePrefix`, how the names of all interfaces that lead to pods of this node begin
+    /// For `InterfaceNamePrefix`, the prefix of the names of all interfaces that lead to pods of this node
     #[arg(long, value_name = "PREFIX", help_heading = "Whose traffic is masqueraded")]
     pod_interface_name_prefix: Option<String>,
 
-    /// The name of the own Node [default: the host's name]
+    /// The name of this node's Node object [default: the host's name]
     #[arg(long, value_name = "NAME", help_heading = "The node")]
     hostname_override: Option<String>,
 
-    /// An address to take for the node's own of its family; nothing listens on it [default: 0.0.0.0]
+    /// The address of this node, for its family; nothing listens on it [default: 0.0.0.0]
     #[arg(long, value_name = "IP", help_heading = "The node")]
     bind_address: Option<String>,
 
-    /// How unlikely the kernel is to kill this process for want of memory, -1000 to 1000 [default: -999]
+    /// The OOM score adjustment of this process, -1000 (never killed) to 1000 [default: -999]
     #[arg(long, value_name = "SCORE", allow_negative_numbers = true, help_heading = "The node")]
     oom_score_adj: Option<i32>,
 
-    /// How many connections to track for each processor; 0 leaves the kernel's limit [default: 32768]
+    /// The limit of tracked connections for each processor; 0 leaves the kernel's limit [default: 32768]
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The node")]
     conntrack_max_per_core: Option<i32>,
 
-    /// How many connections to track at least, unless --conntrack-max-per-core is 0 [default: 131072]
+    /// The smallest limit of tracked connections, unless --conntrack-max-per-core is 0 [default: 131072]
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The node")]
     conntrack_min: Option<i32>,
 
     /// How long an idle TCP connection is tracked, in whole seconds; 0s leaves the kernel's value [default: 24h]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
-    conntrack_tcp_timeout_established: Option<go::Duration>,
+    conntrack_tcp_timeout_established: Option<go_syntax::Duration>,
 
     /// How long a TCP connection is tracked that the other side has closed; 0s leaves the kernel's value [default: 1h]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
-    conntrack_tcp_timeout_close_wait: Option<go::Duration>,
+    conntrack_tcp_timeout_close_wait: Option<go_syntax::Duration>,
 
     /// Let TCP packets outside the window pass; false leaves the kernel's value
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "The node")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "The node")]
     conntrack_tcp_be_liberal: Option<bool>,
 
     /// How long a UDP flow is tracked that was not answered; 0s leaves the kernel's value [default: 0s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
-    conntrack_udp_timeout: Option<go::Duration>,
+    conntrack_udp_timeout: Option<go_syntax::Duration>,
 
     /// How long an answered UDP flow is tracked; 0s leaves the kernel's value [default: 0s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The node")]
-    conntrack_udp_timeout_stream: Option<go::Duration>,
+    conntrack_udp_timeout_stream: Option<go_syntax::Duration>,
 
-    /// Where to answer /healthz and /livez [default: 0.0.0.0:10256]
+    /// The address on which to serve /healthz and /livez [default: 0.0.0.0:10256]
     #[arg(long, value_name = "IP:PORT", help_heading = "Health and metrics")]
     healthz_bind_address: Option<String>,
 
-    /// Of an address without a port; 0: answer nowhere (deprecated: say it with --healthz-bind-address)
+    /// The port of --healthz-bind-address if that has none; 0 disables it (deprecated: use --healthz-bind-address)
     #[arg(long, value_name = "PORT", help_heading = "Health and metrics")]
     healthz_port: Option<u16>,
 
-    /// Where to serve metrics [default: 127.0.0.1:10249]
+    /// The address on which to serve metrics [default: 127.0.0.1:10249]
     #[arg(long, value_name = "IP:PORT", help_heading = "Health and metrics")]
     metrics_bind_address: Option<String>,
 
-    /// Of an address without a port; 0: serve nowhere (deprecated: say it with --metrics-bind-address)
+    /// The port of --metrics-bind-address if that has none; 0 disables it (deprecated: use --metrics-bind-address)
     #[arg(long, value_name = "PORT", help_heading = "Health and metrics")]
     metrics_port: Option<u16>,
 
-    /// Exit if one of these addresses cannot be listened on, in place of trying again
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Health and metrics")]
+    /// Exit if the agent cannot listen on one of these addresses, instead of trying again
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Health and metrics")]
     bind_address_hard_fail: Option<bool>,
 
-    /// Serve what is under /debug beside the metrics
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Health and metrics")]
+    /// Serve /debug on the metrics port
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Health and metrics")]
     profiling: Option<bool>,
 
     /// No effect: no metric is hidden
     #[arg(long, value_name = "VERSION", help_heading = "Health and metrics")]
     show_hidden_metrics_for_version: Option<String>,
 
-    /// How much to log: 0 to 3 what happens, 4 what is done about it, 6 everything [default: 0]
+    /// The log level: 0 to 3 information, 4 each operation too, 6 everything [default: 0]
     #[arg(short = 'v', long = "v", value_name = "LEVEL", help_heading = "Logging")]
     verbosity: Option<u32>,
 
@@ -184,61 +185,61 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "FORMAT", help_heading = "Logging")]
     logging_format: Option<String>,
 
-    /// No effect: --v is for all
-    #[arg(long, value_name = "PATTERN=LEVEL,...", value_delimiter = ',', value_parser = vmodule, help_heading = "Logging")]
+    /// No effect: --v applies to all modules
+    #[arg(long, value_name = "PATTERN=LEVEL,...", value_delimiter = ',', value_parser = parse_vmodule, help_heading = "Logging")]
     vmodule: Option<Vec<Vmodule>>,
 
     /// No effect: every line is written at once
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Logging")]
-    log_flush_frequency: Option<go::Duration>,
+    log_flush_frequency: Option<go_syntax::Duration>,
 
-    /// No effect: all goes to standard error
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Logging")]
+    /// No effect: all logs go to standard error
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Logging")]
     log_text_split_stream: Option<bool>,
 
     /// No effect: every line is written at once
     #[arg(long, value_name = "QUANTITY", help_heading = "Logging")]
     log_text_info_buffer_size: Option<String>,
 
-    /// No effect: all goes to standard error
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Logging")]
+    /// No effect: all logs go to standard error
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Logging")]
     log_json_split_stream: Option<bool>,
 
     /// No effect: every line is written at once
     #[arg(long, value_name = "QUANTITY", help_heading = "Logging")]
     log_json_info_buffer_size: Option<String>,
 
-    /// The kubeconfig to reach the API server with
+    /// The kubeconfig of the API server
     #[arg(long, value_name = "FILE", help_heading = "The API server")]
     kubeconfig: Option<String>,
 
-    /// No effect: objects come as JSON
+    /// No effect: objects are read as JSON
     #[arg(long, value_name = "TYPE", help_heading = "The API server")]
     kube_api_content_type: Option<String>,
 
-    /// No effect: three watches ask for little
+    /// No effect: the agent sends few requests
     #[arg(long, value_name = "NUMBER", help_heading = "The API server")]
     kube_api_qps: Option<f32>,
 
-    /// No effect: three watches ask for little
+    /// No effect: the agent sends few requests
     #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "The API server")]
     kube_api_burst: Option<i32>,
 
-    /// No effect: what is known is never said again
+    /// No effect: there are no periodic resyncs from the API server
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "The API server")]
-    config_sync_period: Option<go::Duration>,
+    config_sync_period: Option<go_syntax::Duration>,
 
     /// No effect in this mode
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "Without effect")]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Without effect")]
     iptables_localhost_nodeports: Option<bool>,
 
     /// No effect in this mode
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Without effect")]
-    iptables_sync_period: Option<go::Duration>,
+    iptables_sync_period: Option<go_syntax::Duration>,
 
     /// No effect in this mode
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Without effect")]
-    iptables_min_sync_period: Option<go::Duration>,
+    iptables_min_sync_period: Option<go_syntax::Duration>,
 
     /// No effect
     #[arg(long, value_name = "FILE", help_heading = "Without effect")]
@@ -248,38 +249,39 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "FILE", help_heading = "Without effect")]
     machine_id_file: Option<String>,
 
-    /// How long a TCP endpoint that is to go may keep its connections; then they are cut. 0s: as long as they last
+    /// How long a TCP endpoint that is being removed may keep its connections; then they are cut. 0s: as long as they last
     /// [default: 0s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "What kube-proxy does not have")]
-    ipvs_drain_timeout: Option<go::Duration>,
+    ipvs_drain_timeout: Option<go_syntax::Duration>,
 
-    /// Know the addresses of all Nodes, to refuse VIPs that are one of them: costs the API server each Node status update
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    /// Watch all Nodes, to refuse VIPs that are an address of one of them: the API server then sends every status update of
+    /// every Node
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     watch_all_nodes: Option<bool>,
 
-    /// How the kernel learns that VIPs are this node's: `address` on kube-ipvs0 for each, or `route`, a local route for each,
-    /// which costs less where there are thousands [default: address]
+    /// How VIPs are bound to this node: `address`, an address on kube-ipvs0 for each, or `route`, a local route for each, which
+    /// costs less with thousands of VIPs [default: address]
     #[arg(long, value_name = "address|route", help_heading = "What kube-proxy does not have")]
     vip_binding: Option<String>,
 
-    /// With --vip-binding=route, ranges that get one route each instead of one for each VIP: the cluster's ranges of ClusterIPs.
-    /// All of their addresses are the node's then; those that are no VIP are refused
+    /// With --vip-binding=route, ranges that get one route instead of one for each VIP: the cluster's ranges of ClusterIPs. All
+    /// addresses in them become local to the node; connections to those that are no VIP are refused
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "What kube-proxy does not have")]
     vip_ranges: Option<Vec<String>>,
 
-    /// Whether the kernel sums up counters and rates of each virtual and real server, every 2 seconds: false saves that time,
-    /// and what `ipvsadm --stats` and `--rate` show stands still [default: as the kernel has it, which is true]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    /// Whether the kernel sums up statistics and estimates rates of each virtual and real server, every 2 seconds: false saves
+    /// that time, and `ipvsadm --stats` and `--rate` no longer change [default: as the kernel has it, which is true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     ipvs_estimation: Option<bool>,
 
-    /// Read a list of the API server that lacks most of what there was a second time, 5 seconds later, before anything is taken
-    /// away for its sake [default: true]
-    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go::boolean, help_heading = "What kube-proxy does not have")]
+    /// If a list of the API server lacks most of the known objects, read it again after 5 seconds before anything is removed
+    /// because of it [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     confirm_disappearance: Option<bool>,
 }
 
 impl FieldFlags {
-    /// Those that count beside a file: kube-proxy's, and the ones it does not have.
+    /// Those that have an effect beside a file: the ones that kube-proxy uses there, and those it does not have.
     pub(super) fn beside_file(self) -> Self {
         Self {
             hostname_override: self.hostname_override,
@@ -306,8 +308,8 @@ impl FieldFlags {
         self.cluster_cidr.as_deref() == Some("")
     }
 
-    /// What the deprecated flags of ports make of the addresses, which is next to nothing: a port counts only where the
-    /// address has none, and the default has one. But 0 switches the server off.
+    /// Applies the deprecated port flags. A port other than 0 counts only if the address has none, and the default address has
+    /// one; 0 switches the server off.
     pub(super) fn apply_ports(&self, c: &mut Configuration) {
         for (address, port, default) in [
             (&mut c.healthz_bind_address, self.healthz_port, 10256),
@@ -320,7 +322,7 @@ impl FieldFlags {
         }
     }
 
-    /// Puts what was given in the place of what the configuration has.
+    /// Overwrites fields of the configuration with the flags that were given.
     pub(super) fn apply(self, c: &mut Configuration) {
         set(&mut c.ipvs.scheduler, self.ipvs_scheduler);
         set(&mut c.ipvs.sync_period, self.ipvs_sync_period);
@@ -370,12 +372,12 @@ impl FieldFlags {
         set_some(&mut c.iptables.localhost_node_ports, self.iptables_localhost_nodeports);
         set(&mut c.iptables.sync_period, self.iptables_sync_period);
         set(&mut c.iptables.min_sync_period, self.iptables_min_sync_period);
-        set(&mut c.own.drain_timeout, self.ipvs_drain_timeout);
-        set(&mut c.own.watch_all_nodes, self.watch_all_nodes);
-        set(&mut c.own.vip_binding, self.vip_binding);
-        set(&mut c.own.vip_ranges, self.vip_ranges.map(without_empty));
-        set_some(&mut c.own.estimation, self.ipvs_estimation);
-        set_some(&mut c.own.confirm_disappearance, self.confirm_disappearance);
+        set(&mut c.kube_ipvs.drain_timeout, self.ipvs_drain_timeout);
+        set(&mut c.kube_ipvs.watch_all_nodes, self.watch_all_nodes);
+        set(&mut c.kube_ipvs.vip_binding, self.vip_binding);
+        set(&mut c.kube_ipvs.vip_ranges, self.vip_ranges.map(without_empty));
+        set_some(&mut c.kube_ipvs.estimation, self.ipvs_estimation);
+        set_some(&mut c.kube_ipvs.confirm_disappearance, self.confirm_disappearance);
     }
 }
 
@@ -401,18 +403,18 @@ fn set_option(c: &mut Configuration, format: &str, name: &str, flag: Option<impl
     }
 }
 
-/// `--flag=` is an empty list.
+/// Removes empty elements: `--flag=` is an empty list.
 fn without_empty(mut list: Vec<String>) -> Vec<String> {
     list.retain(|entry| !entry.is_empty());
     list
 }
 
-fn gate(text: &str) -> Result<(String, bool), String> {
+fn parse_gate(text: &str) -> Result<(String, bool), String> {
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} lacks =true or =false"))?;
-    Ok((name.trim().to_owned(), go::boolean(value.trim())?))
+    Ok((name.trim().to_owned(), go_syntax::parse_bool(value.trim())?))
 }
 
-fn vmodule(text: &str) -> Result<Vmodule, String> {
+fn parse_vmodule(text: &str) -> Result<Vmodule, String> {
     let (pattern, level) = text.split_once('=').unwrap_or((text, ""));
     let verbosity = u32::from_str(level).map_err(|_| format!("{text:?} lacks a number, as in agent*=5"))?;
     Ok(Vmodule { file_pattern: pattern.to_owned(), verbosity })

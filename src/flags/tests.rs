@@ -1,4 +1,4 @@
-//! Command lines and what they mean. (Each flag with a field in the file: see the tests of `config`.)
+//! Command lines and the settings they give. (For each flag with a field in the file see the tests of `config`.)
 
 use std::fs;
 
@@ -17,8 +17,8 @@ fn settings(words: &[&str]) -> Settings {
     parse_words(words).unwrap().effective().unwrap().settings
 }
 
-/// Why a command line is refused, by its form or by its values.
-fn refusal(words: &[&str]) -> String {
+/// The error of a command line, from its syntax or its values.
+fn error_of(words: &[&str]) -> String {
     match parse_words(words) {
         Ok(flags) => flags.effective().unwrap_err().to_string(),
         Err(error) => error.to_string(),
@@ -26,7 +26,7 @@ fn refusal(words: &[&str]) -> String {
 }
 
 #[test]
-fn the_command_is_well_formed() {
+fn clap_accepts_the_definition_of_the_command() {
     Flags::command().debug_assert();
 }
 
@@ -58,7 +58,7 @@ fn defaults_are_those_of_kube_proxy() {
 }
 
 #[test]
-fn every_mode_of_telling_pods_takes_its_own_flag_and_ignores_the_others() {
+fn each_detect_local_mode_reads_its_own_flag_and_ignores_the_others() {
     let bridge = DetectLocal::BridgeInterface("cni0".to_owned());
     let prefix = DetectLocal::InterfaceNamePrefix("abcdefghijklmno".to_owned());
     let ranges =
@@ -86,7 +86,7 @@ fn a_drain_timeout_of_0_is_none() {
 }
 
 #[test]
-fn names_may_be_spelled_with_underscores_and_values_keep_theirs() {
+fn underscores_in_names_are_dashes_and_in_values_are_kept() {
     let flags = parse_words(&["--ipvs_scheduler=wlc", "--ipvs_sync_period", "1m", "--hostname_override=a_b"]).unwrap();
     let settings = flags.effective().unwrap().settings;
     assert_eq!(settings.policy.scheduler, Scheduler::WeightedLeastConnection);
@@ -95,7 +95,7 @@ fn names_may_be_spelled_with_underscores_and_values_keep_theirs() {
 }
 
 #[test]
-fn the_last_value_counts_and_lists_add_up() {
+fn the_last_value_counts_and_lists_are_joined() {
     let settings = settings(&[
         "--ipvs-scheduler=wlc",
         "--ipvs-scheduler=sh",
@@ -114,7 +114,7 @@ fn a_list_may_be_empty() {
 }
 
 #[test]
-fn truth_values_need_no_value() {
+fn boolean_flags_need_no_value() {
     assert!(settings(&["--ipvs-strict-arp"]).strict_arp);
     assert!(!settings(&["--ipvs-strict-arp=false"]).strict_arp);
     let settings = settings(&["--masquerade-all", "--watch-all-nodes", "--conntrack-tcp-be-liberal", "--profiling"]);
@@ -123,7 +123,7 @@ fn truth_values_need_no_value() {
 }
 
 #[test]
-fn flags_without_effect_are_taken_with_their_values_and_named() {
+fn flags_without_effect_are_accepted_and_listed() {
     let flags = parse_words(&[
         "--iptables-localhost-nodeports",
         "--kube-api-qps",
@@ -140,7 +140,7 @@ fn flags_without_effect_are_taken_with_their_values_and_named() {
 }
 
 #[test]
-fn ports_by_themselves_do_nothing_but_0_switches_off() {
+fn port_flags_have_no_effect_except_0_which_disables() {
     let ports = |words: &[&str]| {
         let settings = settings(words);
         (settings.healthz.map(|address| address.to_string()), settings.metrics.map(|address| address.to_string()))
@@ -151,11 +151,11 @@ fn ports_by_themselves_do_nothing_but_0_switches_off() {
     assert_eq!(ports(&["--healthz-port=0", "--metrics-port=0"]), (None, None));
     let given = ports(&["--healthz-bind-address=10.0.0.1", "--healthz-port=1", "--metrics-bind-address=::1"]);
     assert_eq!(given, (Some("10.0.0.1:1".to_owned()), Some("[::1]:10249".to_owned())));
-    assert_eq!(ports(&["--bind-address=::"]), usual, "kube-proxy's flag moves them no more");
+    assert_eq!(ports(&["--bind-address=::"]), usual, "the flag --bind-address does not change them, as in kube-proxy");
 }
 
 #[test]
-fn beside_a_file_few_flags_count_and_the_others_are_named() {
+fn beside_a_file_most_flags_are_ignored_with_a_warning() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("config.conf");
     fs::write(
@@ -178,7 +178,7 @@ fn beside_a_file_few_flags_count_and_the_others_are_named() {
         "--kube-api-qps=7",
     ];
     let flags = parse_words(&words).unwrap();
-    let Effective { configuration, settings, warnings } = flags.effective().unwrap();
+    let EffectiveConfig { configuration, settings, warnings } = flags.effective().unwrap();
     assert_eq!(settings.policy.scheduler, Scheduler::SourceHashing);
     assert_eq!(settings.policy.node_name, "flag");
     assert_eq!(settings.policy.drain_timeout, Some(Duration::from_secs(120)));
@@ -197,7 +197,7 @@ fn beside_a_file_few_flags_count_and_the_others_are_named() {
 }
 
 #[test]
-fn a_takeover_takes_the_flags_of_the_agent_before_and_after_it() {
+fn takeover_accepts_the_flags_of_the_agent_before_and_after_it() {
     for words in [&["takeover", "--ipvs-scheduler=sh"][..], &["--ipvs-scheduler=sh", "takeover"]] {
         let flags = parse_words(words).unwrap();
         assert_eq!(flags.command, Some(Command::Takeover), "{words:?}");
@@ -206,7 +206,7 @@ fn a_takeover_takes_the_flags_of_the_agent_before_and_after_it() {
 }
 
 #[test]
-fn what_is_empty_is_not_given() {
+fn an_empty_value_counts_as_not_given() {
     let flags =
         parse_words(&["--config=", "--write-config-to=", "--master=", "--bind-address=", "--hostname-override="])
             .unwrap();
@@ -218,9 +218,9 @@ fn what_is_empty_is_not_given() {
 }
 
 #[test]
-fn wrong_command_lines_are_refused_with_the_reason() {
+fn invalid_command_lines_are_rejected_with_the_reason() {
     for (words, reason) in [
-        (&["--cluster-cidr="][..], "is no range"),
+        (&["--cluster-cidr="][..], "is not a range"),
         (&["--no-such-flag"], "--no-such-flag"),
         (&["word"], "word"),
         (&["--manifests=d", "--kubeconfig=k"], "cannot be used with"),
@@ -230,35 +230,35 @@ fn wrong_command_lines_are_refused_with_the_reason() {
         ),
         (&["--detect-local-mode=InterfaceNamePrefix", "--pod-bridge-interface=x"], "--pod-interface-name-prefix"),
     ] {
-        let error = refusal(words);
+        let error = error_of(words);
         assert!(error.contains(reason), "{words:?}: {error}");
     }
 }
 
 #[test]
-fn the_external_ips_gate_closes() {
+fn the_feature_gate_of_external_ips_disables_them() {
     let settings = settings(&["--feature-gates=Other=true,AllowServiceExternalIPs=false"]);
     assert!(!settings.policy.external_ips);
     assert_eq!(settings.ignored_gates, ["Other"]);
 }
 
 #[test]
-fn every_flag_that_sets_something_has_a_field_or_is_a_port() {
-    let of_fields: Vec<&str> = config::FLAGS_OF_FIELDS.iter().map(|(flag, _)| *flag).collect();
+fn every_flag_with_an_effect_has_a_field_or_is_a_port() {
+    let of_fields: Vec<&str> = config::FLAG_FIELDS.iter().map(|(flag, _)| *flag).collect();
     for flag in FieldFlags::augment_args(clap::Command::new("kube-ipvs")).get_arguments() {
         let name = flag.get_long().unwrap();
-        assert!(of_fields.contains(&name) || PORTS.contains(&name) || is_without_effect(flag), "--{name}");
+        assert!(of_fields.contains(&name) || PORT_FLAGS.contains(&name) || is_without_effect(flag), "--{name}");
     }
 }
 
 #[test]
-fn the_page_of_flags_has_every_flag_with_its_field_and_its_default() {
+fn docs_flags_md_has_every_flag_with_its_field_and_default() {
     let page = include_str!("../../docs/flags.md");
     for argument in Flags::command().get_arguments() {
         let Some(name) = argument.get_long() else { continue };
         let row = page.lines().find(|line| line.starts_with(&format!("| `--{name}`")));
         let row = row.expect(name);
-        if let Some((_, field)) = config::FLAGS_OF_FIELDS.iter().find(|(flag, _)| *flag == name) {
+        if let Some((_, field)) = config::FLAG_FIELDS.iter().find(|(flag, _)| *flag == name) {
             assert!(row.contains(&format!("| `{field}` |")), "--{name} sets {field}: {row}");
         }
         let help = argument.get_help().map(ToString::to_string).unwrap_or_default();

@@ -1,17 +1,17 @@
-//! What the agent answers over HTTP: whether it is healthy, what it measures, and what load balancers ask.
+//! The agent's HTTP servers.
 //!
-//! * `health`: the port of `/healthz` and `/livez`.
-//! * `metrics`: the port of `/metrics`, and of what people look at when something is wrong.
-//! * `node_ports`: a port for each Service that load balancers ask about.
-//! * `own`: opening the first two.
+//! * `health_port`: `/healthz` and `/livez`.
+//! * `metrics_port`: `/metrics`, and pages for diagnosis.
+//! * `health_check_node_ports`: `spec.healthCheckNodePort` of Services.
+//! * `agent_ports`: opens the health port and the metrics port.
 //!
-//! Plain HTTP/1, as kube-proxy has it; of bodies only that of a PUT to `/debug/flags/v` is looked at. A handler is a
-//! function and never waits.
+//! This file has what they share: listening, limits and responses. Plain HTTP/1, as in kube-proxy. A handler is a function that
+//! does not block.
 
-pub(crate) mod health;
-pub(crate) mod metrics;
-pub(crate) mod node_ports;
-pub(crate) mod own;
+pub(crate) mod agent_ports;
+pub(crate) mod health_check_node_ports;
+pub(crate) mod health_port;
+pub(crate) mod metrics_port;
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -26,21 +26,22 @@ use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
-use hyper::{Method, Request, StatusCode};
+use hyper::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
 
-/// How long a connection may take, from its beginning to the end of the answer.
-const PATIENCE: Duration = Duration::from_secs(10);
-const BODY: usize = 1024;
+/// How long a connection may last, from accepting it to the end of the response.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest body of a request. Only the PUT to `/debug/flags/v` needs one.
+const MAX_BODY_BYTES: usize = 1024;
 const NOSNIFF: (HeaderName, HeaderValue) =
     (HeaderName::from_static("x-content-type-options"), HeaderValue::from_static("nosniff"));
 
-/// A request, as far as anybody looks at it.
-pub(crate) struct Asked {
+/// The parts of a request that handlers use.
+pub(crate) struct Request {
     pub(crate) method: Method,
     pub(crate) path: String,
     pub(crate) body: Bytes,
@@ -48,8 +49,8 @@ pub(crate) struct Asked {
 
 pub(crate) type Response = hyper::Response<Full<Bytes>>;
 
-/// What answers.
-pub(crate) type Handler = Arc<dyn Fn(&Asked) -> Response + Send + Sync>;
+/// Makes the response to a request.
+pub(crate) type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
 pub(crate) fn text(status: StatusCode, text: impl Into<Bytes>) -> Response {
     let mut response = Response::new(Full::new(text.into()));
@@ -69,51 +70,51 @@ pub(crate) fn not_found() -> Response {
     text(StatusCode::NOT_FOUND, "404 page not found\n")
 }
 
-/// Which families a listener on an unspecified address is for.
+/// For which address families a listener on an unspecified address accepts connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Reach {
-    /// Both, whichever of the two is named: that is how kube-proxy has it on its own ports.
+pub(crate) enum ListenFamilies {
+    /// Both, whether the address is `0.0.0.0` or `::`. kube-proxy does so on its health and metrics ports.
     Both,
-    /// The address's own.
-    OneFamily,
+    /// Only that of the address.
+    OfAddress,
 }
 
 /// Listens on an address.
-pub(crate) fn listen(address: SocketAddr, reach: Reach) -> io::Result<TcpListener> {
-    if reach == Reach::Both && address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) {
-        // On a node without IPv6 there is no such socket, or no such address.
-        match open(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port()), reach) {
+pub(crate) fn listen(address: SocketAddr, families: ListenFamilies) -> io::Result<TcpListener> {
+    if families == ListenFamilies::Both && address.ip() == IpAddr::V4(Ipv4Addr::UNSPECIFIED) {
+        // Without IPv6 the kernel has no such socket or address; then 0.0.0.0 is used.
+        match open(SocketAddr::new(Ipv6Addr::UNSPECIFIED.into(), address.port()), families) {
             Err(error) if error.kind() != io::ErrorKind::AddrInUse => {}
             result => return result,
         }
     }
-    open(address, reach)
+    open(address, families)
 }
 
-fn open(address: SocketAddr, reach: Reach) -> io::Result<TcpListener> {
+fn open(address: SocketAddr, families: ListenFamilies) -> io::Result<TcpListener> {
     const BACKLOG: i32 = 1024;
     let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
-    // What is left of old connections is no reason not to listen.
+    // Old connections in TIME_WAIT must not prevent listening.
     set_socket_reuseaddr(&socket, true)?;
     if address.is_ipv6() {
-        set_ipv6_v6only(&socket, reach == Reach::OneFamily)?;
+        set_ipv6_v6only(&socket, families == ListenFamilies::OfAddress)?;
     }
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(TcpListener::from(socket))
 }
 
-/// The connections of one or several ports. Where there are too many the oldest is ended: whoever holds many and says
-/// nothing keeps nobody else from being answered.
+/// Limits the connections of one or several ports. Beyond the limit the oldest is closed, so that clients which hold idle
+/// connections cannot lock out others.
 #[derive(Clone)]
-pub(crate) struct Connections(Arc<Mutex<VecDeque<AbortHandle>>>, usize);
+pub(crate) struct ConnectionLimit(Arc<Mutex<VecDeque<AbortHandle>>>, usize);
 
-impl Connections {
-    /// At most so many at a time.
-    pub(crate) fn new(most: usize) -> Self {
-        Self(Arc::default(), most)
+impl ConnectionLimit {
+    /// Allows `max` connections at a time.
+    pub(crate) fn new(max: usize) -> Self {
+        Self(Arc::default(), max)
     }
 
     fn add(&self, connection: AbortHandle) {
@@ -126,31 +127,31 @@ impl Connections {
     }
 }
 
-/// Serves until the task is dropped, or returns why it cannot.
-pub(crate) async fn serve(listener: TcpListener, connections: Connections, handler: Handler) -> io::Error {
+/// Serves until the task is dropped. Returns only an error.
+pub(crate) async fn serve(listener: TcpListener, connections: ConnectionLimit, handler: Handler) -> io::Error {
     let listener = match tokio::net::TcpListener::from_std(listener) {
         Ok(listener) => listener,
         Err(error) => return error,
     };
-    // They end with the task: a port that is closed is closed.
-    let mut own = JoinSet::new();
+    // Connections are closed together with the port.
+    let mut tasks = JoinSet::new();
     loop {
-        while own.try_join_next().is_some() {}
+        while tasks.try_join_next().is_some() {}
         let stream = match listener.accept().await {
             Ok((stream, _)) => stream,
             Err(error) => {
-                // Too many open files, or a client that gave up: neither is a reason to stop.
+                // Too many open files, or a client that closed the connection: neither is permanent.
                 debug!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
         };
         let handler = handler.clone();
-        connections.add(own.spawn(async move {
-            let service = service_fn(|request| answer(request, &handler));
-            // One request each: nobody asks so often that it matters, and nobody stays.
+        connections.add(tasks.spawn(async move {
+            let service = service_fn(|request| respond(request, &handler));
+            // One request for each connection: clients are few, and idle connections would use up the limit.
             let connection = http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(PATIENCE, connection).await {
+            match tokio::time::timeout(CONNECTION_TIMEOUT, connection).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => debug!("a connection ended: {error}"),
                 Err(_) => debug!("a connection took too long"),
@@ -159,11 +160,11 @@ pub(crate) async fn serve(listener: TcpListener, connections: Connections, handl
     }
 }
 
-async fn answer(request: Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
+async fn respond(request: hyper::Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
     let (parts, body) = request.into_parts();
-    let Ok(body) = Limited::new(body, BODY).collect().await else {
-        return Ok(text(StatusCode::BAD_REQUEST, "a body that is too long, or does not come\n"));
+    let Ok(body) = Limited::new(body, MAX_BODY_BYTES).collect().await else {
+        return Ok(text(StatusCode::BAD_REQUEST, "the body is too long or incomplete\n"));
     };
-    let asked = Asked { method: parts.method, path: parts.uri.path().to_owned(), body: body.to_bytes() };
-    Ok(handler(&asked))
+    let request = Request { method: parts.method, path: parts.uri.path().to_owned(), body: body.to_bytes() };
+    Ok(handler(&request))
 }

@@ -210,7 +210,7 @@ fn a_takeover_that_cannot_sync_takes_nothing_away() {
     let output = command.args(["takeover", &flag, "--hostname-override=node-a"]).args(FLAGS).output().unwrap();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(
-        !output.status.success() && log.contains("audited") && log.contains("not everything could be understood"),
+        !output.status.success() && log.contains("audited") && log.contains("not everything could be parsed"),
         "{log}"
     );
     assert_eq!(kube_objects(), before);
@@ -240,7 +240,7 @@ fn a_service_that_the_kernel_refuses_keeps_no_node_from_being_taken_over() {
     manifests.write("odd.json", &file(&[odd, ready("odd", ["192.168.1.255"])]));
     let flag = format!("--manifests={}", manifests.path().display());
     let log = kube_ipvs(&[&["takeover", &flag, "--hostname-override=node-a", CLUSTER_CIDR], &FLAGS[..]].concat());
-    assert!(log.contains("192.168.1.255") && log.contains("of some Services"), "{log}");
+    assert!(log.contains("192.168.1.255") && log.contains("for single Services"), "{log}");
     assert_eq!(kube_objects(), [""; 0], "{log}");
 }
 
@@ -257,7 +257,7 @@ fn rules_of_iptables_legacy_that_no_tool_is_there_for_are_named_and_keep_nothing
         command.args(["--hostname-override=node-a", CLUSTER_CIDR]).env("PATH", "/nonexistent").output().unwrap();
     let log = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{log}");
-    for text in ["not looked at: ", "iptables-legacy-restore", "left: ", "ipset KUBE-CLUSTER-IP"] {
+    for text in ["not checked: ", "iptables-legacy-restore", "left: ", "ipset KUBE-CLUSTER-IP"] {
         assert!(log.contains(text), "{text}: {log}");
     }
     assert!(run("iptables-legacy-save").contains("KUBE-SERVICES"));

@@ -271,8 +271,8 @@ fn a_range_with_an_address_of_the_node_is_refused_at_the_start() {
     assert!(!agent.ends().success());
     let log = agent.log();
     for part in [
-        "192.168.0.0/16 has 192.168.1.1, an address of an interface of this node",
-        "leave the range out",
+        "192.168.0.0/16 contains 192.168.1.1, an address of an interface of this node",
+        "omit the range",
         "Nothing was changed",
     ] {
         assert!(log.contains(part), "{log}");

@@ -117,7 +117,7 @@ fn the_pod_of_the_base_serves_with_one_capability_and_under_its_profile() {
     assert!(!early.ends().success());
     assert!(early.log().contains("net.ipv4.vs.conntrack must be 1, is 0, and cannot be written"), "{}", early.log());
     let log = pod.run("init");
-    assert!(log.contains("the kernel is ready"), "{log}");
+    assert!(log.contains("the kernel is prepared"), "{log}");
     assert_eq!(NEEDED.map(|key| fs::read_to_string(format!("/proc/sys/{key}")).unwrap()), ["1\n"; 4]);
     assert_eq!(addresses(), [""; 0], "the device is there, and has none yet");
 
@@ -202,7 +202,7 @@ fn taken_over(pod: &mut Pod, url: &str, name: &str) {
     pod.configure("kube-proxy", "config.conf", |text| text.replace("maxPerCore: null", "maxPerCore: 0"));
     pod.run("init");
     let log = pod.run("takeover");
-    assert!(log.contains("all that kube-proxy left is gone"), "{log}");
+    assert!(log.contains("removed everything that kube-proxy left"), "{log}");
     assert_eq!(kube_proxys(), (0, 0));
     let here = [WEB, WEB_1, WEB_2];
     assert_eq!(ipvs(), here);
@@ -231,7 +231,7 @@ fn the_pod_of_the_way_back_removes_the_packet_filter_and_leaves_the_rest_to_kube
     back.run("cleanup");
     assert_eq!(run("nft list tables"), "");
     assert_eq!((ipvs().len(), addresses()), (3, vec!["10.96.0.10/32".to_owned()]));
-    assert!(back.run("cleanup").contains("there was nothing of ours"));
+    assert!(back.run("cleanup").contains("there was nothing to remove"));
 }
 
 #[test]

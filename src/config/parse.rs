@@ -1,4 +1,4 @@
-//! From the text of a file to the object, and what to say of it: fields nobody knows, fields that are there twice.
+//! Parses the text of a configuration file into a [`Configuration`], with warnings about unknown and duplicate fields.
 
 use std::cell::RefCell;
 use std::fmt;
@@ -6,44 +6,44 @@ use std::fmt;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-use super::Problem;
+use super::FieldError;
 use super::object::{API_VERSION, Configuration, KIND};
 
-/// An object as it was read.
+/// A parsed file.
 #[derive(Debug, PartialEq)]
-pub(crate) struct Read {
+pub(crate) struct ParsedFile {
     pub(crate) configuration: Configuration,
-    /// What stands in the file and has no effect: kube-proxy too goes on without it.
+    /// Unknown and duplicate fields. They have no effect, as in kube-proxy.
     pub(crate) warnings: Vec<String>,
-    /// Fields whose values are of another kind than they should be. They are left out of the object.
-    pub(crate) problems: Vec<Problem>,
+    /// Fields whose value has the wrong type. They are left out of the object.
+    pub(crate) errors: Vec<FieldError>,
 }
 
-/// Reads YAML, of which JSON is a part.
-pub(crate) fn read(text: &str) -> Result<Read, Vec<Problem>> {
+/// Parses YAML, and so JSON, which is a subset of it.
+pub(super) fn parse(text: &str) -> Result<ParsedFile, Vec<FieldError>> {
     let duplicates = RefCell::new(Vec::new());
     let options = serde_saphyr::options! {
         duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins,
         with_snippet: false,
     };
-    let root = Node { path: String::new(), duplicates: &duplicates };
+    let root = ValueSeed { path: String::new(), duplicates: &duplicates };
     let tree = serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
         root.deserialize(deserializer)
     });
-    let whole = |what: String| vec![Problem::new("", what)];
+    let whole_file = |message: String| vec![FieldError::new("", message)];
     let mut tree = match tree {
         Ok(Value::Object(tree)) => tree,
-        Ok(_) => return Err(whole("this is no object: it must begin with apiVersion and kind".to_owned())),
-        Err(error) => return Err(whole(format!("this is neither YAML nor JSON: {error}"))),
+        Ok(_) => return Err(whole_file("this is not an object: it must begin with apiVersion and kind".to_owned())),
+        Err(error) => return Err(whole_file(format!("this is neither YAML nor JSON: {error}"))),
     };
-    // Said apart, before anything else: what is another kind has other fields.
+    // Checked before the fields: another kind has other fields.
     let is = |field: &str, wanted: &str| tree.get(field).and_then(Value::as_str) == Some(wanted);
     if !is("apiVersion", API_VERSION) || !is("kind", KIND) {
-        return Err(whole(format!("this is not of apiVersion {API_VERSION} and kind {KIND}")));
+        return Err(whole_file(format!("this is not of apiVersion {API_VERSION} and kind {KIND}")));
     }
 
     let mut warnings: Vec<String> = duplicates.into_inner();
-    let mut problems = Vec::new();
+    let mut errors = Vec::new();
     loop {
         let mut unknown = Vec::new();
         let mut tracked = serde_path_to_error::Track::new();
@@ -51,21 +51,21 @@ pub(crate) fn read(text: &str) -> Result<Read, Vec<Problem>> {
         match serde_ignored::deserialize(deserializer, |path| unknown.push(path.to_string())) {
             Ok(configuration) => {
                 warnings.extend(unknown.into_iter().map(|path| format!("unknown field {path:?}")));
-                return Ok(Read { configuration, warnings, problems });
+                return Ok(ParsedFile { configuration, warnings, errors });
             }
             Err(error) => {
                 let path = tracked.path();
-                problems.push(Problem::new(path.to_string(), error.to_string()));
-                // What is right beside it may be wrong too.
+                errors.push(FieldError::new(path.to_string(), error.to_string()));
+                // Without this field the rest is parsed again, to find errors in it too.
                 if !remove(&mut tree, &path) {
-                    return Err(problems);
+                    return Err(errors);
                 }
             }
         }
     }
 }
 
-/// Takes out the field at a path; an element of a list goes with its list. Whether there was one.
+/// Removes the field at a path, and returns whether it was there. An element of a list goes with its list.
 fn remove(tree: &mut Map<String, Value>, path: &serde_path_to_error::Path) -> bool {
     use serde_path_to_error::Segment;
     let keys: Vec<&str> = path
@@ -80,13 +80,13 @@ fn remove(tree: &mut Map<String, Value>, path: &serde_path_to_error::Path) -> bo
     parent.and_then(|parent| parent.remove(*last)).is_some()
 }
 
-/// A place in the file. Of fields that are there twice the last counts, and nulls are as if they were not there.
-struct Node<'a> {
+/// Parses one value of the file into a tree. Of duplicate fields the last counts, and a null is as a field that is not there.
+struct ValueSeed<'a> {
     path: String,
     duplicates: &'a RefCell<Vec<String>>,
 }
 
-impl<'de> DeserializeSeed<'de> for Node<'_> {
+impl<'de> DeserializeSeed<'de> for ValueSeed<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -94,7 +94,7 @@ impl<'de> DeserializeSeed<'de> for Node<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Node<'_> {
+impl<'de> Visitor<'de> for ValueSeed<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -135,9 +135,10 @@ impl<'de> Visitor<'de> for Node<'_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
         let mut list = Vec::new();
-        while let Some(value) =
-            seq.next_element_seed(Node { path: format!("{}[{}]", self.path, list.len()), duplicates: self.duplicates })?
-        {
+        while let Some(value) = seq.next_element_seed(ValueSeed {
+            path: format!("{}[{}]", self.path, list.len()),
+            duplicates: self.duplicates,
+        })? {
             list.push(value);
         }
         Ok(Value::Array(list))
@@ -149,9 +150,12 @@ impl<'de> Visitor<'de> for Node<'_> {
         while let Some(key) = map.next_key::<String>()? {
             let path = if self.path.is_empty() { key.clone() } else { format!("{}.{key}", self.path) };
             if seen.contains(&key) {
-                self.duplicates.borrow_mut().push(format!("field {path:?} is there more than once: the last counts"));
+                self.duplicates
+                    .borrow_mut()
+                    .push(format!("field {path:?} is given more than once: the last one counts"));
             }
-            let value = map.next_value_seed(Node { path, duplicates: self.duplicates }).map_err(A::Error::custom)?;
+            let value =
+                map.next_value_seed(ValueSeed { path, duplicates: self.duplicates }).map_err(A::Error::custom)?;
             object.remove(&key);
             if !value.is_null() {
                 object.insert(key.clone(), value);

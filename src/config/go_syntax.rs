@@ -1,13 +1,13 @@
-//! Values as Go's libraries read and write them: durations and truth values.
+//! Go's syntax of durations (`1m30s`) and booleans, which kube-proxy's flags and configuration file have.
 
 use std::fmt::{self, Write as _};
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-/// Go's `time.Duration`: a number of nanoseconds, which may be negative, some 292 years at most.
+/// Go's `time.Duration`: a signed number of nanoseconds, at most some 292 years.
 ///
-/// Written as Go writes it: `30s`, `15m0s`, `1.5s`, `100ms`, `0s`.
+/// It is written as Go writes it: `30s`, `15m0s`, `1.5s`, `100ms`, `0s`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Duration(i64);
 
@@ -30,7 +30,7 @@ impl Duration {
         self.0 < 0
     }
 
-    /// The length of time; a negative one is none.
+    /// The same duration; a negative one becomes 0.
     pub(crate) fn to_std(self) -> std::time::Duration {
         std::time::Duration::from_nanos(u64::try_from(self.0).unwrap_or(0))
     }
@@ -39,9 +39,9 @@ impl Duration {
 impl FromStr for Duration {
     type Err = String;
 
-    /// Reads what `time.ParseDuration` reads, such as `1h30m`, `90500ms` or `0`.
+    /// Parses what `time.ParseDuration` accepts, such as `1h30m`, `90500ms` or `0`.
     fn from_str(text: &str) -> Result<Self, String> {
-        let invalid = || format!("{text:?} is no duration: write it as in 30s, 1m30s or 500ms");
+        let invalid = || format!("{text:?} is not a duration: write it as in 30s, 1m30s or 500ms");
         let (is_negative, unsigned) = match text.strip_prefix('-') {
             Some(rest) => (true, rest),
             None => (false, text.strip_prefix('+').unwrap_or(text)),
@@ -74,7 +74,7 @@ impl FromStr for Duration {
             }
             let digits = |text: &str| if text.is_empty() { Some(0) } else { text.parse::<u128>().ok() };
             nanoseconds += digits(whole).ok_or_else(invalid)? * unit;
-            // Digits beyond a billionth of an hour are below a nanosecond.
+            // More than 18 digits of a fraction of an hour are below a nanosecond.
             let fraction = &fraction[..fraction.len().min(18)];
             let scale = 10_u128.pow(u32::try_from(fraction.len()).unwrap_or_default());
             nanoseconds += digits(fraction).ok_or_else(invalid)? * unit / scale;
@@ -91,7 +91,7 @@ impl fmt::Display for Duration {
         if self.is_negative() {
             f.write_char('-')?;
         }
-        // Below a second Go takes the unit that leaves a whole number before the point.
+        // Below a second Go uses the largest unit that is not larger than the duration.
         let (unit, name) = match total {
             0 => return f.write_str("0s"),
             1..1_000 => (1, "ns"),
@@ -131,8 +131,8 @@ impl<'de> Deserialize<'de> for Duration {
     }
 }
 
-/// Reads a truth value as Go's `strconv.ParseBool`.
-pub(crate) fn boolean(text: &str) -> Result<bool, String> {
+/// Parses a boolean as Go's `strconv.ParseBool`.
+pub(crate) fn parse_bool(text: &str) -> Result<bool, String> {
     match text {
         "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
         "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations_read_as_in_go() {
+    fn durations_parse_as_in_go() {
         for (text, milliseconds) in [
             ("0", 0),
             ("0s", 0),
@@ -187,9 +187,9 @@ mod tests {
     }
 
     #[test]
-    fn truth_values_read_as_in_go() {
-        assert_eq!(boolean("T"), Ok(true));
-        assert_eq!(boolean("0"), Ok(false));
-        assert!(boolean("yes").is_err());
+    fn booleans_parse_as_in_go() {
+        assert_eq!(parse_bool("T"), Ok(true));
+        assert_eq!(parse_bool("0"), Ok(false));
+        assert!(parse_bool("yes").is_err());
     }
 }

@@ -1,0 +1,113 @@
+//! The thread that runs the reconciler, and what is reported after each sync: health, metrics, Events and health checks. Also the
+//! thread that tells the reconciler about changes of the node's interfaces.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result};
+use reconciler::kernel::KernelError;
+use reconciler::linux::LinuxKernel;
+use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
+use reconciler::report::{Failure, SyncReport};
+use reconciler::policy::Families;
+use reconciler::run::{Input, Observer, Periods, ReceivedChanges};
+use reconciler::{Policy, Reconciler};
+use tokio::sync::{mpsc as channel, oneshot};
+use tracing::warn;
+
+use crate::events::{self, EventRecorder};
+use crate::health::Health;
+use crate::http::health_check_node_ports::PortUpdate;
+use crate::metrics;
+use crate::mode::RunMode;
+use crate::sysctl::SysctlMonitor;
+
+/// What the reconciler returns when it ends, in a one-shot mode.
+pub(super) struct SyncResult {
+    pub(super) failures: Vec<Failure>,
+    /// Whether the source could not parse everything.
+    pub(super) is_incomplete: bool,
+}
+
+/// Starts the thread. The receiver gets the result when it ends.
+pub(super) fn spawn(
+    kernel: LinuxKernel,
+    policy: Policy,
+    inbox: Receiver<Input>,
+    periods: Periods,
+    mode: RunMode,
+    mut observer: SyncObserver,
+) -> Result<oneshot::Receiver<SyncResult>> {
+    let (ended, receiver) = oneshot::channel();
+    thread::Builder::new()
+        .name("reconciler".to_owned())
+        .spawn(move || {
+            let mut reconciler = Reconciler::new(kernel, policy);
+            let failures = reconciler::run::run(&mut reconciler, &inbox, periods, mode.is_one_shot(), &mut observer);
+            // Fails if the agent is already exiting.
+            let _ = ended.send(SyncResult { failures, is_incomplete: reconciler.is_incomplete() });
+        })
+        .context("cannot start a thread")?;
+    Ok(receiver)
+}
+
+/// Reports the report of each sync and audit.
+pub(super) struct SyncObserver {
+    pub(super) health: Arc<Health>,
+    pub(super) families: Families,
+    pub(super) started: SystemTime,
+    pub(super) sysctls: SysctlMonitor,
+    pub(super) events: EventRecorder,
+    pub(super) health_checks: channel::UnboundedSender<PortUpdate>,
+}
+
+impl Observer for SyncObserver {
+    fn done(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
+        self.health.synced(since, &report.unrepaired, SystemTime::now());
+        metrics::sync_ended(report, received, self.families, self.started);
+        for event in events::of_sync(report) {
+            self.events.publish(event);
+        }
+        // Not in the first audit, which comes right after the sysctls were applied.
+        if report.is_audit && !report.is_first_audit {
+            for problem in self.sysctls.restore() {
+                self.events.publish(events::sysctl_changed(problem));
+            }
+            metrics::set_wrong_sysctls(self.sysctls.failing());
+        }
+        for update in &report.health_checks {
+            // Fails in one-shot modes, which serve no ports.
+            let _ = self.health_checks.send(update.clone());
+        }
+    }
+
+    fn failed(&mut self, _: &KernelError) {
+        self.health.kernel_unreadable(Instant::now());
+        metrics::kernel_read_failed();
+    }
+}
+
+/// Starts the thread that tells the reconciler when the addresses of the node's interfaces change.
+pub(super) fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
+    let mut watch = InterfaceWatch::open().context("cannot watch the node's interfaces")?;
+    let follow = move || {
+        loop {
+            let changed = watch.wait().unwrap_or_else(|error| {
+                warn!("cannot watch the node's interfaces, will try again: {error}");
+                thread::sleep(Duration::from_secs(1));
+                // Changes may have been missed, so the addresses are read again.
+                Changed { addresses: true, device_lost: false }
+            });
+            let events = [(changed.addresses, Input::InterfacesChanged), (changed.device_lost, Input::DeviceLost)];
+            for (_, input) in events.into_iter().filter(|(has_happened, _)| *has_happened) {
+                if inputs.send(input).is_err() {
+                    return;
+                }
+            }
+        }
+    };
+    thread::Builder::new().name("interfaces".to_owned()).spawn(follow).context("cannot start a thread")?;
+    Ok(())
+}
