@@ -1,6 +1,6 @@
 //! `kube-ipvs cleanup`: removes everything that kube-ipvs made from the kernel, and logs what it leaves.
 //!
-//! The kernel shows what is ours: the front end of each of our virtual servers is in our tables of nf_tables, or if there are
+//! The kernel shows what is ours: the front end of each of our virtual servers is in our tables of `nf_tables`, or if there are
 //! none its VIP is on `kube-ipvs0`. So no API server is needed, and objects of other programs are left alone.
 
 use std::fmt::Display;

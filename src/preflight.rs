@@ -16,7 +16,7 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use service_watch::ExistingState;
 use tracing::{info, warn};
 
-/// Connects to the kernel, and checks that IPVS, the scheduler, nf_tables and dummy devices exist and may be used.
+/// Connects to the kernel, and checks that IPVS, the scheduler, `nf_tables` and dummy devices exist and may be used.
 pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
     let scheduler = policy.scheduler;
     let mut kernel = LinuxKernel::connect(policy.families)?;

@@ -90,7 +90,7 @@ fn is_read(message: &str) -> bool {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_open_connection_survives_removal_and_restart_and_the_real_server_goes_when_it_ends() {
+fn a_draining_real_server_survives_a_restart_until_it_is_idle() {
     isolate().unwrap();
     run("ip address add 10.0.0.1/32 dev lo && ip address add 10.0.0.2/32 dev lo");
     let listener = TcpListener::bind("0.0.0.0:8080").unwrap();
@@ -127,7 +127,7 @@ fn an_open_connection_survives_removal_and_restart_and_the_real_server_goes_when
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn sigterm_leaves_the_kernel_as_it_is_and_says_so() {
+fn sigterm_leaves_the_kernel_unchanged_and_is_logged() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&[]);
@@ -141,7 +141,7 @@ fn sigterm_leaves_the_kernel_as_it_is_and_says_so() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_file_that_no_longer_parses_keeps_its_last_good_content_and_is_named() {
+fn a_file_that_no_longer_parses_keeps_its_last_valid_content() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&[]);
@@ -177,7 +177,7 @@ fn bad_objects_are_named_and_harm_no_other() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_scheduler_the_kernel_lacks_stops_the_start_and_loses_nothing() {
+fn a_missing_scheduler_stops_the_start_and_changes_nothing() {
     isolate().unwrap();
     let manifests = web();
     manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
@@ -190,7 +190,7 @@ fn a_scheduler_the_kernel_lacks_stops_the_start_and_loses_nothing() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn without_cap_net_admin_the_start_fails_with_what_is_missing() {
+fn without_cap_net_admin_the_start_fails_with_a_remedy() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = Agent::start_command(
@@ -205,7 +205,7 @@ fn without_cap_net_admin_the_start_fails_with_what_is_missing() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_foreign_interface_in_the_place_of_ours_stops_the_start() {
+fn a_foreign_kube_ipvs0_stops_the_start() {
     isolate().unwrap();
     run("ip link add kube-ipvs0 type veth peer name other");
     let manifests = web();
@@ -252,7 +252,7 @@ fn every_scheduler_can_be_chosen() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn timeouts_are_set_and_those_of_0_stay() {
+fn ipvs_timeouts_are_set_and_0_keeps_the_kernels_value() {
     isolate().unwrap();
     run("ipvsadm --set 800 100 200");
     let manifests = web();
@@ -262,7 +262,7 @@ fn timeouts_are_set_and_those_of_0_stay() {
 }
 
 #[test]
-fn a_kernel_without_ipvs_is_named_with_the_remedy() {
+fn a_kernel_without_ipvs_is_an_error_with_a_remedy() {
     if std::path::Path::new("/proc/net/ip_vs").exists() {
         return; // This kernel has it; the guest of the lab and most servers do.
     }
@@ -276,7 +276,7 @@ fn a_kernel_without_ipvs_is_named_with_the_remedy() {
 }
 
 #[test]
-fn wrong_flags_end_with_status_1_and_the_reason() {
+fn invalid_flags_exit_with_status_1_and_the_reason() {
     for (flag, reason) in [
         ("--proxy-mode=iptables", "run kube-proxy"),
         ("--ipvs-sync-period=never", "not a duration"),
@@ -291,7 +291,7 @@ fn wrong_flags_end_with_status_1_and_the_reason() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_flood_of_address_changes_leaves_no_stale_node_port() {
+fn many_address_changes_leave_no_stale_node_port() {
     isolate().unwrap();
     run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
     let manifests = Manifests::new();
@@ -315,7 +315,7 @@ fn a_flood_of_address_changes_leaves_no_stale_node_port() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_address_that_an_interface_has_twice_counts_until_both_are_gone() {
+fn an_address_configured_twice_counts_until_both_are_removed() {
     isolate().unwrap();
     run("ip link add eth0 type dummy && ip link set eth0 up");
     run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.1/32 dev eth0");
@@ -329,7 +329,7 @@ fn an_address_that_an_interface_has_twice_counts_until_both_are_gone() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_renamed_device_is_replaced_and_all_comes_to_rest() {
+fn a_renamed_device_is_replaced() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
@@ -348,7 +348,7 @@ fn a_renamed_device_is_replaced_and_all_comes_to_rest() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
+fn a_file_that_never_parsed_removes_nothing() {
     isolate().unwrap();
     let manifests = web();
     manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
@@ -365,7 +365,7 @@ fn a_file_that_is_broken_from_the_start_takes_nothing_away() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn chains_of_others_that_drop_what_is_forwarded_are_named_at_the_start() {
+fn foreign_chains_that_drop_forwarded_packets_are_named() {
     isolate().unwrap();
     run(
         "nft add table inet wall && nft 'add chain inet wall gate { type filter hook forward priority 0; policy drop; }'",
@@ -378,7 +378,7 @@ fn chains_of_others_that_drop_what_is_forwarded_are_named_at_the_start() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn node_ports_on_the_primary_address_follow_the_node_when_it_changes() {
+fn node_ports_on_the_primary_address_follow_the_node() {
     isolate().unwrap();
     run("ip link add eth0 type dummy && ip link set eth0 up");
     run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.2/24 dev eth0");
@@ -395,7 +395,7 @@ fn node_ports_on_the_primary_address_follow_the_node_when_it_changes() {
 /// combination is a table in `crates/reconciler/tests/hostile.rs`.)
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn addresses_that_are_somebodys_are_neither_served_nor_bound() {
+fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     isolate().unwrap();
     run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
     run("ip link add other type dummy; ip address add 172.17.0.1/16 dev other; ip link set other up");

@@ -66,7 +66,7 @@ impl Cluster {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn objects_of_an_api_server_become_virtual_servers_and_follow_changes() {
+fn services_of_an_api_server_become_virtual_servers() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     let mut agent = cluster.agent(&[]);
@@ -91,7 +91,7 @@ fn the_start_is_an_event_of_the_node() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn all_nodes_are_watched_only_when_asked_for() {
+fn all_nodes_are_watched_only_if_configured() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     for (flag, field) in [("--watch-all-nodes=false", true), ("--watch-all-nodes", false)] {
@@ -105,7 +105,7 @@ fn all_nodes_are_watched_only_when_asked_for() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_without_streaming_lists_serves_as_well() {
+fn an_api_server_without_streaming_lists_works_too() {
     for streaming in [Streaming::Refused(422), Streaming::Refused(400)] {
         isolate().unwrap();
         let cluster = Cluster::with_web();
@@ -116,7 +116,7 @@ fn a_server_without_streaming_lists_serves_as_well() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_was_deleted_during_a_disconnection_goes() {
+fn objects_deleted_during_a_disconnection_are_removed() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     cluster.apply(&service("other", "10.96.0.11"));
@@ -133,7 +133,7 @@ fn what_was_deleted_during_a_disconnection_goes() {
 /// An agent starts on a node that serves twelve Services, and the API server, fresh from an old backup, knows of none.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_that_lists_nothing_at_a_start_is_asked_again_before_anything_goes() {
+fn an_empty_list_at_the_start_is_confirmed_before_removals() {
     isolate().unwrap();
     let fill = |cluster: &Cluster| {
         for number in 10..22 {
@@ -176,7 +176,7 @@ fn a_server_that_lists_nothing_at_a_start_is_asked_again_before_anything_goes() 
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_that_forbids_or_speaks_html_is_named_and_nothing_is_lost() {
+fn errors_and_html_of_an_api_server_are_logged_and_change_nothing() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     cluster.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
@@ -194,7 +194,7 @@ fn a_server_that_forbids_or_speaks_html_is_named_and_nothing_is_lost() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_unreadable_kubeconfig_is_named_and_nothing_is_lost() {
+fn an_unreadable_kubeconfig_is_named_and_changes_nothing() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     cluster.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
@@ -253,7 +253,7 @@ fn clients_go_on(listener: &TcpListener, action: impl FnOnce()) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_resource_that_is_forbidden_from_the_start_on_is_unhealthy_after_a_while() {
+fn a_resource_forbidden_from_the_start_makes_the_node_unhealthy() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
     cluster.server.forbid(Some("endpointslices"));
@@ -268,7 +268,7 @@ fn a_resource_that_is_forbidden_from_the_start_on_is_unhealthy_after_a_while() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_resource_that_becomes_forbidden_changes_nothing_and_is_counted() {
+fn a_resource_that_becomes_forbidden_changes_nothing() {
     isolate().unwrap();
     let cluster = Cluster::new();
     let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=1s"]);
@@ -287,7 +287,7 @@ fn a_resource_that_becomes_forbidden_changes_nothing_and_is_counted() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_that_says_410_and_lists_less_takes_away_what_is_gone() {
+fn objects_missing_from_the_list_after_a_410_are_removed() {
     isolate().unwrap();
     let cluster = Cluster::new();
     cluster.apply(&service("other", "10.96.0.11"));
@@ -305,7 +305,7 @@ fn a_server_that_says_410_and_lists_less_takes_away_what_is_gone() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_that_falls_silent_is_noticed_and_nothing_is_lost() {
+fn a_silent_api_server_is_noticed_and_changes_nothing() {
     isolate().unwrap();
     let cluster = Cluster::new();
     let (mut agent, listener) = answering(&cluster, &[], &[]);
@@ -323,7 +323,7 @@ fn a_server_that_falls_silent_is_noticed_and_nothing_is_lost() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_server_that_was_away_and_comes_back_with_another_history_is_believed_and_until_then_nothing_changes() {
+fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
     isolate().unwrap();
     let cluster = Cluster::new();
     let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=2s"]);
@@ -350,7 +350,7 @@ fn a_server_that_was_away_and_comes_back_with_another_history_is_believed_and_un
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_rotated_token_and_a_rotated_authority_are_taken_up() {
+fn a_rotated_token_or_ca_certificate_is_used() {
     isolate().unwrap();
     let cluster = Cluster::new();
     cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
@@ -392,7 +392,7 @@ fn told(agent: &mut Agent, cluster: &Cluster, kind: &str, name: &str, reason: &s
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn clashes_ports_that_are_taken_and_operations_that_keep_failing_are_events_of_their_service() {
+fn clashes_taken_ports_and_repeated_failures_are_service_events() {
     isolate().unwrap();
     let cluster = Cluster::new();
     let taken = TcpListener::bind("0.0.0.0:31777").unwrap();

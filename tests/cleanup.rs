@@ -27,7 +27,7 @@ fn cleanup() -> String {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn cleanup_removes_all_that_was_made_and_nothing_else_and_may_be_repeated() {
+fn cleanup_removes_only_our_objects_and_may_be_repeated() {
     isolate().unwrap();
     run("nft add table ip foreign && nft add chain ip foreign c");
     let before = run("nft list ruleset");
@@ -46,7 +46,7 @@ fn cleanup_removes_all_that_was_made_and_nothing_else_and_may_be_repeated() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn cleanup_leaves_the_device_to_an_address_of_somebody_else() {
+fn cleanup_keeps_the_device_if_it_has_a_foreign_address() {
     isolate().unwrap();
     let _manifests = served();
     run("ip address add 10.77.0.1/24 dev kube-ipvs0");
@@ -58,7 +58,7 @@ fn cleanup_leaves_the_device_to_an_address_of_somebody_else() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_cleanup_removed_a_start_makes_again() {
+fn a_start_after_cleanup_programs_everything_again() {
     isolate().unwrap();
     let manifests = served();
     let nft = run("nft list ruleset");

@@ -67,7 +67,7 @@ impl ConfigMap {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_config_map_that_changes_takes_effect_and_one_that_makes_no_sense_does_not() {
+fn a_changed_config_map_takes_effect_only_if_it_is_valid() {
     isolate().unwrap();
     let manifests = web();
     let mut map = ConfigMap::new(&configuration("ipvs: {scheduler: rr}\nudpIdleTimeout: 250ms"));
@@ -94,7 +94,7 @@ fn a_config_map_that_changes_takes_effect_and_one_that_makes_no_sense_does_not()
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn flags_beside_a_file_are_not_heeded_but_those_that_kube_proxy_heeds() {
+fn most_flags_are_ignored_beside_a_file_as_in_kube_proxy() {
     isolate().unwrap();
     let manifests = web();
     let map = ConfigMap::new(&configuration("ipvs: {scheduler: sh}\nhostnameOverride: another"));
@@ -114,7 +114,7 @@ fn kube_ipvs(flags: &[&str]) -> (bool, String) {
 }
 
 #[test]
-fn the_configuration_in_effect_can_be_written_and_read_again_without_a_kernel() {
+fn the_written_configuration_parses_again_without_a_kernel() {
     let dir = TempDir::new().unwrap();
     let write_to = |name: &str| format!("--write-config-to={}", dir.path().join(name).display());
     let kubeadm = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/configurations/kubeadm.conf");
@@ -132,7 +132,7 @@ fn the_configuration_in_effect_can_be_written_and_read_again_without_a_kernel() 
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn init_only_makes_the_kernel_ready_and_programs_nothing() {
+fn init_only_prepares_the_kernel_and_programs_nothing() {
     isolate().unwrap();
     let (ok, log) = kube_ipvs(&["--init-only", "--ipvs-udp-timeout=33s", "--conntrack-max-per-core=0"]);
     assert!(ok && log.contains("needs only CAP_NET_ADMIN"), "{log}");
@@ -154,7 +154,7 @@ fn init_only_makes_the_kernel_ready_and_programs_nothing() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_change_that_takes_more_rights_than_the_agent_has_leaves_it_as_it_is() {
+fn a_change_that_needs_more_privileges_is_not_applied() {
     isolate().unwrap();
     let (ok, log) = kube_ipvs(&["--init-only", "--conntrack-max-per-core=0"]);
     assert!(ok, "{log}");

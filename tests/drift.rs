@@ -98,7 +98,7 @@ fn object(text: &str) -> serde_json::Value {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn whatever_somebody_changes_is_as_it_was_within_a_sync_period_and_is_told() {
+fn drift_is_repaired_within_a_sync_period_and_reported() {
     let (server, mut agent, _manifests) = cluster();
     agent.until("be ready", |_| Kernel::read().is_some_and(|kernel| kernel.servers.len() == 6));
     let right = Kernel::read().unwrap();
@@ -125,7 +125,7 @@ fn whatever_somebody_changes_is_as_it_was_within_a_sync_period_and_is_told() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_setting_that_somebody_turns_back_is_set_again_and_told() {
+fn a_changed_sysctl_is_restored_and_reported() {
     let (_server, mut agent, _manifests) = cluster();
     for key in ["net.ipv4.ip_forward", "net.ipv4.vs.conntrack", "net.ipv4.vs.expire_nodest_conn"] {
         run(&format!("sysctl -qw {key}=0"));
@@ -138,7 +138,7 @@ fn a_setting_that_somebody_turns_back_is_set_again_and_told() {
 /// While somebody else's device has the name, nothing can be bound; what is no address goes on.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on() {
+fn a_foreign_kube_ipvs0_is_reported_and_the_rest_keeps_working() {
     let (server, mut agent, _manifests) = cluster();
     let right = Kernel::read().unwrap().addresses;
     // In one go, before the agent can make its own.
@@ -161,7 +161,7 @@ fn another_device_in_the_place_of_ours_is_told_and_what_does_not_need_it_goes_on
 /// Another program that writes the same table again and again: the agent does not give up, and everything else is served.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn two_that_write_one_table_leave_the_rest_in_peace() {
+fn two_writers_of_one_table_affect_only_that_table() {
     let (server, mut agent, _manifests) = cluster();
     for round in 0..20 {
         run("nft flush set ip kube-ipvs vips; nft add rule ip kube-ipvs filter-input counter || true");
@@ -178,7 +178,7 @@ fn two_that_write_one_table_leave_the_rest_in_peace() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_second_agent_says_so_and_stops_and_the_first_goes_on() {
+fn a_second_agent_exits_and_the_first_continues() {
     let (server, mut agent, manifests) = cluster();
     let before = Kernel::read();
     // With nothing to serve, which would take away everything.
@@ -206,7 +206,7 @@ fn a_second_agent_says_so_and_stops_and_the_first_goes_on() {
 /// Anybody on the node can take a name; nobody keeps an agent from starting by that who may not be one.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn who_merely_has_the_name_of_an_agent_keeps_none_from_starting() {
+fn an_unprivileged_holder_of_the_lock_does_not_stop_the_start() {
     isolate().unwrap();
     let holder = std::thread::spawn(|| {
         // Of this thread alone.

@@ -115,7 +115,7 @@ fn survives(variable: &str, every: u64, errno: i32, flags: &[&str]) -> (Vec<Stri
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn whatever_the_kernel_refuses_and_why_the_rest_is_done_and_that_is_done_later() {
+fn refused_operations_are_retried_and_hold_up_no_others() {
     for (name, errno) in ERRORS {
         println!("{name}");
         survives("NETLINK_REFUSE", 4, errno, &[]);
@@ -124,7 +124,7 @@ fn whatever_the_kernel_refuses_and_why_the_rest_is_done_and_that_is_done_later()
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn routes_that_the_kernel_refuses_are_made_later() {
+fn refused_routes_are_retried() {
     for (name, errno) in ERRORS {
         println!("{name}");
         survives("NETLINK_REFUSE", 4, errno, &["--vip-binding=route"]);
@@ -143,7 +143,7 @@ fn sockets_that_fail_are_opened_again() {
 /// What tells that something is ours goes last of all, also where not everything went.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_cleanup_could_not_remove_it_removes_the_next_time() {
+fn a_repeated_cleanup_removes_what_the_first_could_not() {
     node();
     let manifests = Manifests::new();
     write(&manifests, 0);

@@ -62,7 +62,7 @@ fn healthz() -> HttpAnswer {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn health_is_about_the_node_and_liveness_is_not() {
+fn healthz_is_about_the_node_and_livez_about_the_agent() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let mut agent = serving(&manifests, &[]);
@@ -103,7 +103,7 @@ fn health_is_about_the_node_and_liveness_is_not() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn drift_that_cannot_be_repaired_is_unhealthy_in_its_family_until_it_can() {
+fn unrepaired_drift_makes_its_family_unhealthy() {
     isolate().unwrap();
     let manifests = Manifests::new();
     manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
@@ -129,7 +129,7 @@ fn drift_that_cannot_be_repaired_is_unhealthy_in_its_family_until_it_can() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_change_that_waits_for_too_long_is_unhealthy() {
+fn a_change_that_is_pending_for_too_long_is_unhealthy() {
     isolate().unwrap();
     let manifests = Manifests::new();
     manifests.write("web.yaml", &service("web", "10.96.0.10"));
@@ -152,7 +152,7 @@ fn a_change_that_waits_for_too_long_is_unhealthy() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn health_check_node_ports_tell_of_local_endpoints_and_follow_changes() {
+fn health_check_ports_report_local_endpoints_and_follow_changes() {
     isolate().unwrap();
     let manifests = Manifests::new();
     manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
@@ -193,7 +193,7 @@ fn health_check_node_ports_tell_of_local_endpoints_and_follow_changes() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn health_check_node_ports_that_move_between_services_are_answered_at_once() {
+fn health_check_ports_that_move_between_services_answer_at_once() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let named = |name: &str, port: u16, octet: u8| {
@@ -218,7 +218,7 @@ fn health_check_node_ports_that_move_between_services_are_answered_at_once() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn health_check_node_ports_are_where_node_ports_are_and_wait_for_one_that_is_taken() {
+fn health_check_ports_use_node_port_addresses_and_retry_if_taken() {
     isolate().unwrap();
     run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
     let taken = TcpListener::bind("192.168.1.1:31777").unwrap();
@@ -239,7 +239,7 @@ fn health_check_node_ports_are_where_node_ports_are_and_wait_for_one_that_is_tak
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_metrics_port_shows_what_kube_proxys_shows() {
+fn the_metrics_port_has_the_pages_of_kube_proxys() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let mut agent = serving(&manifests, &["--ipvs-scheduler=sh"]);
@@ -275,7 +275,7 @@ fn the_metrics_port_shows_what_kube_proxys_shows() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_port_that_is_taken_is_waited_for_or_fatal_as_one_likes() {
+fn a_taken_port_is_retried_or_fatal_as_configured() {
     isolate().unwrap();
     let taken = TcpListener::bind(HEALTH).unwrap();
     let manifests = Manifests::new();
@@ -293,7 +293,7 @@ fn a_port_that_is_taken_is_waited_for_or_fatal_as_one_likes() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn clients_that_say_nothing_keep_nobody_else_waiting() {
+fn idle_clients_do_not_block_others() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let _agent = serving(&manifests, &[]);
@@ -321,7 +321,7 @@ fn sample(line: &str) -> (String, Vec<(String, String)>, f64) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn metrics_scraped_under_load_are_well_formed_and_have_the_documented_names() {
+fn metrics_under_load_are_well_formed_and_documented() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let mut agent = serving(&manifests, &["--ipvs-sync-period=200ms"]);

@@ -254,7 +254,7 @@ fn history(first: &Services, steps: &[(Services, Vec<String>)]) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn killed_at_any_message_it_goes_on_where_it_was() {
+fn a_kill_at_any_message_is_recovered_by_the_next_start() {
     let histories = std::env::var("KUBE_IPVS_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(15);
     let config = ProptestConfig {
         cases: histories,

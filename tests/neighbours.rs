@@ -127,7 +127,7 @@ fn others() -> Vec<String> {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn keepalived_and_people_with_ipvsadm_keep_what_they_have_whatever_the_agent_does() {
+fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     node();
     let _keepalived = Keepalived::start();
     let before = others();
@@ -173,7 +173,7 @@ fn keepalived_and_people_with_ipvsadm_keep_what_they_have_whatever_the_agent_doe
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn on_the_first_start_after_kube_proxy_what_is_on_its_device_is_taken_over_and_what_is_not_stays() {
+fn first_start_adopts_kube_proxys_vips_and_leaves_other_servers() {
     node();
     let _keepalived = Keepalived::start();
     let before = others();

@@ -49,7 +49,7 @@ fn written(log: &str) -> Vec<String> {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_services_need_is_set_and_logged_and_found_right_by_the_next_start() {
+fn required_sysctls_are_set_and_logged_once() {
     isolate().unwrap();
     for key in NEEDED {
         write(key, "0");
@@ -89,7 +89,7 @@ fn strict_arp_is_set_when_asked_for_and_stays() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_limit_of_connection_tracking_that_belongs_to_the_host_is_an_error_and_no_obstacle() {
+fn a_conntrack_limit_that_is_read_only_does_not_stop_the_start() {
     isolate().unwrap();
     let manifests = web();
     // No kernel has this limit by itself, and only the initial network namespace may set it.
@@ -113,7 +113,7 @@ fn without_writable_sysctls(manifests: &Manifests, flags: &str) -> Agent {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn read_only_sysctls_stop_the_start_with_all_keys_and_values_unless_they_are_right() {
+fn wrong_read_only_sysctls_stop_the_start_and_are_all_named() {
     isolate().unwrap();
     for key in NEEDED {
         write(key, "0");
@@ -140,7 +140,7 @@ fn read_only_sysctls_stop_the_start_with_all_keys_and_values_unless_they_are_rig
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn estimation_is_switched_only_where_it_is_asked_for() {
+fn estimation_is_set_only_if_configured() {
     const ESTIMATION: &str = "net/ipv4/vs/run_estimation";
     isolate().unwrap();
     let manifests = web();

@@ -190,8 +190,8 @@ impl Flags {
     /// The configuration of the file, or without one of the flags, with all defaults filled in.
     pub(crate) fn effective(&self) -> Result<EffectiveConfig, ConfigError> {
         let (configuration, warnings, mut errors) = match &self.config {
-            Some(path) => self.from_file(path)?,
-            None => self.from_flags(),
+            Some(path) => self.configuration_of_file(path)?,
+            None => self.configuration_of_flags(),
         };
         let host = rustix::system::uname();
         match Settings::new(&configuration, &host.nodename().to_string_lossy()) {
@@ -221,7 +221,7 @@ impl Flags {
         self.config.is_none() || !has_field || FLAGS_BESIDE_FILE.contains(&name)
     }
 
-    fn from_file(&self, path: &Path) -> Result<(Configuration, Vec<String>, Vec<FieldError>), ConfigError> {
+    fn configuration_of_file(&self, path: &Path) -> Result<(Configuration, Vec<String>, Vec<FieldError>), ConfigError> {
         let ParsedFile { mut configuration, warnings, errors } = config::load(path)?;
         let mut warnings: Vec<String> =
             warnings.into_iter().map(|warning| format!("{}: {warning}", path.display())).collect();
@@ -235,7 +235,7 @@ impl Flags {
         Ok((configuration, warnings, errors))
     }
 
-    fn from_flags(&self) -> (Configuration, Vec<String>, Vec<FieldError>) {
+    fn configuration_of_flags(&self) -> (Configuration, Vec<String>, Vec<FieldError>) {
         let mut configuration = Configuration::default();
         configuration.apply_defaults();
         // As in kube-proxy, the flag has the default of --iptables-min-sync-period.

@@ -73,7 +73,7 @@ fn hammer(is_over: &AtomicBool, served: &AtomicUsize, ask: impl Fn(Duration) -> 
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn during_a_cold_start_of_1000_services_a_client_is_served_right_or_not_at_all() {
+fn a_cold_start_of_1000_services_never_serves_a_client_wrongly() {
     let network = Network::new(1, 1);
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "pod", 8080);

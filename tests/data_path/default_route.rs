@@ -83,20 +83,20 @@ fn try_across_a_cold_start(is_tracked: bool) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn clients_that_try_across_a_cold_start_get_there() {
+fn clients_that_retry_during_a_cold_start_are_served() {
     try_across_a_cold_start(false);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn clients_that_try_across_a_cold_start_get_there_although_they_were_tracked_before() {
+fn clients_tracked_before_a_cold_start_are_served_after_it() {
     try_across_a_cold_start(true);
 }
 
 /// The packet filter knows a VIP before the device has it and after it had it. What comes in between must not leave a trace.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_connection_begun_while_its_vip_was_not_bound_gets_there_once_it_is() {
+fn a_connection_begun_before_its_vip_is_bound_is_served_later() {
     let network = Network::new(1, 1);
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "pod", 8080);

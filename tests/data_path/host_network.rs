@@ -16,7 +16,7 @@ const LB: &str = "203.0.113.10:80";
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn source_ranges_do_not_keep_the_nodes_own_answers_in() {
+fn source_ranges_do_not_drop_the_nodes_own_replies() {
     let network = Network::new(2, 1);
     let _server = Server::start(&Namespace::own().unwrap(), "host", 8080);
     let spec = json!({
@@ -39,7 +39,7 @@ fn source_ranges_do_not_keep_the_nodes_own_answers_in() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_the_node_sends_to_itself_past_services_keeps_its_source() {
+fn the_nodes_own_traffic_past_services_keeps_its_source() {
     let _network = Network::new(1, 1);
     // Another address comes first where the kernel chooses one to masquerade with.
     run("ip link add first type dummy && ip address add 172.30.0.1/24 dev first && ip link set first up");

@@ -79,7 +79,7 @@ fn a_service_of_65535_ports_harms_no_other() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_thousand_source_ranges_of_every_odd_kind_let_in_whom_they_name_and_nobody_else() {
+fn a_thousand_source_ranges_of_every_kind_allow_only_their_clients() {
     let network = Network::new(3, 1);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     // No two of them touch, so that none can be left out.
@@ -160,7 +160,7 @@ fn a_thousand_source_ranges_of_every_odd_kind_let_in_whom_they_name_and_nobody_e
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn ranges_of_which_none_is_one_let_nobody_in() {
+fn source_ranges_that_are_all_invalid_allow_nobody() {
     let network = Network::new(1, 1);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let mut names = String::new();

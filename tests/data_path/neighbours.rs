@@ -172,7 +172,7 @@ fn are_good_neighbours(iptables: &str, rules: &str, turn: Turn) {
 /// An accept in one table does not keep another from dropping, so this is for whoever has made such a chain to mend.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_policy_that_drops_what_is_forwarded_is_mended_by_the_one_rule_of_the_warning() {
+fn the_rule_in_the_warning_fixes_a_forward_policy_of_drop() {
     for iptables in ["iptables-nft", "iptables-legacy"] {
         let network = Network::new(1, 2);
         let _web = Server::start(&network.pods[0].namespace, "web", 8080);

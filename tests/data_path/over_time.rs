@@ -46,7 +46,7 @@ fn time_to_drain(flags: &[&str], wait: Duration) -> Option<Duration> {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_drain_timeout_cuts_open_connections_when_it_is_over() {
+fn open_connections_are_cut_after_the_drain_timeout() {
     let took = time_to_drain(&["--ipvs-drain-timeout=1s"], PATIENCE).expect("nothing happened");
     println!("the real server was gone {took:?} after its endpoint");
     assert!(took >= SECOND, "{took:?}");
@@ -54,7 +54,7 @@ fn a_drain_timeout_cuts_open_connections_when_it_is_over() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn without_a_drain_timeout_open_connections_last() {
+fn open_connections_last_without_a_drain_timeout() {
     assert_eq!(time_to_drain(&[], SECOND * 5 / 2), None);
 }
 

@@ -62,7 +62,7 @@ fn servers(network: &Network) -> [Server; 3] {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_external_ip_that_a_node_has_is_not_served_and_named_in_the_log() {
+fn an_external_ip_of_a_node_is_refused_and_logged() {
     let network = Network::new(2, 1);
     let _servers = servers(&network);
     let manifests = manifests(&greedy());
@@ -82,7 +82,7 @@ fn an_external_ip_that_a_node_has_is_not_served_and_named_in_the_log() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_external_ip_that_a_node_has_is_an_event_of_its_service() {
+fn an_external_ip_of_a_node_is_an_event_of_its_service() {
     let network = Network::new(2, 1);
     let _servers = servers(&network);
     let (server, dir) = (ApiServer::new(), TempDir::new().unwrap());

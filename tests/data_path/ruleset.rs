@@ -211,7 +211,7 @@ fn from_nothing(manifests: &Manifests, flags: &[&str]) -> (Vec<String>, Vec<Stri
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn after_1000_changes_the_ruleset_is_the_one_made_from_nothing_and_those_of_others_are_untouched() {
+fn after_1000_changes_the_ruleset_equals_that_of_a_fresh_start() {
     const CHANGES: usize = 1000;
     const SEED: u64 = 0x5eed_0000_0001;
     isolate().unwrap();
@@ -282,7 +282,7 @@ fn audited(manifests: &Manifests) -> Agent {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_somebody_else_changes_in_the_tables_is_repaired_and_told() {
+fn foreign_changes_of_our_tables_are_repaired_and_reported() {
     const PERIOD: Duration = Duration::from_millis(300);
     isolate().unwrap();
     interface();

@@ -57,7 +57,7 @@ fn is_silence(result: &Try) -> bool {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn source_ranges_let_in_whom_they_name_and_leave_others_without_an_answer() {
+fn source_ranges_allow_their_clients_and_drop_others() {
     let network = Network::new(2, 2);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let manifests = manifests(&web(&network, &["192.168.1.0/24", "fd00:192:1::/64"]));

@@ -186,19 +186,19 @@ fn taken_over_and_back(iptables: Iptables, tool: &str) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_node_of_kube_proxy_with_iptables_nft_is_taken_over_and_handed_back_without_a_connection_lost() {
+fn takeover_and_return_lose_no_connection_with_iptables_nft() {
     taken_over_and_back(Iptables::Nft, "iptables-nft");
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_node_of_kube_proxy_with_iptables_legacy_is_taken_over_and_handed_back_without_a_connection_lost() {
+fn takeover_and_return_lose_no_connection_with_iptables_legacy() {
     taken_over_and_back(Iptables::Legacy, "iptables-legacy");
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_takeover_that_cannot_sync_takes_nothing_away() {
+fn a_takeover_that_cannot_sync_removes_nothing() {
     let network = Network::new(1, 2);
     left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
     let before = kube_objects();
@@ -218,7 +218,7 @@ fn a_takeover_that_cannot_sync_takes_nothing_away() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_flag_cleanup_removes_what_either_has_made() {
+fn the_cleanup_flag_removes_our_and_kube_proxys_objects() {
     let network = Network::new(1, 2);
     left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
     serving(&web(&network), &[CLUSTER_CIDR]).kill();
@@ -231,7 +231,7 @@ fn the_flag_cleanup_removes_what_either_has_made() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_service_that_the_kernel_refuses_keeps_no_node_from_being_taken_over() {
+fn a_service_that_the_kernel_refuses_does_not_stop_a_takeover() {
     let network = Network::new(1, 2);
     left_by_kube_proxy(&network, Iptables::Nft, "iptables-nft");
     let manifests = web(&network);
@@ -246,7 +246,7 @@ fn a_service_that_the_kernel_refuses_keeps_no_node_from_being_taken_over() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn rules_of_iptables_legacy_that_no_tool_is_there_for_are_named_and_keep_nothing_from_starting() {
+fn takeover_without_iptables_legacy_tools_warns_and_continues() {
     let network = Network::new(1, 2);
     left_by_kube_proxy(&network, Iptables::Legacy, "iptables-legacy");
     let manifests = web(&network);

@@ -60,7 +60,7 @@ fn is_served(network: &Network) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn vips_by_routes_are_served_and_there_is_no_address() {
+fn vips_bound_by_routes_are_served_without_addresses() {
     let network = Network::new(1, 2);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let manifests = web();
@@ -79,7 +79,7 @@ fn vips_by_routes_are_served_and_there_is_no_address() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_is_no_vip_of_a_range_reaches_nobody() {
+fn addresses_of_a_range_that_are_no_vip_are_refused() {
     const TO_NOBODY: [&str; 4] = ["10.96.0.99:22", "10.111.255.254:22", "[fd00:96::99]:22", "10.96.0.10:22"];
     let network = Network::new(1, 3);
     let _servers = [
@@ -124,7 +124,7 @@ fn what_is_no_vip_of_a_range_reaches_nobody() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn one_way_takes_the_others_place_without_a_gap() {
+fn the_vip_binding_can_be_changed_without_an_interruption() {
     const WAYS: [&[&str]; 5] = [&[], &[BY_ROUTES], &[BY_ROUTES, RANGES], &[], &[BY_ROUTES, RANGES]];
     let network = Network::new(1, 2);
     let client = &network.clients[0];
@@ -186,7 +186,7 @@ fn one_way_takes_the_others_place_without_a_gap() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_audit_brings_back_what_somebody_took_away() {
+fn an_audit_restores_what_was_removed() {
     let network = Network::new(1, 2);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let manifests = web();
@@ -245,7 +245,7 @@ fn cleanup_takes_the_routes_too() {
 /// The way back to kube-proxy, which binds by addresses: no range may stay open without its guard.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_routes_go_before_the_tables_that_guard_them() {
+fn routes_are_removed_before_the_tables_that_guard_them() {
     let _network = Network::new(1, 1);
     let manifests = web();
     assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
@@ -263,7 +263,7 @@ fn the_routes_go_before_the_tables_that_guard_them() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_range_with_an_address_of_the_node_is_refused_at_the_start() {
+fn a_range_with_an_address_of_the_node_stops_the_start() {
     let _network = Network::new(1, 1);
     let manifests = web();
     let flags = [&FLAGS[..], &[BY_ROUTES, "--vip-ranges=10.96.0.0/12,192.168.0.0/16", "--once"]].concat();
@@ -283,7 +283,7 @@ fn a_range_with_an_address_of_the_node_is_refused_at_the_start() {
 /// On a cable, as load balancers do that announce VIPs: who answers to whom.
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn arp_is_answered_for_vips_and_by_ranges_for_all_in_them_unless_it_is_strict() {
+fn arp_is_answered_for_vips_and_whole_ranges_unless_strict() {
     let network = Network::new(1, 1);
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);

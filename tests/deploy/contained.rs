@@ -96,7 +96,7 @@ fn status(field: &str) -> String {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_image_has_the_agent_and_a_link_to_it_and_nothing_else() {
+fn the_image_has_only_the_agent_and_a_link_to_it() {
     let image = needed("KUBE_IPVS_IMAGE");
     let found = run(&format!("cd {} && find . -mindepth 1 | sort", image.display()));
     let expected = ["./kube-ipvs", "./usr", "./usr/local", "./usr/local/bin", "./usr/local/bin/kube-proxy"];
@@ -109,7 +109,7 @@ fn the_image_has_the_agent_and_a_link_to_it_and_nothing_else() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_pod_of_the_base_serves_with_one_capability_and_under_its_profile() {
+fn the_base_pod_serves_with_one_capability_and_its_seccomp_profile() {
     let (server, listener) = node();
     let mut pod = base(&listener);
     // Without the container that prepares the kernel it says what it lacks: its /proc/sys is read-only.
@@ -168,7 +168,7 @@ fn a_call_that_is_not_in_the_profile_is_refused() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_node_is_taken_over_from_kube_proxy_with_the_configuration_and_the_kubeconfig_of_kubeadm() {
+fn takeover_works_with_kubeadms_configuration_and_kubeconfig() {
     let (server, listener) = node();
     let overlay = build(&deploy().join("overlays/take-over-kubeadm"), &[deploy().join("components/seccomp")]);
     let theirs = documents(&kubeadm().join("config-map.yaml"));
@@ -180,7 +180,7 @@ fn a_node_is_taken_over_from_kube_proxy_with_the_configuration_and_the_kubeconfi
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_daemon_set_of_kube_proxy_goes_on_with_another_image_and_its_own_command() {
+fn kube_proxys_daemon_set_runs_our_image_with_its_own_command() {
     let (server, listener) = node();
     let theirs = documents(&kubeadm().join("config-map.yaml"));
     let mut swapped = documents(&kubeadm().join("daemon-set.yaml")).remove(0);
@@ -218,7 +218,7 @@ fn taken_over(pod: &mut Pod, url: &str, name: &str) {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_pod_of_the_way_back_removes_the_packet_filter_and_leaves_the_rest_to_kube_proxy() {
+fn the_way_back_pod_removes_only_the_packet_filter() {
     let (_server, listener) = node();
     let pod = base(&listener);
     pod.run("init");
@@ -236,7 +236,7 @@ fn the_pod_of_the_way_back_removes_the_packet_filter_and_leaves_the_rest_to_kube
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_role_allows_what_the_agent_asks_for_and_nothing_it_does_not() {
+fn the_role_allows_exactly_the_agents_requests() {
     let (server, listener) = node();
     let pod = base(&listener);
     pod.run("init");
@@ -283,7 +283,7 @@ fn the_role_allows_what_the_agent_asks_for_and_nothing_it_does_not() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_thousand_services_of_ten_endpoints_take_less_than_half_of_the_memory_limit() {
+fn a_thousand_services_fit_in_half_of_the_memory_limit() {
     let (server, listener) = node();
     for number in 0..1000 {
         let name = format!("s{number}");

@@ -52,7 +52,7 @@ fn arguments(daemon_set: &Value) -> Vec<Vec<&str>> {
 }
 
 #[test]
-fn arguments_and_configuration_are_taken_without_a_warning() {
+fn arguments_and_configuration_are_accepted_without_a_warning() {
     let base = build(&deploy().join("base"), &[]);
     let own = &find(&base, "ConfigMap", "kube-ipvs")["data"];
     let overlay = build(&deploy().join("overlays/take-over-kubeadm"), &[]);
@@ -76,7 +76,7 @@ fn arguments_and_configuration_are_taken_without_a_warning() {
 }
 
 #[test]
-fn what_the_configuration_shows_in_comments_can_be_written_there() {
+fn commented_settings_of_the_configuration_are_valid() {
     let base = build(&deploy().join("base"), &[]);
     let mut files = find(&base, "ConfigMap", "kube-ipvs")["data"].clone();
     let text = files["config.conf"].as_str().unwrap();

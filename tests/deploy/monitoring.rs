@@ -38,7 +38,7 @@ fn dashboard() -> Value {
 }
 
 #[test]
-fn the_dashboard_asks_for_metrics_that_there_are() {
+fn the_dashboard_uses_existing_metrics() {
     let (dashboard, metrics) = (dashboard(), metrics());
     assert!(metrics.len() > 40, "{metrics:?}");
     let mut shown = BTreeSet::new();
@@ -120,7 +120,7 @@ struct Annotations {
 }
 
 #[test]
-fn every_alert_asks_for_metrics_that_there_are_and_says_what_to_do() {
+fn every_alert_uses_existing_metrics_and_has_a_remedy() {
     let text = fs::read_to_string(deploy().join("monitoring/alerts.yaml")).unwrap();
     let rules: Rules = serde_saphyr::from_str(&text).unwrap();
     let metrics = metrics();
@@ -142,7 +142,7 @@ fn every_alert_asks_for_metrics_that_there_are_and_says_what_to_do() {
 }
 
 #[test]
-fn a_metric_that_there_is_not_would_be_found() {
+fn the_check_finds_a_metric_that_does_not_exist() {
     assert_eq!(
         asked_for("rate(kube_ipvs_x_bucket{job=~\"y\"}[5m]) / up").into_iter().collect::<Vec<_>>(),
         ["kube_ipvs_x_bucket"]

@@ -108,7 +108,7 @@ fn every_manifest_is_understood_field_by_field() {
 }
 
 #[test]
-fn what_is_misspelt_or_of_a_wrong_type_is_found() {
+fn misspelt_fields_and_wrong_types_are_found() {
     let good = find(&build(&deploy().join("base"), &[]), "DaemonSet", "kube-ipvs").clone();
     assert_eq!(not_understood(&good), Vec::<String>::new());
     let with = |patch: Value| {
@@ -126,7 +126,7 @@ fn what_is_misspelt_or_of_a_wrong_type_is_found() {
 }
 
 #[test]
-fn kustomizations_name_all_files_beside_them_and_only_those() {
+fn kustomizations_list_exactly_the_files_beside_them() {
     for name in KUSTOMIZATIONS {
         let dir = deploy().join(name);
         let own = kustomization(&dir);
@@ -196,7 +196,7 @@ fn containers(pod: &PodSpec) -> Vec<&Container> {
 }
 
 #[test]
-fn only_the_container_that_prepares_the_kernel_has_more_rights_than_one_capability() {
+fn only_the_init_container_has_more_than_one_capability() {
     for (pod, names) in [
         (pod("base", &[]), &["init", "kube-ipvs"][..]),
         (pod("overlays/new-cluster", &[]), &["init", "kube-ipvs"]),
@@ -228,7 +228,7 @@ fn only_the_container_that_prepares_the_kernel_has_more_rights_than_one_capabili
 }
 
 #[test]
-fn the_component_puts_our_profile_in_the_place_of_the_runtimes() {
+fn the_seccomp_component_replaces_the_runtimes_profile() {
     for dir in ["base", "overlays/take-over-kubeadm"] {
         let context = pod(dir, &["components/seccomp"]).security_context.unwrap();
         let profile = context.seccomp_profile.unwrap();
@@ -251,7 +251,7 @@ fn the_component_puts_our_profile_in_the_place_of_the_runtimes() {
 }
 
 #[test]
-fn the_role_lists_watches_and_posts_events_and_nothing_else() {
+fn the_role_allows_only_list_watch_and_events() {
     let objects = build(&deploy().join("base"), &[]);
     let role: ClusterRole = serde_json::from_value(find(&objects, "ClusterRole", "kube-ipvs").clone()).unwrap();
     let rules = role.rules.unwrap();
@@ -285,7 +285,7 @@ fn the_role_lists_watches_and_posts_events_and_nothing_else() {
 }
 
 #[test]
-fn probes_ask_for_what_restarts_can_help_and_updates_can_wait_for() {
+fn probes_fail_only_where_a_restart_or_waiting_helps() {
     for pod in [pod("base", &[]), pod("overlays/take-over-kubeadm", &[]), swapped()] {
         let container = &pod.containers[0];
         let live = container.liveness_probe.as_ref().unwrap().http_get.as_ref().unwrap();
@@ -299,7 +299,7 @@ fn probes_ask_for_what_restarts_can_help_and_updates_can_wait_for() {
 }
 
 #[test]
-fn nothing_is_left_of_kube_proxys_pod_but_what_the_patch_leaves() {
+fn the_patch_replaces_kube_proxys_pod_except_listed_fields() {
     let pod = swapped();
     let container = &pod.containers[0];
     assert_eq!(container.command.as_ref().unwrap()[0], "/usr/local/bin/kube-proxy");
