@@ -1,7 +1,7 @@
 //! `kube-ipvs cleanup`: removes everything that kube-ipvs made from the kernel, and logs what it leaves.
 //!
-//! The kernel shows what is ours: the front end of each of our virtual servers is in our tables of `nf_tables`, or if there are
-//! none its VIP is on `kube-ipvs0`. So no API server is needed, and objects of other programs are left alone.
+//! The kernel shows what is ours: the front end of each of our virtual servers is in our tables of `nf_tables`, or if
+//! there are none its VIP is on `kube-ipvs0`. So no API server is needed, and objects of other programs are left alone.
 
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -30,7 +30,8 @@ pub(crate) fn run() -> Result<ExitReason> {
     if tally.failed == 0 && foreign.addresses.is_empty() {
         tally.count_deletion("device kube-ipvs0", kernel.delete_device());
     }
-    // Last: they refuse other ports of VIPs as long as there are VIPs, and their elements prove which virtual servers are ours.
+    // Last: they refuse other ports of VIPs as long as there are VIPs, and their elements prove which virtual servers
+    // are ours.
     if tally.failed == 0 {
         tally.count_deletion("the tables kube-ipvs of nf_tables", kernel.delete_filter());
     }
@@ -90,8 +91,8 @@ fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> Tally {
     tally
 }
 
-/// Removes only the tables of the packet filter, and before them our routes. kube-proxy, which serves the VIPs by then, binds
-/// them as addresses and filters traffic to them, but it does not know our routes.
+/// Removes only the tables of the packet filter, and before them our routes. kube-proxy, which serves the VIPs by then,
+/// binds them as addresses and filters traffic to them, but it does not know our routes.
 pub(crate) fn remove_packet_filter() -> Result<ExitReason> {
     let _lock = InstanceLock::acquire()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;

@@ -1,5 +1,5 @@
-//! Every Kubernetes Event of the agent is made here: on the Service that it concerns, otherwise on the Node. The recorder in
-//! `service-watch` limits repetitions and rates.
+//! Every Kubernetes Event of the agent is made here: on the Service that it concerns, otherwise on the Node. The
+//! recorder in `service-watch` limits repetitions and rates.
 
 use std::sync::{Arc, OnceLock};
 
@@ -7,7 +7,8 @@ use reconciler::contribution::AddressOwner;
 use reconciler::report::SyncReport;
 use service_watch::{Event, EventType, EventObject, Events, ObjectName};
 
-/// If more operations than this keep failing, they have a common cause: one Event on the Node replaces those on Services.
+/// If more operations than this keep failing, they have a common cause: one Event on the Node replaces those on
+/// Services.
 const MAX_FAILURE_EVENTS: usize = 5;
 
 /// Publishes Events, once there is an API server. Until then, and with manifests, they are discarded.
@@ -50,7 +51,7 @@ pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
             "FrontEndTaken",
             "LeaveFrontEnd",
             format!(
-                "{} belongs to Service {}, which was given it, is older, or first by name: give one of the two another address or port",
+                "{} belongs to Service {}, to which it was assigned, or which is older or first by name: give one of the two another address or port",
                 clash.front_end, clash.winner
             ),
         ));

@@ -1,9 +1,9 @@
 //! The node's health: whether its Services are programmed as they should be. Callers pass the time.
 //!
-//! An address family is unhealthy in three cases: after the first sync, a change is pending for more than two sync periods; the
-//! kernel could not be read for as long; or another program changed something that was right, and it cannot be repaired. A single
-//! Service that cannot be programmed does not make the node unhealthy: users who may create Services must not be able to take
-//! nodes out of service.
+//! An address family is unhealthy in three cases: after the first sync, a change is pending for more than two sync
+//! periods; the kernel could not be read for as long; or another program changed something that was right, and it
+//! cannot be repaired. A single Service that cannot be programmed does not make the node unhealthy: users who may
+//! create Services must not be able to take nodes out of service.
 
 use std::collections::BTreeSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};

@@ -1,8 +1,9 @@
-//! The instance lock: one agent for each network namespace. Two agents would each repair what the other writes, for ever.
+//! The instance lock: one agent for each network namespace. Two agents would each repair what the other writes, for
+//! ever.
 //!
-//! The lock is a socket with a name in the abstract namespace of `AF_UNIX` (`unix(7)`). Such names are per network namespace, as
-//! is everything that the agent programs; a name that is in use cannot be bound again; and the kernel releases it when the
-//! process ends, in whichever way.
+//! The lock is a socket with a name in the abstract namespace of `AF_UNIX` (`unix(7)`). Such names are per network
+//! namespace, as is everything that the agent programs; a name that is in use cannot be bound again; and the kernel
+//! releases it when the process ends, in whichever way.
 
 use std::io::ErrorKind;
 use std::os::linux::net::SocketAddrExt as _;
@@ -45,9 +46,10 @@ impl InstanceLock {
     }
 }
 
-/// Whether the process that listens on the name may be an agent: it has our user id, or its user id cannot be read. Any user
-/// can bind the name, and must not be able to prevent an agent from starting. Tokio reads the credentials, because the standard
-/// library's `peer_cred` is not stable, and rustix cannot represent process id 0, which a peer in another PID namespace has.
+/// Whether the process that listens on the name may be an agent: it has our user id, or its user id cannot be read. Any
+/// user can bind the name, and must not be able to prevent an agent from starting. Tokio reads the credentials, because
+/// the standard library's `peer_cred` is not stable, and rustix cannot represent process id 0, which a peer in another
+/// PID namespace has.
 fn may_be_agent(name: &SocketAddr) -> bool {
     let peer = || -> std::io::Result<UCred> {
         let stream = std::os::unix::net::UnixStream::connect_addr(name)?;

@@ -37,8 +37,8 @@ pub(crate) fn init(logging: &Logging) -> VerbosityHandle {
     VerbosityHandle(handle)
 }
 
-/// The levels of kube-proxy's `-v`: from 4 on debugging output, from 6 on everything, libraries included. Below 4 libraries are
-/// silent, because the agent logs their errors itself.
+/// The levels of kube-proxy's `-v`: from 4 on debugging output, from 6 on everything, libraries included. Below 4
+/// libraries are silent, because the agent logs their errors itself.
 fn targets(verbosity: u32) -> Targets {
     let (own, libraries) = match verbosity {
         0..4 => (LevelFilter::INFO, LevelFilter::OFF),
@@ -50,7 +50,8 @@ fn targets(verbosity: u32) -> Targets {
         .fold(Targets::new().with_default(libraries), |filter, target| filter.with_target(target, own))
 }
 
-/// An error and its causes in one line. A cause whose text the line already has is left out: many errors include their cause.
+/// An error and its causes in one line. A cause whose text the line already has is left out: many errors include their
+/// cause.
 pub(crate) fn error_chain(error: &anyhow::Error) -> String {
     error.chain().fold(String::new(), |mut line, cause| {
         let cause = cause.to_string();

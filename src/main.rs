@@ -4,7 +4,7 @@
 //!
 //! | Question | File |
 //! |---|---|
-//! | Where is a flag read? | `flags/fields.rs`: flags with a field in the configuration file; `flags/mod.rs`: all others |
+//! | Where is a flag read? | `flags/fields.rs` if the configuration file has a field for it, else `flags/mod.rs` |
 //! | Where is the configuration file parsed? | `config/parse.rs`, into the object of `config/object.rs` |
 //! | Where is a value checked? | `config/settings.rs` |
 //! | Where is a metric named? | `metrics.rs` |
@@ -16,7 +16,8 @@
 //! | What do `cleanup` and `takeover` do? | `cleanup.rs`, `takeover.rs` |
 //! | Why does a second agent not start? | `instance_lock.rs` |
 //!
-//! What is programmed for a Service is decided in the crate `reconciler`; Services are read by the crate `service-watch`.
+//! What is programmed for a Service is decided in the crate `reconciler`; Services are read by the crate
+//! `service-watch`.
 
 #![forbid(unsafe_code)]
 

@@ -49,7 +49,8 @@ fn size_buckets() -> Vec<f64> {
     (0..10).map(|power| f64::from(1 << (2 * power))).collect()
 }
 
-/// kube-proxy's buckets of `network_programming_duration`: by the second up to a minute, then coarser up to five minutes.
+/// kube-proxy's buckets of `network_programming_duration`: by the second up to a minute, then coarser up to five
+/// minutes.
 fn programming_buckets() -> Vec<f64> {
     let (seconds, fives, thirties) = (1..60, (60..120).step_by(5), (120..=300).step_by(30));
     [0.25, 0.5].into_iter().chain(seconds.chain(fives).chain(thirties).map(f64::from)).collect()
@@ -212,9 +213,9 @@ pub(crate) fn change_received(change: &Change, families: Families) {
     }
 }
 
-/// A sync or an audit has ended. Trigger times of EndpointSlices before `started`, when the agent started, are ignored: they
-/// do not measure this agent.
-pub(crate) fn sync_ended(report: &SyncReport, received: &ReceivedChanges, families: Families, started: SystemTime) {
+/// A sync or an audit has ended. Trigger times of EndpointSlices before `started`, when the agent started, are ignored:
+/// they do not measure this agent.
+pub(crate) fn sync_ended(outcome: &Outcome, taken: &Taken, families: Families, started: SystemTime) {
     let now = SystemTime::now();
     let kind = if report.is_audit { "audit" } else { "sync" };
     histogram!(SYNC, "kind" => kind).record(report.duration);
@@ -303,11 +304,12 @@ pub(crate) fn count_health_request(metric: &'static str, status: StatusCode) {
     counter!(metric, "code" => status.as_u16().to_string()).increment(1);
 }
 
-/// The unit of processor times in /proc (`USER_HZ` of `asm-generic/param.h`), which does not depend on the kernel's own tick.
+/// The unit of processor times in /proc (`USER_HZ` of `asm-generic/param.h`), which does not depend on the kernel's own
+/// tick.
 const USER_HZ: u64 = 100;
 
-/// Updates the metrics that are counted elsewhere, before they are rendered. The source comes with the number of kinds of
-/// objects that it watches: it lists each kind once, and every further list is a restart of a watch.
+/// Updates the metrics that are counted elsewhere, before they are rendered. The source comes with the number of kinds
+/// of objects that it watches: it lists each kind once, and every further list is a restart of a watch.
 pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
     if let Some((source, kinds)) = source {
         counter!(WATCH_RESTARTS).absolute(source.lists().saturating_sub(kinds));

@@ -7,9 +7,9 @@ pub(crate) enum RunMode {
     Serve,
     /// Sync once (`--once`). Any operation that the kernel refuses is an error.
     Once,
-    /// Sync once, before kube-proxy's rules are removed (`takeover`). An operation that the kernel refuses for one Service is
-    /// only a warning: another proxy would be refused too, and users who may create Services must not be able to prevent a
-    /// takeover.
+    /// Sync once, before kube-proxy's rules are removed (`takeover`). An operation that the kernel refuses for one
+    /// Service is only a warning: another proxy would be refused too, and users who may create Services must not be
+    /// able to prevent a takeover.
     Takeover,
 }
 

@@ -1,5 +1,5 @@
-//! Checks before anything is programmed: that the kernel has what the agent needs, with a remedy in each error. Also sets the
-//! limits of the process and the IPVS timeouts.
+//! Checks before anything is programmed: that the kernel has what the agent needs, with a remedy in each error. Also
+//! sets the limits of the process and the IPVS timeouts.
 
 use std::collections::BTreeSet;
 use std::net::IpAddr;
@@ -30,7 +30,8 @@ pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
     kernel.ensure_device()?;
     match kernel.forward_drops() {
         Ok(chains) if chains.is_empty() => {}
-        // An accept in our table does not prevent a drop in another one, and the agent does not change tables of other programs.
+        // An accept in our table does not prevent a drop in another one, and the agent does not change tables of other
+        // programs.
         Ok(chains) => warn!(
             chains = chains.join(", "),
             "a chain of another program drops forwarded packets that it does not accept itself; unless that program accepts \
@@ -42,8 +43,8 @@ pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
     Ok(kernel)
 }
 
-/// All addresses in a range of VIPs become local to the node, and those that are no VIP are refused. So a range must not have an
-/// address of the node's interfaces.
+/// All addresses in a range of VIPs become local to the node, and those that are no VIP are refused. So a range must
+/// not have an address of the node's interfaces.
 fn check_vip_ranges(kernel: &mut LinuxKernel, binding: &VipBinding) -> Result<()> {
     if binding.ranges().is_empty() {
         return Ok(());
@@ -81,7 +82,8 @@ pub(crate) fn detect_families() -> Families {
     Families { ipv4: true, ipv6 }
 }
 
-/// Raises the limit of open files to the hard limit, because each health-check node port needs one. (Go's runtime does the same.)
+/// Raises the limit of open files to the hard limit, because each health-check node port needs one. (Go's runtime does
+/// the same.)
 pub(crate) fn raise_file_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

@@ -1,7 +1,7 @@
 //! `kube-ipvs takeover`: removes what kube-proxy left, after the first sync has put our packet filter in place.
 //!
-//! kube-proxy's virtual servers and addresses are like ours, and the first sync adopts them. Its iptables chains, ipsets and
-//! `nf_tables` tables would stay in effect beside our tables, even for Services that are deleted.
+//! kube-proxy's virtual servers and addresses are like ours, and the first sync adopts them. Its iptables chains,
+//! ipsets and `nf_tables` tables would stay in effect beside our tables, even for Services that are deleted.
 
 use tracing::{error, info, warn};
 

@@ -1,8 +1,8 @@
 //! The agent: prepares the kernel, then starts and connects all threads and tasks.
 //!
 //! * `source`: the task that reads Services from an API server or from manifests.
-//! * `reconciler_thread`: the thread that programs the kernel, what is reported after each sync, and the thread that watches the
-//!   node's interfaces.
+//! * `reconciler_thread`: the thread that programs the kernel, what is reported after each sync, and the thread that
+//!   watches the node's interfaces.
 //! * `servers`: the tasks that serve HTTP.
 //! * `restart`: notices changes of the configuration and of credentials.
 //! * `exit`: waits for whatever ends the agent.
@@ -82,8 +82,8 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
     policy.api_servers.extend(location.server_address());
     let (node_name, families) = (policy.node_name.clone(), policy.families);
     let health = Arc::new(Health::new(families, periods.audit));
-    // One worker for the source and the servers, besides this thread, which waits for signals: a kubeconfig may name a program
-    // that returns credentials, and running it blocks.
+    // One worker for the source and the servers, besides this thread, which waits for signals: a kubeconfig may name a
+    // program that returns credentials, and running it blocks.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

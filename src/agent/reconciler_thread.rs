@@ -1,5 +1,5 @@
-//! The thread that runs the reconciler, and what is reported after each sync: health, metrics, Events and health checks. Also the
-//! thread that tells the reconciler about changes of the node's interfaces.
+//! The thread that runs the reconciler, and what is reported after each sync: health, metrics, Events and health
+//! checks. Also the thread that tells the reconciler about changes of the node's interfaces.
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender};

@@ -1,5 +1,6 @@
-//! When the agent restarts: the configuration file, the kubeconfig or a certificate has changed, and the new content is usable.
-//! If it is not, that is logged and the agent continues as it is: exiting would leave the node without an agent.
+//! When the agent restarts: the configuration file, the kubeconfig or a certificate has changed, and the new content is
+//! usable. If it is not, that is logged and the agent continues as it is: exiting would leave the node without an
+//! agent.
 
 use anyhow::Context as _;
 use service_watch::ApiServer;
@@ -43,8 +44,8 @@ pub(super) async fn configuration_changed(flags: &Flags, configuration: &Configu
     }
 }
 
-/// Waits until the kubeconfig or a file that it names has changed, and still gives a client. (kube-proxy continues with what it
-/// read at its start.)
+/// Waits until the kubeconfig or a file that it names has changed, and still gives a client. (kube-proxy continues with
+/// what it read at its start.)
 pub(super) async fn credentials_changed(location: SourceLocation) {
     let SourceLocation::ApiServer(connection) = location else { return std::future::pending().await };
     let mut watcher = FileWatcher::new(connection.files());

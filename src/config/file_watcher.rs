@@ -1,11 +1,11 @@
-//! Notices a change of a file that was read at the start: written in place, replaced, or behind a symbolic link that points
-//! elsewhere, which is how kubelet updates a `ConfigMap`.
+//! Notices a change of a file that was read at the start: written in place, replaced, or behind a symbolic link that
+//! points elsewhere, which is how kubelet updates a `ConfigMap`.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How often the files are read. They are small, and only reading them misses nothing: inotify reports neither a link that is
-/// replaced in a parent directory nor a write on another machine.
+/// How often the files are read. They are small, and only reading them misses nothing: inotify reports neither a link
+/// that is replaced in a parent directory nor a write on another machine.
 const POLL_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Files and the contents they had when they were last read.
@@ -25,8 +25,8 @@ impl FileWatcher {
         Self { paths, contents }
     }
 
-    /// Waits until the content of a file has changed and then stayed the same for one interval, so that a write in progress is
-    /// not read. A file that is missing or cannot be read counts as unchanged.
+    /// Waits until the content of a file has changed and then stayed the same for one interval, so that a write in
+    /// progress is not read. A file that is missing or cannot be read counts as unchanged.
     pub(crate) async fn changed(&mut self) {
         let mut before = None;
         loop {

@@ -1,4 +1,5 @@
-//! The configuration: kube-proxy's file and flags, parsed as kube-proxy parses them, and the settings that follow from them.
+//! The configuration: kube-proxy's file and flags, parsed as kube-proxy parses them, and the settings that follow from
+//! them.
 //!
 //! * `object`: `KubeProxyConfiguration`, all its fields and their defaults.
 //! * `parse`: from the text of a file to that object.

@@ -13,8 +13,8 @@ use super::go_syntax;
 pub(crate) const API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha1";
 pub(crate) const KIND: &str = "KubeProxyConfiguration";
 
-/// The whole configuration. In a file an empty string, a missing number or a duration of 0 stands for the default, which
-/// [`Configuration::apply_defaults`] fills in.
+/// The whole configuration. In a file an empty string, a missing number or a duration of 0 stands for the default,
+/// which [`Configuration::apply_defaults`] fills in.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub(crate) struct Configuration {
@@ -232,8 +232,8 @@ impl Default for Configuration {
 }
 
 impl Configuration {
-    /// Fills in kube-proxy's defaults (`SetDefaults_KubeProxyConfiguration`). `ipvs.minSyncPeriod` has a default on the command
-    /// line, and none in a file.
+    /// Fills in kube-proxy's defaults (`SetDefaults_KubeProxyConfiguration`). `ipvs.minSyncPeriod` has a default on the
+    /// command line, and none in a file.
     pub(crate) fn apply_defaults(&mut self) {
         set_if_empty(&mut self.bind_address, "0.0.0.0");
         let is_v6 = service_watch::parse_ip(&self.bind_address).is_some_and(|address| address.is_ipv6());
@@ -299,7 +299,8 @@ fn set_if_empty(field: &mut String, default: &str) {
     }
 }
 
-/// Adds a port to an address that has none. Text that is not an address is returned as it is, to be refused by the checks.
+/// Adds a port to an address that has none. Text that is not an address is returned as it is, to be refused by the
+/// checks.
 pub(crate) fn with_port(text: &str, port: u16) -> String {
     let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
     match service_watch::parse_ip(bare) {

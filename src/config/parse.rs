@@ -80,7 +80,8 @@ fn remove(tree: &mut Map<String, Value>, path: &serde_path_to_error::Path) -> bo
     parent.and_then(|parent| parent.remove(*last)).is_some()
 }
 
-/// Parses one value of the file into a tree. Of duplicate fields the last counts, and a null is as a field that is not there.
+/// Parses one value of the file into a tree. Of duplicate fields the last counts, and a null is as a field that is not
+/// there.
 struct ValueSeed<'a> {
     path: String,
     duplicates: &'a RefCell<Vec<String>>,

@@ -266,8 +266,8 @@ fn detect_local(c: &Configuration, check: &mut Validator) -> DetectLocal {
     }
 }
 
-/// Collects the errors of all fields. For an invalid value a placeholder of its type is returned; the settings are then not
-/// used.
+/// Collects the errors of all fields. For an invalid value a placeholder of its type is returned; the settings are then
+/// not used.
 #[derive(Default)]
 struct Validator {
     errors: Vec<FieldError>,

@@ -13,8 +13,8 @@ use crate::config::object::{Configuration, Vmodule, with_port};
 /// `None` for a flag that was not given. The fields have the defaults.
 #[derive(Clone, Debug, Default, Args)]
 pub(super) struct FieldFlags {
-    /// How virtual servers choose real servers: rr, wrr, lc, wlc, lblc, lblcr, dh, sh, sed, nq, fo, ovf, mh or twos [default:
-    /// rr]
+    /// How virtual servers choose real servers: rr, wrr, lc, wlc, lblc, lblcr, dh, sh, sed, nq, fo, ovf, mh or twos
+    /// [default: rr]
     #[arg(long, value_name = "NAME", help_heading = "Services and their virtual servers")]
     ipvs_scheduler: Option<String>,
 
@@ -40,8 +40,8 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
     ipvs_exclude_cidrs: Option<Vec<String>>,
 
-    /// Answer ARP requests only for addresses of the interface that received them. Required by load balancers that announce
-    /// VIPs by ARP
+    /// Answer ARP requests only for addresses of the interface that received them. Required by load balancers that
+    /// announce VIPs by ARP
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "Services and their virtual servers")]
     ipvs_strict_arp: Option<bool>,
 
@@ -92,8 +92,8 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "BIT", allow_negative_numbers = true, help_heading = "Whose traffic is masqueraded")]
     iptables_masquerade_bit: Option<i32>,
 
-    /// How to recognise traffic from pods, which is not masqueraded on its way to ClusterIPs: `ClusterCIDR`, `NodeCIDR`,
-    /// `BridgeInterface` or `InterfaceNamePrefix` [default: ClusterCIDR]
+    /// How to recognise traffic from pods, which is not masqueraded on its way to ClusterIPs: `ClusterCIDR`,
+    /// `NodeCIDR`, `BridgeInterface` or `InterfaceNamePrefix` [default: ClusterCIDR]
     #[arg(long, value_name = "MODE", help_heading = "Whose traffic is masqueraded")]
     detect_local_mode: Option<String>,
 
@@ -249,33 +249,34 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "FILE", help_heading = "Without effect")]
     machine_id_file: Option<String>,
 
-    /// How long a TCP endpoint that is being removed may keep its connections; then they are cut. 0s: as long as they last
-    /// [default: 0s]
+    /// How long a TCP endpoint that is being removed may keep its connections; then they are cut. 0s: as long as they
+    /// last [default: 0s]
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "What kube-proxy does not have")]
     ipvs_drain_timeout: Option<go_syntax::Duration>,
 
-    /// Watch all Nodes, to refuse VIPs that are an address of one of them: the API server then sends every status update of
-    /// every Node
+    /// Watch all Nodes, to refuse VIPs that are an address of one of them: the API server then sends every status
+    /// update of every Node
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     watch_all_nodes: Option<bool>,
 
-    /// How VIPs are bound to this node: `address`, an address on kube-ipvs0 for each, or `route`, a local route for each, which
-    /// costs less with thousands of VIPs [default: address]
+    /// How VIPs are bound to this node: `address`, an address on kube-ipvs0 for each, or `route`, a local route for
+    /// each, which costs less with thousands of VIPs [default: address]
     #[arg(long, value_name = "address|route", help_heading = "What kube-proxy does not have")]
     vip_binding: Option<String>,
 
-    /// With --vip-binding=route, ranges that get one route instead of one for each VIP: the cluster's ranges of ClusterIPs. All
-    /// addresses in them become local to the node; connections to those that are no VIP are refused
+    /// With --vip-binding=route, ranges that get one route instead of one for each VIP: the cluster's ranges of
+    /// ClusterIPs. All addresses in them become local to the node; connections to those that are no VIP are refused
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "What kube-proxy does not have")]
     vip_ranges: Option<Vec<String>>,
 
-    /// Whether the kernel sums up statistics and estimates rates of each virtual and real server, every 2 seconds: false saves
-    /// that time, and `ipvsadm --stats` and `--rate` no longer change [default: as the kernel has it, which is true]
+    /// Whether the kernel sums up statistics and estimates rates of each virtual and real server, every 2 seconds:
+    /// false saves that time, and `ipvsadm --stats` and `--rate` no longer change [default: as the kernel has it, which
+    /// is true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     ipvs_estimation: Option<bool>,
 
-    /// If a list of the API server lacks most of the known objects, read it again after 5 seconds before anything is removed
-    /// because of it [default: true]
+    /// If a list of the API server lacks most of the known objects, read it again after 5 seconds before anything is
+    /// removed because of it [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     confirm_disappearance: Option<bool>,
 }
@@ -308,8 +309,8 @@ impl FieldFlags {
         self.cluster_cidr.as_deref() == Some("")
     }
 
-    /// Applies the deprecated port flags. A port other than 0 counts only if the address has none, and the default address has
-    /// one; 0 switches the server off.
+    /// Applies the deprecated port flags. A port other than 0 counts only if the address has none, and the default
+    /// address has one; 0 switches the server off.
     pub(super) fn apply_ports(&self, c: &mut Configuration) {
         for (address, port, default) in [
             (&mut c.healthz_bind_address, self.healthz_port, 10256),

@@ -1,4 +1,5 @@
-//! The command line: kube-proxy's flags, and those without a field in the configuration file. (`fields` has the others.)
+//! The command line: kube-proxy's flags, and those without a field in the configuration file. (`fields` has the
+//! others.)
 
 #![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
 
@@ -18,15 +19,15 @@ use crate::config::{self, ConfigError, Configuration, FieldError, ParsedFile, Se
 
 /// Makes Kubernetes Services work with IPVS, the kernel's own load balancer.
 ///
-/// Takes the flags of `kube-proxy --proxy-mode=ipvs`, and its configuration file (--config). Services and EndpointSlices
-/// come from an API server (--kubeconfig, --master, or the service account of a pod) or from a directory of manifests
-/// (--manifests).
+/// Takes the flags of `kube-proxy --proxy-mode=ipvs`, and its configuration file (--config). Services and
+/// EndpointSlices come from an API server (--kubeconfig, --master, or the service account of a pod) or from a directory
+/// of manifests (--manifests).
 #[derive(Clone, Debug, Parser)]
 #[command(name = "kube-ipvs", version, args_override_self = true, after_long_help = AFTER_HELP)]
 pub(crate) struct Flags {
-    /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, YAML or JSON. With a file, flags
-    /// that have a field in it are ignored, except --hostname-override, those of logging, and those that kube-proxy does not
-    /// have. When the file changes, the agent restarts with it
+    /// A KubeProxyConfiguration of kubeproxy.config.k8s.io/v1alpha1, YAML or JSON. With a file, flags that have a field
+    /// in it are ignored, except --hostname-override, those of logging, and those that kube-proxy does not have. When
+    /// the file changes, the agent restarts with it
     #[arg(long, value_name = "FILE", value_parser = parse_path)]
     pub(crate) config: Option<PathBuf>,
 
@@ -48,7 +49,8 @@ pub(crate) struct Flags {
     #[arg(long, value_name = "URL", help_heading = "The API server")]
     pub(crate) master: Option<String>,
 
-    /// A directory of YAML and JSON manifests to take Services, EndpointSlices and the Node from, instead of an API server
+    /// A directory of YAML and JSON manifests to take Services, EndpointSlices and the Node from, instead of an API
+    /// server
     #[arg(long, value_name = "DIR", conflicts_with_all = ["kubeconfig", "master"],
         help_heading = "What kube-proxy does not have")]
     pub(crate) manifests: Option<PathBuf>,
@@ -100,8 +102,8 @@ pub(crate) enum Command {
         #[arg(long)]
         filter_only: bool,
     },
-    /// Take a node over from kube-proxy: sync once, with the flags of the agent, and then remove what kube-proxy left (KUBE-*
-    /// chains of iptables, its ipsets, its tables of nf_tables). May be repeated
+    /// Take a node over from kube-proxy: sync once, with the flags of the agent, and then remove what kube-proxy left
+    /// (KUBE-* chains of iptables, its ipsets, its tables of nf_tables). May be repeated
     Takeover,
 }
 

@@ -1,5 +1,5 @@
-//! Opens the agent's health port and metrics port, and retries while another program has one: kube-proxy, for example, while it
-//! is being replaced.
+//! Opens the agent's health port and metrics port, and retries while another program has one: kube-proxy, for example,
+//! while it is being replaced.
 
 use std::net::SocketAddr;
 use std::time::Duration;

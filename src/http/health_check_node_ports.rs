@@ -1,4 +1,5 @@
-//! Health-check node ports (`spec.healthCheckNodePort`): load balancers ask there whether the node has endpoints of a Service.
+//! Health-check node ports (`spec.healthCheckNodePort`): load balancers ask there whether the node has endpoints of a
+//! Service.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -61,8 +62,8 @@ impl Port {
     }
 }
 
-/// Opens and closes ports until the sender of updates is dropped. `on_failure` is called once for a port that the agent cannot
-/// listen on for a while.
+/// Opens and closes ports until the sender of updates is dropped. `on_failure` is called once for a port that the agent
+/// cannot listen on for a while.
 pub(crate) async fn run(
     mut updates: UnboundedReceiver<PortUpdate>,
     health: Arc<Health>,

@@ -1,4 +1,5 @@
-//! The health port: `/healthz` for load balancers, and `/livez` for kubelet. Status codes, bodies and headers are kube-proxy's.
+//! The health port: `/healthz` for load balancers, and `/livez` for kubelet. Status codes, bodies and headers are
+//! kube-proxy's.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -33,7 +34,8 @@ pub(crate) fn handler(health: Arc<Health>) -> Handler {
 pub(super) enum Scope {
     /// The agent alone (`/livez`).
     Agent,
-    /// Also whether the node should receive traffic (`/healthz`): its Node object is eligible, and its Services are served.
+    /// Also whether the node should receive traffic (`/healthz`): its Node object is eligible, and its Services are
+    /// served.
     Node,
 }
 

@@ -1,4 +1,5 @@
-//! The metrics port: `/metrics`, and pages for diagnosis. Paths and texts are kube-proxy's; `/livez` and `/readyz` are additions.
+//! The metrics port: `/metrics`, and pages for diagnosis. Paths and texts are kube-proxy's; `/livez` and `/readyz` are
+//! additions.
 
 use std::fmt::Write as _;
 use std::fs;

@@ -5,8 +5,8 @@
 //! * `health_check_node_ports`: `spec.healthCheckNodePort` of Services.
 //! * `agent_ports`: opens the health port and the metrics port.
 //!
-//! This file has what they share: listening, limits and responses. Plain HTTP/1, as in kube-proxy. A handler is a function that
-//! does not block.
+//! This file has what they share: listening, limits and responses. Plain HTTP/1, as in kube-proxy. A handler is a
+//! function that does not block.
 
 pub(crate) mod agent_ports;
 pub(crate) mod health_check_node_ports;
@@ -106,8 +106,8 @@ fn open(address: SocketAddr, families: ListenFamilies) -> io::Result<TcpListener
     Ok(TcpListener::from(socket))
 }
 
-/// Limits the connections of one or several ports. Beyond the limit the oldest is closed, so that clients which hold idle
-/// connections cannot lock out others.
+/// Limits the connections of one or several ports. Beyond the limit the oldest is closed, so that clients which hold
+/// idle connections cannot lock out others.
 #[derive(Clone)]
 pub(crate) struct ConnectionLimit(Arc<Mutex<VecDeque<AbortHandle>>>, usize);
 

@@ -46,7 +46,8 @@ fn desired(
     settings
 }
 
-/// Applies the settings. Fails if required ones cannot be applied, with all of them in the error. `root` is `/`, except in tests.
+/// Applies the settings. Fails if required ones cannot be applied, with all of them in the error. `root` is `/`, except
+/// in tests.
 fn apply(root: &Path, settings: &[Setting]) -> Result<()> {
     let mut fatal = Vec::new();
     for setting in settings {

@@ -1,5 +1,5 @@
-//! Restores required settings that another program has changed: a script that configures the network may switch off forwarding,
-//! for example, and nothing else would report that. Other settings are left as they are.
+//! Restores required settings that another program has changed: a script that configures the network may switch off
+//! forwarding, for example, and nothing else would report that. Other settings are left as they are.
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
@@ -23,7 +23,8 @@ impl SysctlMonitor {
         Self { root, settings, failing: BTreeSet::new() }
     }
 
-    /// Restores settings that have changed. Returns a message for each that cannot be restored and was not reported before.
+    /// Restores settings that have changed. Returns a message for each that cannot be restored and was not reported
+    /// before.
     pub(crate) fn restore(&mut self) -> Vec<String> {
         let mut problems = Vec::new();
         for setting in &self.settings {

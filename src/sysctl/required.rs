@@ -16,8 +16,8 @@ impl KernelVersion {
     }
 }
 
-/// From [`REUSE_MODE_ADDED`] to before [`REUSE_MODE_FIXED`], `conn_reuse_mode` must be off: mode 1 delays the first packet of a
-/// connection from a client's port that was used shortly before by a second.
+/// From [`REUSE_MODE_ADDED`] to before [`REUSE_MODE_FIXED`], `conn_reuse_mode` must be off: mode 1 delays the first
+/// packet of a connection from a client's port that was used shortly before by a second.
 const REUSE_MODE_ADDED: KernelVersion = KernelVersion(4, 1);
 const REUSE_MODE_FIXED: KernelVersion = KernelVersion(5, 9);
 
@@ -38,7 +38,8 @@ pub(super) fn running_kernel() -> Option<KernelVersion> {
 pub(super) fn settings(strict_arp: bool, version: Option<KernelVersion>) -> Vec<Setting> {
     let required = |path, value| Setting::sysctl(path, value, Importance::Required);
     let mut settings = vec![
-        // IPVS confirms connections in connection tracking, so that replies are translated and the packet filter sees them.
+        // IPVS confirms connections in connection tracking, so that replies are translated and the packet filter sees
+        // them.
         required("net/ipv4/vs/conntrack", 1),
         // Connections and clients with affinity leave an endpoint that is removed.
         required("net/ipv4/vs/expire_nodest_conn", 1),
@@ -55,8 +56,8 @@ pub(super) fn settings(strict_arp: bool, version: Option<KernelVersion>) -> Vec<
     settings
 }
 
-/// The switch of estimation, if the configuration has it. Otherwise it is left alone, even if an earlier start of the agent set
-/// it: nobody can tell who did.
+/// The switch of estimation, if the configuration has it. Otherwise it is left alone, even if an earlier start of the
+/// agent set it: nobody can tell who did.
 pub(super) fn estimation(is_enabled: Option<bool>) -> Option<Setting> {
     is_enabled.map(|is_enabled| Setting::sysctl("net/ipv4/vs/run_estimation", is_enabled.into(), Importance::Optional))
 }

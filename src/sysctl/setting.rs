@@ -38,8 +38,8 @@ pub(super) enum Importance {
     /// An error in the log: a table has another size, or a flow another timeout.
     ///
     /// kube-proxy does not start then. But Services work, and outside the initial network namespace these settings are
-    /// read-only: in kind, for example, where nodes are containers. Users there would have to find out which flags disable
-    /// these settings before any Service works.
+    /// read-only: in kind, for example, where nodes are containers. Users there would have to find out which flags
+    /// disable these settings before any Service works.
     Tuning,
     /// A warning in the log: the kernel spends more or less time on statistics than asked for.
     Optional,
