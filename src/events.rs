@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 
 use reconciler::contribution::AddressOwner;
 use reconciler::report::SyncReport;
-use service_watch::{Event, EventType, EventObject, Events, ObjectName};
+use service_watch::{Event, EventObject, EventRecorder, EventType, ObjectName};
 
 /// If more operations than this keep failing, they have a common cause: one Event on the Node replaces those on
 /// Services.
@@ -13,23 +13,23 @@ const MAX_FAILURE_EVENTS: usize = 5;
 
 /// Publishes Events, once there is an API server. Until then, and with manifests, they are discarded.
 #[derive(Clone, Default)]
-pub(crate) struct EventRecorder(Arc<OnceLock<Events>>);
+pub(crate) struct EventPublisher(Arc<OnceLock<EventRecorder>>);
 
-impl EventRecorder {
+impl EventPublisher {
     /// Sends all further Events to this API server.
-    pub(crate) fn connect(&self, events: Events) {
-        self.0.get_or_init(|| events);
+    pub(crate) fn connect(&self, recorder: EventRecorder) {
+        self.0.get_or_init(|| recorder);
     }
 
     pub(crate) fn publish(&self, event: Event) {
-        if let Some(events) = self.0.get() {
-            events.publish(event);
+        if let Some(recorder) = self.0.get() {
+            recorder.publish(event);
         }
     }
 
     /// How many Events could not be sent.
     pub(crate) fn dropped(&self) -> u64 {
-        self.0.get().map_or(0, Events::dropped)
+        self.0.get().map_or(0, EventRecorder::dropped)
     }
 }
 
@@ -41,8 +41,10 @@ pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
             AddressOwner::Node => "AddressIsANodes",
             AddressOwner::ApiServer => "AddressIsTheApiServers",
         };
-        let note =
-            format!("{vip} is the address of {} and is not served: nodes could no longer reach that", owner.description());
+        let note = format!(
+            "{vip} is the address of {} and is not served: nodes could no longer reach that",
+            owner.description()
+        );
         events.push(warning(Some(service), reason, "RefuseAddress", note));
     }
     for clash in &report.conflicts {

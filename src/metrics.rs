@@ -215,7 +215,7 @@ pub(crate) fn change_received(change: &Change, families: Families) {
 
 /// A sync or an audit has ended. Trigger times of EndpointSlices before `started`, when the agent started, are ignored:
 /// they do not measure this agent.
-pub(crate) fn sync_ended(outcome: &Outcome, taken: &Taken, families: Families, started: SystemTime) {
+pub(crate) fn sync_ended(report: &SyncReport, received: &ReceivedChanges, families: Families, started: SystemTime) {
     let now = SystemTime::now();
     let kind = if report.is_audit { "audit" } else { "sync" };
     histogram!(SYNC, "kind" => kind).record(report.duration);

@@ -27,7 +27,7 @@ use self::reconciler_thread::SyncObserver;
 use self::servers::Servers;
 use self::source::{SourceCounters, SourceTask};
 use crate::config::{Configuration, Settings};
-use crate::events::EventRecorder;
+use crate::events::EventPublisher;
 use crate::flags::Flags;
 use crate::health::Health;
 use crate::instance_lock::InstanceLock;
@@ -92,7 +92,7 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
 
     let (inputs, inbox) = mpsc::channel();
     reconciler_thread::watch_interfaces(inputs.clone())?;
-    let events = EventRecorder::default();
+    let events = EventPublisher::default();
     let (health_check_sender, health_check_updates) = channel::unbounded_channel();
     let observer = SyncObserver {
         health: health.clone(),

@@ -10,14 +10,14 @@ use anyhow::{Context, Result};
 use reconciler::kernel::KernelError;
 use reconciler::linux::LinuxKernel;
 use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
-use reconciler::report::{Failure, SyncReport};
 use reconciler::policy::Families;
+use reconciler::report::{Failure, SyncReport};
 use reconciler::run::{Input, Observer, Periods, ReceivedChanges};
 use reconciler::{Policy, Reconciler};
 use tokio::sync::{mpsc as channel, oneshot};
 use tracing::warn;
 
-use crate::events::{self, EventRecorder};
+use crate::events::{self, EventPublisher};
 use crate::health::Health;
 use crate::http::health_check_node_ports::PortUpdate;
 use crate::metrics;
@@ -59,7 +59,7 @@ pub(super) struct SyncObserver {
     pub(super) families: Families,
     pub(super) started: SystemTime,
     pub(super) sysctls: SysctlMonitor,
-    pub(super) events: EventRecorder,
+    pub(super) events: EventPublisher,
     pub(super) health_checks: channel::UnboundedSender<PortUpdate>,
 }
 

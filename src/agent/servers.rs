@@ -11,7 +11,7 @@ use tracing::warn;
 
 use super::source::SourceCounters;
 use crate::config::{Configuration, Settings};
-use crate::events::{self, EventRecorder};
+use crate::events::{self, EventPublisher};
 use crate::health::Health;
 use crate::http::health_check_node_ports::{self, PortUpdate};
 use crate::http::metrics_port::MetricsPages;
@@ -26,7 +26,7 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 pub(super) struct Servers<'a> {
     pub(super) runtime: &'a Runtime,
     pub(super) health: &'a Arc<Health>,
-    pub(super) events: &'a EventRecorder,
+    pub(super) events: &'a EventPublisher,
     pub(super) counters: &'a SourceCounters,
     pub(super) metrics: PrometheusHandle,
     /// `None` disables `/debug`.

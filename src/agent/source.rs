@@ -8,11 +8,11 @@ use std::time::Instant;
 
 use anyhow::Result;
 use reconciler::policy::Families;
-use service_watch::{ApiServer, Change, Connection, Counters, Manifests, Message, ExistingState, Source};
+use service_watch::{ApiServer, Change, Connection, Counters, ExistingState, Manifests, Message, Source};
 use tracing::info;
 
 use crate::config::Settings;
-use crate::events::{self, EventRecorder};
+use crate::events::{self, EventPublisher};
 use crate::flags::Flags;
 use crate::health::Health;
 use crate::metrics;
@@ -63,7 +63,7 @@ pub(super) struct SourceTask {
     pub(super) watch_all_nodes: bool,
     /// The VIPs that the node serves at the start; `None` if the disappearance of objects is not to be confirmed.
     pub(super) served_vips: Option<ExistingState>,
-    pub(super) events: EventRecorder,
+    pub(super) events: EventPublisher,
     pub(super) counters: SourceCounters,
 }
 
