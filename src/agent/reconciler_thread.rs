@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context, Result};
 use reconciler::kernel::KernelError;
 use reconciler::linux::LinuxKernel;
-use reconciler::linux::interface_watch::{Changed, InterfaceWatch};
+use reconciler::linux::interface_watch::{InterfaceChanges, InterfaceWatch};
 use reconciler::policy::Families;
 use reconciler::report::{Failure, SyncReport};
 use reconciler::run::{Input, Observer, Periods, ReceivedChanges};
@@ -64,7 +64,7 @@ pub(super) struct SyncObserver {
 }
 
 impl Observer for SyncObserver {
-    fn done(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
+    fn synced(&mut self, report: &SyncReport, since: Instant, received: &ReceivedChanges) {
         self.health.synced(since, &report.unrepaired, SystemTime::now());
         metrics::sync_ended(report, received, self.families, self.started);
         for event in events::of_sync(report) {
@@ -83,7 +83,7 @@ impl Observer for SyncObserver {
         }
     }
 
-    fn failed(&mut self, _: &KernelError) {
+    fn read_failed(&mut self, _: &KernelError) {
         self.health.kernel_unreadable(Instant::now());
         metrics::kernel_read_failed();
     }
@@ -98,7 +98,7 @@ pub(super) fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
                 warn!("cannot watch the node's interfaces, will try again: {error}");
                 thread::sleep(Duration::from_secs(1));
                 // Changes may have been missed, so the addresses are read again.
-                Changed { addresses: true, device_lost: false }
+                InterfaceChanges { addresses: true, device_lost: false }
             });
             let events = [(changed.addresses, Input::InterfacesChanged), (changed.device_lost, Input::DeviceLost)];
             for (_, input) in events.into_iter().filter(|(has_happened, _)| *has_happened) {
