@@ -392,7 +392,7 @@ fn node_ports_on_the_primary_address_follow_the_node() {
 }
 
 /// What who may write Services might ask for to become the node, its neighbours or the API server. (What comes of every
-/// combination is a table in `crates/reconciler/tests/hostile.rs`.)
+/// combination is a table in `crates/reconciler/tests/untrusted_services.rs`.)
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {

@@ -1,50 +1,74 @@
-//! From Service changes to IPVS state: what should be, what is, and the plan between them.
+//! Programs the kernel of a node from Services: computes the desired state, compares it with the kernel's, and carries out a plan of the
+//! difference.
 //!
 //! ```text
-//!  Change ──▶ ServiceTable ──dirty Services──▶ contribution ──▶ Desired ──dirty keys──▶ diff ──Plan──▶ Kernel
-//!                                                                                        ▲               │
-//!                                                                                     Mirror ◀──results──┘
+//!  Change ──▶ ServiceTable ──dirty Services──▶ Contribution ──▶ DesiredState ──dirty keys──▶ diff ──Plan──▶ Kernel
+//!                                                                                             ▲               │
+//!                                                                                          Mirror ◀──results──┘
 //! ```
 //!
-//! * [`table`]: every Service with its EndpointSlices; says which Services a change concerns.
-//! * [`contribution`]: a pure function of a Service, its endpoints, the node and the policy to what that Service wants.
-//! * [`desired`]: the sum of all contributions, with one owner for each front end.
-//! * [`mirror`]: what the kernel holds, as far as known; [`real_servers`]: most of it.
-//! * [`diff`]: the operations that lead from the mirror to what is desired, for the keys that are dirty.
-//! * [`binding`]: how the kernel learns that VIPs are this node's.
-//! * [`front_end`]: what clients connect to; [`filter`]: who may, and who is masqueraded.
-//! * [`plan`]: operations, in phases whose order keeps traffic right at every instant.
-//! * [`kernel`]: the trait through which plans reach a kernel; [`linux`] is the real one, [`fake`] a model in memory.
-//! * [`reconciler`]: the composition of all of these; [`run`] gives it a thread and a clock.
+//! Input:
+//! * [`table`]: every Service with its EndpointSlices; says which Services a change affects.
+//! * [`node`]: the node as far as Services depend on it; [`policy`]: the operator's configuration.
 //!
-//! Everything up to `plan` is free of I/O and clocks. What must stay true: the kernel is the database. Nothing that
-//! matters is remembered here alone, so that an agent killed at any instant continues from a dump.
+//! Pure core:
+//! * [`contribution`]: a pure function of a Service, its endpoints, the node and the policy to what the Service needs.
+//! * [`desired_state`]: the sum of all contributions, with one owner for each front end.
+//! * [`front_end`]: what clients connect to; [`real_servers`]: the real servers behind it.
+//! * [`filter`]: who may connect to a front end, and which connections are masqueraded.
+//! * [`binding`]: how VIPs are bound to the node.
+//!
+//! Plan:
+//! * [`mirror`]: what the kernel holds, as far as known.
+//! * [`diff`]: the operations that lead from the mirror to the desired state, for some keys.
+//! * [`plan`]: operations in phases, whose order keeps traffic correct at every instant.
+//!
+//! Kernel interface and its implementations:
+//! * [`kernel`]: the trait through which the kernel is read and plans are applied.
+//! * [`linux`]: the kernel of this network namespace, over netlink.
+//! * [`fake`]: a model in memory, for tests.
+//!
+//! Driver:
+//! * [`reconciler`]: composes all of these; it is synchronous and reads no clock.
+//! * [`run`]: the main loop around it; [`report`]: what each sync reports.
+//!
+//! Everything up to `plan` is free of I/O and clocks. The kernel is the database: nothing that matters is stored only in this process, so
+//! an agent that is killed at any instant continues from a dump.
 
 #![forbid(unsafe_code)]
 
-mod backoff;
+// Input.
+pub mod node;
+pub mod policy;
+pub mod table;
+
+// Pure core.
 pub mod binding;
 mod bootstrap;
 pub mod contribution;
 pub mod desired_state;
-pub mod diff;
-pub mod fake;
 pub mod filter;
 pub mod front_end;
+pub mod real_servers;
+
+// Plan.
+pub mod diff;
+pub mod mirror;
+pub mod plan;
+
+// Kernel interface and its implementations.
+pub mod fake;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 pub mod kernel;
 pub mod linux;
+
+// Driver.
+mod backoff;
 mod log;
-pub mod mirror;
-pub mod node;
-pub mod plan;
-pub mod policy;
-pub mod real_servers;
 pub mod reconciler;
 pub mod report;
 pub mod run;
-pub mod table;
 
 pub use policy::Policy;
 pub use reconciler::Reconciler;

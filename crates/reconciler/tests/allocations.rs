@@ -49,11 +49,11 @@ fn check(what: &str, limit: u64, change: fn(&mut Cluster, u32) -> u64) {
 }
 
 #[test]
-fn an_endpoint_that_comes_allocates_as_often_among_many_services_as_among_few() {
+fn allocations_for_a_new_endpoint_do_not_grow_with_services() {
     check("one endpoint in", 24, one_in);
 }
 
 #[test]
-fn an_endpoint_that_goes_allocates_as_often_among_many_services_as_among_few() {
+fn allocations_for_a_deleted_endpoint_do_not_grow_with_services() {
     check("one endpoint drained and out", 36, one_out);
 }

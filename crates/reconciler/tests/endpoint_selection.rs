@@ -117,7 +117,7 @@ fn octets(contribution: &Contribution, front_end: &FrontEnd) -> Vec<u8> {
 }
 
 #[test]
-fn endpoints_are_chosen_as_the_table_says() {
+fn endpoints_are_selected_by_policy_hints_and_conditions() {
     for case in CASES {
         let mut web = service("web", &["10.96.0.10"]);
         web.internal_policy = case.internal;
@@ -134,7 +134,7 @@ fn endpoints_are_chosen_as_the_table_says() {
 }
 
 #[test]
-fn the_external_policy_means_nothing_for_a_service_that_is_not_external() {
+fn the_external_policy_is_ignored_without_external_access() {
     let mut web = service("web", &["10.96.0.10"]);
     web.external_policy = LOCAL;
     web.ports[0].node_port = Some(port(30080));
@@ -144,7 +144,7 @@ fn the_external_policy_means_nothing_for_a_service_that_is_not_external() {
 }
 
 #[test]
-fn families_choose_each_for_itself() {
+fn families_select_endpoints_independently() {
     let mut slice = slice("web-1", "web", vec![parse("1z1"), parse("2z2")]);
     for (address, zone) in [("fd00::1", "2"), ("fd00::2", "2")] {
         slice.endpoints.push(for_zone(zone, endpoint(address)));
@@ -160,7 +160,7 @@ fn families_choose_each_for_itself() {
 }
 
 #[test]
-fn of_one_address_in_several_slices_the_one_that_does_not_terminate_counts() {
+fn of_duplicate_endpoints_the_one_not_terminating_is_used() {
     for order in [["a", "b"], ["b", "a"]] {
         let draining = slice(order[0], "web", vec![parse("1ut")]);
         let fresh = slice(order[1], "web", vec![parse("1")]);
@@ -174,7 +174,7 @@ fn of_one_address_in_several_slices_the_one_that_does_not_terminate_counts() {
 }
 
 #[test]
-fn only_slice_ports_of_the_same_name_and_protocol_serve_a_port() {
+fn a_port_is_served_by_slice_ports_of_its_name_and_protocol() {
     let mut other_name = slice("a", "web", vec![parse("1")]);
     other_name.ports[0].name = "admin".into();
     let mut other_protocol = slice("b", "web", vec![parse("2")]);
@@ -189,7 +189,7 @@ fn only_slice_ports_of_the_same_name_and_protocol_serve_a_port() {
 }
 
 #[test]
-fn external_ips_count_only_while_the_gate_is_open_and_families_only_where_the_node_has_them() {
+fn external_ips_need_the_gate_and_families_need_the_node() {
     let mut web = service("web", &["10.96.0.10", "fd96::10"]);
     web.external_ips = vec![ip("203.0.113.1")];
     let entry = entry(web, "1");

@@ -68,7 +68,7 @@ struct Objects {
 }
 
 impl Objects {
-    fn apply_and_sync(&mut self, event: &Event) {
+    fn apply(&mut self, event: &Event) {
         match event.clone() {
             Event::Change(Change::Service(service)) => {
                 self.services.insert(service.name.clone(), service);
@@ -336,12 +336,12 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn step_by_step_leads_where_the_objects_alone_lead(policy in policy(), history in vec(event(), 1..16)) {
+    fn the_final_state_depends_only_on_the_objects(policy in policy(), history in vec(event(), 1..16)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in history {
-            objects.apply_and_sync(&event);
+            objects.apply(&event);
             event.happen(&mut world);
             world.settle();
             let fresh = objects.fresh_kernel(&policy);
@@ -353,14 +353,14 @@ proptest! {
     }
 
     #[test]
-    fn from_whatever_the_kernel_holds_the_objects_alone_lead_on(
+    fn any_kernel_state_converges_to_the_objects(
         mut kernel in kernel(),
         history in vec(event(), 1..16),
     ) {
         let foreign_servers = foreign_servers(&mut kernel);
         let (mut objects, policy) = (Objects::default(), Policy::new(NODE));
         for event in &history {
-            objects.apply_and_sync(event);
+            objects.apply(event);
         }
         let mut world = World::unsynced(kernel, policy.clone());
         world.interfaces(objects.interfaces.clone());
@@ -375,7 +375,7 @@ proptest! {
     }
 
     #[test]
-    fn what_failed_is_made_up_for_and_what_the_kernel_got_wrong_by_the_next_audit(
+    fn failures_and_drift_are_repaired_by_the_next_audit(
         history in vec(event(), 1..16),
         failures in failures(),
     ) {
@@ -386,7 +386,7 @@ proptest! {
         let mut causes = causes.into_iter();
         world.kernel().fault = Some(Box::new(move |_| causes.next().flatten()));
         for event in history {
-            objects.apply_and_sync(&event);
+            objects.apply(&event);
             event.happen(&mut world);
             world.sync();
         }
@@ -403,7 +403,7 @@ proptest! {
     }
 
     #[test]
-    fn killed_after_any_operation_it_leaves_what_stays_and_goes_on_where_it_was(
+    fn a_kill_after_any_operation_keeps_service_and_recovers(
         policy in policy(),
         before in vec(event(), 1..12),
         after in vec(event(), 1..6),
@@ -413,7 +413,7 @@ proptest! {
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in before {
-            objects.apply_and_sync(&event);
+            objects.apply(&event);
             event.happen(&mut world);
         }
         world.settle();
@@ -426,7 +426,7 @@ proptest! {
         }));
         // All at once: what goes for a moment and comes back is not there in between.
         for event in after.into_iter().filter(|event| !matches!(event, Event::Audit)) {
-            objects.apply_and_sync(&event);
+            objects.apply(&event);
             event.happen(&mut world);
         }
         world.sync();
@@ -455,12 +455,12 @@ proptest! {
     }
 
     #[test]
-    fn many_changes_in_one_sync_lead_where_each_alone_leads(policy in policy(), history in vec(event(), 1..30)) {
+    fn changes_synced_together_or_alone_give_the_same_state(policy in policy(), history in vec(event(), 1..30)) {
         let mut objects = Objects::default();
         let mut world = World::unsynced(FakeKernel::default(), policy.clone());
         world.apply(Change::Synced).settle();
         for event in history {
-            objects.apply_and_sync(&event);
+            objects.apply(&event);
             event.happen(&mut world);
         }
         world.settle();

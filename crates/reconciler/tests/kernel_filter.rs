@@ -117,7 +117,7 @@ fn expected(rulesets: &[&Ruleset], contents: &[&TableContents]) -> ObservedFilte
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_is_built_is_read_back_and_changes_lead_to_what_would_have_been_built() {
+fn tables_read_back_as_written_and_after_incremental_changes() {
     isolate().unwrap();
     let socket = RefCell::new(Socket::open(NETLINK_NETFILTER).unwrap());
     let detect = DetectLocal::ClusterCidr(vec!["10.244.0.0/16".parse().unwrap(), "fd00:10::/56".parse().unwrap()]);
@@ -161,7 +161,7 @@ fn what_is_built_is_read_back_and_changes_lead_to_what_would_have_been_built() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn thousands_of_elements_and_ranges_go_in_one_transaction() {
+fn thousands_of_elements_and_ranges_fit_in_one_transaction() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let rulesets: Vec<Ruleset> =
@@ -193,7 +193,7 @@ fn thousands_of_elements_and_ranges_go_in_one_transaction() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
+fn a_refused_transaction_has_no_effect_and_names_the_message() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let v4 = ruleset(Family::Ipv4, DetectLocal::NodeCidr);
@@ -215,7 +215,7 @@ fn a_transaction_is_all_or_nothing_and_names_what_was_refused() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_transaction_with_more_refusals_than_a_socket_holds_is_refused_and_nothing_hangs() {
+fn more_refusals_than_the_socket_buffer_holds_do_not_hang() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let ranges = SourceRanges::of_family(&["10.0.0.0/8".parse().unwrap()], Family::Ipv4).unwrap();
@@ -231,7 +231,7 @@ fn a_transaction_with_more_refusals_than_a_socket_holds_is_refused_and_nothing_h
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn names_as_long_as_they_may_be_fit() {
+fn names_of_maximum_length_fit() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let v6 = ruleset(Family::Ipv6, DetectLocal::NodeCidr);
@@ -258,7 +258,7 @@ fn names_as_long_as_they_may_be_fit() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn what_nft_lists_it_can_load_again() {
+fn nft_can_load_what_it_lists() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     for (family, detect) in [
@@ -295,7 +295,7 @@ fn what_nft_lists_it_can_load_again() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn every_foreign_change_to_the_constant_part_shows() {
+fn every_foreign_change_to_the_ruleset_is_detected() {
     isolate().unwrap();
     let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
     let v4 = ruleset(Family::Ipv4, DetectLocal::NodeCidr);

@@ -22,7 +22,7 @@ fn many(verb: &str) -> String {
 
 #[test]
 #[ignore = "needs a kernel with dummy devices: cargo xtask test"]
-fn a_flood_of_vips_hides_no_loss_of_the_device_and_is_none() {
+fn a_flood_of_notifications_does_not_hide_device_loss() {
     isolate().unwrap();
     let mut watch = InterfaceWatch::open().unwrap();
     ip("link add kube-ipvs0 type dummy\n");

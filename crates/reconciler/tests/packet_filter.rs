@@ -64,7 +64,7 @@ fn front_ends(world: &mut World) -> BTreeMap<String, FrontEndElements> {
 }
 
 #[test]
-fn each_front_end_has_the_rule_of_its_kind_and_policy() {
+fn each_front_end_has_the_rule_of_its_type_and_policy() {
     let (remote, here) = (|| vec![endpoint("10.0.0.2")], || vec![local("10.0.0.1"), endpoint("10.0.0.2")]);
     let outsiders = rule(Masquerade::Outsiders, Access::Open);
     let refuse = rule(Masquerade::Nobody, Access::Refused);
@@ -86,7 +86,7 @@ fn each_front_end_has_the_rule_of_its_kind_and_policy() {
 }
 
 #[test]
-fn the_nodes_own_udp_is_refused_where_there_is_no_endpoint() {
+fn udp_of_the_node_is_refused_without_endpoints() {
     let mut udp = service("dns", &[CLUSTER_IP]);
     udp.ports[0].protocol = Protocol::Udp;
     let mut world = world(udp, vec![]);
@@ -95,7 +95,7 @@ fn the_nodes_own_udp_is_refused_where_there_is_no_endpoint() {
 }
 
 #[test]
-fn source_ranges_restrict_load_balancer_ips_alone() {
+fn source_ranges_restrict_only_load_balancer_ips() {
     for (ranges, is_closed_to_node) in [(["10.1.0.0/16", "192.168.0.0/16"], false), (["10.1.0.0/16", "fd00::/8"], true)]
     {
         let ranges = ranges.iter().map(|text| text.parse().unwrap()).collect();
@@ -126,7 +126,7 @@ fn an_address_that_is_external_ip_and_load_balancer_ip_is_restricted() {
 }
 
 #[test]
-fn ranges_of_the_other_family_alone_let_nobody_in_and_a_range_of_everything_everybody() {
+fn ranges_of_only_the_other_family_admit_nobody() {
     for (range, is_restricted) in [("fd00::/8", true), ("0.0.0.0/0", false)] {
         let ranges = Some(vec![range.parse().unwrap()]);
         let mut world = world(Service { source_ranges: ranges, ..balancer() }, vec![endpoint("10.0.0.2")]);
@@ -136,7 +136,7 @@ fn ranges_of_the_other_family_alone_let_nobody_in_and_a_range_of_everything_ever
 }
 
 #[test]
-fn hairpins_are_the_local_endpoints_whatever_their_condition() {
+fn hairpin_has_all_local_endpoints() {
     let unready = Endpoint { ready: false, serving: false, ..local("10.0.0.3") };
     let mut world = world(balancer(), vec![local("10.0.0.1"), endpoint("10.0.0.2"), unready]);
     let elements: Vec<SetElement> = world.kernel().filter.elements.iter().copied().collect();
@@ -148,7 +148,7 @@ fn hairpins_are_the_local_endpoints_whatever_their_condition() {
 }
 
 #[test]
-fn a_health_check_port_is_known_while_a_load_balancer_has_policy_local() {
+fn health_check_ports_follow_policy_local() {
     let checked =
         |external_policy| Service { external_policy, health_check_node_port: Some(port(31000)), ..balancer() };
     let mut world = world(checked(TrafficPolicy::Local), vec![local("10.0.0.1")]);
@@ -159,7 +159,7 @@ fn a_health_check_port_is_known_while_a_load_balancer_has_policy_local() {
 }
 
 #[test]
-fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
+fn node_addresses_are_refused_as_vips_and_reported_once() {
     let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
     world.apply(Change::PeerNode("node-b".into(), vec![ip(EXTERNAL)]));
     world.apply(Change::Service(Service { external_ips: vec![ip(OWN), ip(EXTERNAL)], ..balancer() }));
@@ -179,7 +179,7 @@ fn addresses_of_nodes_are_no_vips_and_are_reported_once() {
 }
 
 #[test]
-fn what_cannot_be_guarded_is_not_opened() {
+fn what_cannot_be_guarded_is_not_served() {
     let mut world = World::new();
     world.kernel().fault = Some(Box::new(|operation| match operation {
         Operation::SetFrontEnd { front_end, .. } if front_end.address == ip(BALANCED) => Some(Cause::Refused),
@@ -200,7 +200,7 @@ fn what_cannot_be_guarded_is_not_opened() {
 }
 
 #[test]
-fn a_guard_stays_for_as_long_as_what_it_guards() {
+fn a_guard_stays_while_its_front_end_is_reachable() {
     let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
     let mut world = world(restricted, vec![endpoint("10.0.0.2")]);
     world.kernel().fault = Some(Box::new(|operation| match operation {
@@ -221,7 +221,7 @@ fn a_guard_stays_for_as_long_as_what_it_guards() {
 }
 
 #[test]
-fn a_front_end_opens_to_outsiders_only_when_the_remote_endpoints_are_gone() {
+fn a_front_end_admits_external_clients_after_remote_endpoints_go() {
     let policy_local = Service { external_policy: TrafficPolicy::Local, ..balancer() };
     let mut world = world(policy_local, vec![endpoint("10.0.0.2")]);
     world.kernel().log.clear();
@@ -240,7 +240,7 @@ fn a_front_end_opens_to_outsiders_only_when_the_remote_endpoints_are_gone() {
 }
 
 #[test]
-fn a_failing_socket_while_a_table_is_made_is_reported_and_made_up_for() {
+fn a_socket_failure_while_building_a_table_is_retried() {
     let mut is_first_audit = true;
     let fault: Fault = Box::new(move |operation| {
         let fails = matches!(operation, Operation::BuildTable { .. }) && std::mem::take(&mut is_first_audit);
@@ -256,7 +256,7 @@ fn a_failing_socket_while_a_table_is_made_is_reported_and_made_up_for() {
 }
 
 #[test]
-fn where_a_familys_table_cannot_be_made_nothing_of_it_is_opened_or_tried() {
+fn without_its_table_nothing_of_a_family_is_served() {
     let fault: Fault = Box::new(|operation| match operation {
         Operation::BuildTable { ruleset, .. } if ruleset.family() == Family::Ipv6 => Some(Cause::Refused),
         _ => None,
@@ -275,7 +275,7 @@ fn where_a_familys_table_cannot_be_made_nothing_of_it_is_opened_or_tried() {
 }
 
 #[test]
-fn a_table_is_not_replaced_while_its_elements_must_be_kept() {
+fn a_table_is_not_replaced_while_everything_is_retained() {
     let restricted = Service { source_ranges: Some(vec!["10.1.0.0/16".parse().unwrap()]), ..balancer() };
     let kernel = world(restricted, vec![endpoint("10.0.0.2")]).kill();
     let before = kernel.filter.clone();
@@ -288,14 +288,14 @@ fn a_table_is_not_replaced_while_its_elements_must_be_kept() {
 }
 
 #[test]
-fn no_kubelet_switches_off_a_cluster_ip() {
+fn a_peer_node_address_does_not_disable_a_cluster_ip() {
     let mut world = world(service("web", &[CLUSTER_IP]), vec![endpoint("10.0.0.2")]);
     world.apply(Change::PeerNode("node-b".into(), vec![ip(CLUSTER_IP)])).settle();
     assert!(world.kernel().servers.contains_key(&tcp(CLUSTER_IP, 80)));
 }
 
 #[test]
-fn endpoints_follow_even_while_the_packet_filter_does_not() {
+fn endpoints_are_updated_while_the_packet_filter_fails() {
     let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
     world.kernel().fault =
         Some(Box::new(|operation| matches!(operation, Operation::SetFrontEnd { .. }).then_some(Cause::Refused)));
@@ -307,7 +307,7 @@ fn endpoints_follow_even_while_the_packet_filter_does_not() {
 }
 
 #[test]
-fn a_table_that_somebody_changed_is_built_anew_with_all_that_belongs_in_it() {
+fn a_table_with_foreign_changes_is_rebuilt_with_all_elements() {
     let mut world = world(balancer(), vec![local("10.0.0.1")]);
     let whole = world.kernel().filter.clone();
     world.kernel().filter.rulesets.insert(Family::Ipv4, 1);
@@ -324,7 +324,7 @@ fn a_table_that_somebody_changed_is_built_anew_with_all_that_belongs_in_it() {
 }
 
 #[test]
-fn one_changed_endpoint_changes_nothing_in_the_packet_filter() {
+fn an_endpoint_change_does_not_touch_the_packet_filter() {
     let mut world = world(balancer(), vec![endpoint("10.0.0.2")]);
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.2", "10.0.0.3"])));
     let done = world.sync().applied;
@@ -332,7 +332,7 @@ fn one_changed_endpoint_changes_nothing_in_the_packet_filter() {
 }
 
 #[test]
-fn stale_udp_flows_go_when_their_real_server_or_their_service_goes_or_when_the_first_one_comes() {
+fn stale_udp_flows_are_deleted_with_their_real_servers() {
     let mut dns = service("dns", &[CLUSTER_IP]);
     dns.ports[0].protocol = Protocol::Udp;
     let udp_slice = |addresses: &[&str]| {
@@ -376,7 +376,7 @@ fn stale_udp_flows_go_when_their_real_server_or_their_service_goes_or_when_the_f
 }
 
 #[test]
-fn a_drain_ends_at_its_deadline_and_without_one_does_not() {
+fn a_drain_ends_at_its_timeout_if_there_is_one() {
     for (timeout, is_deleted) in [(None, false), (Some(Duration::from_secs(10)), true)] {
         let policy = Policy { drain_timeout: timeout, ..Policy::new(NODE) };
         let mut world = World::with(

@@ -45,7 +45,7 @@ fn a_service_without_endpoints_has_a_virtual_server_too() {
 }
 
 #[test]
-fn nothing_is_ready_before_the_source_has_said_all() {
+fn not_ready_before_the_initial_list_is_complete() {
     let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
     assert!(!world.reconciler.is_ready());
@@ -54,7 +54,7 @@ fn nothing_is_ready_before_the_source_has_said_all() {
 }
 
 #[test]
-fn the_api_server_is_served_before_the_rest_is_known_and_nothing_is_taken_away_for_that() {
+fn bootstrap_serves_the_api_server_first_and_deletes_nothing() {
     // What an agent before this one has left: more endpoints than are known yet, and Services of which nothing has come.
     let mut world = World::with(
         FakeKernel::default(),
@@ -94,7 +94,7 @@ fn the_api_server_is_served_before_the_rest_is_known_and_nothing_is_taken_away_f
 }
 
 #[test]
-fn where_somebody_is_served_without_our_tables_nothing_goes_ahead() {
+fn no_bootstrap_beside_virtual_servers_without_tables() {
     let mut world = web();
     world.kernel().filter = FakeKernel::default().filter;
     let mut world = World::unsynced(world.kill(), Policy::new(NODE));
@@ -109,7 +109,7 @@ fn where_somebody_is_served_without_our_tables_nothing_goes_ahead() {
 }
 
 #[test]
-fn while_something_cannot_be_understood_nothing_that_was_found_is_taken_away() {
+fn found_state_stays_while_an_object_cannot_be_parsed() {
     let mut world = web();
     world.apply(Change::Service(service("other", &["10.96.0.12"])));
     world.apply(Change::Slice(ready("other-1", "other", &["10.0.0.5", "10.0.0.6"]))).settle();
@@ -155,7 +155,7 @@ fn an_audit_reads_the_addresses_of_the_interfaces_too() {
 }
 
 #[test]
-fn an_address_that_no_interface_can_have_costs_no_other() {
+fn an_invalid_address_affects_no_other() {
     let mut world = web();
     world.kernel().fault =
         Some(Box::new(|operation| (*operation == Operation::BindAddress(ip("ff05::1"))).then_some(Cause::NotFound)));
@@ -174,7 +174,7 @@ fn an_address_that_no_interface_can_have_costs_no_other() {
 }
 
 #[test]
-fn one_endpoint_among_5000_services_costs_one_or_two_messages_and_no_dump() {
+fn an_endpoint_change_among_5000_services_needs_no_dump() {
     let mut changes = Vec::new();
     for i in 0..5000_u32 {
         let (high, low) = (i / 250, i % 250 + 1);
@@ -261,7 +261,7 @@ fn a_restarted_agent_goes_on_draining_without_a_write() {
 }
 
 #[test]
-fn a_connection_that_comes_before_the_weight_is_0_is_not_cut() {
+fn a_connection_made_before_weight_0_is_not_cut() {
     let mut world = web();
     // Idle when it was last read; a connection comes while the plan is on its way.
     world.audit();
@@ -273,7 +273,7 @@ fn a_connection_that_comes_before_the_weight_is_0_is_not_cut() {
 }
 
 #[test]
-fn udp_and_sctp_real_servers_go_at_once() {
+fn udp_and_sctp_real_servers_are_deleted_at_once() {
     for protocol in [Protocol::Udp, Protocol::Sctp] {
         let mut dns = service("dns", &["10.96.0.20"]);
         dns.ports[0].protocol = protocol;
@@ -293,7 +293,7 @@ fn udp_and_sctp_real_servers_go_at_once() {
 }
 
 #[test]
-fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
+fn a_deleted_service_loses_its_virtual_servers_and_vips() {
     let mut world = web();
     world.connections(("10.96.0.10", 80), "10.0.0.2:8080", 3);
     world.apply(Change::ServiceDeleted(name("web")));
@@ -304,7 +304,7 @@ fn a_deleted_service_takes_its_virtual_servers_and_addresses_along() {
 }
 
 #[test]
-fn what_an_earlier_run_left_is_removed_but_for_excluded_ranges_and_firewall_marks() {
+fn leftovers_are_deleted_except_excluded_ranges_and_marks() {
     let mut kernel = World::with(
         FakeKernel::default(),
         Policy::new(NODE),
@@ -324,7 +324,7 @@ fn what_an_earlier_run_left_is_removed_but_for_excluded_ranges_and_firewall_mark
 }
 
 #[test]
-fn a_vip_of_two_services_stays_until_the_last_is_gone() {
+fn a_vip_of_two_services_stays_until_both_are_deleted() {
     let shared = |service_name: &str, cluster_ip: &str, number: u16| {
         let mut shared = service(service_name, &[cluster_ip]);
         shared.external_ips = vec![ip("203.0.113.1")];
@@ -340,7 +340,7 @@ fn a_vip_of_two_services_stays_until_the_last_is_gone() {
 }
 
 #[test]
-fn the_older_of_two_services_has_the_front_end_and_the_clash_is_told_once() {
+fn the_older_service_wins_a_front_end_conflict() {
     let clashing = |service_name: &str, cluster_ip: &str, created: i64| Service {
         created: Some(created),
         external_ips: vec![ip("203.0.113.1")],
@@ -367,7 +367,7 @@ fn the_older_of_two_services_has_the_front_end_and_the_clash_is_told_once() {
 }
 
 #[test]
-fn a_slice_that_moves_to_another_service_serves_only_that_one() {
+fn a_slice_that_changes_its_service_serves_only_the_new_one() {
     let mut world = web();
     world.apply(Change::Service(service("b", &["10.96.0.11"])));
     world.apply(Change::Slice(ready("web-1", "b", &["10.0.0.1"]))).settle();
@@ -376,7 +376,7 @@ fn a_slice_that_moves_to_another_service_serves_only_that_one() {
 }
 
 #[test]
-fn a_new_address_of_the_node_gets_its_node_ports_at_once() {
+fn a_new_node_address_gets_node_ports() {
     let mut web_port = service("web", &["10.96.0.10"]);
     web_port.kind = ServiceKind::NodePort;
     web_port.ports[0].node_port = Some(port(30080));
@@ -390,7 +390,7 @@ fn a_new_address_of_the_node_gets_its_node_ports_at_once() {
 }
 
 #[test]
-fn a_vip_that_appears_on_another_interface_is_taken_from_ours() {
+fn a_vip_on_another_interface_is_unbound() {
     let mut lb = service("web", &["10.96.0.10"]);
     lb.load_balancer_ips = vec![ip("203.0.113.1")];
     let mut world = World::new();
@@ -401,7 +401,7 @@ fn a_vip_that_appears_on_another_interface_is_taken_from_ours() {
 }
 
 #[test]
-fn an_audit_repairs_what_others_changed_and_says_so() {
+fn an_audit_repairs_and_reports_drift() {
     let mut world = web();
     let foreign_servers = world.server("10.96.0.10", 80).clone();
     world.kernel().servers.insert(tcp("10.77.0.1", 80), foreign_servers);
@@ -419,7 +419,7 @@ fn an_audit_repairs_what_others_changed_and_says_so() {
 
 /// keepalived's, or somebody's with ipvsadm: nothing in the kernel says that it is ours.
 #[test]
-fn a_virtual_server_that_is_nobodys_by_any_proof_stays() {
+fn a_virtual_server_of_unknown_owner_stays() {
     let mut world = web();
     let other = world.server("10.96.0.10", 80).clone();
     for front_end in [tcp("10.77.0.1", 80), tcp("10.96.0.10", 81)] {
@@ -434,7 +434,7 @@ fn a_virtual_server_that_is_nobodys_by_any_proof_stays() {
 }
 
 #[test]
-fn on_the_first_start_after_kube_proxy_what_is_on_the_device_is_ours_and_stays_so_if_the_agent_is_killed() {
+fn virtual_servers_of_kube_proxy_are_adopted_even_after_a_kill() {
     let before = web().kill();
     let mut left =
         FakeKernel { servers: before.servers.clone(), addresses: before.addresses.clone(), ..FakeKernel::default() };
@@ -453,7 +453,7 @@ fn on_the_first_start_after_kube_proxy_what_is_on_the_device_is_ours_and_stays_s
 }
 
 #[test]
-fn changes_that_wait_for_a_sync_are_no_drift() {
+fn pending_changes_are_not_drift() {
     let mut world = web();
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.2", "10.0.0.3"])));
     let report = world.audit();
@@ -461,7 +461,7 @@ fn changes_that_wait_for_a_sync_are_no_drift() {
 }
 
 #[test]
-fn a_missing_scheduler_holds_up_nothing_else_and_is_told_once() {
+fn a_missing_scheduler_affects_no_other_service() {
     let mut world = web();
     world.kernel().missing_schedulers.insert(Scheduler::RoundRobin);
     world.apply(Change::Service(service("new", &["10.96.0.11"])));
@@ -484,7 +484,7 @@ fn a_missing_scheduler_holds_up_nothing_else_and_is_told_once() {
 }
 
 #[test]
-fn one_refused_real_server_costs_no_other() {
+fn a_refused_real_server_affects_no_other() {
     let mut world = World::new();
     world.kernel().fault = Some(Box::new(|operation| match operation {
         Operation::AddRealServer(_, server) if server.address == ip("224.0.0.1") => Some(Cause::Refused),
@@ -498,7 +498,7 @@ fn one_refused_real_server_costs_no_other() {
 }
 
 #[test]
-fn what_others_did_meanwhile_is_read_and_planned_again_in_the_same_sync() {
+fn a_stale_key_is_reread_and_planned_again_in_the_same_sync() {
     let mut world = web();
     let foreign_servers = world.server("10.96.0.10", 80).clone();
     // Somebody made the virtual server we are about to make, deleted one we are about to change, and bound an address.
@@ -525,7 +525,7 @@ fn a_lost_device_comes_back_with_all_its_addresses() {
 }
 
 #[test]
-fn after_a_failed_socket_everything_is_read_anew() {
+fn a_failed_socket_causes_a_full_dump() {
     let mut world = web();
     let mut fails = true;
     world.kernel().fault = Some(Box::new(move |_| std::mem::take(&mut fails).then_some(Cause::Unknown)));
@@ -538,7 +538,7 @@ fn after_a_failed_socket_everything_is_read_anew() {
 }
 
 #[test]
-fn operations_come_in_phases() {
+fn operations_are_sorted_by_phase() {
     let mut world = web();
     world.connections(("10.96.0.10", 80), "10.0.0.1:8080", 1);
     world.kernel().log.clear();
@@ -570,7 +570,7 @@ fn operations_come_in_phases() {
 }
 
 #[test]
-fn on_a_cold_start_the_api_server_and_dns_come_first() {
+fn a_cold_start_programs_the_api_server_and_dns_first() {
     let mut dns = service("dns", &["10.96.0.250"]);
     dns.ports[0].port = port(53);
     let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
@@ -597,7 +597,7 @@ fn on_a_cold_start_the_api_server_and_dns_come_first() {
 }
 
 #[test]
-fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
+fn a_changed_zone_selects_endpoints_again() {
     let hinted = |address: &str, zone: &str| for_zone(zone, endpoint(address));
     let mut world = World::new();
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
@@ -609,7 +609,7 @@ fn a_node_that_changes_its_zone_chooses_endpoints_anew() {
 }
 
 #[test]
-fn a_service_that_goes_together_with_a_change_of_the_node_goes() {
+fn a_service_deleted_with_a_node_change_is_removed() {
     let mut world = web();
     world.apply(Change::ServiceDeleted(name("web")));
     world.apply(Change::Node(Node { zone: Some("b".into()), ..Default::default() })).settle();
@@ -617,7 +617,7 @@ fn a_service_that_goes_together_with_a_change_of_the_node_goes() {
 }
 
 #[test]
-fn a_local_policy_counts_per_front_end() {
+fn a_local_policy_applies_per_front_end() {
     let mut lb = service("web", &["10.96.0.10"]);
     lb.kind = ServiceKind::LoadBalancer;
     lb.load_balancer_ips = vec![ip("203.0.113.1")];
@@ -631,7 +631,7 @@ fn a_local_policy_counts_per_front_end() {
 }
 
 #[test]
-fn what_proves_a_virtual_server_stays_until_the_kernel_shows_that_it_is_gone() {
+fn proof_of_ownership_stays_until_the_server_is_deleted() {
     let mut world = web();
     let mut lies = 1;
     world.kernel().fault = Some(Box::new(move |operation| match operation {

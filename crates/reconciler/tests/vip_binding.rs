@@ -55,7 +55,7 @@ const VIPS: [&str; 3] = ["10.96.0.10/32", "203.0.113.1/32", "fd96::10/128"];
 const RANGES: [&str; 2] = ["10.96.0.0/12", "fd96::/64"];
 
 #[test]
-fn each_way_of_binding_makes_what_it_is_called() {
+fn each_vip_binding_adds_its_addresses_or_routes() {
     for (binding, addresses, held_routes) in [
         (VipBinding::Addresses, &VIPS[..], &[][..]),
         (routes(&[]), &[], &VIPS),
@@ -95,7 +95,7 @@ impl Bound {
         }
     }
 
-    fn apply_and_sync(&mut self, operation: &Operation) {
+    fn apply(&mut self, operation: &Operation) {
         match operation {
             Operation::BindAddress(address) => _ = self.addresses.insert(*address),
             Operation::UnbindAddress(address) => _ = self.addresses.remove(address),
@@ -111,7 +111,7 @@ impl Bound {
 }
 
 #[test]
-fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
+fn a_vip_stays_bound_while_the_binding_changes() {
     let ways =
         [VipBinding::Addresses, routes(&[]), routes(&["10.96.0.0/12"]), routes(&RANGES), routes(&["10.96.0.0/24"])];
     for before in &ways {
@@ -122,7 +122,7 @@ fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
             let mut changed = world(kernel, after.clone());
             let log = std::mem::take(&mut changed.kernel().log);
             for operation in &log {
-                bound.apply_and_sync(operation);
+                bound.apply(operation);
                 for vip in ["10.96.0.10", "203.0.113.1", "fd96::10"] {
                     assert!(bound.has(ip(vip)), "{vip} from {before:?} to {after:?} after {operation}: {log:#?}");
                 }
@@ -137,7 +137,7 @@ fn a_vip_is_bound_at_every_instant_of_a_change_from_one_way_to_another() {
 }
 
 #[test]
-fn a_range_is_guarded_before_it_has_a_route_and_for_as_long_as_it_has() {
+fn a_range_is_guarded_while_it_has_a_route() {
     let position = |log: &[Operation], wanted: &dyn Fn(&Operation) -> bool| log.iter().position(wanted).unwrap();
     let is_table = |operation: &Operation| {
         operation.filter_family() == Some(Family::Ipv4) && matches!(operation, Operation::BuildTable { .. })
@@ -163,7 +163,7 @@ fn a_range_is_guarded_before_it_has_a_route_and_for_as_long_as_it_has() {
 }
 
 #[test]
-fn a_vip_of_a_range_is_opened_once_it_is_served_and_closed_before_it_is_not() {
+fn a_routed_vip_is_open_only_while_it_is_served() {
     let mut world = World::with(FakeKernel::default(), with(routes(&RANGES)), vec![]);
     world.kernel().log.clear();
     world.apply_all(web());
@@ -185,7 +185,7 @@ fn a_vip_of_a_range_is_opened_once_it_is_served_and_closed_before_it_is_not() {
 }
 
 #[test]
-fn an_audit_repairs_routes_and_a_device_that_takes_none() {
+fn an_audit_repairs_routes_and_a_device_that_is_down() {
     let mut world = world(FakeKernel::default(), routes(&["10.96.0.0/12"]));
     let all = held(world.kernel());
     world.kernel().routes.remove(&net("203.0.113.1/32"));
@@ -211,7 +211,7 @@ fn an_audit_repairs_routes_and_a_device_that_takes_none() {
 }
 
 #[test]
-fn a_route_that_fails_leaves_the_address_and_is_tried_again() {
+fn a_failed_route_keeps_the_address_and_is_retried() {
     for refused in ["10.96.0.0/12", "203.0.113.1/32"] {
         let mut kernel = world(FakeKernel::default(), VipBinding::Addresses).kill();
         let range = net(refused);
@@ -232,7 +232,7 @@ fn a_route_that_fails_leaves_the_address_and_is_tried_again() {
 }
 
 #[test]
-fn what_is_not_ours_stays_also_by_routes() {
+fn foreign_addresses_stay_with_routes() {
     let mut kernel = world(FakeKernel::default(), VipBinding::Addresses).kill();
     kernel.addresses.as_mut().unwrap().insert(ip("10.96.0.10"), 24);
     kernel.addresses.as_mut().unwrap().insert(ip("10.77.0.1"), 24);
@@ -242,7 +242,7 @@ fn what_is_not_ours_stays_also_by_routes() {
 }
 
 #[test]
-fn while_something_cannot_be_understood_what_binds_it_stays() {
+fn bindings_stay_while_an_object_cannot_be_parsed() {
     let kernel = world(FakeKernel::default(), routes(&RANGES)).kill();
     let before = held(&kernel).1;
     let changes = vec![Change::Incomplete(true)];
@@ -255,7 +255,7 @@ fn while_something_cannot_be_understood_what_binds_it_stays() {
 }
 
 #[test]
-fn without_a_family_its_ranges_have_no_routes() {
+fn ranges_of_an_unserved_family_have_no_routes() {
     let mut policy = with(routes(&RANGES));
     policy.families.ipv6 = false;
     let mut world = World::with(FakeKernel::default(), policy, web());
@@ -263,7 +263,7 @@ fn without_a_family_its_ranges_have_no_routes() {
 }
 
 #[test]
-fn a_loopback_address_on_the_device_is_nobodys() {
+fn a_loopback_address_on_the_device_is_ignored() {
     let addresses = vec![(ip("127.105.112.118"), 32), (ip("fe80::1"), 64)];
     let device = ObservedDevice { accepts_routes: true, addresses, routes: vec![net("10.96.0.0/12")] };
     let mirror = Mirror::from_dump(Observed { device: Some(device), ..Observed::default() });
@@ -297,7 +297,7 @@ proptest! {
     /// Restarts with other settings, kills in the middle, refusals: in the end all is as a fresh start would have it, and
     /// no VIP that stays wanted was without something that binds it, except where the kernel refused.
     #[test]
-    fn whatever_was_before_a_restart_leads_to_what_is_wanted(
+    fn any_state_before_a_restart_converges(
         runs in prop::collection::vec((binding(), prop::collection::vec(change(), 0..6), 0_usize..40), 1..5),
     ) {
         let mut kernel = FakeKernel::default();
@@ -319,7 +319,7 @@ proptest! {
             world.sync();
             let log = world.kernel().log[start..].to_vec();
             for operation in &log {
-                bound.apply_and_sync(operation);
+                bound.apply(operation);
                 let lost: Vec<_> = were.iter().filter(|vip| !bound.has(**vip)).collect();
                 prop_assert!(lost.is_empty(), "{:?} after {}: {:?}; {:?} {:?}", lost, operation, log, bound.addresses, bound.routes);
             }

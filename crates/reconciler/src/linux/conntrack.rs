@@ -20,6 +20,7 @@ use netlink_packet_netfilter::{NetfilterMessage, NetfilterMessageInner};
 use service_watch::Protocol;
 use tracing::debug;
 
+use super::errno::ENOENT;
 use super::filter::message::header;
 use crate::filter::expression::protocol_number;
 use crate::front_end::FrontEnd;
@@ -36,8 +37,6 @@ const CTA_FILTER_REPLY_FLAGS: u16 = 2;
 /// `CTA_FILTER_F_CTA_PROTO_NUM` and `CTA_FILTER_F_CTA_PROTO_DST_PORT` of `nf_internals.h`.
 const FILTER_PROTOCOL: u32 = 1 << 3;
 const FILTER_DESTINATION_PORT: u32 = 1 << 5;
-
-const ENOENT: i32 = 2;
 
 /// The real servers of each front end, sorted.
 type LiveServers<'a> = HashMap<FrontEnd, &'a Arc<[RealServerAddress]>>;

@@ -2,6 +2,7 @@
 //! connection tracking over nfnetlink.
 
 pub(crate) mod conntrack;
+mod errno;
 pub mod filter;
 pub mod interface_watch;
 pub(crate) mod routes;
@@ -19,6 +20,7 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressSco
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
+use self::errno::{EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, EINVAL, ENETDOWN, ENODEV, EOPNOTSUPP, EPERM, ESRCH};
 use crate::filter::ObservedFilter;
 use crate::front_end::FrontEnd;
 use crate::kernel::{
@@ -28,19 +30,7 @@ use crate::kernel::{
 use crate::plan::{Operation, Plan};
 use crate::policy::{Families, Policy};
 
-// errno.h
-const EPERM: i32 = 1;
-const ESRCH: i32 = 3;
-const EACCES: i32 = 13;
-const EEXIST: i32 = 17;
-const ENODEV: i32 = 19;
-const EINVAL: i32 = 22;
-const EOPNOTSUPP: i32 = 95;
-const EAFNOSUPPORT: i32 = 97;
-const EADDRNOTAVAIL: i32 = 99;
-const ENETDOWN: i32 = 100;
-
-/// So many operations are turned into messages at a time: some full batches.
+/// How many operations are encoded at a time: some full batches.
 const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
 
 /// The kernel of one network namespace: that of the thread that connected.
@@ -48,22 +38,22 @@ const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
 pub struct LinuxKernel {
     ipvs: Client,
     route: Socket,
-    /// For reading routes alone.
+    /// Only for reading routes.
     routes: Socket,
     netfilter: Socket,
-    /// Which families have a table of the packet filter.
+    /// The families that have a table of the packet filter.
     families: Families,
-    /// The index of `kube-ipvs0`, once it was seen.
+    /// The index of `kube-ipvs0`, if it is known.
     device: Option<u32>,
-    /// What was sent before the last account was given.
+    /// What was sent until statistics were last taken.
     sent_at_last_take: Sent,
-    /// What was sent on sockets that failed.
+    /// What was sent on sockets that have failed.
     sent_before: Sent,
-    /// Since the last account.
+    /// Since statistics were last taken.
     conntrack_cleanups: Vec<ConntrackCleanup>,
-    /// Since the last account.
+    /// Since statistics were last taken.
     time_spent: TimeSpent,
-    /// Whether a socket failed: `ip_vs` may have been unloaded and loaded again, with another family number.
+    /// Whether a socket failed. `ip_vs` may have been unloaded and loaded again, with another family number.
     is_broken: bool,
 }
 
@@ -94,17 +84,17 @@ impl LinuxKernel {
         self.sent_before + self.ipvs.sent() + self.route.sent() + self.routes.sent() + self.netfilter.sent()
     }
 
-    /// Reads the packet filter, for who wants nothing else.
+    /// Reads the packet filter only.
     pub fn filter(&mut self) -> Result<ObservedFilter, KernelError> {
         filter::client::observe(&mut self.netfilter, self.families)
     }
 
-    /// The IPVS client, for what is no part of a plan: timeouts and the probing of schedulers.
+    /// The IPVS client, for what is not part of a plan: timeouts and the probing of schedulers.
     pub fn ipvs(&mut self) -> &mut Client {
         &mut self.ipvs
     }
 
-    /// Makes `kube-ipvs0`, unless it exists. An interface of that name that is no dummy is refused.
+    /// Adds `kube-ipvs0`, unless it exists. An interface of that name that is not a dummy is an error.
     pub fn ensure_device(&mut self) -> Result<(), KernelError> {
         match self.find_device()? {
             Some((index, _)) => self.device = Some(index),
@@ -113,19 +103,19 @@ impl LinuxKernel {
         Ok(())
     }
 
-    /// Finds out whether the kernel has what the packet filter needs, by making a table and taking it back in one
-    /// transaction; asking makes it load its modules. Where there is a table already there is nothing to find out.
+    /// Checks whether the kernel supports the packet filter, by creating and deleting a table in one transaction. That also makes the
+    /// kernel load its modules. If there is a table already, nothing is checked.
     pub fn probe_filter(&mut self, policy: &Policy) -> Result<(), KernelError> {
         filter::client::probe(&mut self.netfilter, policy)
     }
 
-    /// Chains of others at the forward hook that drop what they do not accept.
+    /// The chains of other programs at the forward hook whose policy is drop.
     pub fn forward_drops(&mut self) -> Result<Vec<String>, KernelError> {
         let chains = filter::read::forward_drops(&mut self.netfilter);
         chains.map_err(|error| refused(format!("cannot read the packet filter of others: {error}")))
     }
 
-    /// Deletes `kube-ipvs0`. Returns whether it was there; an interface of that name that is no dummy is refused.
+    /// Deletes `kube-ipvs0`. Returns whether it existed. An interface of that name that is not a dummy is an error.
     pub fn delete_device(&mut self) -> Result<bool, KernelError> {
         let Some((index, _)) = self.find_device()? else { return Ok(false) };
         let mut message = LinkMessage::default();
@@ -161,14 +151,14 @@ impl LinuxKernel {
         Ok(())
     }
 
-    /// Has `kube-ipvs0` take routes: IPv6 lets none lead to a device that is down.
+    /// Sets `kube-ipvs0` up for routes: IPv6 allows none to a device that is down.
     fn set_device_up(&mut self) -> Result<(), KernelError> {
         let operation = Operation::SetDeviceUp;
         let Some(device) = self.device else { return Err(no_device(&operation)) };
         for request in routes::set_up_requests(device) {
             match self.route.request(&request, |_: RouteNetlinkMessage| {}) {
                 Ok(()) => {}
-                // Without IPv6 there is no link-local address to be kept away. The anchor may be there already.
+                // Without IPv6 there is no link-local address to prevent. The anchor address may exist already.
                 Err(error)
                     if error.refusal().is_some_and(|refusal| [EAFNOSUPPORT, EEXIST].contains(&refusal.errno)) => {}
                 Err(error) => {
@@ -205,7 +195,7 @@ impl LinuxKernel {
         }
     }
 
-    /// Reads the addresses of all interfaces: those of `kube-ipvs0`, and the others.
+    /// Reads the addresses of all interfaces.
     fn read_addresses(&mut self, observed: &mut Observed) -> Result<(), KernelError> {
         let device = self.find_device()?;
         self.device = device.map(|(index, _)| index);
@@ -273,7 +263,7 @@ impl LinuxKernel {
     }
 
     fn apply_ipvs(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
-        // Not all at once: the messages of thousands of Services are more memory than the agent has for all else.
+        // In parts: the messages of thousands of Services take more memory than everything else in the agent.
         for some in operations.chunks(IPVS_OPERATIONS) {
             self.apply_some_ipvs(some, results);
         }
@@ -305,7 +295,7 @@ impl LinuxKernel {
     fn apply_flows(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
         let flushed = conntrack::delete_stale_flows(&mut self.netfilter, operations, &mut self.conntrack_cleanups);
         if flushed.as_ref().is_err_and(|error| error.refusal().is_none()) {
-            // Nothing the mirror knows of is at stake, so it stays; a new socket is made with the next reading.
+            // The mirror does not include flows, so it stays valid. The next dump opens a new socket.
             self.is_broken = true;
         }
         results.extend(operations.iter().map(|operation| {
@@ -370,25 +360,25 @@ impl Kernel for LinuxKernel {
 
     fn apply(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>> {
         let mut results = Vec::with_capacity(plan.operations().len());
-        // Neighbours in the plan that go to one socket go in one batch: batches keep their order.
-        for run in plan.operations().chunk_by(|a, b| Target::of(a) == Target::of(b)) {
-            let target = Target::of(&run[0]);
+        // Consecutive operations on one subsystem are sent as one batch, which keeps their order.
+        for run in plan.operations().chunk_by(|a, b| Subsystem::changed_by(a) == Subsystem::changed_by(b)) {
+            let subsystem = Subsystem::changed_by(&run[0]);
             let start = Instant::now();
-            match target {
-                Target::Device => results.extend(run.iter().map(|operation| match operation {
+            match subsystem {
+                Subsystem::Device => results.extend(run.iter().map(|operation| match operation {
                     Operation::SetDeviceUp => self.set_device_up(),
                     _ => self.ensure_device(),
                 })),
-                Target::Filter => self.apply_filter(run, &mut results),
-                Target::Flows => self.apply_flows(run, &mut results),
-                Target::Ipvs => self.apply_ipvs(run, &mut results),
-                Target::Addresses => self.apply_addresses(run, &mut results),
+                Subsystem::Filter => self.apply_filter(run, &mut results),
+                Subsystem::Flows => self.apply_flows(run, &mut results),
+                Subsystem::Ipvs => self.apply_ipvs(run, &mut results),
+                Subsystem::Addresses => self.apply_addresses(run, &mut results),
             }
-            let time_spent = match target {
-                Target::Device | Target::Addresses => &mut self.time_spent.addresses,
-                Target::Filter => &mut self.time_spent.filter,
-                Target::Flows => &mut self.time_spent.flows,
-                Target::Ipvs => &mut self.time_spent.ipvs,
+            let time_spent = match subsystem {
+                Subsystem::Device | Subsystem::Addresses => &mut self.time_spent.addresses,
+                Subsystem::Filter => &mut self.time_spent.filter,
+                Subsystem::Flows => &mut self.time_spent.flows,
+                Subsystem::Ipvs => &mut self.time_spent.ipvs,
             };
             *time_spent += start.elapsed();
         }
@@ -396,7 +386,7 @@ impl Kernel for LinuxKernel {
     }
 }
 
-/// Reads a link, an address or whatever else rtnetlink tells.
+/// Decodes a message of rtnetlink.
 #[cfg(fuzzing)]
 pub(crate) fn fuzz(header: &netlink_packet_core::NetlinkHeader, payload: &[u8]) {
     use netlink_packet_core::NetlinkDeserializable as _;
@@ -405,9 +395,9 @@ pub(crate) fn fuzz(header: &netlink_packet_core::NetlinkHeader, payload: &[u8]) 
     }
 }
 
-/// Where an operation goes.
+/// The subsystem of the kernel that an operation changes.
 #[derive(PartialEq)]
-enum Target {
+enum Subsystem {
     Filter,
     Flows,
     Device,
@@ -415,8 +405,8 @@ enum Target {
     Addresses,
 }
 
-impl Target {
-    fn of(operation: &Operation) -> Self {
+impl Subsystem {
+    fn changed_by(operation: &Operation) -> Self {
         match operation {
             operation if operation.filter_family().is_some() => Self::Filter,
             Operation::DeleteUntranslatedFlows(..) | Operation::DeleteStaleFlows(..) => Self::Flows,
@@ -468,7 +458,7 @@ fn address_message(operation: &Operation, device: u32) -> Option<Request<RouteNe
     })
 }
 
-/// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, else that.
+/// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, or else `IFA_ADDRESS`.
 fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
     find(|attribute| match attribute {

@@ -7,18 +7,13 @@ use super::read;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{FrontEndElements, ObservedFilter, SetElement, TableContents};
 use crate::kernel::{Cause, KernelError};
+use crate::linux::errno::{EBUSY, EEXIST, ENOENT, EPERM};
 use crate::node::NodeView;
 use crate::plan::Operation;
 use crate::policy::{Families, Policy};
 
 /// At most this many operations in a transaction: some 200 KB of messages.
 const TRANSACTION_OPERATIONS: usize = 2000;
-
-// errno.h
-const EPERM: i32 = 1;
-const ENOENT: i32 = 2;
-const EBUSY: i32 = 16;
-const EEXIST: i32 = 17;
 
 /// A hint for a kernel that lacks a part of `nf_tables`. It loads modules automatically if it can.
 const MODULES: &str = "it takes CAP_NET_ADMIN, and the modules nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_reject_ipv4 \

@@ -120,7 +120,7 @@ fn variants(policy: &Policy) -> BTreeSet<String> {
 }
 
 #[test]
-fn the_history_takes_every_operation_there_is() {
+fn the_history_contains_every_operation() {
     let all: BTreeSet<String> = policies().iter().flat_map(variants).collect();
     let expected = [
         "BuildTable",
@@ -152,7 +152,7 @@ fn the_history_takes_every_operation_there_is() {
 }
 
 #[test]
-fn whatever_is_refused_a_few_times_and_however_all_is_right_in_the_end() {
+fn any_operation_refused_a_few_times_succeeds_in_the_end() {
     for policy in policies() {
         let mut honest = world(&policy);
         play(&mut honest);
@@ -183,7 +183,7 @@ fn whatever_is_refused_a_few_times_and_however_all_is_right_in_the_end() {
 }
 
 #[test]
-fn what_is_refused_for_ever_is_tried_ever_more_rarely_and_concerns_no_other_service() {
+fn a_permanent_refusal_backs_off_and_affects_no_other_service() {
     for policy in policies() {
         for refused in variants(&policy) {
             let mut world = world(&policy);
@@ -207,7 +207,7 @@ fn what_is_refused_for_ever_is_tried_ever_more_rarely_and_concerns_no_other_serv
 
 /// One Service that the kernel will have nothing of, and one beside it.
 #[test]
-fn a_service_of_which_everything_is_refused_harms_no_other() {
+fn a_service_with_all_operations_refused_affects_no_other() {
     for policy in policies() {
         for cause in [Cause::Refused, Cause::Exists, Cause::NotFound] {
             let mut world = world(&policy);

@@ -47,7 +47,7 @@ fn told(world: &mut World, changes: Vec<Change>) -> Option<Vec<HealthCheck>> {
 }
 
 #[test]
-fn load_balancers_are_told_how_many_addresses_are_ready_here() {
+fn health_checks_count_ready_local_addresses() {
     let mut world = World::new();
     let mixed = vec![
         here("10.0.0.1"),
@@ -70,7 +70,7 @@ fn load_balancers_are_told_how_many_addresses_are_ready_here() {
 }
 
 #[test]
-fn load_balancers_are_answered_where_node_ports_are_loopback_included() {
+fn health_checks_listen_on_node_port_addresses_and_loopback() {
     let policy = Policy {
         node_port_addresses: NodePortAddresses::Within(vec![
             "127.0.0.0/8".parse().unwrap(),
@@ -94,7 +94,7 @@ fn without_local(service: Service, endpoints: Vec<Endpoint>) -> (usize, usize) {
 }
 
 #[test]
-fn a_policy_local_without_local_endpoints_is_counted_where_there_are_others() {
+fn policy_local_without_local_endpoints_is_counted() {
     let plain = || service("web", &["10.96.0.10"]);
     let internal = || Service { internal_policy: LOCAL, ..plain() };
     let external = || Service { external_policy: LOCAL, external_ips: vec![ip("198.51.100.1")], ..plain() };
@@ -123,7 +123,7 @@ fn a_policy_local_without_local_endpoints_is_counted_where_there_are_others() {
 }
 
 #[test]
-fn only_what_was_right_before_and_cannot_be_repaired_counts_as_such() {
+fn only_drift_that_cannot_be_repaired_is_unrepaired() {
     let web = vec![Change::Service(service("web", &["10.96.0.10"])), Change::Slice(ready("a", "web", &["10.0.0.1"]))];
     let mut world = World::with(FakeKernel::default(), Policy::new(NODE), web);
     let refuse = |operation: &Operation| matches!(operation, Operation::BindAddress(_)).then_some(Cause::Refused);
@@ -144,7 +144,7 @@ fn only_what_was_right_before_and_cannot_be_repaired_counts_as_such() {
 }
 
 #[test]
-fn a_packet_filter_that_cannot_be_made_counts_as_well_and_so_does_the_device() {
+fn a_table_or_device_that_cannot_be_added_is_unrepaired() {
     for (fault, families) in
         [("filter", BTreeSet::from([Family::Ipv6])), ("device", BTreeSet::from([Family::Ipv4, Family::Ipv6]))]
     {
@@ -164,7 +164,7 @@ fn a_packet_filter_that_cannot_be_made_counts_as_well_and_so_does_the_device() {
 }
 
 #[test]
-fn totals_count_what_there_is() {
+fn totals_count_services_servers_and_vips() {
     let mut world = World::with(
         FakeKernel::default(),
         Policy::new(NODE),
@@ -186,7 +186,7 @@ fn totals_count_what_there_is() {
 }
 
 #[test]
-fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() {
+fn draining_servers_lost_while_the_kernel_is_unknown_are_not_counted() {
     let mut world = World::new();
     world.apply(Change::Service(service("web", &["10.96.0.10"])));
     world.apply(Change::Slice(ready("a", "web", &["10.0.0.1", "10.0.0.2"]))).settle();
@@ -207,7 +207,7 @@ fn what_drained_and_went_while_nothing_was_known_of_the_kernel_is_not_counted() 
 }
 
 #[test]
-fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
+fn trigger_times_are_reported_once() {
     let mut world = World::new();
     let at = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000);
     let changed = |addresses: &[&str]| EndpointSlice { trigger_time: Some(at), ..ready("a", "web", addresses) };
@@ -222,7 +222,7 @@ fn the_time_a_slice_changed_is_told_once_after_the_sync_that_has_it() {
 }
 
 #[test]
-fn what_the_configuration_needs_of_the_node_is_known_to_be_missing() {
+fn missing_node_data_is_detected() {
     let node = |addresses: &[&str], pod_cidrs: &[&str]| {
         Change::Node(Node {
             addresses: addresses.iter().map(|text| ip(text)).collect(),

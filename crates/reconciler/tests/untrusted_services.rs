@@ -57,7 +57,7 @@ enum AddressTreatment {
 }
 
 #[test]
-fn an_address_that_somebody_asks_for_is_served_only_where_it_is_nobodys() {
+fn external_addresses_with_another_owner_are_not_served() {
     for (address, number, fate) in [
         (OWN, 80, AddressTreatment::Refused(AddressOwner::Node)),
         (OTHER_NODE, 80, AddressTreatment::Refused(AddressOwner::Node)),
@@ -107,7 +107,7 @@ fn an_address_that_somebody_asks_for_is_served_only_where_it_is_nobodys() {
 }
 
 #[test]
-fn a_cluster_ip_goes_to_whom_it_is_handed_out_however_long_another_has_asked_for_it() {
+fn an_allocated_cluster_ip_takes_precedence_over_external_ips() {
     let mut world = cluster();
     world.apply(Change::Service(Service { external_ips: vec![ip("10.96.0.77")], ..hostile() })).settle();
     assert_eq!(world.weights("10.96.0.77", 80), [("10.66.6.6:8080".to_owned(), 1)].into());
@@ -124,7 +124,7 @@ fn a_cluster_ip_goes_to_whom_it_is_handed_out_however_long_another_has_asked_for
 }
 
 #[test]
-fn a_service_that_gets_as_a_cluster_ip_what_it_asked_for_comes_before_who_asks() {
+fn an_external_ip_that_becomes_the_cluster_ip_takes_precedence() {
     let mut world = cluster();
     let asks = |name: &str, created, cluster_ip: &str| Service {
         external_ips: vec![ip("10.96.0.77")],
@@ -145,7 +145,7 @@ fn a_service_that_gets_as_a_cluster_ip_what_it_asked_for_comes_before_who_asks()
 }
 
 #[test]
-fn a_service_of_the_control_plane_may_lead_to_the_api_server() {
+fn services_of_the_control_plane_may_use_api_server_addresses() {
     let mut world = cluster();
     let service = Service {
         name: ObjectName::new("kube-system", "control-plane"),
@@ -157,7 +157,7 @@ fn a_service_of_the_control_plane_may_lead_to_the_api_server() {
 }
 
 #[test]
-fn an_api_server_that_moves_takes_its_address_from_who_has_it() {
+fn a_new_api_server_address_is_taken_from_other_services() {
     let mut world = cluster();
     world.apply(Change::Service(Service { external_ips: vec![ip("192.168.1.8")], ..hostile() })).settle();
     assert!(world.kernel().servers.contains_key(&tcp("192.168.1.8", 80)));
@@ -167,7 +167,7 @@ fn an_api_server_that_moves_takes_its_address_from_who_has_it() {
 }
 
 #[test]
-fn nobody_becomes_an_api_server_by_a_slice_of_his_own() {
+fn only_the_api_servers_own_slice_defines_api_servers() {
     let mut world = cluster();
     world.apply(Change::Service(Service { external_ips: vec![ip("203.0.113.1")], ..hostile() })).settle();
     world.apply(Change::Slice(ready("kubernetes-2", "kubernetes", &["203.0.113.1"]))).settle();
@@ -175,7 +175,7 @@ fn nobody_becomes_an_api_server_by_a_slice_of_his_own() {
 }
 
 #[test]
-fn policy_local_and_source_ranges_of_one_service_say_nothing_of_another() {
+fn policy_and_source_ranges_of_a_service_affect_no_other() {
     let mut world = cluster();
     let before = world.kernel().filter.front_ends[&tcp("10.96.0.10", 80)].clone();
     world.apply(Change::Service(Service {
