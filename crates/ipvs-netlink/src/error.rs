@@ -5,22 +5,11 @@ use std::fmt;
 
 use netlink_batch::Refusal;
 
+use crate::errno::{
+    EACCES, EAFNOSUPPORT, EEXIST, EINTR, EINVAL, ENETUNREACH, ENODEV, ENOENT, EOPNOTSUPP, EPERM, ERANGE, ESRCH,
+};
 use crate::message::Message;
 use crate::virtual_server::VirtualServer;
-
-// errno.h, the same on every architecture Linux runs on but for values not used here.
-const EPERM: i32 = 1;
-const ENOENT: i32 = 2;
-const ESRCH: i32 = 3;
-const EINTR: i32 = 4;
-const EACCES: i32 = 13;
-const EEXIST: i32 = 17;
-const ENODEV: i32 = 19;
-const EINVAL: i32 = 22;
-const ERANGE: i32 = 34;
-const EAFNOSUPPORT: i32 = 97;
-const ENETUNREACH: i32 = 101;
-const EOPNOTSUPP: i32 = 95;
 
 /// What kind of failure it is, to match on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

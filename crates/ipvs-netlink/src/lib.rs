@@ -46,6 +46,7 @@ mod changes;
 mod client;
 mod config;
 mod connections;
+mod errno;
 mod error;
 #[cfg(feature = "fake")]
 pub mod fake;

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use netlink_batch::Refusal;
 
 use super::Ipvs;
-use super::errno::{EINVAL, EOPNOTSUPP};
 use crate::config::{Info, Timeouts};
+use crate::errno::{EINVAL, EOPNOTSUPP};
 use crate::error::Error;
 use crate::id::VirtualServerId;
 use crate::message::Message;

@@ -3,8 +3,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::num::{NonZeroU8, NonZeroU16};
 
-use super::errno::{EAFNOSUPPORT, EEXIST, EINVAL, ENETUNREACH, ENODEV, ESRCH};
 use super::kernel::Kernel;
+use crate::errno::{EAFNOSUPPORT, EEXIST, EINVAL, ENETUNREACH, ENODEV, ESRCH};
 use crate::sync_daemon::{SyncDaemon, SyncRole};
 
 /// `IP_VS_SYNC_GROUP`

@@ -58,7 +58,6 @@
 
 mod client;
 mod daemons;
-mod errno;
 mod kernel;
 mod servers;
 
@@ -69,9 +68,9 @@ use netlink_packet_core::{Emitable, ParseableParametrized};
 use netlink_packet_generic::{GenlFamily, GenlHeader};
 
 use self::daemons::Daemons;
-use self::errno::EINVAL;
 use self::servers::Servers;
 use crate::config::{Info, Timeouts};
+use crate::errno::EINVAL;
 use crate::id::VirtualServerId;
 use crate::message::Message;
 use crate::stats::Stats;

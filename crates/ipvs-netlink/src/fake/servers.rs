@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 
-use super::errno::{EAFNOSUPPORT, EEXIST, EINVAL, ENOENT, ERANGE, ESRCH};
 use super::kernel::Kernel;
+use crate::errno::{EAFNOSUPPORT, EEXIST, EINVAL, ENOENT, ERANGE, ESRCH};
 use crate::id::{Family, Protocol, VirtualServerId};
 use crate::real_server::{Forwarding, RealServer, RealServerEntry, Tunnel};
 use crate::stats::Stats;
