@@ -156,7 +156,7 @@ fn diff_vip(
     match (mirror.has_element(&element), desired.wants_vip(address)) {
         (false, true) if is_routed() || is_to_be_routed() => out.push(Operation::AddRoutedVip(address)),
         (true, false) if is_routed() && !context.retention.is_everything() => {
-            out.push(Operation::RemoveRoutedVip(address))
+            out.push(Operation::RemoveRoutedVip(address));
         }
         (_, is_wanted) => diff_element(element, is_wanted, mirror, context.retention, out),
     }

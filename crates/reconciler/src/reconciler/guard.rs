@@ -126,10 +126,14 @@ impl Guard {
             (Rule::FrontEndUnguarded, Operation::AddVirtualServer(front_end, _)) => {
                 self.withheld_servers.insert(*front_end);
             }
-            (Rule::StillReachable, Operation::RemoveFrontEnd(_, elements)) => {
-                if let FrontEndElements { source_ranges: SourceRangesElement::Service(service), .. } = elements {
-                    self.referenced_source_ranges.insert(service.clone(), operation.key());
-                }
+            (
+                Rule::StillReachable,
+                Operation::RemoveFrontEnd(
+                    _,
+                    FrontEndElements { source_ranges: SourceRangesElement::Service(service), .. },
+                ),
+            ) => {
+                self.referenced_source_ranges.insert(service.clone(), operation.key());
             }
             (Rule::SourceRangesInUse, Operation::RemoveSourceRanges(service, _)) => {
                 if let Some(front_end) = self.referenced_source_ranges.get(service) {
