@@ -8,7 +8,8 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Agent, Manifests, addresses, ipvs, run, service, slice};
+use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service, slice};
+use lab::link;
 use lab::netns::isolate;
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
@@ -92,7 +93,7 @@ fn is_read(message: &str) -> bool {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_draining_real_server_survives_a_restart_until_it_is_idle() {
     isolate().unwrap();
-    run("ip address add 10.0.0.1/32 dev lo && ip address add 10.0.0.2/32 dev lo");
+    link::add_addresses("lo", &["10.0.0.1", "10.0.0.2"]).unwrap();
     let listener = TcpListener::bind("0.0.0.0:8080").unwrap();
     let manifests = web();
     manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1"]));
@@ -113,9 +114,9 @@ fn a_draining_real_server_survives_a_restart_until_it_is_idle() {
     agent.has(&[WEB, WEB_2, drained]);
     exchange(b"two.");
     agent.kill();
-    let mut agent = manifests.agent(&["--ipvs-tcpfin-timeout=1s", "--ipvs-sync-period=1s"]);
-    agent.says("taking Services");
-    std::thread::sleep(Duration::from_millis(1500));
+    let mut agent = manifests.agent(&["--ipvs-tcpfin-timeout=1s", "--ipvs-sync-period=100ms"]);
+    agent.says("audited");
+    agent.audits(2);
     agent.has(&[WEB, WEB_2, drained]);
     exchange(b"tri.");
 
@@ -158,7 +159,7 @@ fn bad_objects_are_named_and_harm_no_other() {
     isolate().unwrap();
     let manifests = web();
     // The last is where a network is talked to as a whole: only the kernel knows that.
-    run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
+    eth0();
     let endpoints = ["10.0.0.1", "not-an-address", "224.0.0.7", "10.0.0.2", "192.168.1.255"];
     manifests.write("slice.yaml", &slice("web-1", "web", &endpoints));
     let zero = service("zero", "10.96.0.11").replace("port: 80", "port: 0");
@@ -207,7 +208,7 @@ fn without_cap_net_admin_the_start_fails_with_a_remedy() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_foreign_kube_ipvs0_stops_the_start() {
     isolate().unwrap();
-    run("ip link add kube-ipvs0 type veth peer name other");
+    link::add_veth("kube-ipvs0", "other", None::<&std::fs::File>).unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&[]);
     assert!(!agent.ends().success());
@@ -218,24 +219,21 @@ fn a_foreign_kube_ipvs0_stops_the_start() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn addresses_of_the_node_are_followed_at_once() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    eth0();
     let manifests = Manifests::new();
     let web = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
     manifests.write("service.yaml", &web);
     // With this period only notifications can be as quick as the test asks for.
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m", "--nodeport-addresses=192.168.0.0/16"]);
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
-    run("ip address add 192.168.1.2/24 dev eth0");
+    link::add_address("eth0", "192.168.1.2/24").unwrap();
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.2:30080 -s rr"]);
-    run("ip address del 192.168.1.1/24 dev eth0");
+    link::delete_address("eth0", "192.168.1.1/24").unwrap();
     agent.has(&[WEB]);
-    run("ip address add 192.168.1.2/24 dev eth0");
+    link::add_address("eth0", "192.168.1.2/24").unwrap();
     agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
-    run("ip link del kube-ipvs0");
-    agent.until("bring back the device", |_| {
-        Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap().status.success()
-            && addresses() == ["10.96.0.10/32"]
-    });
+    link::delete("kube-ipvs0").unwrap();
+    agent.until("bring back the device", |_| addresses() == ["10.96.0.10/32"]);
 }
 
 #[test]
@@ -254,11 +252,12 @@ fn every_scheduler_can_be_chosen() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn ipvs_timeouts_are_set_and_0_keeps_the_kernels_value() {
     isolate().unwrap();
-    run("ipvsadm --set 800 100 200");
+    ipvsadm("--set 800 100 200");
     let manifests = web();
     let mut agent = manifests.agent(&["--once", "--ipvs-tcp-timeout=90500ms", "--ipvs-udp-timeout=900ms"]);
     assert!(agent.ends().success());
-    assert!(run("ipvsadm -Ln --timeout").contains("90 100 200"));
+    let timeouts = ipvs_netlink::Client::connect().unwrap().timeouts().unwrap();
+    assert_eq!((timeouts.tcp, timeouts.tcp_fin, timeouts.udp), (90, 100, 200));
 }
 
 #[test]
@@ -293,7 +292,7 @@ fn invalid_flags_exit_with_status_1_and_the_reason() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn many_address_changes_leave_no_stale_node_port() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    eth0();
     let manifests = Manifests::new();
     manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
@@ -308,7 +307,7 @@ fn many_address_changes_leave_no_stale_node_port() {
             std::fs::write("/tmp/flood", lines).unwrap();
             run("ip -batch /tmp/flood");
         }
-        run("ip address add 192.168.1.2/24 dev eth0");
+        link::add_address("eth0", "192.168.1.2/24").unwrap();
     });
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.2:30080 -s rr"]);
 }
@@ -317,13 +316,14 @@ fn many_address_changes_leave_no_stale_node_port() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn an_address_configured_twice_counts_until_both_are_removed() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy && ip link set eth0 up");
-    run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.1/32 dev eth0");
+    link::add_dummy("eth0", &[]).unwrap();
+    link::add_addresses("eth0", &["192.168.1.1/24", "192.168.1.1/32"]).unwrap();
     let manifests = Manifests::new();
     manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
-    run("ip address del 192.168.1.1/32 dev eth0 && ip address add 192.168.1.9/24 dev eth0");
+    link::delete_address("eth0", "192.168.1.1/32").unwrap();
+    link::add_address("eth0", "192.168.1.9/24").unwrap();
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr", "-A -t 192.168.1.9:30080 -s rr"]);
 }
 
@@ -335,11 +335,9 @@ fn a_renamed_device_is_replaced() {
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
     agent.has(&[WEB, WEB_1, WEB_2]);
     agent.until("bind the VIP", |_| addresses() == ["10.96.0.10/32"]);
-    run("ip link set kube-ipvs0 name elsewhere");
-    agent.until("bring back the device", |_| {
-        Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap().status.success()
-            && addresses() == ["10.96.0.10/32"]
-    });
+    link::set_down("kube-ipvs0").unwrap();
+    link::rename("kube-ipvs0", "elsewhere").unwrap();
+    agent.until("bring back the device", |_| addresses() == ["10.96.0.10/32"]);
     std::thread::sleep(Duration::from_millis(300));
     let lines = agent.log().lines().count();
     std::thread::sleep(Duration::from_millis(500));
@@ -380,8 +378,8 @@ fn foreign_chains_that_drop_forwarded_packets_are_named() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn node_ports_on_the_primary_address_follow_the_node() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy && ip link set eth0 up");
-    run("ip address add 192.168.1.1/24 dev eth0 && ip address add 192.168.1.2/24 dev eth0");
+    link::add_dummy("eth0", &[]).unwrap();
+    link::add_addresses("eth0", &["192.168.1.1/24", "192.168.1.2/24"]).unwrap();
     let manifests = Manifests::new();
     let node_port = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
     manifests.write("service.yaml", &node_port);
@@ -397,8 +395,8 @@ fn node_ports_on_the_primary_address_follow_the_node() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy; ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
-    run("ip link add other type dummy; ip address add 172.17.0.1/16 dev other; ip link set other up");
+    eth0();
+    link::add_dummy("other", &["172.17.0.1/16"]).unwrap();
     let manifests = web();
     manifests.write(
         "kubernetes.yaml",

@@ -4,12 +4,13 @@ mod common;
 
 use std::process::Command;
 
-use common::{Agent, Manifests, addresses, ipvs, run, service, slice};
+use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service, slice};
+use lab::link;
 use lab::netns::isolate;
 
 /// A node with a Service that has a NodePort, served.
 fn served() -> Manifests {
-    run("ip link add eth0 type dummy && ip address add 192.168.1.1/24 dev eth0 && ip link set eth0 up");
+    eth0();
     let manifests = Manifests::new();
     let web = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
     manifests.write("service.yaml", &web);
@@ -32,11 +33,11 @@ fn cleanup_removes_only_our_objects_and_may_be_repeated() {
     run("nft add table ip foreign && nft add chain ip foreign c");
     let before = run("nft list ruleset");
     let _manifests = served();
-    run("ipvsadm -A -t 172.16.0.1:80 -s rr && ipvsadm -A -f 7 -s rr");
+    ipvsadm("-A -t 172.16.0.1:80 -s rr\n-A -f 7 -s rr");
     assert!(run("nft list tables").contains("table ip6 kube-ipvs"));
     let log = cleanup();
     assert_eq!(ipvs(), ["-A -f 7 -s rr", "-A -t 172.16.0.1:80 -s rr"]);
-    assert!(!run("ip link").contains("kube-ipvs0"));
+    assert!(!link::exists("kube-ipvs0").unwrap());
     assert_eq!(run("nft list ruleset"), before);
     assert!(log.contains("left: virtual server TCP 172.16.0.1:80"), "{log}");
     assert!(log.contains("delete virtual server TCP 192.168.1.1:30080"), "{log}");
@@ -49,7 +50,7 @@ fn cleanup_removes_only_our_objects_and_may_be_repeated() {
 fn cleanup_keeps_the_device_if_it_has_a_foreign_address() {
     isolate().unwrap();
     let _manifests = served();
-    run("ip address add 10.77.0.1/24 dev kube-ipvs0");
+    link::add_address("kube-ipvs0", "10.77.0.1/24").unwrap();
     let log = cleanup();
     assert_eq!(addresses(), ["10.77.0.1/24"]);
     assert!(log.contains("left: address 10.77.0.1/24 on kube-ipvs0"), "{log}");

@@ -9,7 +9,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Agent, METRICS, Manifests, addresses, get, ipvs, run, service, slice};
+use common::{Agent, METRICS, Manifests, addresses, get, ipvs, service, slice};
 use lab::netns::isolate;
 use tempfile::TempDir;
 
@@ -136,8 +136,9 @@ fn init_only_prepares_the_kernel_and_programs_nothing() {
     isolate().unwrap();
     let (ok, log) = kube_ipvs(&["--init-only", "--ipvs-udp-timeout=33s", "--conntrack-max-per-core=0"]);
     assert!(ok && log.contains("needs only CAP_NET_ADMIN"), "{log}");
-    assert_eq!(run("cat /proc/sys/net/ipv4/vs/conntrack /proc/sys/net/ipv4/ip_forward"), "1\n1\n");
-    assert!(run("ipvsadm -l --timeout").contains(" 33"), "{}", run("ipvsadm -l --timeout"));
+    let setting = |key: &str| fs::read_to_string(format!("/proc/sys/net/ipv4/{key}")).unwrap();
+    assert_eq!(["vs/conntrack", "ip_forward"].map(setting), ["1\n"; 2]);
+    assert_eq!(ipvs_netlink::Client::connect().unwrap().timeouts().unwrap().udp, 33);
     assert_eq!((ipvs().len(), addresses().len()), (0, 0));
     // Without a right to anything but the network.
     let manifests = web();

@@ -5,12 +5,14 @@
 
 mod common;
 
+use std::fs;
 use std::io::Write as _;
 use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Agent, HEALTH, HttpAnswer, METRICS, Manifests, addresses, get, http, metric, run, service, slice};
+use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, run, service, slice};
+use lab::link;
 use lab::netns::isolate;
 use serde_json::{Value, json};
 
@@ -56,7 +58,7 @@ fn serving(manifests: &Manifests, flags: &[&str]) -> Agent {
     agent
 }
 
-fn healthz() -> HttpAnswer {
+fn healthz() -> Answer {
     get(HEALTH, "/healthz").unwrap()
 }
 
@@ -70,7 +72,7 @@ fn healthz_is_about_the_node_and_livez_about_the_agent() {
     assert_eq!(answer.status, 200, "{}", answer.body);
     assert_eq!(answer.header("content-type"), Some("application/json"));
     assert_eq!(answer.header("x-content-type-options"), Some("nosniff"));
-    let body = answer.json();
+    let body = answer.json().unwrap();
     assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(true), &json!(true)), "{body}");
     assert_eq!(body["lastUpdated"], body["currentTime"], "{body}");
     for family in ["IPv4", "IPv6"] {
@@ -86,10 +88,10 @@ fn healthz_is_about_the_node_and_livez_about_the_agent() {
     for node in [leaving, deleted] {
         manifests.write("node.yaml", node);
         agent.until("take the node out", |_| healthz().status == 503);
-        let body = healthz().json();
+        let body = healthz().json().unwrap();
         assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(false), &json!(false)), "{body}");
         let live = get(HEALTH, "/livez").unwrap();
-        assert_eq!((live.status, live.json().get("nodeEligible")), (200, None), "{}", live.body);
+        assert_eq!((live.status, live.json().unwrap().get("nodeEligible")), (200, None), "{}", live.body);
         manifests.write("node.yaml", common::NODE);
         agent.until("take the node back", |_| healthz().status == 200);
     }
@@ -111,17 +113,17 @@ fn unrepaired_drift_makes_its_family_unhealthy() {
     let mut agent = serving(&manifests, &["--ipvs-sync-period=500ms"]);
     assert_eq!(addresses(), ["10.96.0.10/32", "fd00:96::10/128"]);
     // Takes every IPv6 address from the device, and refuses new ones.
-    run("echo 1 > /proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6");
+    fs::write("/proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6", "1").unwrap();
     agent.until("become unhealthy", |_| healthz().status == 503);
-    let body = healthz().json();
+    let body = healthz().json().unwrap();
     assert_eq!(body["status"]["IPv4"]["healthy"], json!(true), "{body}");
     assert_eq!(body["status"]["IPv6"]["healthy"], json!(false), "{body}");
     assert_eq!(get(HEALTH, "/livez").unwrap().status, 503);
     let check = get("127.0.0.1:31777", "/").unwrap();
-    assert_eq!((check.status, &check.json()["serviceProxyHealthy"]), (503, &json!(false)), "{}", check.body);
+    assert_eq!((check.status, &check.json().unwrap()["serviceProxyHealthy"]), (503, &json!(false)), "{}", check.body);
     assert_eq!(metric("kube_ipvs_drift_unrepaired{ip_family=\"IPv6\"}"), Some(1.0));
     assert_eq!(metric("kube_ipvs_drift_unrepaired{ip_family=\"IPv4\"}"), Some(0.0));
-    run("echo 0 > /proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6");
+    fs::write("/proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6", "0").unwrap();
     agent.until("repair it", |_| healthz().status == 200);
     assert_eq!(addresses(), ["10.96.0.10/32", "fd00:96::10/128"]);
     assert!(metric("kube_ipvs_drift_found_total").unwrap() >= 1.0);
@@ -179,7 +181,7 @@ fn health_check_ports_report_local_endpoints_and_follow_changes() {
     let expected = json!({
         "service": {"namespace": "default", "name": "web"}, "localEndpoints": 2, "serviceProxyHealthy": true,
     });
-    assert_eq!(v4.json(), expected);
+    assert_eq!(v4.json().unwrap(), expected);
     let v6 = get("[::1]:31777", "/").unwrap();
     assert_eq!((v6.status, v6.header("x-load-balancing-endpoint-weight")), (503, Some("0")), "{}", v6.body);
 
@@ -206,7 +208,7 @@ fn health_check_ports_that_move_between_services_answer_at_once() {
     write(31777, 31778);
     let mut agent = serving(&manifests, &[]);
     let has = |port: u16, name: &str| {
-        get(&format!("127.0.0.1:{port}"), "/").is_some_and(|answer| answer.json()["service"]["name"] == name)
+        get(&format!("127.0.0.1:{port}"), "/").is_some_and(|answer| answer.json().unwrap()["service"]["name"] == name)
     };
     agent.until("answer", |_| has(31777, "a") && has(31778, "b"));
     for (a, b) in [(31778, 31777), (31777, 31778), (31778, 31777)] {
@@ -220,7 +222,7 @@ fn health_check_ports_that_move_between_services_answer_at_once() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn health_check_ports_use_node_port_addresses_and_retry_if_taken() {
     isolate().unwrap();
-    run("ip link add eth0 type dummy && ip link set eth0 up && ip address add 192.168.1.1/24 dev eth0");
+    eth0();
     let taken = TcpListener::bind("192.168.1.1:31777").unwrap();
     let manifests = Manifests::new();
     manifests.write("web.json", &load_balanced(31777));
@@ -233,7 +235,7 @@ fn health_check_ports_use_node_port_addresses_and_retry_if_taken() {
     drop(taken);
     agent.until("have it", |_| get("192.168.1.1:31777", "/").is_some_and(|answer| answer.status == 200));
     // An address that the node gets is one that is listened on.
-    run("ip address add 192.168.1.2/24 dev eth0");
+    link::add_address("eth0", "192.168.1.2/24").unwrap();
     agent.until("follow", |_| get("192.168.1.2:31777", "/").is_some());
 }
 
@@ -249,7 +251,7 @@ fn the_metrics_port_has_the_pages_of_kube_proxys() {
     for path in ["/livez", "/readyz"] {
         assert_eq!(get(METRICS, path).unwrap().status, 200, "{path}");
     }
-    let configuration = get(METRICS, "/configz").unwrap().json();
+    let configuration = get(METRICS, "/configz").unwrap().json().unwrap();
     let configuration = &configuration["kubeproxy.config.k8s.io"];
     assert_eq!(configuration["kind"], json!("KubeProxyConfiguration"));
     assert_eq!(configuration["ipvs"]["scheduler"], json!("sh"));
@@ -394,7 +396,7 @@ fn now() -> String {
 }
 
 fn fs_read(path: &str) -> String {
-    std::fs::read_to_string(path).unwrap()
+    fs::read_to_string(path).unwrap()
 }
 
 /// Checks the text as `promtool check metrics` would, and returns the names of the metrics.

@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{Agent, Manifests, addresses, ipvs, run};
+use common::{Agent, Manifests, addresses, eth0, filter, ipvs, ipvsadm, run};
+use lab::link;
 use lab::netns::isolate;
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
@@ -133,20 +134,10 @@ fn served(services: &Services) -> BTreeSet<String> {
     lines
 }
 
-/// The tables of the packet filter, whichever order sets have their elements in.
-fn filter() -> Vec<String> {
-    let text = run("nft list table ip kube-ipvs; nft list table ip6 kube-ipvs");
-    let mut words: Vec<String> = text.split([',', '{', '}', '\n']).map(|word| word.trim().to_owned()).collect();
-    words.sort();
-    words
-}
-
 fn node() {
-    run(
-        "ip link set lo up; ip link add eth0 type dummy && ip address add 192.168.1.1/24 dev eth0 && ip link set eth0 up",
-    );
+    eth0();
     // So that connections to the server are not cut off when the node itself is what they are masqueraded for.
-    run("ip route add default dev eth0");
+    link::add_route_dev("0.0.0.0/0", "eth0").unwrap();
 }
 
 /// What a fresh start makes of Services: virtual servers, addresses, packet filter.
@@ -155,7 +146,7 @@ fn fresh(manifests: &Manifests) -> (Vec<String>, Vec<String>, Vec<String>) {
         let fresh = scope.spawn(|| {
             isolate().unwrap();
             node();
-            run("ipvsadm -A -t 172.16.0.1:80 -s rr");
+            ipvsadm("-A -t 172.16.0.1:80 -s rr");
             assert!(manifests.agent(&["--once"]).ends().success());
             (ipvs(), addresses(), filter())
         });
@@ -206,7 +197,8 @@ fn history(first: &Services, steps: &[(Services, Vec<String>)]) {
     isolate().unwrap();
     node();
     serve();
-    run("ipvsadm -A -t 172.16.0.1:80 -s rr; nft add table ip foreign");
+    ipvsadm(FOREIGN);
+    run("nft add table ip foreign");
     let manifests = Manifests::new();
     // The connection is to go to the server that answers.
     let mut alone = first.clone();

@@ -1,15 +1,15 @@
 //! Others who use IPVS on the same node, without any `--ipvs-exclude-cidrs`: Debian's keepalived, and people with ipvsadm. What is
 //! not provably ours stays as it is, whatever the agent does.
 
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
 use std::fs;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
-use common::{Manifests, addresses, ipvs, run, service, slice};
+use common::{Manifests, addresses, filter, ipvs, ipvsadm, run, service, slice};
+use lab::link;
 use lab::netns::isolate;
 use tempfile::TempDir;
 
@@ -83,11 +83,9 @@ impl Keepalived {
             .spawn()
             .unwrap();
         let keepalived = Self { process, dir };
-        let start = Instant::now();
-        while !is_served() {
+        if let Err(error) = lab::wait::until("make what keepalived is configured for", is_served) {
             let log = fs::read_to_string(keepalived.dir.path().join("log")).unwrap();
-            assert!(start.elapsed() < Duration::from_secs(60), "there is {:#?}; {log}", ipvs());
-            std::thread::sleep(Duration::from_millis(100));
+            panic!("{error}; there is {:#?}; {log}", ipvs());
         }
         keepalived
     }
@@ -96,7 +94,7 @@ impl Keepalived {
 /// Whether all that keepalived makes is there.
 fn is_served() -> bool {
     let held = ipvs();
-    let has_address = || run("ip address show dev eth0").contains("192.168.1.200/32");
+    let has_address = || link::addresses("eth0").unwrap().contains(&"192.168.1.200/32".to_owned());
     THEIRS.iter().all(|line| held.iter().any(|it| it == line)) && has_address()
 }
 
@@ -110,11 +108,11 @@ impl Drop for Keepalived {
 fn node() {
     isolate().unwrap();
     // VRRP takes a device with multicast.
-    run("ip link add eth0 type veth peer name far; ip link set far up");
-    run("ip address add 192.168.1.1/24 dev eth0; ip link set eth0 up");
-    for line in BY_HAND {
-        run(&format!("ipvsadm {line}"));
-    }
+    link::add_veth("eth0", "far", None::<&fs::File>).unwrap();
+    link::add_address("eth0", "192.168.1.1/24").unwrap();
+    link::set_up("far").unwrap();
+    link::set_up("eth0").unwrap();
+    ipvsadm(&BY_HAND.join("\n"));
 }
 
 /// What there is that is not the Services'.
@@ -140,7 +138,7 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     let manifests = Manifests::new();
     let web = service("web", "10.96.0.10") + "---" + &slice("web-1", "web", &["10.0.0.1"]);
     manifests.write("web.yaml", &web);
-    let mut agent = manifests.agent(&["--ipvs-sync-period=500ms"]);
+    let mut agent = manifests.agent(&["--ipvs-sync-period=200ms"]);
     agent.until("serve", |_| ipvs().iter().any(|line| line == "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1"));
     agent.says("there are virtual servers that no Service has");
     untouched("after the first start");
@@ -150,12 +148,13 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     // The Service whose VIP keepalived has a port of goes.
     manifests.remove("web.yaml");
     agent.until("let a Service go", |_| !ipvs().iter().any(|line| line.contains("10.96.0.10:80 ")));
-    std::thread::sleep(Duration::from_secs(2));
+    agent.audits(2);
     untouched("after changes and audits");
 
     // Without a table there is only the device to tell by.
     run("nft delete table ip kube-ipvs");
-    std::thread::sleep(Duration::from_secs(2));
+    agent.until("make the table again", |_| !filter().is_empty());
+    agent.audits(2);
     untouched("after the table was lost");
     agent.kill();
     run("nft delete table ip kube-ipvs");
@@ -178,10 +177,11 @@ fn first_start_adopts_kube_proxys_vips_and_leaves_other_servers() {
     let _keepalived = Keepalived::start();
     let before = others();
     // As kube-proxy leaves it: a Service that is still wanted, and one that went while nothing ran.
-    run("ip link add kube-ipvs0 type dummy");
+    link::add_dummy("kube-ipvs0", &[]).unwrap();
+    link::set_down("kube-ipvs0").unwrap();
     for vip in ["10.96.0.10", "10.96.0.12"] {
-        run(&format!("ip address add {vip}/32 dev kube-ipvs0"));
-        run(&format!("ipvsadm -A -t {vip}:80 -s rr; ipvsadm -a -t {vip}:80 -r 10.0.0.1:8080 -m"));
+        link::add_address("kube-ipvs0", vip).unwrap();
+        ipvsadm(&format!("-A -t {vip}:80 -s rr\n-a -t {vip}:80 -r 10.0.0.1:8080 -m"));
     }
     let manifests = Manifests::new();
     manifests.write("web.yaml", &(service("web", "10.96.0.10") + "---" + &slice("web-1", "web", &["10.0.0.1"])));
@@ -193,5 +193,5 @@ fn first_start_adopts_kube_proxys_vips_and_leaves_other_servers() {
     let theirs: Vec<String> = before.into_iter().filter(|line| !line.contains("10.96.0.10:8443")).collect();
     let others: Vec<String> = others().into_iter().filter(|line| !line.contains("10.96.0.10:8443")).collect();
     assert_eq!(others, theirs);
-    assert!(run("ip address show dev eth0").contains("192.168.1.200/32"));
+    assert!(link::addresses("eth0").unwrap().contains(&"192.168.1.200/32".to_owned()));
 }

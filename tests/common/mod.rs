@@ -1,4 +1,5 @@
-//! The agent as a process in a network namespace of its own, and the kernel's state as `ipvsadm` and `ip` show it.
+//! The agent as a process in a network namespace of its own, and the kernel's state as `ipvsadm` and `ip` show it: read over
+//! netlink, because in the lab to run a program costs more than most tests do otherwise.
 
 #![allow(
     dead_code,
@@ -10,16 +11,13 @@
 )]
 
 use std::fs;
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::process::{Command, ExitStatus};
 
+use ipvs_netlink::{Client, Message, rules};
+use lab::http::Metrics;
+use lab::link;
 use tempfile::TempDir;
-
-/// How long anything may take: far longer than it does.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 pub const NODE: &str = r"
 apiVersion: v1
@@ -98,12 +96,8 @@ impl Manifests {
     }
 }
 
-/// The agent as a process.
-pub struct Agent {
-    process: Child,
-    log: PathBuf,
-    _dir: TempDir,
-}
+/// The agent as a process. What does not happen fails the test, with the end of the log.
+pub struct Agent(lab::agent::Agent);
 
 impl Agent {
     pub fn start(flags: &[&str]) -> Self {
@@ -111,27 +105,38 @@ impl Agent {
     }
 
     pub fn start_command(command: &mut Command) -> Self {
-        let dir = TempDir::new().unwrap();
-        let log = dir.path().join("log");
-        let output = fs::File::create(&log).unwrap();
-        let process = command
-            .env("NO_COLOR", "1")
-            .stdin(Stdio::null())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output)
-            .spawn()
-            .unwrap();
-        Self { process, log, _dir: dir }
+        Self(lab::agent::Agent::spawn(command).unwrap())
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
+        self.0.log()
     }
 
     /// Waits until the log has a text.
     pub fn says(&mut self, text: &str) -> &mut Self {
         self.until(&format!("say {text:?}"), |agent| agent.log().contains(text));
         self
+    }
+
+    /// Waits until the log has a text in a line that comes after this many.
+    pub fn says_after(&mut self, lines: usize, text: &str) {
+        self.until(&format!("say {text:?} after line {lines}"), |agent| {
+            agent.lines_from(lines).iter().any(|line| line.text.contains(text))
+        });
+    }
+
+    /// How many lines it has logged so far.
+    pub fn lines(&self) -> usize {
+        self.0.line_count()
+    }
+
+    /// Waits until so many audits have begun and ended from now on. The agent needs a short `--ipvs-sync-period`.
+    pub fn audits(&mut self, count: usize) {
+        let audits = || metric("kube_ipvs_sync_duration_seconds_count{kind=\"audit\"}").unwrap_or(0.0);
+        let before = audits();
+        // One may be under way.
+        let wanted = before + f64::from(u32::try_from(count + 1).unwrap());
+        self.until(&format!("audit {count} times"), |_| audits() >= wanted);
     }
 
     /// Waits until the virtual servers are these lines of `ipvsadm -Sn`, in any order.
@@ -143,141 +148,116 @@ impl Agent {
     }
 
     /// Waits until something holds.
-    pub fn until(&mut self, what: &str, holds: impl FnMut(&mut Self) -> bool) {
-        self.until_within(PATIENCE, what, holds);
-    }
-
-    /// The same, for what may take longer or must not.
-    pub fn until_within(&mut self, patience: Duration, what: &str, mut holds: impl FnMut(&mut Self) -> bool) {
-        let start = Instant::now();
-        while !holds(self) {
-            let ended = self.process.try_wait().unwrap();
-            assert!(
-                ended.is_none() && start.elapsed() < patience,
-                "the agent ({ended:?}) did not {what}; there is {:#?}; its log:\n{}",
-                ipvs(),
-                self.log()
-            );
-            // The longer it may take the more seldom: other tests share the machine.
-            std::thread::sleep(patience / 1500);
+    pub fn until(&mut self, what: &str, holds: impl FnMut(&mut lab::agent::Agent) -> bool) {
+        if let Err(error) = self.0.until(what, holds) {
+            panic!("{error}\nthere is {:#?}", ipvs());
         }
     }
 
     /// SIGKILL: it has no chance to put anything in order.
     pub fn kill(mut self) {
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
+        self.0.kill();
     }
 
     /// How many bytes of memory it had at the most.
     pub fn peak_memory(&self) -> u64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        self.0.usage().unwrap().peak
     }
 
     /// Does something while the agent is stopped.
     pub fn stop_while(&mut self, action: impl FnOnce()) {
-        let pid = rustix::process::Pid::from_child(&self.process);
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
-        action();
-        rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+        self.0.stop_while(action).unwrap();
     }
 
     pub fn terminate(&mut self) {
-        let pid = rustix::process::Pid::from_child(&self.process);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        self.0.terminate().unwrap();
     }
 
     /// Waits until it has ended by itself.
     pub fn ends(&mut self) -> ExitStatus {
-        let start = Instant::now();
-        loop {
-            if let Some(status) = self.process.try_wait().unwrap() {
-                return status;
-            }
-            assert!(start.elapsed() < PATIENCE, "the agent did not end; its log:\n{}", self.log());
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        self.0.wait().unwrap_or_else(|error| panic!("{error}"))
     }
 }
 
 /// The virtual servers as sorted lines of `ipvsadm -Sn`.
 pub fn ipvs() -> Vec<String> {
-    let mut lines: Vec<String> = run("ipvsadm -Sn").lines().map(str::to_owned).collect();
+    let mut lines = Vec::new();
+    let mut client = Client::connect().unwrap();
+    for entry in client.servers().unwrap() {
+        let (server, real_servers) = entry.unwrap().into_configuration();
+        lines.push(line(&Message::AddVirtualServer(server)));
+        lines.extend(real_servers.into_iter().map(|it| line(&Message::AddRealServer(server.id, it))));
+    }
     lines.sort();
     lines
 }
 
-/// The addresses on `kube-ipvs0`, sorted.
-pub fn addresses() -> Vec<String> {
-    let mut addresses: Vec<String> =
-        run("ip -br address show dev kube-ipvs0").split_whitespace().skip(2).map(str::to_owned).collect();
-    addresses.sort();
-    addresses
+/// What no rule can say does not fail the test by itself.
+fn line(message: &Message) -> String {
+    rules::format(message).unwrap_or_else(|error| format!("{message:?}: {error}"))
 }
 
-/// Runs a command of the shell in this thread's namespace.
+/// Changes IPVS, with lines as `ipvsadm -R` reads them.
+pub fn ipvsadm(lines: &str) {
+    let messages: Vec<Message> = rules::parse(lines).map(|rule| rule.unwrap().message).collect();
+    for result in Client::connect().unwrap().apply(&messages).unwrap() {
+        result.unwrap();
+    }
+}
+
+/// The addresses on `kube-ipvs0`, sorted.
+pub fn addresses() -> Vec<String> {
+    link::addresses("kube-ipvs0").unwrap()
+}
+
+/// The device `eth0` with the address that [`NODE`] has.
+pub fn eth0() {
+    link::add_dummy("eth0", &["192.168.1.1/24"]).unwrap();
+}
+
+/// The words of our tables of the packet filter, sorted, whichever order sets have their elements in; none without tables.
+pub fn filter() -> Vec<String> {
+    let mut words = Vec::new();
+    let mut is_ours = false;
+    for line in run("nft list ruleset").lines() {
+        if line.starts_with("table ") {
+            is_ours = line.ends_with(" kube-ipvs {");
+        }
+        if is_ours {
+            let all = line.split([',', '{', '}']).map(|word| word.trim().to_owned());
+            words.extend(all.filter(|word| !word.is_empty()));
+        }
+    }
+    words.sort();
+    words
+}
+
+/// Runs a command in this thread's namespace: with a shell only where it needs one, since each process costs time.
 pub fn run(command: &str) -> String {
-    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    let output = if command.contains(|c: char| "|&;<>()$`\\\"'*?[]{}~#=\n".contains(c)) {
+        Command::new("sh").args(["-c", command]).output().unwrap()
+    } else {
+        let mut words = command.split_whitespace();
+        Command::new(words.next().unwrap()).args(words).output().unwrap()
+    };
     assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
 }
 
-/// An answer over HTTP.
-#[derive(Clone, Debug)]
-pub struct HttpAnswer {
-    pub status: u16,
-    /// Names in lower case.
-    pub headers: Vec<(String, String)>,
-    pub body: String,
-}
-
-impl HttpAnswer {
-    pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(known, _)| known == name).map(|(_, value)| value.as_str())
-    }
-
-    pub fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.body).unwrap()
-    }
-}
+#[allow(unused_imports, reason = "not every test file asks over HTTP")]
+pub use lab::http::{Answer, HEALTH, METRICS};
 
 /// Asks for something over HTTP; `None` where nobody listens.
-pub fn get(address: &str, path: &str) -> Option<HttpAnswer> {
-    http("GET", address, path, "")
+pub fn get(address: &str, path: &str) -> Option<Answer> {
+    lab::http::get(address, path).ok()
 }
 
 /// `None` also where the connection ends without an answer, as when a port is about to be closed.
-pub fn http(method: &str, address: &str, path: &str, body: &str) -> Option<HttpAnswer> {
-    let mut stream = TcpStream::connect(address).ok()?;
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let length = body.len();
-    let head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}");
-    stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).ok()?;
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).ok()?;
-    let (head, body) = answer.split_once("\r\n\r\n")?;
-    let mut lines = head.lines();
-    let status = lines.next()?.split(' ').nth(1)?.parse().ok()?;
-    let headers = lines.map(|line| line.split_once(": ").unwrap());
-    let headers = headers.map(|(name, value)| (name.to_lowercase(), value.to_owned())).collect();
-    Some(HttpAnswer { status, headers, body: body.to_owned() })
+pub fn http(method: &str, address: &str, path: &str, body: &str) -> Option<Answer> {
+    lab::http::request(method, address, path, body).ok()
 }
 
 /// The value of a metric, by its name with labels as it stands in the text.
 pub fn metric(name: &str) -> Option<f64> {
-    let text = get(METRICS, "/metrics")?.body;
-    text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')?.parse().ok())
+    Metrics::read().ok()?.get(name)
 }
-
-/// Where the agent listens by default.
-pub const HEALTH: &str = "127.0.0.1:10256";
-pub const METRICS: &str = "127.0.0.1:10249";

@@ -21,8 +21,8 @@ fn try_across_a_cold_start(is_tracked: bool) {
     let network = Network::new(1, 1);
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
-    run("ip link add uplink type dummy && ip link set uplink up");
-    run("ip -4 route add default dev uplink && ip -6 route add default dev uplink");
+    lab::link::add_dummy("uplink", &[]).unwrap();
+    ["0.0.0.0/0", "::/0"].iter().try_for_each(|prefix| lab::link::add_route_dev(prefix, "uplink")).unwrap();
     if is_tracked {
         run(
             "nft 'table inet cni { chain forward { type filter hook forward priority 0; ct state invalid counter; }; }'",
@@ -100,8 +100,8 @@ fn a_connection_begun_before_its_vip_is_bound_is_served_later() {
     let network = Network::new(1, 1);
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "pod", 8080);
-    run("ip link add uplink type dummy && ip address add 198.18.0.1/24 dev uplink && ip link set uplink up");
-    run("ip -4 route add default dev uplink");
+    lab::link::add_dummy("uplink", &["198.18.0.1/24"]).unwrap();
+    lab::link::add_route_dev("0.0.0.0/0", "uplink").unwrap();
     let spec = json!({"clusterIPs": ["10.96.0.10"], "externalIPs": ["203.0.113.10"]});
     let manifests = manifests(&[service("web", spec), ready("web", ["10.244.1.1"])]);
     let mut agent = serving(&manifests, &["--ipvs-sync-period=300ms"]);
@@ -111,7 +111,7 @@ fn a_connection_begun_before_its_vip_is_bound_is_served_later() {
         let (result, bound, took) = thread::scope(|scope| {
             let mut connecting = None;
             agent.stop_while(|| {
-                run("ip address del 203.0.113.10/32 dev kube-ipvs0");
+                lab::link::delete_address("kube-ipvs0", "203.0.113.10/32").unwrap();
                 let connect = || client.run(|| Connection::open("203.0.113.10:80", PATIENCE)?.ask());
                 connecting = Some((Instant::now(), scope.spawn(move || (connect(), Instant::now()))));
                 thread::sleep(Duration::from_millis(200));

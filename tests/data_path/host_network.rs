@@ -5,7 +5,6 @@ use std::net::IpAddr;
 use lab::netns::Namespace;
 use serde_json::json;
 
-use crate::common::run;
 use crate::network::{CLUSTER_CIDR, Network};
 use crate::objects::{manifests, ready, service};
 use crate::serving;
@@ -42,8 +41,8 @@ fn source_ranges_do_not_drop_the_nodes_own_replies() {
 fn the_nodes_own_traffic_past_services_keeps_its_source() {
     let _network = Network::new(1, 1);
     // Another address comes first where the kernel chooses one to masquerade with.
-    run("ip link add first type dummy && ip address add 172.30.0.1/24 dev first && ip link set first up");
-    run("ip address add 172.30.0.2/32 dev lo");
+    lab::link::add_dummy("first", &["172.30.0.1/24"]).unwrap();
+    lab::link::add_address("lo", "172.30.0.2/32").unwrap();
     let _server = Server::start(&Namespace::own().unwrap(), "host", 9999);
     let _other = Server::start(&Namespace::own().unwrap(), "endpoint", 8080);
     let manifests = manifests(&[service("web", json!({"clusterIPs": ["10.96.0.10"]})), ready("web", [OWN])]);

@@ -2,9 +2,9 @@
 
 use std::net::IpAddr;
 
+use lab::link;
 use lab::netns::{End, Namespace, isolate};
 
-use crate::common::run;
 use crate::traffic::{Answer, Try, tcp, udp};
 
 /// What pods see of whoever is masqueraded: the node's end of their cables.
@@ -80,11 +80,9 @@ fn pod(node: &Namespace, number: usize) -> Host {
     let far = [format!("{}/32", host.v4), format!("{}/128", host.v6)];
     host.connect(node, &device, &[format!("{NODE_V4}/32"), format!("{NODE_V6}/128")], &far);
     for address in [host.v4, host.v6] {
-        run(&format!("ip route add {address} dev {device}"));
+        link::add_route_dev(&address.to_string(), &device).unwrap();
     }
-    for (family, address) in [("-4", NODE_V4), ("-6", NODE_V6)] {
-        host.namespace.exec(&format!("ip {family} route add {address} dev eth0")).unwrap();
-    }
+    host.run(|| [NODE_V4, NODE_V6].iter().try_for_each(|address| link::add_route_dev(address, "eth0"))).unwrap();
     host.route_through(NODE_V4, NODE_V6);
     host
 }
@@ -100,8 +98,7 @@ impl Host {
     }
 
     fn route_through(&self, v4: &str, v6: &str) {
-        self.namespace.exec(&format!("ip -4 route add default via {v4}")).unwrap();
-        self.namespace.exec(&format!("ip -6 route add default via {v6}")).unwrap();
+        self.run(|| link::add_route_via("0.0.0.0/0", v4).and_then(|()| link::add_route_via("::/0", v6))).unwrap();
     }
 
     /// Does something on a thread of this host.

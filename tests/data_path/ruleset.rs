@@ -192,8 +192,7 @@ fn change(manifests: &Manifests, numbers: &mut Numbers) {
 
 /// The addresses of the node's interface, of which NodePorts follow.
 fn interface() {
-    run("ip link add eth0 type dummy && ip link set eth0 up");
-    run("ip address add 192.168.1.1/24 dev eth0 && ip address add fd00:192:1::1/64 dev eth0 nodad");
+    lab::link::add_dummy("eth0", &["192.168.1.1/24", "fd00:192:1::1/64"]).unwrap();
 }
 
 /// What a new agent makes of the manifests where there is nothing yet.

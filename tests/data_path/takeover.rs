@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::kube_proxy::{Iptables, install_recording, recording};
 use serde_json::json;
 
+use crate::common::ipvsadm;
 use crate::common::{Manifests, addresses, ipvs, run};
 use crate::network::{CLUSTER_CIDR, Network};
 use crate::objects::{file, manifests, ready, service};
@@ -41,14 +42,15 @@ fn left_by_kube_proxy(network: &Network, iptables: Iptables, tool: &str) {
     for setting in ["conntrack", "expire_nodest_conn", "expire_quiescent_template"] {
         std::fs::write(format!("/proc/sys/net/ipv4/vs/{setting}"), "1").unwrap();
     }
-    run("ip link add kube-ipvs0 type dummy");
+    lab::link::add_dummy("kube-ipvs0", &[]).unwrap();
+    lab::link::set_down("kube-ipvs0").unwrap();
     for address in ["10.96.0.10", "203.0.113.10"] {
-        run(&format!("ip address add {address}/32 dev kube-ipvs0"));
+        lab::link::add_address("kube-ipvs0", address).unwrap();
     }
     for front_end in [CLUSTER_IP, LB_IP, NODE_PORT, "10.244.0.1:30080"] {
-        run(&format!("ipvsadm -A -t {front_end} -s rr"));
+        ipvsadm(&format!("-A -t {front_end} -s rr"));
         for pod in &network.pods {
-            run(&format!("ipvsadm -a -t {front_end} -r {}:8080 -m -w 1", pod.v4));
+            ipvsadm(&format!("-a -t {front_end} -r {}:8080 -m -w 1", pod.v4));
         }
     }
     run(&format!("{tool} -N SOMEBODYS"));
@@ -224,7 +226,7 @@ fn the_cleanup_flag_removes_our_and_kube_proxys_objects() {
     serving(&web(&network), &[CLUSTER_CIDR]).kill();
     let log = kube_ipvs(&["--cleanup"]);
     assert_eq!((kube_objects(), ipvs()), (vec![], vec![]), "{log}");
-    assert!(!run("nft list tables").contains("kube-ipvs") && !run("ip link").contains("kube-ipvs0"), "{log}");
+    assert!(!run("nft list tables").contains("kube-ipvs") && !lab::link::exists("kube-ipvs0").unwrap(), "{log}");
     let rules = run("iptables-nft-save");
     assert!(FOREIGN.iter().all(|rule| rules.contains(rule)), "{rules}");
 }

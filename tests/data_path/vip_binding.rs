@@ -109,11 +109,11 @@ fn addresses_of_a_range_that_are_no_vip_are_refused() {
         assert_eq!(tcp(target), refused, "{target} from the node");
     }
     // An address that comes later is the node's all the same.
-    run("ip address add 10.97.0.1/32 dev eth0");
+    lab::link::add_address("eth0", "10.97.0.1/32").unwrap();
     agent.until("know the address", |_| {
         client.tcp("10.97.0.1:22").map(|answer| answer.backend) == Ok("node".to_owned())
     });
-    run("ip address del 10.97.0.1/32 dev eth0");
+    lab::link::delete_address("eth0", "10.97.0.1/32").unwrap();
     // A Service that goes leaves nobody; and one that comes is served as the first.
     manifests.remove("objects.json");
     agent.until("delete the Service", |_| client.tcp("10.96.0.10:80") == refused);
@@ -178,7 +178,7 @@ fn the_vip_binding_can_be_changed_without_an_interruption() {
     assert!(tries.load(Ordering::Relaxed) > 20, "{tries:?}");
     assert!(are_none_lost(), "{}", run("nft list table inet watch"));
     // The counter counts, where there is something.
-    run("ip link del kube-ipvs0");
+    lab::link::delete("kube-ipvs0").unwrap();
     assert!(client.run(|| udp_within(SILENCE, TARGETS[0])).is_err() && !are_none_lost());
     assert!(manifests.agent(&[&FLAGS[..], &[CLUSTER_CIDR, "--once"]].concat()).ends().success());
     is_served(&network);
@@ -238,7 +238,7 @@ fn cleanup_takes_the_routes_too() {
         let mut cleanup = Agent::start_command(command.arg("cleanup"));
         assert!(cleanup.ends().success(), "{}", cleanup.log());
         assert!(!run("ip route show table local; ip -6 route show table local").contains("proto 105"));
-        assert_eq!(run("ip -br link").contains("kube-ipvs0"), !foreign.is_empty());
+        assert_eq!(lab::link::exists("kube-ipvs0").unwrap(), !foreign.is_empty());
     }
 }
 
@@ -249,7 +249,7 @@ fn routes_are_removed_before_the_tables_that_guard_them() {
     let _network = Network::new(1, 1);
     let manifests = web();
     assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
-    run("ip address add 10.96.0.10/32 dev kube-ipvs0");
+    lab::link::add_address("kube-ipvs0", "10.96.0.10/32").unwrap();
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
     let mut cleanup = Agent::start_command(command.args(["cleanup", "--filter-only"]));
     assert!(cleanup.ends().success(), "{}", cleanup.log());
@@ -257,7 +257,7 @@ fn routes_are_removed_before_the_tables_that_guard_them() {
     let (route, tables) = (log.find("10.96.0.0/12").unwrap(), log.find("delete the tables").unwrap());
     assert!(route < tables, "{log}");
     assert_eq!(routes(), [""; 0]);
-    assert!(run("ip -br address show dev kube-ipvs0").contains("10.96.0.10/32"), "what kube-proxy binds stays");
+    assert!(addresses().contains(&"10.96.0.10/32".to_owned()), "what kube-proxy binds stays");
     assert!(!run("nft list tables").contains("kube-ipvs"));
 }
 
@@ -277,7 +277,7 @@ fn a_range_with_an_address_of_the_node_stops_the_start() {
     ] {
         assert!(log.contains(part), "{log}");
     }
-    assert!(!run("ip -br link").contains("kube-ipvs0"));
+    assert!(!lab::link::exists("kube-ipvs0").unwrap());
 }
 
 /// On a cable, as load balancers do that announce VIPs: who answers to whom.

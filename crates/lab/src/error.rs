@@ -93,6 +93,26 @@ pub enum Error {
         console: String,
     },
 
+    /// The agent did not do what was waited for.
+    #[error("the agent did not {what}: {how}; the end of its log:\n{log}")]
+    Agent {
+        /// What it should have done.
+        what: String,
+        /// Why nobody waits any longer.
+        how: String,
+        /// The last lines of its log.
+        log: String,
+    },
+
+    /// Something that was waited for did not happen.
+    #[error("it did not {what} within {} s", limit.as_secs())]
+    Hang {
+        /// What should have happened.
+        what: String,
+        /// How long it was waited for.
+        limit: Duration,
+    },
+
     /// The command did not end in time.
     #[error("`{command}` did not end within {} s and was stopped", limit.as_secs())]
     TimeLimit {

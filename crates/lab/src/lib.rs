@@ -5,7 +5,8 @@
 //! program, needs no privileges, boots in a fraction of a second and sees the files of this machine read-only. Its
 //! kernel is built once, from the distribution's source package, and kept in a cache.
 //!
-//! Inside the lab, [`netns`] gives each test a network of its own.
+//! Inside the lab, [`netns`] gives each test a network of its own and [`link`] what is in it; [`agent`] runs the agent there,
+//! [`http`] asks it, and [`wait`] waits for what it does.
 //!
 //! ```no_run
 //! # fn main() -> Result<(), lab::Error> {
@@ -18,13 +19,16 @@
 //! What the environment says: `KUBE_IPVS_LAB=guest` or `host` decides where commands run, `KUBE_IPVS_LAB_CACHE` names
 //! the cache directory, and `KUBE_IPVS_LAB_KERNEL` a User-Mode Linux to use as it is instead of building one.
 
+pub mod agent;
 pub mod container;
 mod error;
 mod guest;
 mod host;
+pub mod http;
 pub mod init;
 mod job;
 mod kernel;
+pub mod link;
 pub mod netns;
 mod packages;
 mod process;
@@ -32,6 +36,7 @@ mod progress;
 mod run;
 mod scratch;
 pub mod seccomp;
+pub mod wait;
 
 pub use error::{Error, Result};
 pub use job::{Job, Output, Status};

@@ -7,7 +7,7 @@
 //! main thread, so read `/proc/thread-self/net` instead. (`/proc/sys/net` is that of the reading thread.)
 
 use std::fs::{self, File};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsFd;
 use std::panic::resume_unwind;
 use std::path::PathBuf;
 use std::process::Command;
@@ -19,7 +19,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space};
 
 use crate::error::{Context, Error, Result};
-use crate::packages;
+use crate::{link, packages};
 
 /// Where `ip netns` keeps the namespaces that have names.
 pub(crate) const NAMED: &str = "/run/netns";
@@ -97,16 +97,12 @@ impl Namespace {
 
     /// Connects two namespaces with a pair of devices that are up and have addresses.
     pub fn connect(a: End<'_>, b: End<'_>) -> Result<()> {
-        // A path to the other namespace is as good as a name to `ip`, and this one needs no name.
-        let peer = format!("/proc/{}/fd/{}", std::process::id(), b.namespace.file.as_raw_fd());
-        a.namespace.exec(&format!("ip link add {} type veth peer name {} netns {peer}", a.device, b.device))?;
+        a.namespace.run(|| link::add_veth(a.device, b.device, Some(&b.namespace.file)))??;
         for end in [a, b] {
-            for address in end.addresses {
-                // Without duplicate address detection an IPv6 address is usable at once.
-                let nodad = if address.contains(':') { "nodad" } else { "" };
-                end.namespace.exec(&format!("ip address add {address} dev {} {nodad}", end.device))?;
-            }
-            end.namespace.exec(&format!("ip link set {} up", end.device))?;
+            end.namespace.run(|| {
+                end.addresses.iter().try_for_each(|address| link::add_address(end.device, address))?;
+                link::set_up(end.device)
+            })??;
         }
         Ok(())
     }

@@ -1,0 +1,227 @@
+//! Devices, addresses and routes of the calling thread's network namespace, as `ip link`, `ip address` and `ip route` make
+//! them, without running a program.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::os::fd::{AsFd, AsRawFd};
+
+use futures_util::TryStreamExt;
+use rtnetlink::packet_core::ErrorMessage;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth};
+use rtnetlink::{
+    AddressMessageBuilder, Handle, LinkDummy, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+};
+
+use crate::error::{Context, Error, Result};
+
+/// Adds a dummy device that is up and has these addresses, each with its prefix length.
+pub fn add_dummy(device: &str, addresses: &[&str]) -> Result<()> {
+    run("add the device", device, async |handle| {
+        handle.link().add(LinkDummy::new(device).up().build()).execute().await
+    })?;
+    add_addresses(device, addresses)
+}
+
+/// Adds a pair of devices, with the second in another network namespace if one is given. Both are down.
+pub fn add_veth(device: &str, peer: &str, peer_namespace: Option<&impl AsFd>) -> Result<()> {
+    let mut far = LinkUnspec::new_with_name(peer);
+    if let Some(namespace) = peer_namespace {
+        far = far.setns_by_fd(namespace.as_fd().as_raw_fd());
+    }
+    let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+        .name(device)
+        .set_info_data(InfoData::Veth(InfoVeth::Peer(far.build())))
+        .build();
+    run("add the device", device, async |handle| handle.link().add(pair).execute().await)
+}
+
+/// Deletes a device.
+pub fn delete(device: &str) -> Result<()> {
+    run("delete the device", device, async |handle| {
+        let index = index(handle, device).await?;
+        handle.link().del(index).execute().await
+    })
+}
+
+/// Sets a device up.
+pub fn set_up(device: &str) -> Result<()> {
+    change("set up the device", device, LinkMessageBuilder::<LinkUnspec>::up)
+}
+
+/// Sets a device down.
+pub fn set_down(device: &str) -> Result<()> {
+    change("set down the device", device, LinkMessageBuilder::<LinkUnspec>::down)
+}
+
+/// Gives a device another name. Before Linux 6.2 it has to be down.
+pub fn rename(device: &str, name: &str) -> Result<()> {
+    change("rename the device", device, |link| link.name(name))
+}
+
+fn change(
+    action: &'static str,
+    device: &str,
+    change: impl FnOnce(LinkMessageBuilder<LinkUnspec>) -> LinkMessageBuilder<LinkUnspec>,
+) -> Result<()> {
+    run(action, device, async |handle| {
+        let index = index(handle, device).await?;
+        handle.link().change(change(LinkUnspec::new_with_index(index)).build()).execute().await
+    })
+}
+
+/// Whether there is a device with this name.
+pub fn exists(device: &str) -> Result<bool> {
+    run("look for the device", device, async |handle| match index(handle, device).await {
+        Ok(_) => Ok(true),
+        Err(error) if errno(&error) == Some(rustix::io::Errno::NODEV) => Ok(false),
+        Err(error) => Err(error),
+    })
+}
+
+/// The addresses of a device with their prefix lengths, sorted; none if there is no such device.
+pub fn addresses(device: &str) -> Result<Vec<String>> {
+    if !exists(device)? {
+        return Ok(Vec::new());
+    }
+    let found: Vec<AddressMessage> = run("list the addresses of", device, async |handle| {
+        let index = index(handle, device).await?;
+        handle.address().get().set_link_index_filter(index).execute().try_collect().await
+    })?;
+    let mut addresses: Vec<String> = found.iter().filter_map(text).collect();
+    addresses.sort();
+    Ok(addresses)
+}
+
+/// `IFA_LOCAL` is the own address; on links that are no point-to-point links `IFA_ADDRESS` is the same, and IPv6 has only that.
+fn text(message: &AddressMessage) -> Option<String> {
+    let local = message.attributes.iter().find_map(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(address),
+        _ => None,
+    });
+    let address = local.or_else(|| {
+        message.attributes.iter().find_map(|attribute| match attribute {
+            AddressAttribute::Address(address) => Some(address),
+            _ => None,
+        })
+    })?;
+    Some(format!("{address}/{}", message.header.prefix_len))
+}
+
+/// Adds an address to a device. An IPv6 address is usable at once: nobody is asked whether it has it already.
+pub fn add_address(device: &str, address: &str) -> Result<()> {
+    let (address, length) = parse(address)?;
+    run("add an address to", device, async |handle| {
+        let index = index(handle, device).await?;
+        let mut request = handle.address().add(index, address, length);
+        let message = request.message_mut();
+        message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::Broadcast(_)));
+        if address.is_ipv6() {
+            message.header.flags |= AddressHeaderFlags::Nodad;
+        }
+        request.execute().await
+    })
+}
+
+/// Adds several addresses to a device.
+pub fn add_addresses(device: &str, addresses: &[&str]) -> Result<()> {
+    addresses.iter().try_for_each(|address| add_address(device, address))
+}
+
+/// Deletes an address of a device.
+pub fn delete_address(device: &str, address: &str) -> Result<()> {
+    let (address, length) = parse(address)?;
+    run("delete an address of", device, async |handle| {
+        let index = index(handle, device).await?;
+        let message = match address {
+            IpAddr::V4(address) => {
+                AddressMessageBuilder::<Ipv4Addr>::new().index(index).address(address, length).build()
+            }
+            IpAddr::V6(address) => {
+                AddressMessageBuilder::<Ipv6Addr>::new().index(index).address(address, length).build()
+            }
+        };
+        handle.address().del(message).execute().await
+    })
+}
+
+/// Adds a route to a prefix by way of a gateway.
+pub fn add_route_via(prefix: &str, gateway: &str) -> Result<()> {
+    let gateway = gateway.parse().map_err(|_| not("an address", gateway))?;
+    add_route(prefix, async |_, route| Ok(route.gateway(gateway).map_err(|error| invalid(&error))?))
+}
+
+/// Adds a route to a prefix by way of a device.
+pub fn add_route_dev(prefix: &str, device: &str) -> Result<()> {
+    // IPv4 takes such a route for one to somebody on the link only if it is told, as `ip route` does.
+    add_route(prefix, async |handle: &Handle, route: RouteMessageBuilder<IpAddr>| {
+        let index = index(handle, device).await?;
+        let route = route.output_interface(index);
+        let is_v4 = prefix_is_v4(prefix);
+        Ok(if is_v4 { route.scope(rtnetlink::packet_route::route::RouteScope::Link) } else { route })
+    })
+}
+
+fn prefix_is_v4(prefix: &str) -> bool {
+    !prefix.contains(':')
+}
+
+fn add_route(
+    prefix: &str,
+    finish: impl AsyncFnOnce(&Handle, RouteMessageBuilder<IpAddr>) -> Result<RouteMessageBuilder<IpAddr>, rtnetlink::Error>,
+) -> Result<()> {
+    let (destination, length) = parse(prefix)?;
+    run("add a route to", prefix, async |handle| {
+        let route = RouteMessageBuilder::<IpAddr>::new();
+        let route = route.destination_prefix(destination, length).map_err(|error| invalid(&error))?;
+        let route = finish(handle, route).await?;
+        handle.route().add(route.build()).execute().await
+    })
+}
+
+fn invalid(error: &impl std::fmt::Display) -> rtnetlink::Error {
+    rtnetlink::Error::InvalidNla(error.to_string())
+}
+
+async fn index(handle: &Handle, device: &str) -> Result<u32, rtnetlink::Error> {
+    let link = handle.link().get().match_name(device).execute().try_next().await?;
+    link.map(|link| link.header.index).ok_or(rtnetlink::Error::RequestFailed)
+}
+
+/// An address, or a prefix, with its length; without one it is a single address.
+fn parse(text: &str) -> Result<(IpAddr, u8)> {
+    let wrong = || not("an address with a prefix length", text);
+    let (address, length) = text.split_once('/').map_or((text, None), |(address, length)| (address, Some(length)));
+    let address: IpAddr = address.parse().map_err(|_| wrong())?;
+    let full = if address.is_ipv4() { 32 } else { 128 };
+    Ok((address, length.map_or(Ok(full), str::parse).map_err(|_| wrong())?))
+}
+
+fn not(what: &str, text: &str) -> Error {
+    Error::Usage(format!("`{text}` is not {what}"))
+}
+
+fn errno(error: &rtnetlink::Error) -> Option<rustix::io::Errno> {
+    match error {
+        rtnetlink::Error::NetlinkError(ErrorMessage { code: Some(code), .. }) => {
+            Some(rustix::io::Errno::from_raw_os_error(-code.get()))
+        }
+        _ => None,
+    }
+}
+
+/// Does something over a socket of this thread's network namespace.
+fn run<T>(
+    action: &'static str,
+    object: &str,
+    work: impl AsyncFnOnce(&Handle) -> Result<T, rtnetlink::Error>,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().context("start", "a runtime")?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().context("open", "a netlink socket")?;
+        tokio::spawn(connection);
+        work(&handle).await.map_err(|error| {
+            let error = errno(&error).map_or_else(|| std::io::Error::other(error.to_string()), Into::into);
+            Error::Io { action, object: object.to_owned(), error }
+        })
+    })
+}
