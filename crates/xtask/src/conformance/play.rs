@@ -9,13 +9,14 @@ use std::fs;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Protocol, RealServer, VirtualServerId};
-use lab::Scratch;
+use lab::agent::Agent;
 use lab::netns::Namespace;
+use lab::{Scratch, link};
 use serde_json::Value;
 use test_apiserver::Server;
 
@@ -28,8 +29,6 @@ const MARKER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 255, 250));
 const MARKER_FILE: &str = "zz-marker.yaml";
 const STRAY: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 244, 255, 251)), 1);
 
-/// How long the agent may take to catch up. It takes a fraction of a second, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
 const AUDITS: usize = 3;
 const PERIOD: &str = "--ipvs-sync-period=150ms";
 
@@ -46,16 +45,10 @@ pub(crate) enum Source {
 struct Node<'a> {
     case: &'a Case,
     agent: &'a Path,
-    /// The manifests, or the kubeconfig; and the agent's log.
+    /// The manifests, or the kubeconfig.
     dir: Scratch,
     server: Option<Server>,
-    process: Option<Child>,
-}
-
-impl Drop for Node<'_> {
-    fn drop(&mut self) {
-        self.kill();
-    }
+    process: Option<Agent>,
 }
 
 /// Plays all steps and puts what differs into `result`.
@@ -114,18 +107,14 @@ impl Node<'_> {
         for interface in &self.case.interfaces {
             let name = &interface.name;
             if name != "lo" {
-                shell(&format!("ip link add {name} type dummy && ip link set {name} up"))?;
+                link::add_dummy(name, &[])?;
             }
-            for address in &interface.addresses {
-                let nodad = if address.contains(':') { "nodad" } else { "" };
-                shell(&format!("ip address add {address} dev {name} {nodad}"))?;
-            }
+            interface.addresses.iter().try_for_each(|address| link::add_address(name, address))?;
         }
         if let Some(addresses) = &self.case.preexisting.kube_ipvs0 {
-            shell("ip link add kube-ipvs0 type dummy")?;
-            for address in addresses {
-                shell(&format!("ip address add {address} dev kube-ipvs0"))?;
-            }
+            link::add_dummy("kube-ipvs0", &[])?;
+            link::set_down("kube-ipvs0")?;
+            addresses.iter().try_for_each(|address| link::add_address("kube-ipvs0", address))?;
         }
         if !self.case.preexisting.ipvsadm.is_empty() {
             restore(&self.case.preexisting.ipvsadm)?;
@@ -149,7 +138,7 @@ impl Node<'_> {
     /// Does what somebody else does, and says which virtual servers are new.
     fn tamper(&mut self, step: &Step) -> Result<Vec<VirtualServer>> {
         if step.restart {
-            self.kill();
+            self.process = None;
         }
         let before = virtual_servers()?;
         for command in &step.commands {
@@ -210,62 +199,31 @@ impl Node<'_> {
     }
 
     fn start(&mut self) -> Result<()> {
-        let log = fs::File::create(self.log()).context("cannot create the agent's log")?;
         let mut command = Command::new(self.agent);
         match &self.server {
             None => command.arg("--manifests").arg(self.dir.path()),
             Some(_) => command.arg("--kubeconfig").arg(self.kubeconfig()),
         };
-        let process = command
-            .arg(format!("--hostname-override={}", self.case.node_name))
-            .args(&self.case.flags)
-            .args(["--ipvs-min-sync-period=0s", PERIOD, "-v=4"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .context("cannot start the agent")?;
-        self.process = Some(process);
+        command.arg(format!("--hostname-override={}", self.case.node_name)).args(&self.case.flags).args([
+            "--ipvs-min-sync-period=0s",
+            PERIOD,
+            "-v=4",
+        ]);
+        self.process = Some(Agent::spawn(&mut command)?);
         Ok(())
-    }
-
-    fn log(&self) -> PathBuf {
-        self.dir.path().join(".agent.log")
-    }
-
-    fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
     }
 
     /// Waits until the agent has caught up.
     fn wait(&mut self, port: u16) -> Result<()> {
+        let agent = self.process.as_mut().context("there is no agent")?;
         let mut ipvs = Client::connect()?;
         let id = VirtualServerId::address(Protocol::Udp, SocketAddr::new(MARKER, port));
-        self.until("take in the step", || Ok(!ipvs.real_servers(&id)?.is_empty()))?;
+        agent.try_until("take in the step", |_| anyhow::Ok(!ipvs.real_servers(&id)?.is_empty()))?;
         for _ in 0..AUDITS {
             ipvs.add_real_server(&id, &RealServer::new(STRAY))?;
-            self.until("audit", || {
-                Ok(!ipvs.real_servers(&id)?.iter().any(|entry| entry.server.socket_address() == STRAY))
+            agent.try_until("audit", |_| {
+                anyhow::Ok(!ipvs.real_servers(&id)?.iter().any(|entry| entry.server.socket_address() == STRAY))
             })?;
-        }
-        Ok(())
-    }
-
-    fn until(&mut self, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-        let start = Instant::now();
-        while !done()? {
-            let ended = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
-            if ended.is_some() || start.elapsed() > PATIENCE {
-                let log = fs::read_to_string(self.log()).unwrap_or_default();
-                let tail: Vec<&str> = log.lines().rev().take(15).collect();
-                let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
-                let ended = ended.map(|status| format!(" ({status})")).unwrap_or_default();
-                bail!("the agent did not {what} within {PATIENCE:?}{ended}; the end of its log:\n{tail}");
-            }
-            std::thread::sleep(Duration::from_millis(10));
         }
         Ok(())
     }

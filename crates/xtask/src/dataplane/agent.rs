@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use ipvs_netlink::{Client, Protocol, RealServerEntry, VirtualServerId};
 use lab::Scratch;
 use lab::netns::Namespace;
@@ -16,8 +16,6 @@ use serde_json::{Value, json};
 
 use super::objects::{Group, NODE, Objects};
 
-/// How long the agent may take to catch up. It takes a fraction of a second, unless it hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// How long after a sync the flows of what is gone may still be there.
 const FLOWS: Duration = Duration::from_millis(100);
 
@@ -31,24 +29,16 @@ pub(crate) struct Agent<'a> {
     flags: Vec<String>,
     node: &'a Namespace,
     dir: Scratch,
-    process: Option<Child>,
-    /// How often it was started.
-    starts: usize,
+    process: Option<lab::agent::Agent>,
     /// The ports of the markers.
     markers: BTreeMap<String, u16>,
-}
-
-impl Drop for Agent<'_> {
-    fn drop(&mut self) {
-        self.kill();
-    }
 }
 
 impl<'a> Agent<'a> {
     /// Lays out the manifests, a file for each Service.
     pub(crate) fn new(executable: &Path, flags: &[String], node: &'a Namespace, objects: &Objects) -> Result<Self> {
         let (executable, flags, dir) = (executable.to_owned(), flags.to_vec(), Scratch::new()?);
-        let mut agent = Self { executable, flags, node, dir, process: None, starts: 0, markers: BTreeMap::new() };
+        let mut agent = Self { executable, flags, node, dir, process: None, markers: BTreeMap::new() };
         fs::create_dir(agent.manifests()).context("cannot create a directory for the manifests")?;
         agent.write("others", &objects.others().collect::<Vec<_>>())?;
         for (name, group) in objects.groups() {
@@ -59,31 +49,21 @@ impl<'a> Agent<'a> {
 
     /// Starts it and waits until it has looked at everything.
     pub(crate) fn start(&mut self) -> Result<()> {
-        let log = fs::File::options().append(true).create(true).open(self.log()).context("cannot open the log")?;
         let mut command = Command::new(&self.executable);
         command
             .arg("--manifests")
             .arg(self.manifests())
             .arg(format!("--hostname-override={NODE}"))
             .args(&self.flags)
-            .args(["--ipvs-min-sync-period=0s", "--conntrack-max-per-core=0"])
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log);
-        let process = self.node.run(|| command.spawn())?;
-        self.process = Some(process.with_context(|| format!("cannot start {}", self.executable.display()))?);
-        self.starts += 1;
-        let starts = self.starts;
-        self.until("audit", |agent| Ok(agent.read_log().matches("audited").count() >= starts))
+            .args(["--ipvs-min-sync-period=0s", "--conntrack-max-per-core=0"]);
+        let process = self.node.run(|| lab::agent::Agent::spawn(&mut command))??;
+        self.process.insert(process).wait_for_log("audited")?;
+        Ok(())
     }
 
     /// Kills it so that it can do nothing about it.
     pub(crate) fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            // One that has ended already is as dead.
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        self.process = None;
     }
 
     pub(crate) fn is_running(&self) -> bool {
@@ -96,10 +76,11 @@ impl<'a> Agent<'a> {
         let old = self.markers.get(name).copied();
         let new = self.write_group(name, group, with_service)?;
         // A manifest is taken in as a whole. The virtual servers that go are the last of its changes but for flows.
-        self.until("take in the change", |agent| {
-            let servers = agent.node.run(|| Client::connect()?.virtual_servers())??;
+        let node = self.node;
+        self.process.as_mut().context("there is no agent")?.try_until("take in the change", |_| {
+            let servers = node.run(|| Client::connect()?.virtual_servers())??;
             let is_there = |port| servers.iter().any(|entry| entry.server.id == marker_id(port));
-            Ok(is_there(new) && !old.is_some_and(is_there))
+            anyhow::Ok(is_there(new) && !old.is_some_and(is_there))
         })?;
         sleep(FLOWS);
         Ok(())
@@ -112,21 +93,11 @@ impl<'a> Agent<'a> {
 
     /// The end of its log.
     pub(crate) fn last_words(&self) -> String {
-        let log = self.read_log();
-        let lines: Vec<&str> = log.lines().collect();
-        lines[lines.len().saturating_sub(15)..].join("\n")
+        self.process.as_ref().map(lab::agent::Agent::last_lines).unwrap_or_default()
     }
 
     fn manifests(&self) -> PathBuf {
         self.dir.path().join("manifests")
-    }
-
-    fn log(&self) -> PathBuf {
-        self.dir.path().join("log")
-    }
-
-    fn read_log(&self) -> String {
-        fs::read_to_string(self.log()).unwrap_or_default()
     }
 
     /// Writes the manifest of a Service with a new marker; returns the port of that.
@@ -145,22 +116,6 @@ impl<'a> Agent<'a> {
         let temporary = self.dir.path().join("temporary");
         fs::write(&temporary, text.join("\n")).context("cannot write a manifest")?;
         fs::rename(&temporary, self.manifests().join(format!("{name}.json"))).context("cannot put a manifest in place")
-    }
-
-    fn until(&mut self, what: &str, mut done: impl FnMut(&Self) -> Result<bool>) -> Result<()> {
-        let start = Instant::now();
-        while !done(self)? {
-            let ended = self.process.as_mut().and_then(|process| process.try_wait().ok().flatten());
-            if ended.is_some() || start.elapsed() > PATIENCE {
-                let ended = ended.map(|status| format!(" ({status})")).unwrap_or_default();
-                bail!(
-                    "the agent did not {what} within {PATIENCE:?}{ended}; the end of its log:\n{}",
-                    self.last_words()
-                );
-            }
-            sleep(Duration::from_millis(5));
-        }
-        Ok(())
     }
 }
 

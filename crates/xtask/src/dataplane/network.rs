@@ -6,6 +6,7 @@ use std::fs;
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
+use lab::link;
 use lab::netns::{End, Namespace};
 use serde::Deserialize;
 
@@ -112,13 +113,15 @@ impl Network {
             End { namespace, device: "eth0", addresses: &far.iter().map(String::as_str).collect::<Vec<_>>() },
         )?;
         for address in self.topology.of(pod)? {
-            node.exec(&format!("ip route add {address} dev {pod}"))?;
+            node.run(|| link::add_route_dev(&address.to_string(), pod))??;
         }
-        for address in node_side {
-            let family = if address.is_ipv6() { "-6" } else { "-4" };
-            namespace.exec(&format!("ip {family} route add {address} dev eth0"))?;
-            namespace.exec(&format!("ip {family} route add default via {address}"))?;
-        }
+        namespace.run(|| {
+            node_side.iter().try_for_each(|address| {
+                let (all, address) = (if address.is_ipv6() { "::/0" } else { "0.0.0.0/0" }, address.to_string());
+                link::add_route_dev(&address, "eth0")?;
+                link::add_route_via(all, &address)
+            })
+        })??;
         Ok(())
     }
 
@@ -126,8 +129,7 @@ impl Network {
     fn routes(&self) -> Result<()> {
         let via = |from: &str, to: &str, through: &str| -> Result<()> {
             let router = self.topology.address(through, to.contains(':')).context("a router has no address")?;
-            self.namespace(from)?.exec(&format!("ip route add {to} via {router}"))?;
-            Ok(())
+            Ok(self.namespace(from)?.run(|| link::add_route_via(to, &router.to_string()))??)
         };
         for range in REMOTE_PODS {
             via("node", range, "remote")?;

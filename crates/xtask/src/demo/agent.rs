@@ -1,8 +1,8 @@
 //! The demo's kube-ipvs: its manifests, its process, and what it says.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::process::{Command, ExitStatus};
 
 use anyhow::{Context, Result, bail};
 use lab::Scratch;
@@ -91,69 +91,56 @@ fn difference(old: &str, new: &str) -> Vec<String> {
 pub(crate) struct Agent {
     executable: PathBuf,
     dir: PathBuf,
-    process: Option<Child>,
-    /// How many lines of the log were handed out.
+    process: Option<lab::agent::Agent>,
+    /// How many of its lines were handed out.
     seen: usize,
+    /// Lines of those before it that were not.
+    left: Vec<String>,
 }
 
 impl Agent {
-    pub(crate) fn new(executable: &Path, manifests: &Manifests) -> Result<Self> {
+    pub(crate) fn new(executable: &Path, manifests: &Manifests) -> Self {
         let dir = manifests.dir.path().to_owned();
-        File::create_new(dir.join("log")).context("cannot create the agent's log")?;
-        Ok(Self { executable: executable.to_owned(), dir, process: None, seen: 0 })
+        Self { executable: executable.to_owned(), dir, process: None, seen: 0, left: Vec::new() }
     }
 
     /// Starts it on the node.
     pub(crate) fn start(&mut self, stage: &Stage) -> Result<()> {
-        let log = File::options().append(true).open(self.log()).context("cannot open the agent's log")?;
         let mut command = Command::new(&self.executable);
-        command.args(FLAGS).current_dir(&self.dir).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        let process = stage.node().run(|| command.spawn())?;
-        self.process = Some(process.with_context(|| format!("cannot start {}", self.executable.display()))?);
+        command.args(FLAGS).current_dir(&self.dir);
+        self.process = Some(stage.node().run(|| lab::agent::Agent::spawn(&mut command))??);
+        self.seen = 0;
         Ok(())
     }
 
     /// Kills it with SIGKILL, so that it can do nothing about it.
     pub(crate) fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            // One that has ended already is as dead.
-            let _ = process.kill();
-            let _ = process.wait();
-        }
+        self.left = self.lines();
+        self.process = None;
     }
 
     /// How it ended, if it did so by itself.
     pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
-        self.process.as_mut().and_then(|process| process.try_wait().ok().flatten())
+        self.process.as_mut().and_then(|process| process.exit_status().ok().flatten())
     }
 
     /// Whether it has said something with these words since [`news`](Self::news) were last asked for.
     pub(crate) fn has_said(&self, words: &str) -> bool {
-        self.lines().skip(self.seen).any(|line| line.contains(words))
+        self.lines().iter().any(|line| line.contains(words))
     }
 
     /// What it has said since last asked, without the time.
     pub(crate) fn news(&mut self) -> Vec<String> {
-        let news: Vec<String> = self.lines().skip(self.seen).collect();
-        self.seen += news.len();
+        let news = self.lines();
+        self.seen += news.len() - self.left.len();
+        self.left.clear();
         news.iter().map(|line| without_time(line).to_owned()).collect()
     }
 
-    fn log(&self) -> PathBuf {
-        self.dir.join("log")
-    }
-
-    /// The lines that are complete.
-    fn lines(&self) -> impl Iterator<Item = String> {
-        let text = fs::read_to_string(self.log()).unwrap_or_default();
-        let complete = text.rfind('\n').map_or("", |end| &text[..end]);
-        complete.lines().map(str::to_owned).collect::<Vec<_>>().into_iter()
-    }
-}
-
-impl Drop for Agent {
-    fn drop(&mut self) {
-        self.kill();
+    /// The lines that were not handed out.
+    fn lines(&self) -> Vec<String> {
+        let new = self.process.as_ref().map(|process| process.lines_from(self.seen)).unwrap_or_default();
+        self.left.iter().cloned().chain(new.into_iter().map(|line| line.text)).collect()
     }
 }
 

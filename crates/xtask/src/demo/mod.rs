@@ -95,7 +95,7 @@ pub(crate) fn run_guest(args: &GuestArgs) -> ExitCode {
 fn play(args: &GuestArgs, screen: &mut Screen) -> Result<()> {
     let stage = Stage::build()?;
     let manifests = Manifests::copy(&args.manifests)?;
-    let agent = Agent::new(&args.agent, &manifests)?;
+    let agent = Agent::new(&args.agent, &manifests);
     let mut show = Show { screen, stage: &stage, manifests: &manifests, agent };
     let played = show.steps();
     if played.is_err() {

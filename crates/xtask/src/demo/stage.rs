@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Protocol, RealServerEntry, VirtualServer, VirtualServerId};
+use lab::link;
 use lab::netns::{End, Namespace};
 
 /// The address and port of the Service.
@@ -77,7 +78,7 @@ impl Stage {
     pub(crate) fn build() -> Result<Self> {
         let node = Namespace::new()?;
         // The address of the Node in examples/hello.
-        node.exec("ip address add 192.168.10.11/32 dev lo")?;
+        node.run(|| link::add_address("lo", "192.168.10.11/32"))??;
         let client = pod(&node, "client", CLIENT_SUBNET)?;
         let mut namespaces = Vec::new();
         for backend in BACKENDS {
@@ -187,7 +188,7 @@ fn pod(node: &Namespace, name: &str, subnet: u8) -> Result<Namespace> {
         End { namespace: node, device: name, addresses: &[&format!("10.244.{subnet}.1/24")] },
         End { namespace: &namespace, device: "eth0", addresses: &[&format!("10.244.{subnet}.2/24")] },
     )?;
-    namespace.exec(&format!("ip route add default via 10.244.{subnet}.1"))?;
+    namespace.run(|| link::add_route_via("0.0.0.0/0", &format!("10.244.{subnet}.1")))??;
     Ok(namespace)
 }
 

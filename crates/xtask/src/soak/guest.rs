@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use fastrand::Rng;
 use lab::Scratch;
+use lab::http::Metrics;
 use lab::netns::Namespace;
 use rustix::process::Signal;
 use rustix::time::{ClockId, clock_gettime, clock_settime};
@@ -55,7 +56,7 @@ fn soak(order: &Order) -> Result<Vec<u8>> {
     traffic::serve(&world.servers, world::all_servers())?;
     let mut actor = Actor { agent: stage.start()?, life: 1, found: 0.0, stage: &stage, shared: &shared };
     let is_ready =
-        || Agent::metrics().is_ok_and(|it| it.get("kube_ipvs_sync_duration_seconds_count{kind=\"audit\"}") > 0.0);
+        || Metrics::read().is_ok_and(|it| it.get("kube_ipvs_sync_duration_seconds_count{kind=\"audit\"}") > Some(0.0));
     while !is_ready() {
         if shared.start.elapsed() > PATIENCE {
             bail!("the agent does not come up");
@@ -73,7 +74,7 @@ fn soak(order: &Order) -> Result<Vec<u8>> {
         played
     });
     played?;
-    let found = actor.found + Agent::metrics()?.sum("kube_ipvs_drift_found_total");
+    let found = actor.found + Metrics::read()?.sum("kube_ipvs_drift_found_total");
     shared.lock().drift_found = found;
     actor.agent.kill();
     let tally = serde_json::to_vec_pretty(&*shared.lock())?;
@@ -293,7 +294,7 @@ impl Actor<'_> {
     fn kill(&mut self) -> Result<()> {
         self.shared.trouble("killed");
         // One that has only just started does not serve metrics yet.
-        self.found += Agent::metrics().map_or(0.0, |metrics| metrics.sum("kube_ipvs_drift_found_total"));
+        self.found += Metrics::read().map_or(0.0, |metrics| metrics.sum("kube_ipvs_drift_found_total"));
         self.agent.kill();
         self.agent = self.stage.start()?;
         self.life += 1;

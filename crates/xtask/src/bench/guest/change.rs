@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
+use lab::http::Metrics;
+
 use super::super::agent::{Agent, Line};
 use super::super::load::{Size, endpoint, service, service_name, slice, slice_name};
 use super::super::wiretap::{Wiretap, count};
@@ -148,15 +150,15 @@ impl Bench {
         let (mut messages, mut dumps) = (Vec::new(), Vec::new());
         for _ in 0..RECORDED {
             let wiretap = Wiretap::start()?;
-            let before = Agent::metrics()?;
+            let before = Metrics::read()?;
             self.change(kind, extras);
             agent.until(|line| kind.is_done(line))?;
             // The agent counts after it has said so.
             std::thread::sleep(COUNTED);
-            let after = Agent::metrics()?;
+            let after = Metrics::read()?;
             for (counts, (_, metric)) in sent.iter_mut().zip(SENT) {
                 let metric = format!("kube_ipvs_netlink_{metric}_total");
-                counts.push(after.get(&metric) - before.get(&metric));
+                counts.push(after.sum(&metric) - before.sum(&metric));
             }
             std::thread::sleep(DRAINED);
             let all = count(&wiretap.stop()?);

@@ -8,7 +8,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::Client;
 
-use super::super::agent::{Agent, Line, usage};
+use lab::agent::usage;
+use lab::http::Metrics;
+
+use super::super::agent::{Agent, Line};
 use super::super::load::{address_commands, ipvsadm_rules};
 use super::super::wiretap::{Datagram, Family, Wiretap, count, replay, run};
 use super::{Bench, Measure, word};
@@ -250,9 +253,9 @@ impl Bench {
         let mut agent = self.start(&flags)?;
         First::of(&mut agent)?;
         let of = || -> Result<[f64; 2]> {
-            let metrics = Agent::metrics()?;
+            let metrics = Metrics::read()?;
             let name = |what| format!("kube_ipvs_sync_duration_seconds_{what}{{kind=\"audit\"}}");
-            Ok([metrics.get(&name("sum")), metrics.get(&name("count"))])
+            Ok([metrics.sum(&name("sum")), metrics.sum(&name("count"))])
         };
         let (begin, cpu) = (of()?, agent.usage()?.cpu);
         let end = loop {

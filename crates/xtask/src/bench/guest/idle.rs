@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
+use lab::http::Metrics;
+
 use super::super::agent::Agent;
 use super::Bench;
 use super::change::{Extras, Kind};
@@ -109,7 +111,7 @@ impl Bench {
         let start = Instant::now();
         loop {
             agent.pending();
-            let metrics = Agent::metrics()?;
+            let metrics = Metrics::read()?;
             let pending = ["service", "endpoint"]
                 .map(|kind| metrics.sum(&format!("kubeproxy_sync_proxy_rules_{kind}_changes_pending")));
             if pending.iter().sum::<f64>() == 0.0 {
