@@ -32,6 +32,11 @@ fn manifests_become_virtual_servers_and_follow_changes() {
     let mut agent = manifests.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2]);
     assert_eq!(addresses(), ["10.96.0.10/32"]);
+    // All other tests read the kernel without these programs.
+    let mut lines: Vec<String> = run("ipvsadm -Sn").lines().map(str::to_owned).collect();
+    lines.sort();
+    assert_eq!(ipvs(), lines);
+    assert!(run("ip -br address show dev kube-ipvs0").contains("10.96.0.10/32"));
     manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1"]));
     agent.has(&[WEB, WEB_1]);
     manifests.remove("service.yaml");
@@ -332,15 +337,16 @@ fn an_address_configured_twice_counts_until_both_are_removed() {
 fn a_renamed_device_is_replaced() {
     isolate().unwrap();
     let manifests = web();
-    let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
+    let mut agent = manifests.agent(&["--ipvs-sync-period=300ms"]);
     agent.has(&[WEB, WEB_1, WEB_2]);
     agent.until("bind the VIP", |_| addresses() == ["10.96.0.10/32"]);
+    agent.audits(1);
     link::set_down("kube-ipvs0").unwrap();
     link::rename("kube-ipvs0", "elsewhere").unwrap();
     agent.until("bring back the device", |_| addresses() == ["10.96.0.10/32"]);
-    std::thread::sleep(Duration::from_millis(300));
+    agent.audits(2);
     let lines = agent.log().lines().count();
-    std::thread::sleep(Duration::from_millis(500));
+    agent.audits(2);
     assert_eq!(agent.log().lines().count(), lines, "{}", agent.log());
 }
 

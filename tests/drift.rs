@@ -7,15 +7,16 @@ mod common;
 use std::fs;
 use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use common::{Agent, Manifests, NODE, addresses, eth0, filter, http, ipvs, ipvsadm, metric, run, service, slice};
 use lab::link;
 use lab::netns::isolate;
 use test_apiserver::Server;
 
-/// Long enough that what is repaired at once is told from what an audit repairs.
-const SYNC_PERIOD: Duration = Duration::from_secs(3);
+const SYNC_PERIOD: &str = "--ipvs-sync-period=300ms";
+/// How many audits may pass until all is as it was. Some changes take away what others need.
+const AUDITS: usize = 3;
 const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
 
 /// What the agent has made, and somebody else's virtual server.
@@ -85,9 +86,8 @@ fn cluster() -> (Server, Agent, Manifests) {
     }
     let kubeconfig = manifests.path().join("kubeconfig");
     Server::write_kubeconfig(&kubeconfig, server.listen_in_thread().unwrap());
-    let period = format!("--ipvs-sync-period={}s", SYNC_PERIOD.as_secs());
     let kubeconfig = format!("--kubeconfig={}", kubeconfig.display());
-    let mut agent = Agent::start(&[&kubeconfig, &period, "--ipvs-min-sync-period=0s"]);
+    let mut agent = Agent::start(&[&kubeconfig, SYNC_PERIOD, "--ipvs-min-sync-period=0s"]);
     agent.says("audited");
     (server, agent, manifests)
 }
@@ -107,12 +107,13 @@ fn drift_is_repaired_within_a_sync_period_and_reported() {
         let before = found();
         // Sometimes the agent is faster than the second half of it.
         run(&format!("{command} || true"));
-        let start = Instant::now();
-        agent.until(&format!("repair that somebody {what}"), |_| found() > before && right.is_again());
-        let took = start.elapsed();
-        println!("{what}: {took:.1?}");
-        // The machine may be slow; that a second period had to pass shows all the same.
-        assert!(took < SYNC_PERIOD * 3, "that somebody {what} was repaired after {took:?} only");
+        let mut audits = 0;
+        while !(found() > before && right.is_again()) {
+            assert!(audits < AUDITS, "that somebody {what} is not repaired: {:#?}\n{}", Kernel::read(), agent.log());
+            agent.audits(1);
+            audits += 1;
+        }
+        println!("{what}: repaired by audit {audits} at the latest");
         if link::exists("other").unwrap() {
             link::delete("other").unwrap();
         }
@@ -166,15 +167,17 @@ fn a_foreign_kube_ipvs0_is_reported_and_the_rest_keeps_working() {
 fn two_writers_of_one_table_affect_only_that_table() {
     let (server, mut agent, _manifests) = cluster();
     for round in 0..20 {
-        run("nft flush set ip kube-ipvs vips; nft add rule ip kube-ipvs filter-input counter || true");
+        // In one transaction; it is refused while the agent makes the table anew.
+        let meddling = "flush set ip kube-ipvs vips; add rule ip kube-ipvs filter-input counter";
+        Command::new("nft").arg(meddling).output().unwrap();
         server.apply(object(&slice("web-1", "web", &[&format!("10.0.1.{round}")])));
         agent.until("serve what changes", |_| {
             ipvs().iter().any(|line| line.contains(&format!("-r 10.0.1.{round}:8080 -m -w 1")))
         });
     }
     agent.until("have the last word", |_| {
-        let table = run("nft list table ip kube-ipvs 2>/dev/null || true");
-        table.contains("10.96.0.10") && !table.contains("counter packets")
+        let words = filter();
+        words.iter().any(|it| it.contains("10.96.0.10")) && !words.iter().any(|it| it.contains("counter packets"))
     });
 }
 
@@ -187,7 +190,7 @@ fn a_second_agent_exits_and_the_first_continues() {
     for flags in [&[][..], &["--once"], &["cleanup"]] {
         let empty = Manifests::new();
         let directory = format!("--manifests={}", empty.path().display());
-        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
         command.arg("--hostname-override=node-a").args(flags);
         if flags != ["cleanup"] {
             command.arg(directory);

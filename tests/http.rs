@@ -11,7 +11,7 @@ use std::net::TcpListener;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, run, service, slice};
+use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, service, slice};
 use lab::link;
 use lab::netns::isolate;
 use serde_json::{Value, json};
@@ -392,7 +392,7 @@ fn metrics_under_load_are_well_formed_and_documented() {
 }
 
 fn now() -> String {
-    run("date -u +%Y-%m-%dT%H:%M:%SZ").trim().to_owned()
+    jiff::Timestamp::from_second(jiff::Timestamp::now().as_second()).unwrap().to_string()
 }
 
 fn fs_read(path: &str) -> String {

@@ -39,11 +39,11 @@ fn try_across_a_cold_start(is_tracked: bool) {
             .map(|target| {
                 scope.spawn(move || {
                     client.run(|| {
-                        let flow = Flow::open(target, Duration::from_millis(10)).unwrap();
+                        let flow = Flow::open(target, Duration::from_millis(100)).unwrap();
                         let mut answers = Vec::new();
                         while !is_over.load(Ordering::Relaxed) {
                             answers.extend(flow.ask().ok());
-                            thread::sleep(Duration::from_millis(5));
+                            thread::sleep(Duration::from_millis(50));
                         }
                         (target, answers)
                     })

@@ -13,10 +13,10 @@ use crate::traffic::{PATIENCE, SILENCE, Server, tcp_within};
 use crate::{finds_nothing_to_change, serving};
 
 /// Lets some audits pass: nothing may be found otherwise than it was left.
-fn comes_to_rest(agent: &Agent) {
-    thread::sleep(Duration::from_millis(500));
+fn comes_to_rest(agent: &mut Agent) {
+    agent.audits(2);
     let before = agent.log();
-    thread::sleep(Duration::from_secs(1));
+    agent.audits(3);
     let log = agent.log();
     assert_eq!(log.lines().count(), before.lines().count(), "{}", &log[before.len()..]);
     assert!(!log.contains("somebody else"), "{log}");
@@ -144,7 +144,7 @@ fn a_thousand_source_ranges_of_every_kind_allow_only_their_clients() {
         assert_eq!(second.tcp("10.96.0.11:80"), masqueraded("web", "10.96.0.11:80"), "another Service, {when}");
     };
     check("at first");
-    comes_to_rest(&agent);
+    comes_to_rest(&mut agent);
     let listed = run("nft list chain ip kube-ipvs sources-default/web");
     assert!(listed.contains("100.3.249.0/25") && listed.contains("192.168.1.0/24"), "{listed}");
     // The same in another order and half of the rest.
@@ -153,7 +153,7 @@ fn a_thousand_source_ranges_of_every_kind_allow_only_their_clients() {
     manifests.write("web.json", &file(&[service("web", spec(&ranges)), slice, slice_v6]));
     agent.until("take in others", |_| !run("nft list chain ip kube-ipvs sources-default/web").contains("100.0.1.0/25"));
     check("after a change");
-    comes_to_rest(&agent);
+    comes_to_rest(&mut agent);
     agent.kill();
     finds_nothing_to_change(&manifests);
 }

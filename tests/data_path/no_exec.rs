@@ -1,13 +1,12 @@
 //! The agent is one program that runs no other, whatever it has to do.
 
 use std::process::Command;
-use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::FLAGS;
-use crate::common::{Agent, ipvs, run};
+use crate::common::{Agent, addresses, ipvs, run};
 use crate::network::{CLUSTER_CIDR, Network};
 use crate::objects::{file, manifests, ready, service};
 use crate::traffic::Server;
@@ -43,13 +42,14 @@ fn the_agent_runs_no_other_program() {
     manifests.write("objects.json", &file(&[service("web", spec(&["10.0.0.0/8"])), ready("web", ["10.244.1.2"])]));
     agent.until("take in the change", |_| ipvs().iter().any(|line| line.contains("10.244.1.2")));
     // Repairs, settings of the node and the device among them.
-    run("nft delete table ip kube-ipvs && ip link del kube-ipvs0");
+    run("nft delete table ip kube-ipvs");
+    lab::link::delete("kube-ipvs0").unwrap();
     agent.until("repair", |_| {
-        run("nft list tables").contains("table ip kube-ipvs") && run("ip -br address show").contains("10.96.0.10")
+        addresses().contains(&"10.96.0.10/32".to_owned()) && run("nft list tables").contains("table ip kube-ipvs")
     });
     manifests.remove("objects.json");
     agent.until("take everything away", |_| ipvs().is_empty());
-    std::thread::sleep(Duration::from_millis(500));
+    agent.audits(2);
     let read = || std::fs::read_to_string(&trace).unwrap();
     // Each line begins with the process. strace would leave the agent behind if it were stopped itself.
     let pid: i32 = read().split_whitespace().next().unwrap().parse().unwrap();

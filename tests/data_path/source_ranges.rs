@@ -118,7 +118,7 @@ fn a_source_range_of_one_address_is_written_once() {
     let list = || run("nft -a list table ip kube-ipvs && nft -a list table ip6 kube-ipvs");
     let before = list();
     assert!(before.contains("192.168.1.2"), "{before}");
-    thread::sleep(Duration::from_secs(1));
+    agent.audits(3);
     // Its own slices change, and another Service does.
     manifests.write("more.json", &file(&[service("other", json!({"clusterIPs": ["10.96.0.11"]}))]));
     agent.until("serve the other", |_| run("nft list table ip kube-ipvs").contains("10.96.0.11"));

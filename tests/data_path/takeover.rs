@@ -1,7 +1,7 @@
 //! From kube-proxy to kube-ipvs, and back: with clients that go on all along, and none of them noticing.
 
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -70,26 +70,34 @@ fn rules_of_kube_proxy(network: &Network, iptables: Iptables) {
 
 /// Makes connections to the Service from everywhere while something happens; returns how many there were. None may fail,
 /// and those that were open before stay so.
-fn under_load(network: &Network, action: impl FnOnce()) -> usize {
+fn under_load(network: &Network, action: impl FnOnce(&dyn Fn())) -> usize {
     let is_over = AtomicBool::new(false);
+    let counts: [AtomicUsize; 4] = Default::default();
+    // Waits until everybody has made connections meanwhile.
+    let settle = || {
+        let before = counts.each_ref().map(|count| count.load(Ordering::Relaxed));
+        let more = || counts.iter().zip(before).all(|(count, before)| count.load(Ordering::Relaxed) > before + 5);
+        lab::wait::until("connect from everywhere", || more() || is_over.load(Ordering::Relaxed)).unwrap();
+    };
     let (client, pod) = (&network.clients[0], &network.pods[0]);
     thread::scope(|scope| {
         let over = Over(&is_over);
         let sources = [(Some(client), LB_IP), (Some(client), NODE_PORT), (Some(pod), CLUSTER_IP), (None, CLUSTER_IP)];
         let loads: Vec<_> = sources
             .into_iter()
-            .map(|(host, target)| {
+            .zip(&counts)
+            .map(|((host, target), count)| {
                 let is_over = &is_over;
                 let load = move || {
                     let mut lasting = Connection::open(target, PATIENCE).unwrap();
-                    let (mut begun, mut failed) = (0, Vec::new());
+                    let mut failed = Vec::new();
                     while !is_over.load(Ordering::Relaxed) {
                         failed.extend(tcp(target).err().map(|word| format!("new: {word}")));
                         failed.extend(lasting.ask().err().map(|word| format!("open: {word}")));
-                        begun += 1;
+                        count.fetch_add(1, Ordering::Relaxed);
                         thread::sleep(Duration::from_millis(10));
                     }
-                    (format!("{target}: {failed:?}"), begun, failed.len())
+                    (format!("{target}: {failed:?}"), count.load(Ordering::Relaxed), failed.len())
                 };
                 // The node is this thread's namespace, and that of the threads it starts.
                 scope.spawn(move || match host {
@@ -98,9 +106,9 @@ fn under_load(network: &Network, action: impl FnOnce()) -> usize {
                 })
             })
             .collect();
-        thread::sleep(Duration::from_millis(300));
-        action();
-        thread::sleep(Duration::from_millis(300));
+        settle();
+        action(&settle);
+        settle();
         drop(over);
         let mut all = 0;
         for load in loads {
@@ -148,14 +156,14 @@ fn taken_over_and_back(iptables: Iptables, tool: &str) {
     };
 
     let served_before = connections();
-    let begun = under_load(&network, || {
+    let begun = under_load(&network, |settle| {
         let log = kube_ipvs(&[&["takeover", &flag, "--hostname-override=node-a", CLUSTER_CIDR], &FLAGS[..]].concat());
         let (in_place, gone) = (log.find("audited").unwrap(), log.find("done: delete").unwrap());
         assert!(in_place < gone, "never before ours is in place: {log}");
         assert!(!log.contains("virtual_servers="), "virtual servers are kept as they are: {log}");
-        thread::sleep(Duration::from_millis(300));
+        settle();
         let _agent = serving(&manifests, &[CLUSTER_CIDR]);
-        thread::sleep(Duration::from_millis(300));
+        settle();
     });
     println!("{begun} connections through the takeover, none failed");
     // Nothing was made anew: it goes on counting. (The kernel sums up every two seconds.)
@@ -176,9 +184,9 @@ fn taken_over_and_back(iptables: Iptables, tool: &str) {
     assert!(log.contains("kube-proxy left nothing"), "it may be repeated: {log}");
 
     // The way back: kube-proxy makes what it makes and finds the rest in place; then our tables go.
-    let begun = under_load(&network, || {
+    let begun = under_load(&network, |settle| {
         rules_of_kube_proxy(&network, iptables);
-        thread::sleep(Duration::from_millis(300));
+        settle();
         kube_ipvs(&["cleanup", "--filter-only"]);
     });
     println!("{begun} connections on the way back, none failed");

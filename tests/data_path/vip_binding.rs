@@ -32,13 +32,8 @@ fn web() -> Manifests {
 
 /// The destinations of our routes.
 fn routes() -> Vec<String> {
-    let listed =
-        ["-4", "-6"].map(|family| run(&format!("ip {family} route show table local proto 105 dev kube-ipvs0")));
-    let mut routes: Vec<String> = listed
-        .iter()
-        .flat_map(|listed| listed.lines())
-        .map(|line| line.split_whitespace().nth(1).unwrap_or_default().to_owned())
-        .collect();
+    const LOCAL: u8 = 255;
+    let mut routes = lab::link::routes(LOCAL, 105, "kube-ipvs0").unwrap();
     routes.sort_by_key(|route| (route.contains(':'), route.clone()));
     routes
 }
@@ -203,10 +198,7 @@ fn an_audit_restores_what_was_removed() {
         "ip link del kube-ipvs0",
     ] {
         run(taken);
-        agent.until(&format!("repair what was done by {taken}"), |_| {
-            let is_there = std::process::Command::new("ip").args(["link", "show", "kube-ipvs0"]).output().unwrap();
-            is_there.status.success() && routes() == expected && addresses() == [ANCHOR]
-        });
+        agent.until(&format!("repair what was done by {taken}"), |_| routes() == expected && addresses() == [ANCHOR]);
         is_served(&network);
     }
     // Routes of somebody else stay.
@@ -216,7 +208,7 @@ fn an_audit_restores_what_was_removed() {
     // An address that comes and goes takes nothing along.
     run("ip address add 192.0.2.9/24 dev kube-ipvs0 && ip address del 192.0.2.9/24 dev kube-ipvs0");
     assert_eq!(routes(), expected);
-    thread::sleep(Duration::from_secs(1));
+    agent.audits(2);
     assert!(run("ip route show table local proto static").contains("10.96.0.0/12 dev lo"));
     assert!(
         run("ip route show table local proto static").contains("192.0.2.1"),

@@ -8,6 +8,7 @@ use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
 use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth};
+use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::{
     AddressMessageBuilder, Handle, LinkDummy, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
@@ -144,6 +145,42 @@ pub fn delete_address(device: &str, address: &str) -> Result<()> {
     })
 }
 
+/// The destinations of the routes of a table, by their protocol and device, as `ip route` shows them; both families.
+pub fn routes(table: u8, protocol: u8, device: &str) -> Result<Vec<String>> {
+    if !exists(device)? {
+        return Ok(Vec::new());
+    }
+    let found: Vec<RouteMessage> = run("list the routes of", device, async |handle| {
+        let index = index(handle, device).await?;
+        let mut found = Vec::new();
+        for query in [RouteMessageBuilder::<Ipv4Addr>::new().build(), RouteMessageBuilder::<Ipv6Addr>::new().build()] {
+            let mut routes = handle.route().get(query).execute();
+            while let Some(route) = routes.try_next().await? {
+                let is_of_device = route.attributes.contains(&RouteAttribute::Oif(index));
+                let header = &route.header;
+                if is_of_device && header.table == table && u8::from(header.protocol) == protocol {
+                    found.push(route);
+                }
+            }
+        }
+        Ok(found)
+    })?;
+    Ok(found.iter().filter_map(destination).collect())
+}
+
+fn destination(route: &RouteMessage) -> Option<String> {
+    let destination: IpAddr = route.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::Destination(RouteAddress::Inet(address)) => Some((*address).into()),
+        RouteAttribute::Destination(RouteAddress::Inet6(address)) => Some((*address).into()),
+        _ => None,
+    })?;
+    let full = if destination.is_ipv4() { 32 } else { 128 };
+    Some(match route.header.destination_prefix_length {
+        length if length == full => destination.to_string(),
+        length => format!("{destination}/{length}"),
+    })
+}
+
 /// Adds a route to a prefix by way of a gateway.
 pub fn add_route_via(prefix: &str, gateway: &str) -> Result<()> {
     let gateway = gateway.parse().map_err(|_| not("an address", gateway))?;
@@ -157,7 +194,7 @@ pub fn add_route_dev(prefix: &str, device: &str) -> Result<()> {
         let index = index(handle, device).await?;
         let route = route.output_interface(index);
         let is_v4 = prefix_is_v4(prefix);
-        Ok(if is_v4 { route.scope(rtnetlink::packet_route::route::RouteScope::Link) } else { route })
+        Ok(if is_v4 { route.scope(RouteScope::Link) } else { route })
     })
 }
 
