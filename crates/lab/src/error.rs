@@ -5,6 +5,8 @@ use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::version::Version;
+
 /// The result of everything in the lab.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -60,13 +62,13 @@ pub enum Error {
 
     /// The kernel's build system dropped settings that the lab relies on.
     #[error(
-        "{source_package} does not accept these settings of crates/lab/guest/kernel.config: {}. Either a setting \
+        "Linux {version} does not accept these settings of crates/lab/guest/kernel.config: {}. Either a setting \
          it depends on is missing there, or this kernel version renamed it",
         missing.join(" ")
     )]
     Config {
-        /// The package with the kernel's source.
-        source_package: String,
+        /// The release.
+        version: Version,
         /// The settings that are not in the final configuration.
         missing: Vec<String>,
     },

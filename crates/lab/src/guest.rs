@@ -25,7 +25,7 @@ use crate::process::{self, Sink};
 use crate::scratch::{self, Scratch};
 
 /// What the guest's kernel is told on its command line, apart from its connections to the host.
-const KERNEL_ARGUMENTS: [&str; 9] = [
+const KERNEL_ARGUMENTS: [&str; 10] = [
     "rootfstype=hostfs",
     "rootflags=/",
     "ro",
@@ -34,6 +34,8 @@ const KERNEL_ARGUMENTS: [&str; 9] = [
     "panic=-1",
     "oops=panic",
     "noreboot",
+    // From 6.16 on, system calls come by way of a filter and a signal, not by ptrace(2): quicker. Others ignore it.
+    "seccomp=auto",
     // A fresh network namespace holds `lo` and nothing else.
     "dummy.numdummies=0",
     "fb_tunnels=none",

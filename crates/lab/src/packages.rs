@@ -1,62 +1,11 @@
 //! The packages of Debian and its relatives: which are installed, which could be, and installing them.
 
 use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::error::{Context, Error, Result};
 use crate::progress::Progress;
-
-/// The kernel version that the guest's configuration was written for.
-const PREFERRED: &str = "linux-source-6.1";
-
-/// A package with the source of a kernel.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Source {
-    pub(crate) package: String,
-    pub(crate) version: String,
-}
-
-impl Source {
-    /// The archive, where Debian or where Ubuntu puts it; only once the package is installed.
-    pub(crate) fn archive(&self) -> Option<PathBuf> {
-        let name = &self.package;
-        ["xz", "bz2", "gz"]
-            .iter()
-            .flat_map(|end| [format!("/usr/src/{name}.tar.{end}"), format!("/usr/src/{name}/{name}.tar.{end}")])
-            .map(PathBuf::from)
-            .find(|path| path.is_file())
-    }
-}
-
-/// The kernel source to build the guest from: an installed one, or the one that would be installed.
-pub(crate) fn kernel_source() -> Result<Source> {
-    if !Path::new("/usr/bin/dpkg-query").exists() {
-        return Err(Error::Usage(
-            "the guest's kernel is built from a package of Debian or Ubuntu, and this is neither: set \
-             KUBE_IPVS_LAB_KERNEL to a User-Mode Linux built with crates/lab/guest/kernel.config"
-                .into(),
-        ));
-    }
-    let listing = query("dpkg-query", ["-W", "-f=${db:Status-Abbrev}${Package} ${Version}\n", "linux-source-*"]);
-    if let Some(source) = preferred(installed_sources(&listing).into_iter().filter(|source| source.archive().is_some()))
-    {
-        return Ok(source);
-    }
-    if let Some(source) = offered_source() {
-        return Ok(source);
-    }
-    if !is_root() {
-        return Err(missing(&[PREFERRED]));
-    }
-    update()?;
-    offered_source().ok_or_else(|| {
-        Error::Usage(format!(
-            "no package {PREFERRED} or linux-source is known to apt: check the package sources of this machine, or set \
-             KUBE_IPVS_LAB_KERNEL to a User-Mode Linux built with crates/lab/guest/kernel.config"
-        ))
-    })
-}
 
 /// Installs those of the packages that are not installed; when only root can, says with which command.
 pub(crate) fn ensure(packages: &[&str]) -> Result<()> {
@@ -95,44 +44,17 @@ fn is_installed(line: &str, name: &str) -> bool {
     line.strip_prefix("ii").is_some_and(|rest| rest.trim_start() == name)
 }
 
-fn installed_sources(listing: &str) -> Vec<Source> {
-    listing
-        .lines()
-        .filter_map(|line| line.strip_prefix("ii")?.trim_start().split_once(' '))
-        .map(|(package, version)| Source { package: package.into(), version: version.into() })
-        .collect()
-}
-
-fn preferred(sources: impl Iterator<Item = Source>) -> Option<Source> {
-    let mut sources: Vec<Source> = sources.collect();
-    let best = sources.iter().position(|source| source.package == PREFERRED).unwrap_or(sources.len().saturating_sub(1));
-    (!sources.is_empty()).then(|| sources.swap_remove(best))
-}
-
-fn offered_source() -> Option<Source> {
-    let dependencies = query("apt-cache", ["depends", "--important", "linux-source"]);
-    let package = if candidate(PREFERRED).is_some() { PREFERRED.into() } else { dependency(&dependencies)? };
-    let version = candidate(&package)?;
-    Some(Source { package, version })
-}
-
-/// The package that the package `linux-source` stands for.
-fn dependency(listing: &str) -> Option<String> {
-    let name = listing.lines().find_map(|line| line.trim().strip_prefix("Depends: "))?;
-    name.starts_with("linux-source-").then(|| name.to_owned())
-}
-
 /// The version that apt would install.
 fn candidate(package: &str) -> Option<String> {
     parse_candidate(&query("apt-cache", ["policy", package]))
 }
 
-fn parse_candidate(policy: &str) -> Option<String> {
+pub(crate) fn parse_candidate(policy: &str) -> Option<String> {
     let version = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate: "))?;
     (version != "(none)").then(|| version.to_owned())
 }
 
-fn is_root() -> bool {
+pub(crate) fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }
 
@@ -141,7 +63,7 @@ fn missing(packages: &[&str]) -> Error {
     Error::Packages { command }
 }
 
-fn update() -> Result<()> {
+pub(crate) fn update() -> Result<()> {
     let progress = Progress::start("updating apt's list of packages");
     apt(["update"])?;
     progress.done();
@@ -155,7 +77,7 @@ fn apt<S: AsRef<OsStr>>(arguments: impl IntoIterator<Item = S>) -> Result<()> {
 }
 
 /// What a program that only looks things up says; nothing if it fails, which for these means not found.
-fn query<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> String {
+pub(crate) fn query<S: AsRef<OsStr>>(program: &str, arguments: impl IntoIterator<Item = S>) -> String {
     let output = Command::new(program).args(arguments).env("LC_ALL", "C").stdin(Stdio::null()).output();
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
@@ -184,26 +106,11 @@ pub(crate) fn describe(command: &Command) -> String {
 mod tests {
     use super::*;
 
-    fn source(package: &str, version: &str) -> Source {
-        Source { package: package.into(), version: version.into() }
-    }
-
     #[test]
     fn packages_that_were_removed_do_not_count() {
-        let listing = "ii linux-source-6.1 6.1.192-2\nrc linux-source-5.10 5.10.1-1\nii  linux-source-6.12 6.12.9-1\n";
-        let found = installed_sources(listing);
-        assert_eq!(found, [source("linux-source-6.1", "6.1.192-2"), source("linux-source-6.12", "6.12.9-1")]);
         assert!(is_installed("ii make", "make"));
         assert!(!is_installed("un make", "make"));
         assert!(!is_installed("ii makefs", "make"));
-    }
-
-    #[test]
-    fn the_kernel_the_configuration_was_written_for_is_preferred() {
-        let both = [source("linux-source-6.1", "1"), source("linux-source-6.12", "2")];
-        assert_eq!(preferred(both.clone().into_iter()), Some(both[0].clone()));
-        assert_eq!(preferred(both[1..].iter().cloned()), Some(both[1].clone()));
-        assert_eq!(preferred(std::iter::empty()), None);
     }
 
     #[test]
@@ -214,6 +121,5 @@ mod tests {
         );
         assert_eq!(parse_candidate("x:\n  Installed: (none)\n  Candidate: (none)\n"), None);
         assert_eq!(parse_candidate(""), None);
-        assert_eq!(dependency("linux-source\n  Depends: linux-source-6.12\n"), Some("linux-source-6.12".into()));
     }
 }

@@ -10,6 +10,7 @@ mod dataplane;
 mod demo;
 mod image;
 mod in_lab;
+mod kernels;
 mod queue;
 mod reproduce;
 mod soak;
@@ -23,6 +24,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
+    /// The release of Linux that the lab's guest is, such as 6.1; the quickest if not said
+    #[arg(long, global = true, value_name = "VERSION")]
+    kernel: Option<lab::Version>,
     #[command(subcommand)]
     command: Command,
 }
@@ -36,6 +40,7 @@ enum Command {
     Bench(bench::Args),
     Soak(soak::Args),
     Lab(in_lab::Args),
+    Kernels(kernels::Args),
     Image(image::Args),
     Reproduce(reproduce::Args),
     #[command(hide = true)]
@@ -54,12 +59,16 @@ fn main() -> ExitCode {
     if lab::init::is_init() {
         lab::init::main();
     }
-    let outcome = match Cli::parse().command {
+    let cli = Cli::parse();
+    let outcome = match cli.command {
+        // The environment tells it to every process that this one starts, and can only be set for another.
+        _ if cli.kernel.is_some_and(|kernel| !kernels::is_chosen(kernel)) => kernels::start_again(cli.kernel),
         Command::Bench(args) => bench::run(&args),
         Command::Soak(args) => soak::run(&args),
         Command::GuestSoak(args) => soak::run_guest(&args),
         Command::GuestBench(args) => bench::run_guest(&args),
         Command::Lab(args) => in_lab::run(&args),
+        Command::Kernels(args) => kernels::run(&args),
         Command::Test(args) => test::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::Dataplane(args) => dataplane::run(&args),
