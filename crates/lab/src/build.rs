@@ -90,10 +90,14 @@ fn make() -> Command {
 }
 
 /// A directory for one build, removed afterwards; one that a killed build left behind is removed first.
-struct BuildTree(PathBuf);
+pub(crate) struct BuildTree(PathBuf);
 
 impl BuildTree {
-    fn create(cache: &Path) -> Result<Self> {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn create(cache: &Path) -> Result<Self> {
         let path = cache.join("build");
         if path.exists() {
             fs::remove_dir_all(&path).context("remove the remains of an earlier build,", path.display())?;

@@ -20,8 +20,9 @@ use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use crate::error::{Context, Error, Result};
 use crate::init::{self, Task};
 use crate::job::{Job, Output, Status, THIS_EXECUTABLE};
-use crate::kernel::last_lines;
+use crate::kernel::{Bootable, last_lines};
 use crate::process::{self, Sink};
+use crate::qemu;
 use crate::scratch::{self, Scratch};
 
 /// What the guest's kernel is told on its command line, apart from its connections to the host.
@@ -42,7 +43,7 @@ const KERNEL_ARGUMENTS: [&str; 10] = [
 ];
 
 /// Runs the job in a guest with this kernel.
-pub(crate) fn run(job: &Job, kernel: &Path, sinks: [Sink; 2]) -> Result<Output> {
+pub(crate) fn run(job: &Job, kernel: &Bootable, sinks: [Sink; 2]) -> Result<Output> {
     let dir = Scratch::new()?;
     let dir = dir.path();
     let terminal = job.interactive.then(Terminal::open).transpose()?;
@@ -61,9 +62,16 @@ pub(crate) fn run(job: &Job, kernel: &Path, sinks: [Sink; 2]) -> Result<Output> 
         stderr: stderr_writer.as_raw_fd(),
         terminal: terminal.as_ref().map(|terminal| terminal.file.as_raw_fd()),
     };
-    let mut command = Command::new(kernel);
-    command.args(command_line(dir, job.memory_mib, &lines));
-    command.env_clear().env("PATH", "/usr/bin:/bin").env("TMPDIR", memory_directory(job.memory_mib)?);
+    let mut command = match kernel {
+        Bootable::Uml(kernel) => {
+            let mut command = Command::new(kernel);
+            command.args(command_line(dir, job.memory_mib, &lines));
+            command.env_clear().env("TMPDIR", memory_directory(job.memory_mib)?);
+            command
+        }
+        Bootable::Stock(kernel) => qemu::command(kernel, dir, job.memory_mib, &lines, &task.writable)?,
+    };
+    command.env("PATH", "/usr/bin:/bin");
     command.stdin(Stdio::null()).stdout(boot.try_clone().context("duplicate", "a file")?).stderr(boot);
     // On this signal the kernel takes its helper processes with it.
     process::end_with_us(&mut command, Signal::TERM);
@@ -155,11 +163,11 @@ fn shown_on_terminal(sinks: [Sink; 2]) -> bool {
 }
 
 /// The file descriptors that the guest's consoles are connected to.
-struct Lines {
-    console: RawFd,
-    stdout: RawFd,
-    stderr: RawFd,
-    terminal: Option<RawFd>,
+pub(crate) struct Lines {
+    pub(crate) console: RawFd,
+    pub(crate) stdout: RawFd,
+    pub(crate) stderr: RawFd,
+    pub(crate) terminal: Option<RawFd>,
 }
 
 fn command_line(dir: &Path, memory_mib: u32, lines: &Lines) -> Vec<OsString> {

@@ -2,7 +2,7 @@
 //!
 //! An executable that boots guests must call [`main`] at its start when [`is_init`] says so.
 
-use std::ffi::OsString;
+use std::ffi::{CString, OsString};
 use std::fs::{self, File};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, symlink};
@@ -21,6 +21,16 @@ use crate::netns;
 
 /// The kernel argument that names the job directory; the kernel makes it an environment variable of its first process.
 pub(crate) const JOB_DIRECTORY: &str = "lab_job";
+
+/// The kernel argument, likewise, of a guest in QEMU: the directory of modules, or nothing.
+pub(crate) const MODULES_DIRECTORY: &str = "lab_modules";
+
+/// What QEMU calls the directories of the host: that of the job, that of the modules, and those that are writable.
+pub(crate) const JOB_TAG: &str = "job";
+pub(crate) const MODULES_TAG: &str = "modules";
+pub(crate) fn writable_tag(index: usize) -> String {
+    format!("writable{index}")
+}
 
 // The files of a job directory.
 pub(crate) const TASK: &str = "task.json";
@@ -57,7 +67,7 @@ pub fn is_init() -> bool {
 pub fn main() -> ! {
     let dir = PathBuf::from(std::env::var_os(JOB_DIRECTORY).unwrap_or_default());
     // First of all, so that what fails afterwards can be told.
-    let outcome = mount_host(&dir).and_then(|()| work(&dir));
+    let outcome = mount_host(&dir, JOB_TAG).and_then(|()| work(&dir));
     if let Err(error) = outcome {
         eprintln!("lab: {error}");
         if let Err(error) = write_whole(&dir, ERROR, &error.to_string()) {
@@ -75,24 +85,45 @@ fn work(dir: &Path) -> Result<()> {
     let task = fs::read(dir.join(TASK)).context("read", dir.join(TASK).display())?;
     let task: Task = serde_json::from_slice(&task).map_err(std::io::Error::from).context("decode", "the job")?;
     overlay_root()?;
-    mount_host(dir)?;
+    mount_host(dir, JOB_TAG)?;
     mount_system()?;
-    for writable in &task.writable {
-        mount_host(Path::new(writable))?;
+    for (index, writable) in task.writable.iter().enumerate() {
+        mount_host(Path::new(writable), &writable_tag(index))?;
+    }
+    if let Some(modules) = modules() {
+        fs::create_dir_all(&modules).context("create", modules.display())?;
+        mount_host(&modules, MODULES_TAG)?;
     }
     netns::loopback_up()?;
     sethostname(b"lab").context("set", "the host name")?;
     let limit = "/proc/sys/net/netfilter/nf_conntrack_max";
-    fs::write(limit, MAX_CONNECTIONS).context("write", limit)?;
+    // A module brings it, where there are modules.
+    if modules().is_none() || Path::new(limit).exists() {
+        fs::write(limit, MAX_CONNECTIONS).context("write", limit)?;
+    }
     let code = execute(&task)?;
     write_whole(dir, STATUS, &code.to_string())
 }
 
-/// Mounts a directory of the host, writable, at the same path.
-fn mount_host(dir: &Path) -> Result<()> {
-    let path = std::ffi::CString::new(dir.as_os_str().as_encoded_bytes()).map_err(std::io::Error::from);
-    path.and_then(|path| Ok(mount("none", dir, "hostfs", MountFlags::empty(), path.as_c_str())?))
-        .context("mount", dir.display())
+/// The directory for the kernel's modules; none in User-Mode Linux, where all is built in.
+fn modules() -> Option<PathBuf> {
+    std::env::var_os(MODULES_DIRECTORY).map(PathBuf::from)
+}
+
+/// Mounts a directory of the host, writable, at the same path. User-Mode Linux finds it by its path, QEMU by a tag.
+fn mount_host(dir: &Path, tag: &str) -> Result<()> {
+    let (source, kind, options) = if modules().is_some() {
+        (tag, "9p", CString::from(c"trans=virtio,version=9p2000.L,msize=512000"))
+    } else {
+        let path = CString::new(dir.as_os_str().as_encoded_bytes()).map_err(std::io::Error::from);
+        ("none", "hostfs", path.context("mount", dir.display())?)
+    };
+    mount(source, dir, kind, MountFlags::empty(), options.as_c_str()).context("mount", dir.display())
+}
+
+/// The serial lines for the command's output and error output.
+fn lines() -> [&'static str; 2] {
+    if modules().is_some() { ["/dev/hvc0", "/dev/hvc1"] } else { ["/dev/ttyS0", "/dev/ttyS1"] }
 }
 
 /// Puts a file system in memory over the host's files, so that every write succeeds and none stays.
@@ -148,7 +179,8 @@ fn execute(task: &Task) -> Result<i32> {
         terminal(size)?
     } else {
         let null = File::open("/dev/null").context("open", "/dev/null")?;
-        [null, serial_line("/dev/ttyS0")?, serial_line("/dev/ttyS1")?]
+        let [stdout, stderr] = lines();
+        [null, serial_line(stdout)?, serial_line(stderr)?]
     };
     let duplicate = |file: &File| file.try_clone().map(Stdio::from).context("duplicate", "a file descriptor");
     command.stdin(stdin).stdout(duplicate(&stdout)?).stderr(duplicate(&stderr)?);

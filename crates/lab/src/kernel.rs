@@ -12,7 +12,8 @@ use crate::error::{Context, Error, Result};
 use crate::progress::Progress;
 use crate::scratch::lock_file;
 use crate::source;
-use crate::version::Version;
+use crate::stock::{self, StockKernel};
+use crate::version::{Kernel, Version};
 
 /// The kernel that everything was tried on and that is the quickest: a system call needs no ptrace(2).
 const QUICKEST: Version = Version::new(7, 2);
@@ -20,12 +21,21 @@ const QUICKEST: Version = Version::new(7, 2);
 /// To be raised when the way a kernel is built changes what comes out.
 const RECIPE: u32 = 2;
 
+/// A kernel that is there.
+#[derive(Clone, Debug)]
+pub(crate) enum Bootable {
+    /// An executable.
+    Uml(PathBuf),
+    /// For QEMU.
+    Stock(StockKernel),
+}
+
 /// The guest's kernel, ready to boot; the first time this takes some minutes.
-pub(crate) fn prepare() -> Result<PathBuf> {
+pub(crate) fn prepare() -> Result<Bootable> {
     if let Some(kernel) = std::env::var_os("KUBE_IPVS_LAB_KERNEL") {
         let kernel = PathBuf::from(kernel);
         fs::metadata(&kernel).context("use the kernel of KUBE_IPVS_LAB_KERNEL,", kernel.display())?;
-        return Ok(kernel);
+        return Ok(Bootable::Uml(kernel));
     }
     if !cfg!(target_arch = "x86_64") {
         return Err(Error::Usage(
@@ -34,7 +44,13 @@ pub(crate) fn prepare() -> Result<PathBuf> {
     }
     let cache = Cache(directory()?);
     let wish = std::env::var("KUBE_IPVS_LAB_KERNEL_VERSION").unwrap_or_default();
-    if wish.is_empty() { cache.quickest() } else { cache.kernel(wish.parse()?) }
+    if wish.is_empty() {
+        return cache.quickest().map(Bootable::Uml);
+    }
+    match wish.parse()? {
+        Kernel::Uml(version) => cache.kernel(version).map(Bootable::Uml),
+        Kernel::Debian(version) => cache.stock(version).map(Bootable::Stock),
+    }
 }
 
 fn directory() -> Result<PathBuf> {
@@ -79,6 +95,19 @@ impl Cache {
         let note = self.note();
         fs::write(&note, own.to_string()).context("write", note.display())?;
         Ok(kernel)
+    }
+
+    /// The kernel of this release as Debian builds it.
+    fn stock(&self, version: Version) -> Result<StockKernel> {
+        let dir = self.0.join(format!("debian-{version}-{RECIPE}"));
+        if !dir.is_dir() {
+            let _lock = self.lock()?;
+            if !dir.is_dir() {
+                let work = build::BuildTree::create(&self.0)?;
+                stock::fetch(version, work.path(), &dir)?;
+            }
+        }
+        StockKernel::find(&dir)
     }
 
     fn find_or_build(&self, version: Version) -> Result<PathBuf> {

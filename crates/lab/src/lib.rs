@@ -17,7 +17,8 @@
 //! ```
 //!
 //! What the environment says: `KUBE_IPVS_LAB=guest` or `host` decides where commands run, `KUBE_IPVS_LAB_CACHE` names
-//! the cache directory, `KUBE_IPVS_LAB_KERNEL_VERSION` the release of Linux that the guest is (`6.1`), and
+//! the cache directory, `KUBE_IPVS_LAB_KERNEL_VERSION` the release of Linux that the guest is (`6.1`, or Debian's own
+//! in QEMU: `debian-6.1`), and
 //! `KUBE_IPVS_LAB_KERNEL` a User-Mode Linux to use as it is instead of building one.
 
 pub mod agent;
@@ -36,10 +37,12 @@ pub mod netns;
 mod packages;
 mod process;
 mod progress;
+mod qemu;
 mod run;
 mod scratch;
 pub mod seccomp;
 mod source;
+mod stock;
 mod version;
 pub mod wait;
 
@@ -47,4 +50,4 @@ pub use error::{Error, Result};
 pub use job::{Job, Output, Status};
 pub use run::{Place, output, prepare, run};
 pub use scratch::Scratch;
-pub use version::Version;
+pub use version::{Kernel, Version};

@@ -1,9 +1,8 @@
 //! Runs a job where IPVS is: on this machine's own kernel, or in the guest.
 
-use std::path::PathBuf;
-
 use crate::error::{Error, Result};
 use crate::job::{Job, Output, Status};
+use crate::kernel::Bootable;
 use crate::process::Sink;
 use crate::{guest, host, kernel, packages};
 
@@ -37,7 +36,7 @@ pub fn prepare() -> Result<Place> {
 }
 
 /// Makes everything ready; the guest's kernel if jobs run there.
-fn guest_kernel() -> Result<Option<PathBuf>> {
+fn guest_kernel() -> Result<Option<Bootable>> {
     packages::ensure_programs(&PROGRAMS)?;
     match place()? {
         Place::Host => Ok(None),

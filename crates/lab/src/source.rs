@@ -1,4 +1,4 @@
-//! Where the source of a kernel comes from: a package that is installed, one that apt offers, or one of another release
+//! Where a kernel or its source comes from: a package that is installed, one that apt offers, or one of another release
 //! of Debian, from the mirror this machine uses. Nothing is installed for it.
 
 use std::fs;
@@ -60,8 +60,33 @@ pub(crate) fn archive(version: Version, dir: &Path) -> Result<PathBuf> {
     if let Some(archive) = installed(version) {
         return Ok(archive);
     }
-    if let Some(package) = offered(version, &Apt::System) {
-        return fetch(&package, &Apt::System, dir);
+    let (package, apt) = find(version, dir, |apt| offered(version, apt))?;
+    let unpacked = fetch(&package, &apt, dir)?;
+    archive_in(&unpacked.join("usr/src"), &package)
+        .ok_or_else(|| Error::Usage(format!("package {package} has no archive of a kernel's source under /usr/src")))
+}
+
+/// The unpacked package with the kernel of this release as Debian builds it.
+pub(crate) fn image(version: Version, dir: &Path) -> Result<PathBuf> {
+    let (package, apt) = find(version, dir, |apt| {
+        let mut command = apt.command("apt-cache");
+        let dependencies = packages::checked(command.args(["depends", "--important", "linux-image-amd64"])).ok()?;
+        image_package(&dependencies, version)
+    })?;
+    fetch(&package, &apt, dir)
+}
+
+/// The package that `linux-image-amd64` stands for, if it is of this release.
+fn image_package(dependencies: &str, version: Version) -> Option<String> {
+    let name = dependencies.lines().find_map(|line| line.trim().strip_prefix("Depends: "))?;
+    let rest = name.strip_prefix("linux-image-")?.strip_prefix(&version.to_string())?;
+    rest.starts_with(['.', '-', '+']).then(|| name.to_owned())
+}
+
+/// Finds a package in apt as this machine has it, or else in the releases of Debian.
+fn find(version: Version, dir: &Path, look: impl Fn(&Apt) -> Option<String>) -> Result<(String, Apt)> {
+    if let Some(package) = look(&Apt::System) {
+        return Ok((package, Apt::System));
     }
     let mut releases = RELEASES;
     releases.sort_by_key(|(_, has)| (*has != Some(version), has.is_some()));
@@ -72,8 +97,8 @@ pub(crate) fn archive(version: Version, dir: &Path) -> Result<PathBuf> {
             match Apt::release(&mirror, release, &dir.join(release)) {
                 Ok(apt) => {
                     progress.done();
-                    if let Some(package) = offered(version, &apt) {
-                        return fetch(&package, &apt, dir);
+                    if let Some(package) = look(&apt) {
+                        return Ok((package, apt));
                     }
                 }
                 Err(error) => reasons.push(error.to_string()),
@@ -82,8 +107,8 @@ pub(crate) fn archive(version: Version, dir: &Path) -> Result<PathBuf> {
     }
     let reasons = if reasons.is_empty() { String::new() } else { format!(" ({})", reasons.join("; ")) };
     Err(Error::Usage(format!(
-        "no package with the source of Linux {version} is installed, known to apt, or in another release of Debian on \
-         a mirror that this machine uses{reasons}"
+        "no package with Linux {version} is installed, known to apt, or in another release of Debian on a mirror that \
+         this machine uses{reasons}"
     )))
 }
 
@@ -124,8 +149,7 @@ fn fetch(package: &str, apt: &Apt, dir: &Path) -> Result<PathBuf> {
     packages::checked(Command::new("dpkg-deb").arg("--extract").args([&file, &unpacked]))?;
     fs::remove_file(&file).context("remove", file.display())?;
     progress.done();
-    archive_in(&unpacked.join("usr/src"), package)
-        .ok_or_else(|| Error::Usage(format!("package {package} has no archive of a kernel's source under /usr/src")))
+    Ok(unpacked)
 }
 
 /// The apt of this machine, or one that knows another release and nothing else.
@@ -219,6 +243,14 @@ mod tests {
         assert_eq!(dependency("linux-source\n  Depends: linux-source-6.12\n"), Some(Version::new(6, 12)));
         assert_eq!(dependency("linux-source\n  Depends: linux-source-6.8.0\n"), Some(Version::new(6, 8)));
         assert_eq!(dependency(""), None);
+    }
+
+    #[test]
+    fn the_kernel_of_a_release_is_that_release_and_none_that_begins_like_it() {
+        let dependencies = "linux-image-amd64\n  Depends: linux-image-6.1.0-57-amd64\n";
+        assert_eq!(image_package(dependencies, Version::new(6, 1)), Some("linux-image-6.1.0-57-amd64".into()));
+        assert_eq!(image_package(&dependencies.replace("6.1.0", "6.12.9"), Version::new(6, 1)), None);
+        assert!(image_package("  Depends: linux-image-7.2.7+deb14-amd64\n", Version::new(7, 2)).is_some());
     }
 
     #[test]

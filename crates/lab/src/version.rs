@@ -1,4 +1,4 @@
-//! The version of a kernel, as far as a release has one: `6.1`.
+//! Which kernel the guest has: a release of Linux, `6.1`, built for the lab or by Debian.
 
 use std::fmt;
 use std::str::FromStr;
@@ -42,6 +42,35 @@ impl fmt::Display for Version {
     }
 }
 
+/// A kernel that the guest can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Kernel {
+    /// User-Mode Linux, built for the lab from the source of this release: `6.1`.
+    Uml(Version),
+    /// The kernel of this release as Debian builds it, with its modules, in QEMU: `debian-6.1`.
+    Debian(Version),
+}
+
+impl FromStr for Kernel {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        Ok(match text.strip_prefix("debian-") {
+            Some(version) => Self::Debian(version.parse()?),
+            None => Self::Uml(text.parse()?),
+        })
+    }
+}
+
+impl fmt::Display for Kernel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Uml(version) => version.fmt(f),
+            Self::Debian(version) => write!(f, "debian-{version}"),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -54,6 +83,17 @@ mod tests {
         for wrong in ["", "6", "6.", "6.1.2", "v6.1", "6.1-rc1"] {
             assert!(wrong.parse::<Version>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn a_kernel_is_built_for_the_lab_unless_it_is_debians() {
+        for (text, kernel) in
+            [("6.1", Kernel::Uml(Version::new(6, 1))), ("debian-6.1", Kernel::Debian(Version::new(6, 1)))]
+        {
+            assert_eq!(text.parse::<Kernel>().unwrap(), kernel);
+            assert_eq!(kernel.to_string(), text);
+        }
+        assert!("ubuntu-6.1".parse::<Kernel>().is_err());
     }
 
     #[test]

@@ -24,9 +24,9 @@ use clap::{Parser, Subcommand};
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct Cli {
-    /// The release of Linux that the lab's guest is, such as 6.1; the quickest if not said
+    /// The kernel of the guest: a release of Linux, such as 6.1, or debian-6.1 for Debian's own in QEMU
     #[arg(long, global = true, value_name = "VERSION")]
-    kernel: Option<lab::Version>,
+    kernel: Option<lab::Kernel>,
     #[command(subcommand)]
     command: Command,
 }

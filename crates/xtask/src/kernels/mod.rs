@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use lab::Version;
+use lab::{Kernel, Version};
 
 use self::table::{Row, Table};
 
@@ -17,7 +17,11 @@ use self::table::{Row, Table};
 const CHOICE: &str = "KUBE_IPVS_LAB_KERNEL_VERSION";
 
 /// The oldest release whose source Debian has, those of its stable releases, and the newest that was tried.
-const USUAL: [Version; 4] = [Version::new(5, 10), Version::new(6, 1), Version::new(6, 12), Version::new(7, 2)];
+const USUAL: [Kernel; 4] = [uml(5, 10), uml(6, 1), uml(6, 12), uml(7, 2)];
+
+const fn uml(major: u16, minor: u16) -> Kernel {
+    Kernel::Uml(Version::new(major, minor))
+}
 
 /// The page with the table of results.
 const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/kernels.md");
@@ -33,16 +37,16 @@ pub(crate) struct Args {
     #[arg(long)]
     dry_run: bool,
     /// The releases, such as 6.1; all that the page is about if none is said
-    versions: Vec<Version>,
+    kernels: Vec<Kernel>,
 }
 
 /// Whether the lab's guest is already this release.
-pub(crate) fn is_chosen(kernel: Version) -> bool {
+pub(crate) fn is_chosen(kernel: Kernel) -> bool {
     std::env::var(CHOICE).is_ok_and(|chosen| chosen == kernel.to_string())
 }
 
 /// Runs this command again with another choice of the guest's kernel; returns only if that fails.
-pub(crate) fn start_again(kernel: Option<Version>) -> Result<ExitCode> {
+pub(crate) fn start_again(kernel: Option<Kernel>) -> Result<ExitCode> {
     let mut command = Command::new(std::env::current_exe().context("cannot tell the executable of this process")?);
     command.args(std::env::args_os().skip(1));
     command.env(CHOICE, kernel.map(|kernel| kernel.to_string()).unwrap_or_default());
@@ -52,16 +56,16 @@ pub(crate) fn start_again(kernel: Option<Version>) -> Result<ExitCode> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let versions = if args.versions.is_empty() { &USUAL[..] } else { &args.versions };
+    let kernels = if args.kernels.is_empty() { &USUAL[..] } else { &args.kernels };
     let executable = own_copy()?;
     let mut rows = Vec::new();
-    for &version in versions {
-        eprintln!("\n=== Linux {version}");
-        let row = try_kernel(&executable.path, version);
+    for &kernel in kernels {
+        eprintln!("\n=== Linux {kernel}");
+        let row = try_kernel(&executable.path, kernel);
         if let Err(error) = &row {
             eprintln!("error: {error:#}");
         }
-        rows.push(row.unwrap_or_else(|error| Row::failed(version, &error)));
+        rows.push(row.unwrap_or_else(|error| Row::failed(kernel, &error)));
     }
     let page = std::fs::read_to_string(PAGE).with_context(|| format!("cannot read {PAGE}"))?;
     let mut table = Table::of_page(&page)?;
@@ -90,10 +94,10 @@ fn own_copy() -> Result<OwnCopy> {
 }
 
 /// Runs everything on one release.
-fn try_kernel(xtask: &std::path::Path, version: Version) -> Result<Row> {
+fn try_kernel(xtask: &std::path::Path, kernel: Kernel) -> Result<Row> {
     let command = |words: &[&str]| {
         let mut command = Command::new(xtask);
-        command.args(["--kernel", &version.to_string()]).args(words).stdin(Stdio::null());
+        command.args(["--kernel", &kernel.to_string()]).args(words).stdin(Stdio::null());
         command
     };
     let status = command(&["lab", "--prepare"]).status().context("cannot prepare the kernel")?;
@@ -123,5 +127,5 @@ fn try_kernel(xtask: &std::path::Path, version: Version) -> Result<Row> {
     }
     child.wait().context("cannot wait for the tests")?;
     let suites = summary.context("the tests ended without a summary")?;
-    Ok(Row::new(version, &release, boot, suites))
+    Ok(Row::new(kernel, &release, boot, suites))
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use anyhow::{Context, Result};
-use lab::Version;
+use lab::Kernel;
 
 const BEGIN: &str = "<!-- cargo xtask kernels: begin -->";
 const END: &str = "<!-- cargo xtask kernels: end -->";
@@ -20,14 +20,14 @@ pub(super) struct Suite {
 /// The results on one kernel, as a row of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Row {
-    version: Version,
+    kernel: Kernel,
     /// The other cells by the heads of their columns.
     cells: Vec<(String, String)>,
     passed: bool,
 }
 
 impl Row {
-    pub(super) fn new(version: Version, release: &str, boot: f32, suites: Vec<Suite>) -> Self {
+    pub(super) fn new(kernel: Kernel, release: &str, boot: f32, suites: Vec<Suite>) -> Self {
         let passed = suites.iter().all(|suite| suite.failed == 0 && !suite.error);
         let mut cells = vec![("Tried".into(), release.into()), ("Boot".into(), format!("{boot:.2} s"))];
         for Suite { name, passed, failed, error } in suites {
@@ -38,12 +38,12 @@ impl Row {
             };
             cells.push((name, result));
         }
-        Self { version, cells, passed }
+        Self { kernel, cells, passed }
     }
 
     /// The row of a kernel that could not even be tried.
-    pub(super) fn failed(version: Version, error: &anyhow::Error) -> Self {
-        Self { version, cells: vec![("Tried".into(), error.to_string())], passed: false }
+    pub(super) fn failed(kernel: Kernel, error: &anyhow::Error) -> Self {
+        Self { kernel, cells: vec![("Tried".into(), error.to_string())], passed: false }
     }
 
     pub(super) fn passed(&self) -> bool {
@@ -65,10 +65,10 @@ impl Table {
         let columns: Vec<String> = lines.next().unwrap_or_default().into_iter().skip(1).collect();
         let mut rows = Vec::new();
         for line in lines.skip(1) {
-            let (version, rest) = line.split_first().context("a row without cells")?;
-            let version = version.parse().with_context(|| format!("cannot understand the row {version}"))?;
+            let (kernel, rest) = line.split_first().context("a row without cells")?;
+            let kernel = kernel.parse().with_context(|| format!("cannot understand the row {kernel}"))?;
             let named = columns.iter().cloned().zip(rest.iter().cloned());
-            rows.push(Row { version, cells: named.filter(|(_, cell)| cell != "–").collect(), passed: true });
+            rows.push(Row { kernel, cells: named.filter(|(_, cell)| cell != "–").collect(), passed: true });
         }
         Ok(Self { columns, rows })
     }
@@ -80,9 +80,9 @@ impl Table {
                 self.columns.push(column.clone());
             }
         }
-        self.rows.retain(|old| old.version != row.version);
+        self.rows.retain(|old| old.kernel != row.kernel);
         self.rows.push(row);
-        self.rows.sort_by_key(|row| row.version);
+        self.rows.sort_by_key(|row| row.kernel);
     }
 
     /// The page with this table.
@@ -100,7 +100,7 @@ impl fmt::Display for Table {
             let cell =
                 |column: &String| row.cells.iter().find(|(name, _)| name == column).map_or("–", |(_, text)| text);
             let cells: Vec<&str> = self.columns.iter().map(cell).collect();
-            writeln!(f, "| {} | {} |", row.version, cells.join(" | "))?;
+            writeln!(f, "| {} | {} |", row.kernel, cells.join(" | "))?;
         }
         Ok(())
     }
@@ -157,8 +157,8 @@ mod tests {
                    | 6.12 | 6.12.1 | 0.50 s | 213 passed |\n";
         let mut table = Table::of_page(&page(old)).unwrap();
         assert_eq!(table.to_string(), old);
-        table.put(Row::new(Version::new(6, 12), "6.12.2", 0.4, parse_summary(SUMMARY).unwrap()));
-        table.put(Row::failed(Version::new(7, 2), &anyhow::anyhow!("no kernel")));
+        table.put(Row::new("6.12".parse().unwrap(), "6.12.2", 0.4, parse_summary(SUMMARY).unwrap()));
+        table.put(Row::failed("7.2".parse().unwrap(), &anyhow::anyhow!("no kernel")));
         let new = "| Linux | Tried | Boot | tests in the lab | data plane, VIPs by routes |\n|---|---|---|---|---|\n\
                    | 5.10 | 5.10.9 | 0.30 s | 7 passed | – |\n\
                    | 6.12 | 6.12.2 | 0.40 s | 213 passed, **2 failed** | 0 passed, **stopped** |\n\
