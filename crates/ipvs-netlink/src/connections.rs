@@ -157,8 +157,8 @@ pub struct Template {
     /// pressure (sysctl `drop_entry`) those which are not may be dropped.
     pub assured: bool,
     /// Whether it keeps clients no more and only waits for its time to end: the kernel saw that its real server is
-    /// gone, or of weight 0 with sysctl `expire_quiescent_template`, and set both ports to 65535. (Templates of a
-    /// virtual server of port 65535 with such real servers look the same.)
+    /// gone, or of weight 0 with sysctl `expire_quiescent_template`, and set the real server's port to 65535; up to
+    /// Linux 6.12, and in some later versions, the virtual one too. (Templates of real servers with port 65535 look the same.)
     pub invalidated: bool,
 }
 
@@ -178,7 +178,7 @@ impl Connection {
             firewall_mark: if self.protocol == Protocol::Other(0) { mark(self.virtual_address.ip()) } else { None },
             every_port: ports == [0; 2],
             assured,
-            invalidated: ports == [u16::MAX; 2],
+            invalidated: self.real_address.port() == u16::MAX,
         })
     }
 }

@@ -157,6 +157,10 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
         }
         (ESRCH, Message::StopSyncDaemon(_)) => (ErrorKind::NotFound, "none runs"),
         (ESRCH, _) => (ErrorKind::NotFound, "there is no such virtual server"),
+        (ENOENT, Message::ListVirtualServers | Message::ListSyncDaemons | Message::GetTimeouts | Message::GetInfo) => {
+            // From generic netlink: nobody has the family of this socket any more.
+            (ErrorKind::NotSupported, "the module ip_vs was unloaded since this socket was opened: open another")
+        }
         (ENOENT, _) => (ErrorKind::NotFound, "the virtual server has no such real server"),
         (EPERM | EACCES, _) => (ErrorKind::PermissionDenied, "it takes CAP_NET_ADMIN in the initial user namespace"),
         (EAFNOSUPPORT, _) => {

@@ -10,7 +10,7 @@ use std::num::{NonZeroU8, NonZeroU16};
 use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 
-use common::{client, real, round_robin, run, tcp};
+use common::{Alone, client, real, round_robin, run, tcp};
 use ipvs_netlink::{
     Client, Error, ErrorKind, EstimationFeatures, Family, Forwarding, GueChecksum, Message, Netmask, Persistence,
     Protocol, RealServer, Scheduler, SchedulerFlags, StatsWidth, SyncDaemon, SyncRole, Table, Timeouts, Tunnel,
@@ -55,10 +55,18 @@ fn the_version_and_the_size_of_the_table_are_those_ipvsadm_tells() {
     assert_eq!(run("ipvsadm -Ln").lines().next(), Some(line.as_str()));
 }
 
+/// A client in a namespace that has had a virtual server: where tables can be resized, they are made with the first.
+fn client_with_tables() -> Alone {
+    let mut client = client();
+    client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
+    client.flush().unwrap();
+    client
+}
+
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
-    let mut client = client();
+    let mut client = client_with_tables();
     let nosuch: Scheduler = "nosuch".parse().unwrap();
     let asked: Vec<Scheduler> = Scheduler::ALL.into_iter().chain([nosuch, "none".parse().unwrap()]).collect();
     let features = client.features(&asked).unwrap();
@@ -96,7 +104,7 @@ fn a_kernel_is_asked_what_it_can_do_and_nothing_of_it_stays() {
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_kernel_is_asked_what_it_can_do_while_others_ask_and_change_things() {
-    let mut client = client();
+    let mut client = client_with_tables();
     let features = client.features(&Scheduler::ALL).unwrap();
     thread::scope(|scope| {
         let asking: Vec<_> = (0..2)

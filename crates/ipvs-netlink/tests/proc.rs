@@ -122,6 +122,16 @@ fn what_the_kernel_writes_is_understood() {
 }
 
 #[test]
+fn an_invalidated_template_has_lost_the_port_of_its_real_server_and_in_some_kernels_both() {
+    for (virtual_port, real_port, invalidated) in
+        [("FFFF", "FFFF", true), ("0050", "FFFF", true), ("0050", "1F90", false)]
+    {
+        let line = format!("UDP 0A600001 0000 0A600001 {virtual_port} 0A010007 {real_port} ASSURED     59\n");
+        assert_eq!(read(line)[0].as_ref().unwrap().template().unwrap().invalidated, invalidated);
+    }
+}
+
+#[test]
 fn a_connection_from_port_0_is_no_template() {
     for state in ["UDP", "LISTEN", "SYN_RECV", "ESTABLISHED"] {
         let line = format!("TCP 0A600001 0000 0A600001 0050 0A010007 1F90 {state:11} 60\n");

@@ -90,7 +90,8 @@ impl Cache {
             Err(reason) => reason,
         };
         let own = source::own_version()?;
-        eprintln!("lab: using Linux {own}, slower than {QUICKEST}: {reason}");
+        let reason = reason.to_string();
+        eprintln!("lab: using Linux {own}, slower than {QUICKEST}: {}", reason.lines().next().unwrap_or_default());
         let kernel = self.find_or_build(own)?;
         let note = self.note();
         fs::write(&note, own.to_string()).context("write", note.display())?;

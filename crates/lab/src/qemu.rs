@@ -26,9 +26,10 @@ pub(crate) fn command(
     command.args(["-machine", "q35,accel=tcg", "-cpu", "max", "-smp", "2", "-m"]).arg(format!("{memory_mib}M"));
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&kernel.initramfs);
     command.args(["-device", "virtio-serial-pci"]);
+    // Appending, because a pipe cannot be truncated.
     for (id, fd) in [("console", lines.console), ("stdout", lines.stdout), ("stderr", lines.stderr)] {
         command.arg("-add-fd").arg(format!("fd={fd},set={fd}"));
-        command.arg("-chardev").arg(format!("file,id={id},path=/dev/fdset/{fd}"));
+        command.arg("-chardev").arg(format!("file,id={id},path=/dev/fdset/{fd},append=on"));
     }
     command.args(["-serial", "chardev:console"]);
     command.args(["-device", "virtconsole,chardev=stdout", "-device", "virtconsole,chardev=stderr"]);

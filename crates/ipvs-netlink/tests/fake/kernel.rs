@@ -13,7 +13,7 @@ use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
-use crate::common::{Alone, client, run};
+use crate::common::{Alone, client, round_robin, run, tcp};
 use crate::operations::{ADDRESSES, INTERFACE};
 
 /// A network namespace with an interface and addresses, and what its kernel has.
@@ -36,6 +36,9 @@ impl Lab {
             kernel.addresses.insert((address.parse().unwrap(), prefix));
         }
         kernel.interfaces.insert(INTERFACE.parse().unwrap(), Interface { mtu: 1500, routes_ipv6_multicast: true });
+        // Where tables can be resized, they are made with the first virtual server.
+        client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
+        client.flush().unwrap();
         kernel.connection_table_size = client.info().unwrap().connection_table_size;
         let timeouts = client.timeouts().unwrap();
         // Which of them it is shows in the limit of timeouts.
