@@ -56,6 +56,20 @@ fn once_syncs_and_exits() {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_example_that_embeds_the_reconciler_programs_manifests() {
+    isolate().unwrap();
+    // `cargo test` builds it beside the tests.
+    let test = std::env::current_exe().unwrap();
+    let example = test.ancestors().nth(2).unwrap().join("examples/program_manifests");
+    let output = Command::new(example).arg(web().path()).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let mut expected = [WEB, WEB_1, WEB_2];
+    expected.sort_unstable();
+    assert_eq!(ipvs(), expected);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_restart_with_nothing_changed_writes_nothing() {
     isolate().unwrap();
     let manifests = web();

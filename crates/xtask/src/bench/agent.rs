@@ -18,7 +18,7 @@ pub(crate) struct Line {
 
 impl Line {
     /// Some values are quoted.
-    fn of(line: lab::agent::Line) -> Self {
+    fn of(line: &lab::agent::Line) -> Self {
         Self { at: line.at, text: line.text.replace('"', "") }
     }
 
@@ -73,17 +73,16 @@ impl Agent {
 
     /// The next line for which this holds.
     pub(crate) fn until(&mut self, holds: impl Fn(&Line) -> bool) -> Result<Line> {
-        let (line, next) =
-            self.process.wait_for_line(self.next, "log the next line", |line| holds(&Line::of(line.clone())))?;
+        let (line, next) = self.process.wait_for_line(self.next, "log the next line", |line| holds(&Line::of(line)))?;
         self.next = next;
-        Ok(Line::of(line))
+        Ok(Line::of(&line))
     }
 
     /// All lines there are by now.
     pub(crate) fn pending(&mut self) -> Vec<Line> {
         let lines = self.process.lines_from(self.next);
         self.next += lines.len();
-        lines.into_iter().map(Line::of).collect()
+        lines.iter().map(Line::of).collect()
     }
 
     /// What it has of memory and processor time.

@@ -1,8 +1,8 @@
 //! Programs a directory of manifests into the kernel of this network namespace once, and exits.
 //!
 //! ```console
-//! $ cargo build -p reconciler --example manifests
-//! $ cargo xtask lab -- sh -c 'target/debug/examples/manifests examples/hello && ipvsadm -Ln'
+//! $ cargo build --example program_manifests
+//! $ cargo xtask lab -- sh -c 'target/debug/examples/program_manifests examples/hello && ipvsadm -Ln'
 //! ```
 
 use std::error::Error;
@@ -16,7 +16,7 @@ use service_watch::{Manifests, Message};
 const NODE: &str = "node-a";
 
 fn main() -> Result<(), Box<dyn Error>> {
-    let directory = std::env::args_os().nth(1).ok_or("usage: manifests DIRECTORY")?;
+    let directory = std::env::args_os().nth(1).ok_or("usage: program_manifests DIRECTORY")?;
     let policy = Policy::new(NODE);
     let kernel = LinuxKernel::connect(policy.families)?;
     let mut reconciler = Reconciler::new(kernel, policy);
