@@ -361,13 +361,13 @@ fn a_list_of_100_mb_takes_no_more_memory_than_a_page_of_it() {
         isolate().unwrap();
         let cluster = Cluster::with_web();
         cluster.server.streaming(streaming);
-        for number in 0..4_000 {
+        for number in 0..8_000 {
             cluster.server.apply(serde_json::json!({
                 "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{number}"), "namespace": "many"},
                 "spec": {"type": "ExternalName", "externalName": "example.org"},
             }));
         }
-        cluster.server.pad(25_000);
+        cluster.server.pad(12_500);
         let mut agent = cluster.agent(&[]);
         agent.has(&[WEB, WEB_1, WEB_2]);
         let peak = agent.peak_memory();
