@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth};
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
 use rtnetlink::{
@@ -118,6 +118,10 @@ pub fn add_address(device: &str, address: &str) -> Result<()> {
         message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::Broadcast(_)));
         if address.is_ipv6() {
             message.header.flags |= AddressHeaderFlags::Nodad;
+        }
+        if address.is_loopback() {
+            // As `ip address` does: the kernel takes no other scope beside 127.0.0.1/8.
+            message.header.scope = AddressScope::Host;
         }
         request.execute().await
     })
