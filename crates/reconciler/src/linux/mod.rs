@@ -1,6 +1,7 @@
 //! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink, the packet filter and
 //! connection tracking over nfnetlink.
 
+mod autoload;
 pub(crate) mod conntrack;
 mod errno;
 pub mod filter;
@@ -33,6 +34,15 @@ use crate::policy::{Families, Policy};
 /// How many operations are encoded at a time: some full batches.
 const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
 
+/// Connects to IPVS, and where asking for it does not load the module tries once more in another way.
+fn connect_ipvs() -> Result<Client, ipvs_netlink::Error> {
+    let first = Client::connect();
+    match &first {
+        Err(error) if error.kind() == ErrorKind::NotSupported && autoload::request_ipvs().is_ok() => Client::connect(),
+        _ => first,
+    }
+}
+
 /// The kernel of one network namespace: that of the thread that connected.
 #[derive(Debug)]
 pub struct LinuxKernel {
@@ -60,7 +70,7 @@ pub struct LinuxKernel {
 impl LinuxKernel {
     /// Connects to IPVS, rtnetlink and nfnetlink, for a node that serves these families.
     pub fn connect(families: Families) -> Result<Self, KernelError> {
-        let ipvs = Client::connect().map_err(|error| refused(error.to_string()))?;
+        let ipvs = connect_ipvs().map_err(|error| refused(error.to_string()))?;
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
         let routes = routes::open().map_err(|error| refused(error.to_string()))?;
         let netfilter = Socket::open(NETLINK_NETFILTER).map_err(|error| refused(error.to_string()))?;
