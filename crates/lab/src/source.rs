@@ -78,9 +78,12 @@ pub(crate) fn image(version: Version, dir: &Path) -> Result<PathBuf> {
 
 /// The package that `linux-image-amd64` stands for, if it is of this release.
 fn image_package(dependencies: &str, version: Version) -> Option<String> {
-    let name = dependencies.lines().find_map(|line| line.trim().strip_prefix("Depends: "))?;
-    let rest = name.strip_prefix("linux-image-")?.strip_prefix(&version.to_string())?;
-    rest.starts_with(['.', '-', '+']).then(|| name.to_owned())
+    let mut names = dependencies.lines().filter_map(|line| line.trim().strip_prefix("Depends: "));
+    let is_release = |name: &&str| {
+        let rest = name.strip_prefix("linux-image-").and_then(|rest| rest.strip_prefix(&version.to_string()));
+        rest.is_some_and(|rest| rest.starts_with(['.', '-', '+']))
+    };
+    names.find(is_release).map(str::to_owned)
 }
 
 /// Finds a package in apt as this machine has it, or else in the releases of Debian.
@@ -250,7 +253,13 @@ mod tests {
         let dependencies = "linux-image-amd64\n  Depends: linux-image-6.1.0-57-amd64\n";
         assert_eq!(image_package(dependencies, Version::new(6, 1)), Some("linux-image-6.1.0-57-amd64".into()));
         assert_eq!(image_package(&dependencies.replace("6.1.0", "6.12.9"), Version::new(6, 1)), None);
-        assert!(image_package("  Depends: linux-image-7.2.7+deb14-amd64\n", Version::new(7, 2)).is_some());
+        assert!(
+            image_package(
+                "  Depends: linux-base-amd64\n  Depends: linux-image-7.2.7+deb14-amd64\n",
+                Version::new(7, 2)
+            )
+            .is_some()
+        );
     }
 
     #[test]
