@@ -69,9 +69,9 @@ mod tests {
     #[test]
     fn the_request_is_what_iptables_sends_for_its_ipvs_match() {
         let attribute =
-            |kind: u16, value: &[u8]| [&(value.len() as u16 + 4).to_ne_bytes(), &kind.to_ne_bytes(), value].concat();
-        let name = [attribute(1, b"ipvs\0"), vec![0; 3]].concat();
-        let expected = [vec![2, 0, 0, 0], name, attribute(2, &[0; 4]), attribute(3, &[0; 4])].concat();
+            |length: u16, kind: u16, value: &[u8]| [&length.to_ne_bytes(), &kind.to_ne_bytes(), value].concat();
+        let name = attribute(9, 1, b"ipvs\0\0\0\0");
+        let expected = [vec![2, 0, 0, 0], name, attribute(8, 2, &[0; 4]), attribute(8, 3, &[0; 4])].concat();
         assert_eq!(message(), expected);
     }
 }
