@@ -37,9 +37,17 @@ struct Profile {
     test: bool,
 }
 
-/// The cargo that started us, or the one in `PATH`.
+/// The cargo that started us, or the one in `PATH`, without what the first says of this package: build scripts, such as that
+/// of `ring`, would take it for a change and everything that depends on them would be compiled anew each time.
 pub(crate) fn cargo() -> Command {
-    Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let says = |name: &str| {
+        name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") || name.starts_with("CARGO_BIN_")
+    };
+    for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(says)) {
+        command.env_remove(name);
+    }
+    command
 }
 
 /// The features that tests and the agent that they run are built with.
