@@ -167,7 +167,8 @@ pub struct RealServer {
     pub forwarding: Forwarding,
     /// Its share of new connections, 0 to 2,147,483,647; 0 takes none.
     pub weight: u32,
-    /// At this many connections it takes no new ones; 0 for no limit.
+    /// At this many connections it takes no new ones; 0 for no limit. Linux 7.2, and stable releases of 2026, refuse more than
+    /// 2,147,483,647.
     pub upper_threshold: u32,
     /// Below this many connections it takes new ones again; at most the upper threshold. 0 stands for three quarters of the
     /// upper one.

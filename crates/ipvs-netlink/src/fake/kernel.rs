@@ -43,6 +43,9 @@ pub struct Kernel {
     pub ticks_per_second: NonZeroU32,
     /// Buckets of the connection table (`ip_vs.conn_tab_bits`).
     pub connection_table_size: u32,
+    /// The largest upper threshold of a real server: 2,147,483,647 by default, as in Linux 7.2 and in stable releases of 2026
+    /// (`ip_vs_add_dest`); [`u32::MAX`] in older ones.
+    pub largest_upper_threshold: u32,
     /// The addresses of the namespace, with the prefix lengths of their networks. A real server may be any unicast
     /// address; what depends on this is that it is not the broadcast address of a network, and that a link-local IPv6
     /// address has to be one of the host's own.
@@ -62,6 +65,7 @@ impl Default for Kernel {
             ipv6: true,
             ticks_per_second: NonZeroU32::new(250).unwrap_or(NonZeroU32::MIN),
             connection_table_size: 4096,
+            largest_upper_threshold: i32::MAX.unsigned_abs(),
             addresses: BTreeSet::from([(Ipv4Addr::LOCALHOST.into(), 8), (Ipv6Addr::LOCALHOST.into(), 128)]),
             interfaces: "lo".parse().map(|name| (name, loopback)).into_iter().collect(),
         }

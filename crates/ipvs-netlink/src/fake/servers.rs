@@ -310,6 +310,9 @@ fn check_real(kernel: &Kernel, id: &VirtualServerId, server: &RealServer, synchr
     if i32::try_from(server.weight).is_err() || server.lower_threshold > server.upper_threshold {
         return Err(ERANGE);
     }
+    if server.upper_threshold > kernel.largest_upper_threshold {
+        return Err(EINVAL);
+    }
     // IP_VS_CONN_F_TUNNEL_TYPE_GUE
     if matches!(server.forwarding, Forwarding::Tunnel(Tunnel::Other { kind: 1, port: 0, .. })) {
         return Err(EINVAL);

@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::num::NonZeroU32;
 
 use ipvs_netlink::fake::{Interface, Ipvs, Kernel};
-use ipvs_netlink::{Error, Message, SyncDaemon, SyncRole, Timeouts};
+use ipvs_netlink::{Error, Message, RealServer, SyncDaemon, SyncRole, Timeouts};
 use netlink_batch::Socket;
 use netlink_batch::protocols::NETLINK_GENERIC;
 use netlink_packet_generic::GenlMessage;
@@ -13,7 +13,7 @@ use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
-use crate::common::{Alone, client, round_robin, run, tcp};
+use crate::common::{Alone, client, real, round_robin, run, tcp};
 use crate::operations::{ADDRESSES, INTERFACE};
 
 /// A network namespace with an interface and addresses, and what its kernel has.
@@ -38,6 +38,10 @@ impl Lab {
         kernel.interfaces.insert(INTERFACE.parse().unwrap(), Interface { mtu: 1500, routes_ipv6_multicast: true });
         // Where tables can be resized, they are made with the first virtual server.
         client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
+        let large = RealServer { upper_threshold: u32::MAX, ..real("10.1.0.7:80") };
+        if client.add_real_server(&tcp("10.96.0.1:80"), &large).is_ok() {
+            kernel.largest_upper_threshold = u32::MAX;
+        }
         client.flush().unwrap();
         kernel.connection_table_size = client.info().unwrap().connection_table_size;
         let timeouts = client.timeouts().unwrap();
