@@ -112,7 +112,8 @@ fn addresses_of_a_range_that_are_no_vip_are_refused() {
     // A Service that goes leaves nobody; and one that comes is served as the first.
     manifests.remove("objects.json");
     agent.until("delete the Service", |_| client.tcp("10.96.0.10:80") == refused);
-    assert_eq!(routes(), ["10.96.0.0/12", "fd00:96::/108"]);
+    // The routes go after what they led to.
+    agent.until("remove the routes of the VIPs", |_| routes() == ["10.96.0.0/12", "fd00:96::/108"]);
     assert_eq!(client.tcp("10.96.0.10:22"), refused);
     assert_eq!(client.udp("10.96.0.10:80"), refused);
 }

@@ -5,8 +5,6 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
 
 use crate::kube_proxy::{Iptables, install_recording, recording};
 use k8s_openapi::api::rbac::v1::ClusterRole;
@@ -16,7 +14,7 @@ use test_apiserver::{Server, Streaming, TlsListener, Verb};
 
 use crate::common::{HEALTH, METRICS, NODE, addresses, ipvs, metric, run, service, slice};
 use crate::kustomize::{build, documents, find, merge};
-use crate::pod::{Pod, TOKEN, needed};
+use crate::pod::{Pod, TOKEN};
 use crate::{deploy, kubeadm};
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
@@ -92,19 +90,6 @@ fn id() -> String {
 fn status(field: &str) -> String {
     let text = fs::read_to_string(format!("/proc/{}/status", id())).unwrap();
     text.lines().find_map(|line| line.strip_prefix(&format!("{field}:"))).unwrap().trim().to_owned()
-}
-
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn the_image_has_only_the_agent_and_a_link_to_it() {
-    let image = needed("KUBE_IPVS_IMAGE");
-    let found = run(&format!("cd {} && find . -mindepth 1 | sort", image.display()));
-    let expected = ["./kube-ipvs", "./usr", "./usr/local", "./usr/local/bin", "./usr/local/bin/kube-proxy"];
-    assert_eq!(found.lines().collect::<Vec<_>>(), expected);
-    let image = Path::new(&image);
-    assert_eq!(fs::metadata(image.join("kube-ipvs")).unwrap().permissions().mode() & 0o111, 0o111);
-    let link = fs::read_link(image.join("usr/local/bin/kube-proxy")).unwrap();
-    assert_eq!(link, Path::new("/kube-ipvs"));
 }
 
 #[test]

@@ -66,3 +66,35 @@ pub(crate) fn make_dynamic(root: &Path, agent: &Path) -> Result<()> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn the_image_has_only_the_agent_and_a_link_to_it() {
+        let dir = lab::Scratch::new().unwrap();
+        let (agent, root) = (dir.path().join("agent"), dir.path().join("image"));
+        fs::write(&agent, "the agent").unwrap();
+        fs::set_permissions(&agent, Permissions::from_mode(0o755)).unwrap();
+        // What was there before is removed.
+        fs::create_dir_all(root.join("etc")).unwrap();
+        assert_eq!(make(&root, &agent).unwrap(), 9);
+        let names = |directory: &Path| -> Vec<String> {
+            let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name());
+            let mut names: Vec<String> = entries.map(|name| name.to_string_lossy().into_owned()).collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names(&root), [AGENT, "usr"]);
+        assert_eq!(names(&root.join("usr")), ["local"]);
+        assert_eq!(names(&root.join("usr/local")), ["bin"]);
+        assert_eq!(names(&root.join("usr/local/bin")), ["kube-proxy"]);
+        assert_eq!(fs::read_link(root.join(AS_KUBE_PROXY)).unwrap(), Path::new("/kube-ipvs"));
+        assert_eq!(fs::read(root.join(AGENT)).unwrap(), b"the agent");
+        assert_eq!(fs::metadata(root.join(AGENT)).unwrap().permissions().mode() & 0o777, 0o755);
+    }
+}

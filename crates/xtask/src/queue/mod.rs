@@ -47,7 +47,9 @@ pub(crate) struct Options {
 #[derive(Debug, Serialize, Deserialize)]
 struct Queue {
     tasks: Vec<Task>,
-    /// In which order the tasks are taken.
+    /// The places of tasks that one guest does one by one before any other.
+    alone: Vec<usize>,
+    /// The places of all others, in the order in which they are taken.
     order: Vec<usize>,
 }
 
@@ -57,7 +59,8 @@ pub(crate) fn run(tasks: Vec<Task>, options: &Options) -> Result<Vec<Finished>> 
     for subdirectory in [worker::taken(dir.path()), worker::outcomes(dir.path())] {
         fs::create_dir(&subdirectory).with_context(|| format!("cannot create {}", subdirectory.display()))?;
     }
-    let queue = Queue { order: Times::read().order(&tasks), tasks };
+    let (alone, order) = Times::read().order(&tasks).into_iter().partition(|index| tasks[*index].needs_kernel_alone());
+    let queue = Queue { tasks, alone, order };
     fs::write(worker::list(dir.path()), serde_json::to_vec(&queue)?).context("cannot write the list of tasks")?;
     let tasks = queue.tasks;
     let processors = std::thread::available_parallelism().map_or(1, NonZero::get);

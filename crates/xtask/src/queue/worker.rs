@@ -43,6 +43,11 @@ pub(super) fn taken(dir: &Path) -> PathBuf {
     dir.join("taken")
 }
 
+/// What shows that a guest does the tasks which need a kernel alone.
+fn alone(dir: &Path) -> PathBuf {
+    dir.join("alone")
+}
+
 /// Where outcomes are put.
 pub(super) fn outcomes(dir: &Path) -> PathBuf {
     dir.join("outcomes")
@@ -50,19 +55,23 @@ pub(super) fn outcomes(dir: &Path) -> PathBuf {
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let text = fs::read(list(&args.dir)).context("cannot read the list of tasks")?;
-    let Queue { tasks, order } = serde_json::from_slice(&text).context("cannot understand the list of tasks")?;
+    let Queue { tasks, alone, order } = serde_json::from_slice(&text).context("cannot understand the list of tasks")?;
+    let take = |index: usize| -> Result<()> {
+        let task = tasks.get(index).context("the list of tasks has no such task")?;
+        if claim(&taken(&args.dir).join(index.to_string()))? {
+            put(&args.dir, &perform(index, task))?;
+        }
+        Ok(())
+    };
+    if !alone.is_empty() && claim(&self::alone(&args.dir))? {
+        alone.into_iter().try_for_each(take)?;
+    }
     let next = AtomicUsize::new(0);
     let work = || -> Result<()> {
-        loop {
-            let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed)) else { return Ok(()) };
-            let task = tasks.get(index).context("the list of tasks has no such task")?;
-            match fs::create_dir(taken(&args.dir).join(index.to_string())) {
-                Ok(()) => put(&args.dir, &perform(index, task))?,
-                // Another guest has it.
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot take task {index}")),
-            }
+        while let Some(&index) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            take(index)?;
         }
+        Ok(())
     };
     std::thread::scope(|scope| {
         let workers: Vec<_> = (0..args.at_once).map(|_| scope.spawn(work)).collect();
@@ -71,6 +80,15 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
         })
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Creates a directory that no other guest has created: whoever succeeds has what it stands for.
+fn claim(directory: &Path) -> Result<bool> {
+    match fs::create_dir(directory) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("cannot create {}", directory.display())),
+    }
 }
 
 /// Puts an outcome where this machine looks for it, whole or not at all.
