@@ -1,5 +1,4 @@
-//! The command line: kube-proxy's flags, and those without a field in the configuration file. (`fields` has the
-//! others.)
+//! The command line. Here are the flags without a field in the configuration file; [`fields`] has all others.
 
 #![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
 

@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::config;
 use crate::error::{Context, Error, Result};
 use crate::kernel::last_lines;
+use crate::kernel_config;
 use crate::packages;
 use crate::process;
 use crate::progress::Progress;
@@ -56,12 +56,12 @@ pub(crate) fn build(version: Version, cache: &Path, kernel: &Path) -> Result<()>
     steps.run(&format!("extracting Linux {version}"), &mut tar)?;
 
     let allconfig = tree.join("lab.config");
-    let wanted = config::settings(config::TEXT, version);
+    let wanted = kernel_config::settings(kernel_config::TEXT, version);
     fs::write(&allconfig, &wanted).context("write", allconfig.display())?;
     steps.run("configuring the guest's kernel", make().arg("allnoconfig").env("KCONFIG_ALLCONFIG", &allconfig))?;
     let config_path = tree.join(".config");
     let config = fs::read_to_string(&config_path).context("read", config_path.display())?;
-    let missing = config::missing(&wanted, &config);
+    let missing = kernel_config::missing(&wanted, &config);
     if !missing.is_empty() {
         return Err(Error::Config { version, missing });
     }

@@ -7,8 +7,8 @@ use std::fs::{self, File, TryLockError};
 use std::path::PathBuf;
 
 use crate::build;
-use crate::config;
 use crate::error::{Context, Error, Result};
+use crate::kernel_config;
 use crate::progress::Progress;
 use crate::scratch::lock_file;
 use crate::source;
@@ -125,7 +125,10 @@ impl Cache {
     }
 
     fn path(&self, version: Version) -> PathBuf {
-        self.0.join(format!("linux-{version}-{:016x}", key(version, &config::settings(config::TEXT, version))))
+        self.0.join(format!(
+            "linux-{version}-{:016x}",
+            key(version, &kernel_config::settings(kernel_config::TEXT, version))
+        ))
     }
 
     /// The release that was built because the quickest could not be had, so that not every start asks the network.

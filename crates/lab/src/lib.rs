@@ -23,7 +23,6 @@
 
 pub mod agent;
 mod build;
-mod config;
 pub mod container;
 mod error;
 mod guest;
@@ -32,6 +31,7 @@ pub mod http;
 pub mod init;
 mod job;
 mod kernel;
+mod kernel_config;
 pub mod link;
 pub mod netns;
 mod packages;

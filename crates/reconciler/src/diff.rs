@@ -1,4 +1,6 @@
 //! The operations that lead from what the kernel holds to the desired state, one key at a time.
+//!
+//! This is also where the weight of a real server is decided: 1 if it is wanted, 0 while it drains.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

@@ -1,4 +1,5 @@
-//! The real servers of a virtual server as the kernel holds them, in little memory: there may be hundreds of thousands.
+//! The mirror's part about real servers: those of a virtual server as the kernel holds them, in little memory, since there may be
+//! hundreds of thousands. [`crate::diff`] decides about their weights.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};

@@ -1,4 +1,5 @@
-//! Draining real servers: how many there are, when they are checked, and when their time is over.
+//! The schedule of draining real servers: how many there are, when they are checked, and when their time is over. ([`crate::diff`]
+//! decides which drain.)
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;

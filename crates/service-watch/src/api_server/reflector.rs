@@ -1,7 +1,7 @@
 //! Lists and watches one kind of object without end, like client-go's reflector.
 //!
-//! [`watcher()`] lists, watches and resumes. This module handles what it leaves to its users: servers without streaming
-//! lists, expired resource versions, idle timeouts, and the backoff between attempts.
+//! [`watcher()`] of `kube` lists, watches, and resumes a watch that ended. This module decides whether it may resume or must list again
+//! (`can_resume`), and handles servers without streaming lists, idle timeouts, and the backoff between attempts.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
