@@ -1,16 +1,16 @@
-//! The file of counts: one line for each work, and what they were counted with.
+//! The file of counts: one line for each work, and the toolchain they were made with.
 
 use std::env::consts::ARCH;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-/// Before what the counts were made with.
+/// Precedes the toolchain.
 const TOOLCHAIN: &str = "# Instructions of ";
-/// Between a name and its count.
-const IS: &str = " = ";
+/// Separates a name from its count.
+const SEPARATOR: &str = " = ";
 
-/// Counts, and what they were made with.
+/// Counts, and the toolchain they were made with.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Stored {
     toolchain: String,
@@ -18,7 +18,7 @@ pub(crate) struct Stored {
 }
 
 impl Stored {
-    /// Counts of this machine.
+    /// Counts made on this machine.
     pub(crate) fn of_here(counts: Vec<(String, u64)>) -> Self {
         Self { toolchain: toolchain(), counts }
     }
@@ -54,7 +54,7 @@ impl Stored {
     }
 
     fn text(&self) -> String {
-        let lines = self.counts.iter().map(|(name, count)| format!("{name}{IS}{count}\n"));
+        let lines = self.counts.iter().map(|(name, count)| format!("{name}{SEPARATOR}{count}\n"));
         format!(
             "{TOOLCHAIN}{}. Checked and written by the benchmark `instructions`, as the crate instruction-count says.\n{}",
             self.toolchain,
@@ -69,7 +69,7 @@ impl Stored {
             if let Some(head) = line.strip_prefix(TOOLCHAIN) {
                 head.split(". ").next().unwrap_or(head).clone_into(&mut stored.toolchain);
             } else {
-                let (name, count) = line.rsplit_once(IS).ok_or(line)?;
+                let (name, count) = line.rsplit_once(SEPARATOR).ok_or(line)?;
                 stored.counts.push((name.into(), count.parse().map_err(|_| line)?));
             }
         }

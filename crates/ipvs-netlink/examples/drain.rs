@@ -44,9 +44,9 @@ fn drain(Args { id, real, limit }: &Args) -> Result<bool, Box<dyn Error>> {
     let entry =
         find(&mut ipvs, id, *real)?.ok_or_else(|| format!("{id} has no real server {real}: see `ipvsadm -Ln`"))?;
     ipvs.set_real_server(id, &RealServer { weight: 0, ..entry.server })?;
-    say(format_args!("{real} of {id} has weight 0 now; it had {}", entry.server.weight));
+    print_line(format_args!("{real} of {id} has weight 0 now; it had {}", entry.server.weight));
     if is_persistent && entry.persistent_connections > 0 && !expires_quiescent_templates() {
-        say(format_args!(
+        print_line(format_args!(
             "{} persistence templates lead there: their clients come back until they expire, in spite of weight 0, \
              unless you set `sysctl net.ipv4.vs.expire_quiescent_template=1`",
             entry.persistent_connections
@@ -55,7 +55,7 @@ fn drain(Args { id, real, limit }: &Args) -> Result<bool, Box<dyn Error>> {
     let mut told = None;
     loop {
         let Some(entry) = find(&mut ipvs, id, *real)? else {
-            say(format_args!("{real} of {id} is gone: somebody else has deleted it"));
+            print_line(format_args!("{real} of {id} is gone: somebody else has deleted it"));
             return Ok(true);
         };
         if entry.server.weight != 0 {
@@ -65,15 +65,20 @@ fn drain(Args { id, real, limit }: &Args) -> Result<bool, Box<dyn Error>> {
         }
         let counts = (entry.active_connections, entry.inactive_connections);
         if told.replace(counts) != Some(counts) {
-            say(format_args!("{:>4} s: {} active, {} inactive", started.elapsed().as_secs(), counts.0, counts.1));
+            print_line(format_args!(
+                "{:>4} s: {} active, {} inactive",
+                started.elapsed().as_secs(),
+                counts.0,
+                counts.1
+            ));
         }
         if entry.is_idle() {
             ipvs.delete_real_server(id, *real)?;
-            say(format_args!("deleted"));
+            print_line(format_args!("deleted"));
             return Ok(true);
         }
         if limit.is_some_and(|limit| started.elapsed() >= limit) {
-            say(format_args!("out of time: {real} stays, with weight 0; run this again to go on waiting"));
+            print_line(format_args!("out of time: {real} stays, with weight 0; run this again to go on waiting"));
             return Ok(false);
         }
         sleep(INTERVAL);
@@ -94,7 +99,7 @@ fn expires_quiescent_templates() -> bool {
 }
 
 /// Prints a line. Nobody listening is no reason to stop half-way.
-fn say(line: fmt::Arguments<'_>) {
+fn print_line(line: fmt::Arguments<'_>) {
     let _ = writeln!(stdout(), "{line}");
 }
 

@@ -18,9 +18,9 @@ use std::time::{Duration, Instant};
 use ipvs_netlink::{Client, Error, Protocol, RealServerEntry, Stats, VirtualServerEntry, VirtualServerId};
 
 /// How long one client may keep the others waiting.
-const PATIENCE: Duration = Duration::from_secs(5);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// The longest request line with all headers.
-const LONGEST_REQUEST: usize = 16 << 10;
+const MAX_REQUEST_BYTES: usize = 16 << 10;
 
 fn main() -> ExitCode {
     let address = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:9901".to_owned());
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
 
 /// Answers one request.
 fn serve(stream: &TcpStream) -> io::Result<()> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + CLIENT_TIMEOUT;
     let request = read_request(stream, until)?;
     let (status, kind, body) = answer(&request);
     let head = format!(
@@ -61,7 +61,7 @@ fn serve(stream: &TcpStream) -> io::Result<()> {
 fn read_request(mut stream: &TcpStream, until: Instant) -> io::Result<Vec<u8>> {
     let mut request = Vec::new();
     let mut buffer = [0; 1024];
-    while !request.windows(4).any(|four| four == b"\r\n\r\n") && request.len() < LONGEST_REQUEST {
+    while !request.windows(4).any(|four| four == b"\r\n\r\n") && request.len() < MAX_REQUEST_BYTES {
         stream.set_read_timeout(Some(left(until)?))?;
         let length = stream.read(&mut buffer)?;
         if length == 0 {

@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 fn watch(args: &Args) -> Result<(), Box<dyn Error>> {
     let mut before = Table::new();
     loop {
-        let now = look(args)?;
+        let now = read_table(args)?;
         for line in changes(&before, &now) {
             match writeln!(stdout(), "{line}") {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(()),
@@ -51,7 +51,7 @@ fn watch(args: &Args) -> Result<(), Box<dyn Error>> {
     }
 }
 
-fn look(args: &Args) -> Result<Table, ProcError> {
+fn read_table(args: &Args) -> Result<Table, ProcError> {
     let mut table = Table::new();
     for connection in Connections::of_this_namespace()? {
         match connection {

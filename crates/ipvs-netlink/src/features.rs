@@ -80,16 +80,16 @@ impl Client {
     /// look at, a virtual server by a firewall mark that no packet has, with one real server, is made and deleted.
     pub fn features(&mut self, schedulers: &[Scheduler]) -> Result<Features, Error> {
         let info = self.info()?;
-        let questions = Questions::find(self)?;
+        let probe = SchedulerProbe::choose(self)?;
         let mut found = Vec::new();
         for scheduler in schedulers {
-            if questions.has(self, *scheduler, None)? {
+            if probe.has(self, *scheduler, None)? {
                 found.push(*scheduler);
             }
         }
-        let some = questions.any_scheduler(self)?;
+        let some = probe.any_scheduler(self)?;
         let sip = match (some, "sip".parse()) {
-            (Some(scheduler), Ok(engine)) => questions.has(self, scheduler, Some(engine))?,
+            (Some(scheduler), Ok(engine)) => probe.has(self, scheduler, Some(engine))?,
             _ => false,
         };
         let known = self.known_attributes(some)?;
@@ -97,7 +97,7 @@ impl Client {
             info,
             schedulers: found,
             sip,
-            ipv6: questions == Questions::Ipv6,
+            ipv6: probe == SchedulerProbe::Ipv6,
             stats: if known.contains(&(top::SERVICE, service::STATS64)) {
                 StatsWidth::Bits64
             } else {
@@ -119,7 +119,7 @@ impl Client {
 
     /// Whether the kernel has a scheduler, or could load it: [`Client::features`] for this alone.
     pub fn has_scheduler(&mut self, scheduler: Scheduler) -> Result<bool, Error> {
-        Questions::find(self)?.has(self, scheduler, None)
+        SchedulerProbe::choose(self)?.has(self, scheduler, None)
     }
 
     /// The attributes with which the kernel lists virtual and real servers: the nest they are in, and their kind.
@@ -133,7 +133,7 @@ impl Client {
             }
         }
         let Some(scheduler) = scheduler else { return Ok(BTreeSet::new()) };
-        let id = self.at_unused_mark(Family::Ipv4, |client, id| {
+        let id = self.with_unused_mark(Family::Ipv4, |client, id| {
             client.add_virtual_server(&VirtualServer::new(id, scheduler)).map(|()| id)
         })?;
         let example = RealServer::new(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
@@ -146,32 +146,32 @@ impl Client {
 
     fn attributes_of(&mut self, id: &VirtualServerId) -> Result<BTreeSet<(u16, u16)>, Error> {
         let mut known = BTreeSet::new();
-        let (socket, family) = self.parts();
-        let question = Message::GetVirtualServer(*id);
+        let (socket, family) = self.socket_and_family();
+        let request = Message::GetVirtualServer(*id);
         socket
-            .request(&wrap(question, family).into(), |answer: GenlMessage<Kinds>| known.extend(answer.payload.0))
-            .map_err(|error| Error::new(&question, error))?;
-        let question = Message::ListRealServers(*id);
+            .request(&wrap(request, family).into(), |reply: GenlMessage<AttributeKinds>| known.extend(reply.payload.0))
+            .map_err(|error| Error::new(&request, error))?;
+        let request = Message::ListRealServers(*id);
         let mut dump = |socket: &mut Socket| {
-            socket.dump(&wrap(question, family), |answer: GenlMessage<Kinds>| known.extend(answer.payload.0))
+            socket.dump(&wrap(request, family), |reply: GenlMessage<AttributeKinds>| known.extend(reply.payload.0))
         };
-        dump(socket).map_err(|error| Error::new(&question, error))?;
+        dump(socket).map_err(|error| Error::new(&request, error))?;
         Ok(known)
     }
 
     /// Does something with a firewall mark for which there is no virtual server, and again with another one where somebody
     /// else takes it meanwhile.
-    fn at_unused_mark<T>(
+    fn with_unused_mark<T>(
         &mut self,
         family: Family,
-        mut what: impl FnMut(&mut Self, VirtualServerId) -> Result<T, Error>,
+        mut action: impl FnMut(&mut Self, VirtualServerId) -> Result<T, Error>,
     ) -> Result<T, Error> {
         let mut mark = NonZeroU32::MAX;
         loop {
             let id = VirtualServerId::FirewallMark { mark, family };
             match self.virtual_server(&id) {
                 Ok(_) => {}
-                Err(error) if error.kind() == ErrorKind::NotFound => match what(self, id) {
+                Err(error) if error.kind() == ErrorKind::NotFound => match action(self, id) {
                     Err(error) if error.kind() == ErrorKind::Exists => {}
                     result => return result,
                 },
@@ -182,26 +182,26 @@ impl Client {
     }
 }
 
-/// How to ask for a scheduler without making anything.
+/// How to find out whether the kernel has a scheduler.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Questions {
+enum SchedulerProbe {
     /// With a virtual server of IPv6 and a netmask it cannot have: the kernel looks for the scheduler first, then for the
     /// persistence engine, then at the netmask (`ip_vs_add_service`).
     Ipv6,
-    /// Without IPv6 there is no such order to use: a virtual server is made and deleted.
+    /// Without IPv6 no netmask is invalid in that way: a virtual server is added and deleted.
     Ipv4,
 }
 
-impl Questions {
-    fn find(client: &mut Client) -> Result<Self, Error> {
-        match client.at_unused_mark(Family::Ipv6, |_, _| Ok(())) {
+impl SchedulerProbe {
+    fn choose(client: &mut Client) -> Result<Self, Error> {
+        match client.with_unused_mark(Family::Ipv6, |_, _| Ok(())) {
             Ok(()) => Ok(Self::Ipv6),
             Err(error) if error.kind() == ErrorKind::NotSupported => Ok(Self::Ipv4),
             Err(error) => Err(error),
         }
     }
 
-    /// A scheduler that is there, to ask for other things with. `none` takes no module, where a kernel knows it.
+    /// A scheduler that the kernel has, to probe other things with. `none` needs no module, where a kernel knows it.
     fn any_scheduler(self, client: &mut Client) -> Result<Option<Scheduler>, Error> {
         for scheduler in "none".parse().into_iter().chain(Scheduler::ALL) {
             if self.has(client, scheduler, None)? {
@@ -217,8 +217,8 @@ impl Questions {
             Self::Ipv4 => (Family::Ipv4, Netmask::host(Family::Ipv4)),
         };
         let persistence = Some(Persistence { timeout: 1, netmask });
-        let question = |id| VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) };
-        match client.at_unused_mark(family, |client, id| client.add_virtual_server(&question(id)).map(|()| id)) {
+        let request = |id| VirtualServer { persistence, engine, ..VirtualServer::new(id, scheduler) };
+        match client.with_unused_mark(family, |client, id| client.add_virtual_server(&request(id)).map(|()| id)) {
             Ok(id) => match client.delete_virtual_server(&id) {
                 // Somebody else has deleted it.
                 Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
@@ -235,11 +235,11 @@ fn has_sysctl(name: &str) -> bool {
     fs::exists(Path::new(SYSCTLS).join(name)).unwrap_or(false)
 }
 
-/// The kinds of the attributes in an answer, without what they mean.
+/// The kinds of the attributes in a reply, without their values.
 #[derive(Debug)]
-struct Kinds(Vec<(u16, u16)>);
+struct AttributeKinds(Vec<(u16, u16)>);
 
-impl GenlFamily for Kinds {
+impl GenlFamily for AttributeKinds {
     fn family_name() -> &'static str {
         FAMILY_NAME
     }
@@ -253,7 +253,7 @@ impl GenlFamily for Kinds {
     }
 }
 
-impl Emitable for Kinds {
+impl Emitable for AttributeKinds {
     fn buffer_len(&self) -> usize {
         0
     }
@@ -261,7 +261,7 @@ impl Emitable for Kinds {
     fn emit(&self, _: &mut [u8]) {}
 }
 
-impl ParseableParametrized<[u8], GenlHeader> for Kinds {
+impl ParseableParametrized<[u8], GenlHeader> for AttributeKinds {
     fn parse_with_param(buffer: &[u8], _: GenlHeader) -> Result<Self, DecodeError> {
         let mut kinds = Vec::new();
         each_attribute(buffer, |nest, content| {
@@ -288,7 +288,7 @@ mod tests {
         for scheduler in [Scheduler::RoundRobin, Scheduler::MaglevHashing, unknown] {
             for engine in engines {
                 let answers =
-                    [Questions::Ipv6, Questions::Ipv4].map(|questions| questions.has(&mut client, scheduler, engine));
+                    [SchedulerProbe::Ipv6, SchedulerProbe::Ipv4].map(|probe| probe.has(&mut client, scheduler, engine));
                 let answers = answers.map(Result::unwrap);
                 let wanted = scheduler != unknown && engine.is_none_or(|engine| engine.as_str() == "sip");
                 assert_eq!(answers, [wanted; 2], "{scheduler} {engine:?}");

@@ -178,33 +178,33 @@ impl Message {
     }
 }
 
-/// What the kernel answers a question with.
-pub(crate) trait Answer: Sized {
-    /// The answer in a message, where it is one.
-    fn of(message: Message) -> Option<Self>;
+/// A reply of the kernel to a request.
+pub(crate) trait Reply: Sized {
+    /// The reply in a message of this kind.
+    fn from_message(message: Message) -> Option<Self>;
 
-    /// Takes out what comes again. Where others add meanwhile, the kernel, which finds its place from one datagram of a list
+    /// Removes duplicates. If others add meanwhile, the kernel, which finds its place from one datagram of a list
     /// to the next by counting, lists some twice.
-    fn without_repeats(_: &mut Vec<Self>) {}
+    fn remove_duplicates(_: &mut Vec<Self>) {}
 }
 
-impl Answer for VirtualServerEntry {
-    fn of(message: Message) -> Option<Self> {
+impl Reply for VirtualServerEntry {
+    fn from_message(message: Message) -> Option<Self> {
         if let Message::VirtualServer(entry) = message { Some(entry) } else { None }
     }
 
-    fn without_repeats(list: &mut Vec<Self>) {
+    fn remove_duplicates(list: &mut Vec<Self>) {
         let mut seen = HashSet::with_capacity(list.len());
         list.retain(|entry| seen.insert(entry.server.id));
     }
 }
 
-impl Answer for RealServerEntry {
-    fn of(message: Message) -> Option<Self> {
+impl Reply for RealServerEntry {
+    fn from_message(message: Message) -> Option<Self> {
         if let Message::RealServer(entry) = message { Some(entry) } else { None }
     }
 
-    fn without_repeats(list: &mut Vec<Self>) {
+    fn remove_duplicates(list: &mut Vec<Self>) {
         // So few fit the smallest datagram: they come from one look at the list.
         if list.len() > 8 {
             let mut seen = HashSet::with_capacity(list.len());
@@ -213,20 +213,20 @@ impl Answer for RealServerEntry {
     }
 }
 
-impl Answer for SyncDaemon {
-    fn of(message: Message) -> Option<Self> {
+impl Reply for SyncDaemon {
+    fn from_message(message: Message) -> Option<Self> {
         if let Message::SyncDaemon(daemon) = message { Some(daemon) } else { None }
     }
 }
 
-impl Answer for Timeouts {
-    fn of(message: Message) -> Option<Self> {
+impl Reply for Timeouts {
+    fn from_message(message: Message) -> Option<Self> {
         if let Message::Timeouts(timeouts) = message { Some(timeouts) } else { None }
     }
 }
 
-impl Answer for Info {
-    fn of(message: Message) -> Option<Self> {
+impl Reply for Info {
+    fn from_message(message: Message) -> Option<Self> {
         if let Message::Info(info) = message { Some(info) } else { None }
     }
 }
@@ -342,7 +342,7 @@ mod tests {
         };
         let hosts = [5, 4, 3, 2, 1, 9, 8, 7, 6];
         let mut list: Vec<_> = hosts.into_iter().chain([9, 5]).map(real).collect();
-        RealServerEntry::without_repeats(&mut list);
+        RealServerEntry::remove_duplicates(&mut list);
         assert_eq!(list, hosts.map(real));
 
         let server = |host: u8| VirtualServerEntry {
@@ -353,7 +353,7 @@ mod tests {
             stats: Stats::default(),
         };
         let mut list = vec![server(2), server(1), server(2)];
-        VirtualServerEntry::without_repeats(&mut list);
+        VirtualServerEntry::remove_duplicates(&mut list);
         assert_eq!(list, [server(2), server(1)]);
     }
 }

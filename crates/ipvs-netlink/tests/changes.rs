@@ -52,7 +52,7 @@ fn plain(table: &Table) -> Plain {
 }
 
 /// Carries out a message as a kernel would; `None` where it would refuse.
-fn carry_out(state: &mut Plain, message: Message) -> Option<()> {
+fn apply(state: &mut Plain, message: Message) -> Option<()> {
     match message {
         Message::AddVirtualServer(server) => state.insert(server.id, (server, BTreeMap::new())).is_none().then_some(()),
         Message::SetVirtualServer(server) => state.get_mut(&server.id).map(|held| held.0 = server),
@@ -84,7 +84,7 @@ proptest! {
         let mut state = plain(&held);
         let changes = held.changes_to(&wanted);
         for message in &changes {
-            prop_assert!(carry_out(&mut state, *message).is_some(), "refused: {message:?}");
+            prop_assert!(apply(&mut state, *message).is_some(), "refused: {message:?}");
         }
         prop_assert_eq!(&state, &plain(&wanted));
         let objects: BTreeSet<String> = changes.iter().map(object).collect();
@@ -103,7 +103,7 @@ proptest! {
         let mut state = plain(&held);
         let (before, after) = (plain(&held), plain(&wanted));
         for message in held.changes_to(&wanted) {
-            carry_out(&mut state, message);
+            apply(&mut state, message);
             for (id, (_, real)) in &state {
                 let had = before.get(id).is_some_and(|(_, real)| !real.is_empty());
                 let will = after.get(id).is_some_and(|(_, real)| !real.is_empty());

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt::Debug;
 use std::process::{Command, Stdio};
 
-use common::servers::{chance, servers};
+use common::servers::{random, servers};
 use common::{client, example, real, round_robin, run, run_with_input, tcp};
 use ipvs_netlink::rules::{self, Rule};
 use ipvs_netlink::{
@@ -248,7 +248,7 @@ fn ipvsadm(line: &str) -> String {
 }
 
 /// What lines are made of, right and wrong: mostly a command and its virtual server, then anything.
-fn line_by_chance(state: &mut u64) -> String {
+fn random_line(state: &mut u64) -> String {
     const COMMANDS: &[&str] = &["-A", "--add-service", "-E", "-D", "-a", "--add-server", "-e", "-d", "-Z", "-C", ""];
     const SERVERS: &[&str] = &[
         "-t 10.9.9.9:80",
@@ -306,7 +306,7 @@ fn line_by_chance(state: &mut u64) -> String {
         "-im",
         "-gw5",
     ];
-    let mut pick = |from: &[&'static str]| from[chance(state) % from.len()];
+    let mut pick = |from: &[&'static str]| from[random(state) % from.len()];
     let command = pick(COMMANDS);
     let mut words = vec![pick(SERVERS)];
     let (options, most) = match command {
@@ -336,7 +336,7 @@ fn lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both() {
     let (mut read, mut refused) = (0, 0);
     let mut state = 0x9e37_79b9_7f4a_7c15;
     for _ in 0..700 {
-        let line = line_by_chance(&mut state);
+        let line = random_line(&mut state);
         let Some(ours) = rules::parse(&line).next() else { continue };
         client.flush().unwrap();
         apply(&mut client, &base);

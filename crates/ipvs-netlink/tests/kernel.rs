@@ -10,7 +10,7 @@ use std::num::{NonZeroU8, NonZeroU16};
 use std::sync::mpsc::{self, TryRecvError};
 use std::thread;
 
-use common::{Alone, client, real, round_robin, run, tcp};
+use common::{ExclusiveClient, client, real, round_robin, run, tcp};
 use ipvs_netlink::{
     Client, Error, ErrorKind, EstimationFeatures, Family, Forwarding, GueChecksum, Message, Netmask, Persistence,
     Protocol, RealServer, Scheduler, SchedulerFlags, StatsWidth, SyncDaemon, SyncRole, Table, Timeouts, Tunnel,
@@ -56,7 +56,7 @@ fn the_version_and_the_size_of_the_table_are_those_ipvsadm_tells() {
 }
 
 /// A client in a namespace that has had a virtual server: where tables can be resized, they are made with the first.
-fn client_with_tables() -> Alone {
+fn client_with_tables() -> ExclusiveClient {
     let mut client = client();
     client.add_virtual_server(&round_robin(tcp("10.96.0.1:80"))).unwrap();
     client.flush().unwrap();

@@ -122,7 +122,7 @@ fn what_the_kernel_writes_is_understood() {
 }
 
 #[test]
-fn an_invalidated_template_has_lost_the_port_of_its_real_server_and_in_some_kernels_both() {
+fn an_invalidated_template_has_lost_one_or_both_of_its_ports() {
     for (virtual_port, real_port, invalidated) in
         [("FFFF", "FFFF", true), ("0050", "FFFF", true), ("0050", "1F90", false)]
     {
@@ -236,9 +236,9 @@ fn a_kernel_without_the_files_is_told_from_a_broken_one() {
     assert!(Totals::of_this_namespace().is_err() && Totals::of_this_namespace_by_cpu().is_err());
 }
 
-/// What a line tells.
+/// The fields of a line.
 #[derive(Clone, Debug)]
-struct Told {
+struct KernelLine {
     protocol: Protocol,
     client: SocketAddr,
     virtual_address: SocketAddr,
@@ -259,9 +259,9 @@ fn hex(address: SocketAddr) -> String {
     text
 }
 
-impl Told {
+impl KernelLine {
     /// The line as the kernel writes it.
-    fn line(&self) -> Vec<u8> {
+    fn encode(&self) -> Vec<u8> {
         let protocol = match self.protocol {
             Protocol::Other(0) => "IP".to_owned(),
             Protocol::Other(1) => "ICMP".to_owned(),
@@ -280,7 +280,7 @@ impl Told {
         line
     }
 
-    fn is(&self, connection: &Connection) -> bool {
+    fn matches(&self, connection: &Connection) -> bool {
         let persistence = connection.persistence.as_ref().map(|p| (p.engine.as_str().to_owned(), p.data.clone()));
         (connection.protocol, connection.client, connection.virtual_address, connection.real_address)
             == (self.protocol, self.client, self.virtual_address, self.real_address)
@@ -291,7 +291,7 @@ impl Told {
 }
 
 prop_compose! {
-    fn any_told()(
+    fn any_line()(
         protocol in prop_oneof![select(vec![0, 1, 6, 17, 58, 132]), any::<u16>()],
         (client, virtual_address) in prop_oneof![
             any::<([u8; 4], u16, [u8; 4], u16)>().prop_map(|(a, b, c, d)| (SocketAddr::from((a, b)), SocketAddr::from((c, d)))),
@@ -302,17 +302,17 @@ prop_compose! {
         expires in any::<u32>(),
         origin in option::of(select(vec![Origin::Local, Origin::Synchronized])),
         persistence in option::of(("[!-~]{1,15}", vec(any::<u8>().prop_filter("the end", |byte| *byte != b'\n'), 0..300))),
-    ) -> Told {
+    ) -> KernelLine {
         let protocol = Protocol::from_number(protocol);
         let real_address = real_address.into();
-        Told { protocol, client, virtual_address, real_address, state, expires, origin, persistence }
+        KernelLine { protocol, client, virtual_address, real_address, state, expires, origin, persistence }
     }
 }
 
-/// Lines that are nearly right.
-fn any_spoiled() -> impl Strategy<Value = Vec<u8>> {
-    (any_told(), vec((any::<Index>(), any::<u8>()), 1..4)).prop_map(|(told, changes)| {
-        let mut line = told.line();
+/// A line with some of its bytes changed.
+fn any_corrupted_line() -> impl Strategy<Value = Vec<u8>> {
+    (any_line(), vec((any::<Index>(), any::<u8>()), 1..4)).prop_map(|(line, changes)| {
+        let mut line = line.encode();
         for (place, byte) in changes {
             let place = place.index(line.len());
             line[place] = byte;
@@ -323,21 +323,21 @@ fn any_spoiled() -> impl Strategy<Value = Vec<u8>> {
 }
 
 fn any_bytes() -> impl Strategy<Value = Vec<u8>> {
-    prop_oneof![vec(any::<u8>(), 0..300), "[0-9A-F ~\n]{0,200}".prop_map(String::into_bytes), any_spoiled()]
+    prop_oneof![vec(any::<u8>(), 0..300), "[0-9A-F ~\n]{0,200}".prop_map(String::into_bytes), any_corrupted_line()]
 }
 
 proptest! {
     #[test]
-    fn a_connection_is_read_as_it_was_written(told in vec(any_told(), 0..8)) {
-        let text: Vec<u8> = told.iter().flat_map(Told::line).collect();
+    fn a_connection_is_read_as_it_was_written(lines in vec(any_line(), 0..8)) {
+        let text: Vec<u8> = lines.iter().flat_map(KernelLine::encode).collect();
         let connections = read(text);
-        prop_assert_eq!(connections.len(), told.len());
-        for (told, connection) in told.iter().zip(connections) {
+        prop_assert_eq!(connections.len(), lines.len());
+        for (line, connection) in lines.iter().zip(connections) {
             let connection = connection.unwrap();
-            prop_assert!(told.is(&connection), "{told:?} is not {connection:?}");
+            prop_assert!(line.matches(&connection), "{line:?} is not {connection:?}");
             let template = connection.template();
-            prop_assert!(template.is_none() || told.client.port() == 0);
-            prop_assert!(template.and_then(|template| template.firewall_mark).is_none() || told.protocol.number() == 0);
+            prop_assert!(template.is_none() || line.client.port() == 0);
+            prop_assert!(template.and_then(|template| template.firewall_mark).is_none() || line.protocol.number() == 0);
         }
     }
 
@@ -355,11 +355,11 @@ proptest! {
     }
 
     #[test]
-    fn good_lines_come_through_whatever_is_between(good in any_told(), bad in any_bytes()) {
-        let text = [good.line(), bad, b"\n".to_vec(), good.line()].concat();
+    fn good_lines_come_through_whatever_is_between(good in any_line(), bad in any_bytes()) {
+        let text = [good.encode(), bad, b"\n".to_vec(), good.encode()].concat();
         let connections = read(text);
         for end in [connections.first(), connections.last()] {
-            prop_assert!(good.is(end.unwrap().as_ref().unwrap()));
+            prop_assert!(good.matches(end.unwrap().as_ref().unwrap()));
         }
     }
 

@@ -1,7 +1,7 @@
-//! The clients: one socket each, and a method for each thing one asks of IPVS.
+//! The clients: one socket each, and a method for each request.
 
 #[cfg(feature = "tokio")]
-mod awaited;
+mod async_client;
 mod requests;
 
 use std::collections::HashSet;
@@ -17,13 +17,13 @@ use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
 #[cfg(feature = "tokio")]
-pub use self::awaited::{AsyncClient, AsyncServers};
+pub use self::async_client::{AsyncClient, AsyncServers};
 use crate::attributes::FAMILY_NAME;
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
 use crate::error::{Error, ErrorKind};
 use crate::id::VirtualServerId;
-use crate::message::{Answer, Message};
+use crate::message::{Message, Reply};
 use crate::real_server::{RealServer, RealServerEntry};
 use crate::sync_daemon::{SyncDaemon, SyncRole};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry};
@@ -41,10 +41,10 @@ impl fmt::Debug for Client {
 }
 
 macro_rules! methods {
-    ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) -> $answer:ty = $run:ident($message:expr);)*) => {
+    ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) -> $reply:ty = $run:ident($message:expr);)*) => {
         impl Client {
             $($(#[$doc])*
-            pub fn $name(&mut self, $($argument: $type),*) -> Result<$answer, Error> {
+            pub fn $name(&mut self, $($argument: $type),*) -> Result<$reply, Error> {
                 self.$run($message)
             })*
         }
@@ -58,9 +58,7 @@ impl Client {
     pub fn connect() -> Result<Self, Error> {
         let mut socket = Socket::open(NETLINK_GENERIC).map_err(Error::connecting)?;
         let mut family = None;
-        socket
-            .request(&ask_for_family(), |answer| family = family.or(family_in(&answer)))
-            .map_err(Error::connecting)?;
+        socket.request(&family_request(), |reply| family = family.or(family_id(&reply))).map_err(Error::connecting)?;
         family.map(|family| Self { socket, family }).ok_or_else(no_family)
     }
 
@@ -75,20 +73,20 @@ impl Client {
     /// Returns one result for each message. An `Err` of the whole means that the socket failed, and that it is not known
     /// what was carried out. See [`netlink_batch::Socket::batch`] for how it works.
     pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let results = self.socket.batch(requests_of(messages, self.family));
-        results_of(messages, results)
+        let results = self.socket.batch(to_requests(messages, self.family));
+        to_results(messages, results)
     }
 
     /// All virtual servers with their real servers, one after another: first the identities of all are read, then each by
     /// itself. One that goes before its turn is left out. Held are the identities and one virtual server.
     pub fn servers(&mut self) -> Result<Servers<'_>, Error> {
         let failed = |error| Error::new(&Message::ListVirtualServers, error);
-        let mut ids = Identities::default();
+        let mut ids = UniqueIds::default();
         let stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).map_err(failed)?;
-        for answer in stream {
-            ids.push(&answer.map_err(failed)?);
+        for reply in stream {
+            ids.push(&reply.map_err(failed)?);
         }
-        Ok(Servers { client: self, ids: ids.listed.into_iter() })
+        Ok(Servers { client: self, ids: ids.ordered.into_iter() })
     }
 
     /// Everything that is configured, to be compared with what is wanted.
@@ -96,22 +94,24 @@ impl Client {
         self.servers()?.map(|server| server.map(ServerEntry::into_configuration)).collect()
     }
 
-    fn tell(&mut self, message: Message) -> Result<(), Error> {
+    fn execute(&mut self, message: Message) -> Result<(), Error> {
         self.request(message, |_| {})
     }
 
-    fn ask<T: Answer>(&mut self, message: Message) -> Result<T, Error> {
+    fn get<T: Reply>(&mut self, message: Message) -> Result<T, Error> {
         let mut found = None;
-        self.request(message, |answer| found = T::of(answer))?;
-        found.ok_or_else(|| unanswered(&message))
+        self.request(message, |reply| found = T::from_message(reply))?;
+        found.ok_or_else(|| no_reply(&message))
     }
 
-    fn list<T: Answer>(&mut self, message: Message) -> Result<Vec<T>, Error> {
+    fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
         let mut entries = Vec::new();
         self.socket
-            .dump(&wrap(message, self.family), |answer: GenlMessage<Message>| entries.extend(T::of(answer.payload)))
+            .dump(&wrap(message, self.family), |reply: GenlMessage<Message>| {
+                entries.extend(T::from_message(reply.payload));
+            })
             .map_err(|error| Error::new(&message, error))?;
-        T::without_repeats(&mut entries);
+        T::remove_duplicates(&mut entries);
         Ok(entries)
     }
 
@@ -120,12 +120,12 @@ impl Client {
             return Err(Error::fault(&message, fault));
         }
         let request = wrap(message, self.family).into();
-        let result = self.socket.request(&request, |answer: GenlMessage<Message>| each(answer.payload));
-        outcome(&message, result)
+        let result = self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload));
+        check_result(&message, result)
     }
 
-    /// For questions that [`Message`] is not made for.
-    pub(crate) fn parts(&mut self) -> (&mut Socket, u16) {
+    /// For requests that [`Message`] does not cover.
+    pub(crate) fn socket_and_family(&mut self) -> (&mut Socket, u16) {
         (&mut self.socket, self.family)
     }
 }
@@ -160,7 +160,7 @@ impl Iterator for Servers<'_> {
     fn next(&mut self) -> Option<Self::Item> {
         loop {
             let id = self.ids.next()?;
-            // In this order: of one that goes in between, the second says so.
+            // In this order: if the virtual server is deleted in between, the second request fails.
             let real_servers = match self.client.real_servers(&id) {
                 Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
@@ -176,41 +176,41 @@ impl Iterator for Servers<'_> {
 
 /// The identities in a list of virtual servers, each once.
 #[derive(Default)]
-struct Identities {
-    listed: Vec<VirtualServerId>,
+struct UniqueIds {
+    ordered: Vec<VirtualServerId>,
     seen: HashSet<VirtualServerId>,
 }
 
-impl Identities {
-    fn push(&mut self, answer: &GenlMessage<Message>) {
-        if let Message::VirtualServer(entry) = &answer.payload
+impl UniqueIds {
+    fn push(&mut self, reply: &GenlMessage<Message>) {
+        if let Message::VirtualServer(entry) = &reply.payload
             && self.seen.insert(entry.server.id)
         {
-            self.listed.push(entry.server.id);
+            self.ordered.push(entry.server.id);
         }
     }
 }
 
-fn ask_for_family() -> Request<GenlMessage<GenlCtrl>> {
+fn family_request() -> Request<GenlMessage<GenlCtrl>> {
     let name = GenlCtrlAttrs::FamilyName(FAMILY_NAME.to_owned());
-    let mut ask = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] });
-    ask.set_resolved_family_id(GENL_ID_CTRL);
-    ask.into()
+    let mut request = GenlMessage::from_payload(GenlCtrl { cmd: GenlCtrlCmd::GetFamily, nlas: vec![name] });
+    request.set_resolved_family_id(GENL_ID_CTRL);
+    request.into()
 }
 
-fn family_in(answer: &GenlMessage<GenlCtrl>) -> Option<u16> {
-    answer.payload.nlas.iter().find_map(|attribute| match attribute {
+fn family_id(reply: &GenlMessage<GenlCtrl>) -> Option<u16> {
+    reply.payload.nlas.iter().find_map(|attribute| match attribute {
         GenlCtrlAttrs::FamilyId(id) => Some(*id),
         _ => None,
     })
 }
 
 fn no_family() -> Error {
-    Error::connecting(netlink_batch::Error::Decode("the answer names no family number".into()))
+    Error::connecting(netlink_batch::Error::Decode("the reply has no family number".into()))
 }
 
-/// The requests of a batch: the kernel is not asked for what cannot be meant.
-fn requests_of(messages: &[Message], family: u16) -> impl Iterator<Item = Request<GenlMessage<Message>>> {
+/// The requests of a batch, without those that are invalid by themselves.
+fn to_requests(messages: &[Message], family: u16) -> impl Iterator<Item = Request<GenlMessage<Message>>> {
     messages
         .iter()
         .filter(|message| message.fault().is_none())
@@ -218,7 +218,7 @@ fn requests_of(messages: &[Message], family: u16) -> impl Iterator<Item = Reques
 }
 
 /// One result for each message of a batch.
-fn results_of(
+fn to_results(
     messages: &[Message],
     results: Result<Vec<Result<(), netlink_batch::Refusal>>, netlink_batch::Error>,
 ) -> Result<Vec<Result<(), Error>>, Error> {
@@ -227,12 +227,12 @@ fn results_of(
         .iter()
         .map(|message| match message.fault() {
             Some(fault) => Err(Error::fault(message, fault)),
-            None => outcome(message, results.next().unwrap_or(Ok(())).map_err(Into::into)),
+            None => check_result(message, results.next().unwrap_or(Ok(())).map_err(Into::into)),
         })
         .collect())
 }
 
-fn outcome(message: &Message, result: Result<(), netlink_batch::Error>) -> Result<(), Error> {
+fn check_result(message: &Message, result: Result<(), netlink_batch::Error>) -> Result<(), Error> {
     match result {
         Err(error) if Error::is_success_of(message, &error) => Ok(()),
         result => result.map_err(|error| Error::new(message, error)),
@@ -245,6 +245,6 @@ pub(crate) fn wrap(message: Message, family: u16) -> GenlMessage<Message> {
     message
 }
 
-fn unanswered(message: &Message) -> Error {
-    Error::new(message, netlink_batch::Error::Decode("the kernel acknowledged without an answer".into()))
+fn no_reply(message: &Message) -> Error {
+    Error::new(message, netlink_batch::Error::Decode("the kernel acknowledged the request without a reply".into()))
 }

@@ -24,7 +24,7 @@ impl Ipvs {
                 // GET_SERVICE that is no dump wants an identity, and the others are dumps only.
                 Message::ListVirtualServers => Err(refused(message, EINVAL)),
                 Message::ListRealServers(_) | Message::ListSyncDaemons => Err(refused(message, EOPNOTSUPP)),
-                _ => self.ask(message).map(drop),
+                _ => self.request(message).map(drop),
             })
             .collect()
     }
@@ -41,7 +41,7 @@ impl Ipvs {
 
     /// Sets the timeouts of idle connections; those that are 0 stay as they are.
     pub fn set_timeouts(&mut self, timeouts: Timeouts) -> Result<(), Error> {
-        self.ask(&Message::SetTimeouts(timeouts)).map(drop)
+        self.request(&Message::SetTimeouts(timeouts)).map(drop)
     }
 
     /// All virtual servers, in the order of their identities.
@@ -67,17 +67,17 @@ impl Ipvs {
 
     /// Makes a virtual server.
     pub fn add_virtual_server(&mut self, server: &VirtualServer) -> Result<(), Error> {
-        self.ask(&Message::AddVirtualServer(*server)).map(drop)
+        self.request(&Message::AddVirtualServer(*server)).map(drop)
     }
 
     /// Changes everything about a virtual server but what identifies it.
     pub fn set_virtual_server(&mut self, server: &VirtualServer) -> Result<(), Error> {
-        self.ask(&Message::SetVirtualServer(*server)).map(drop)
+        self.request(&Message::SetVirtualServer(*server)).map(drop)
     }
 
     /// Deletes a virtual server and its real servers.
     pub fn delete_virtual_server(&mut self, id: &VirtualServerId) -> Result<(), Error> {
-        self.ask(&Message::DeleteVirtualServer(*id)).map(drop)
+        self.request(&Message::DeleteVirtualServer(*id)).map(drop)
     }
 
     /// Deletes every virtual server.
@@ -87,22 +87,22 @@ impl Ipvs {
 
     /// Gives a virtual server one more real server.
     pub fn add_real_server(&mut self, id: &VirtualServerId, server: &RealServer) -> Result<(), Error> {
-        self.ask(&Message::AddRealServer(*id, *server)).map(drop)
+        self.request(&Message::AddRealServer(*id, *server)).map(drop)
     }
 
     /// Changes everything about a real server but its address and port.
     pub fn set_real_server(&mut self, id: &VirtualServerId, server: &RealServer) -> Result<(), Error> {
-        self.ask(&Message::SetRealServer(*id, *server)).map(drop)
+        self.request(&Message::SetRealServer(*id, *server)).map(drop)
     }
 
     /// Takes a real server from a virtual server.
     pub fn delete_real_server(&mut self, id: &VirtualServerId, address: SocketAddr) -> Result<(), Error> {
-        self.ask(&Message::DeleteRealServer(*id, address)).map(drop)
+        self.request(&Message::DeleteRealServer(*id, address)).map(drop)
     }
 
     /// The counters of a virtual server and its real servers begin anew.
     pub fn zero_virtual_server(&mut self, id: &VirtualServerId) -> Result<(), Error> {
-        self.ask(&Message::ZeroVirtualServer(*id)).map(drop)
+        self.request(&Message::ZeroVirtualServer(*id)).map(drop)
     }
 
     /// All counters begin anew.
@@ -112,15 +112,15 @@ impl Ipvs {
 
     /// Starts a synchronization daemon.
     pub fn start_sync_daemon(&mut self, daemon: &SyncDaemon) -> Result<(), Error> {
-        self.ask(&Message::StartSyncDaemon(*daemon)).map(drop)
+        self.request(&Message::StartSyncDaemon(*daemon)).map(drop)
     }
 
     /// Stops the synchronization daemon of a role.
     pub fn stop_sync_daemon(&mut self, role: SyncRole) -> Result<(), Error> {
-        self.ask(&Message::StopSyncDaemon(role)).map(drop)
+        self.request(&Message::StopSyncDaemon(role)).map(drop)
     }
 
-    fn ask(&mut self, message: &Message) -> Result<Vec<Message>, Error> {
+    fn request(&mut self, message: &Message) -> Result<Vec<Message>, Error> {
         if let Some(fault) = message.fault() {
             return Err(Error::fault(message, fault));
         }

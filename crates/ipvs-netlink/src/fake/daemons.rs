@@ -11,10 +11,10 @@ use crate::sync_daemon::{SyncDaemon, SyncRole};
 const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 81);
 /// `IP_VS_SYNC_PORT`
 const PORT: u16 = 8848;
-/// The frame a daemon counts on unless the interface of a backup has larger ones.
-const MTU: u32 = 1500;
+/// The assumed size of a frame, unless the interface of a backup has larger ones.
+const DEFAULT_FRAME: u32 = 1500;
 /// The shortest buffer of a backup.
-const SHORTEST_BACKUP: u32 = 1024;
+const MIN_BACKUP_BUFFER: u32 = 1024;
 const IPV4_AND_UDP_HEADERS: u32 = 20 + 8;
 const IPV6_AND_UDP_HEADERS: u32 = 40 + 8;
 
@@ -30,7 +30,7 @@ impl Daemons {
         self.master.into_iter().chain(self.backup)
     }
 
-    pub(super) fn any_runs(&self) -> bool {
+    pub(super) fn is_any_running(&self) -> bool {
         self.list().next().is_some()
     }
 
@@ -42,8 +42,8 @@ impl Daemons {
             return Err(EINVAL);
         }
         let interface = kernel.interfaces.get(&daemon.interface).ok_or(ENODEV)?;
-        let place = self.of(daemon.role);
-        if place.is_some() {
+        let slot = self.slot(daemon.role);
+        if slot.is_some() {
             return Err(EEXIST);
         }
         // make_send_sock connects, for which it takes a route; make_receive_sock joins the group only.
@@ -55,7 +55,7 @@ impl Daemons {
                 return Err(ENETUNREACH);
             }
         }
-        *place = Some(SyncDaemon {
+        *slot = Some(SyncDaemon {
             max_length: Some(max_length(daemon, group, interface.mtu)),
             group: Some(group),
             port: daemon.port.or(NonZeroU16::new(PORT)),
@@ -66,10 +66,10 @@ impl Daemons {
     }
 
     pub(super) fn stop(&mut self, role: SyncRole) -> Result<(), i32> {
-        self.of(role).take().map(drop).ok_or(ESRCH)
+        self.slot(role).take().map(drop).ok_or(ESRCH)
     }
 
-    fn of(&mut self, role: SyncRole) -> &mut Option<SyncDaemon> {
+    fn slot(&mut self, role: SyncRole) -> &mut Option<SyncDaemon> {
         match role {
             SyncRole::Master => &mut self.master,
             SyncRole::Backup => &mut self.backup,
@@ -81,8 +81,8 @@ fn max_length(daemon: &SyncDaemon, group: IpAddr, mtu: u32) -> NonZeroU16 {
     let longest = u32::from(u16::MAX);
     let headers = if group.is_ipv4() { IPV4_AND_UDP_HEADERS } else { IPV6_AND_UDP_HEADERS };
     let (frame, shortest) = match daemon.role {
-        SyncRole::Master => (MTU, 1),
-        SyncRole::Backup => (mtu.clamp(MTU, longest), SHORTEST_BACKUP),
+        SyncRole::Master => (DEFAULT_FRAME, 1),
+        SyncRole::Backup => (mtu.clamp(DEFAULT_FRAME, longest), MIN_BACKUP_BUFFER),
     };
     let length = match daemon.max_length {
         Some(asked) => u32::from(asked.get()).clamp(shortest, longest - headers),

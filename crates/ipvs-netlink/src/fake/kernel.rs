@@ -84,7 +84,7 @@ impl Kernel {
     }
 
     /// Whether an address is one that `ip_vs_new_dest` takes.
-    pub(super) fn takes_real_server(&self, address: IpAddr) -> bool {
+    pub(super) fn accepts_real_server(&self, address: IpAddr) -> bool {
         match address {
             // inet_addr_type: 0.0.0.0 alone of its network counts as broadcast, and 240.0.0.0/4 as unicast.
             IpAddr::V4(v4) => {
@@ -116,7 +116,7 @@ impl Kernel {
     }
 
     /// The limit of `ip_vs_set_timeout`, in seconds: what fits a signed int in ticks.
-    pub(super) fn longest_timeout(&self) -> u32 {
+    pub(super) fn max_timeout(&self) -> u32 {
         i32::MAX.unsigned_abs() / self.ticks_per_second
     }
 

@@ -132,7 +132,7 @@ impl Ipvs {
             }
             Message::AddRealServer(id, _) | Message::SetRealServer(id, _) => {
                 let Message::RealServer(read) = read(message)? else { return Err(EINVAL) };
-                let synchronized = daemons.any_runs();
+                let synchronized = daemons.is_any_running();
                 match message {
                     Message::AddRealServer(..) => servers.add_real(kernel, id, &read.server, synchronized)?,
                     _ => servers.set_real(kernel, id, &read.server, synchronized)?,
@@ -143,9 +143,9 @@ impl Ipvs {
             Message::ZeroVirtualServer(id) => servers.zero(kernel, id)?,
             Message::Zero => servers.zero_all(),
             Message::Flush => servers.flush(),
-            Message::StartSyncDaemon(daemon) => daemons.start(daemon, kernel, servers.is_mixed())?,
+            Message::StartSyncDaemon(daemon) => daemons.start(daemon, kernel, servers.has_mixed_families())?,
             Message::StopSyncDaemon(role) => daemons.stop(*role)?,
-            Message::SetTimeouts(new) => set_timeouts(timeouts, new, kernel.longest_timeout())?,
+            Message::SetTimeouts(new) => set_timeouts(timeouts, new, kernel.max_timeout())?,
             Message::GetVirtualServer(id) => return Ok(vec![Message::VirtualServer(servers.get(kernel, id)?)]),
             Message::ListVirtualServers => return Ok(servers.list().map(Message::VirtualServer).collect()),
             Message::ListRealServers(id) => return Ok(servers.list_real(id).map(Message::RealServer).collect()),

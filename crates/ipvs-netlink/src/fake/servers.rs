@@ -71,7 +71,7 @@ impl Servers {
         }
         check_virtual(kernel, server)?;
         self.births += 1;
-        let server = as_kept(kernel, server);
+        let server = normalized(kernel, server);
         let made = Virtual { server, stats: Stats::default(), real_servers: Vec::new(), birth: self.births };
         self.by_id.insert(server.id, made);
         Ok(())
@@ -80,7 +80,7 @@ impl Servers {
     pub(super) fn set(&mut self, kernel: &Kernel, server: &VirtualServer) -> Result<(), i32> {
         let found = self.find(kernel, &server.id)?;
         check_virtual(kernel, server)?;
-        found.server = as_kept(kernel, server);
+        found.server = normalized(kernel, server);
         Ok(())
     }
 
@@ -100,12 +100,12 @@ impl Servers {
 
     fn discard(&mut self, deleted: Virtual) {
         for real in deleted.real_servers {
-            self.throw_away(deleted.server.id, deleted.birth, &real);
+            self.move_to_trash(deleted.server.id, deleted.birth, &real);
         }
     }
 
     /// `__ip_vs_del_dest`. One through which nothing went would come again as if it were new.
-    fn throw_away(&mut self, id: VirtualServerId, birth: u64, real: &Real) {
+    fn move_to_trash(&mut self, id: VirtualServerId, birth: u64, real: &Real) {
         if real.traffic != Traffic::default() {
             let address = real.server.socket_address();
             self.trash.insert(0, Trashed { id, address, birth, traffic: real.traffic });
@@ -138,7 +138,7 @@ impl Servers {
         if found.position(server.socket_address()).is_some() {
             return Err(EEXIST);
         }
-        if !kernel.takes_real_server(server.address) {
+        if !kernel.accepts_real_server(server.address) {
             return Err(EINVAL);
         }
         let (id, birth) = (found.server.id, found.birth);
@@ -193,12 +193,12 @@ impl Servers {
         let position = found.position(address).ok_or(ENOENT)?;
         let deleted = found.real_servers.remove(position);
         let (id, birth) = (found.server.id, found.birth);
-        self.throw_away(id, birth, &deleted);
+        self.move_to_trash(id, birth, &deleted);
         Ok(())
     }
 
     /// Whether a real server is of another family than its virtual server (`mixed_address_family_dests`).
-    pub(super) fn is_mixed(&self) -> bool {
+    pub(super) fn has_mixed_families(&self) -> bool {
         self.by_id
             .iter()
             .any(|(id, found)| found.real_servers.iter().any(|real| Family::of(real.server.address) != id.family()))
@@ -291,7 +291,7 @@ fn check_virtual(kernel: &Kernel, server: &VirtualServer) -> Result<(), i32> {
     }
 }
 
-fn as_kept(kernel: &Kernel, server: &VirtualServer) -> VirtualServer {
+fn normalized(kernel: &Kernel, server: &VirtualServer) -> VirtualServer {
     let wrapped =
         |persistence: Persistence| Persistence { timeout: kernel.wrap_timeout(persistence.timeout), ..persistence };
     VirtualServer { persistence: server.persistence.map(wrapped), ..*server }

@@ -63,11 +63,11 @@ pub(super) enum Kind {
 
 /// Whether an option has a value, and which.
 #[derive(Clone, Copy, Debug)]
-enum Takes {
-    Nothing,
+enum OptionValue {
+    None,
     /// A value in the same word, or the next word where that is no option.
-    Maybe,
-    Value(&'static str),
+    Optional,
+    Required(&'static str),
 }
 
 /// An option as ipvsadm(8) has it.
@@ -75,60 +75,65 @@ struct Spec {
     kind: Kind,
     short: Option<char>,
     long: &'static str,
-    takes: Takes,
+    value: OptionValue,
 }
 
-const fn spec(kind: Kind, short: char, long: &'static str, takes: Takes) -> Spec {
-    Spec { kind, short: Some(short), long, takes }
+const fn spec(kind: Kind, short: char, long: &'static str, value: OptionValue) -> Spec {
+    Spec { kind, short: Some(short), long, value }
 }
 
-const fn long(kind: Kind, long: &'static str, takes: Takes) -> Spec {
-    Spec { kind, short: None, long, takes }
+const fn long(kind: Kind, long: &'static str, value: OptionValue) -> Spec {
+    Spec { kind, short: None, long, value }
 }
 
-const SERVICE: Takes = Takes::Value("address:port");
-const NUMBER: Takes = Takes::Value("a number");
-const ROLE: Takes = Takes::Value("master or backup");
+const SERVICE: OptionValue = OptionValue::Required("address:port");
+const NUMBER: OptionValue = OptionValue::Required("a number");
+const ROLE: OptionValue = OptionValue::Required("master or backup");
 
 const SPECS: [Spec; 40] = [
-    spec(Kind::AddService, 'A', "--add-service", Takes::Nothing),
-    spec(Kind::EditService, 'E', "--edit-service", Takes::Nothing),
-    spec(Kind::DeleteService, 'D', "--delete-service", Takes::Nothing),
-    spec(Kind::AddServer, 'a', "--add-server", Takes::Nothing),
-    spec(Kind::EditServer, 'e', "--edit-server", Takes::Nothing),
-    spec(Kind::DeleteServer, 'd', "--delete-server", Takes::Nothing),
-    spec(Kind::Clear, 'C', "--clear", Takes::Nothing),
-    spec(Kind::Zero, 'Z', "--zero", Takes::Nothing),
-    long(Kind::Set, "--set", Takes::Nothing),
+    spec(Kind::AddService, 'A', "--add-service", OptionValue::None),
+    spec(Kind::EditService, 'E', "--edit-service", OptionValue::None),
+    spec(Kind::DeleteService, 'D', "--delete-service", OptionValue::None),
+    spec(Kind::AddServer, 'a', "--add-server", OptionValue::None),
+    spec(Kind::EditServer, 'e', "--edit-server", OptionValue::None),
+    spec(Kind::DeleteServer, 'd', "--delete-server", OptionValue::None),
+    spec(Kind::Clear, 'C', "--clear", OptionValue::None),
+    spec(Kind::Zero, 'Z', "--zero", OptionValue::None),
+    long(Kind::Set, "--set", OptionValue::None),
     long(Kind::StartDaemon, "--start-daemon", ROLE),
     long(Kind::StopDaemon, "--stop-daemon", ROLE),
     spec(Kind::TcpService, 't', "--tcp-service", SERVICE),
     spec(Kind::UdpService, 'u', "--udp-service", SERVICE),
     long(Kind::SctpService, "--sctp-service", SERVICE),
-    spec(Kind::FwmarkService, 'f', "--fwmark-service", Takes::Value("a firewall mark")),
-    spec(Kind::Ipv6, '6', "--ipv6", Takes::Nothing),
-    spec(Kind::Scheduler, 's', "--scheduler", Takes::Value("the name of a scheduler")),
-    spec(Kind::Persistent, 'p', "--persistent", Takes::Maybe),
-    spec(Kind::Netmask, 'M', "--netmask", Takes::Value("a mask")),
-    long(Kind::Engine, "--pe", Takes::Value("the name of a persistence engine")),
-    spec(Kind::OnePacket, 'o', "--ops", Takes::Nothing),
-    spec(Kind::SchedulerFlags, 'b', "--sched-flags", Takes::Value("scheduler flags, with commas between them")),
+    spec(Kind::FwmarkService, 'f', "--fwmark-service", OptionValue::Required("a firewall mark")),
+    spec(Kind::Ipv6, '6', "--ipv6", OptionValue::None),
+    spec(Kind::Scheduler, 's', "--scheduler", OptionValue::Required("the name of a scheduler")),
+    spec(Kind::Persistent, 'p', "--persistent", OptionValue::Optional),
+    spec(Kind::Netmask, 'M', "--netmask", OptionValue::Required("a mask")),
+    long(Kind::Engine, "--pe", OptionValue::Required("the name of a persistence engine")),
+    spec(Kind::OnePacket, 'o', "--ops", OptionValue::None),
+    spec(
+        Kind::SchedulerFlags,
+        'b',
+        "--sched-flags",
+        OptionValue::Required("scheduler flags, with commas between them"),
+    ),
     spec(Kind::RealServer, 'r', "--real-server", SERVICE),
-    spec(Kind::Gatewaying, 'g', "--gatewaying", Takes::Nothing),
-    spec(Kind::Ipip, 'i', "--ipip", Takes::Nothing),
-    spec(Kind::Masquerading, 'm', "--masquerading", Takes::Nothing),
+    spec(Kind::Gatewaying, 'g', "--gatewaying", OptionValue::None),
+    spec(Kind::Ipip, 'i', "--ipip", OptionValue::None),
+    spec(Kind::Masquerading, 'm', "--masquerading", OptionValue::None),
     spec(Kind::Weight, 'w', "--weight", NUMBER),
     spec(Kind::UpperThreshold, 'x', "--u-threshold", NUMBER),
     spec(Kind::LowerThreshold, 'y', "--l-threshold", NUMBER),
-    long(Kind::TunnelType, "--tun-type", Takes::Value("ipip, gue or gre")),
+    long(Kind::TunnelType, "--tun-type", OptionValue::Required("ipip, gue or gre")),
     long(Kind::TunnelPort, "--tun-port", NUMBER),
-    long(Kind::TunnelNoChecksum, "--tun-nocsum", Takes::Nothing),
-    long(Kind::TunnelChecksum, "--tun-csum", Takes::Nothing),
-    long(Kind::TunnelRemoteChecksum, "--tun-remcsum", Takes::Nothing),
-    long(Kind::McastInterface, "--mcast-interface", Takes::Value("the name of an interface")),
+    long(Kind::TunnelNoChecksum, "--tun-nocsum", OptionValue::None),
+    long(Kind::TunnelChecksum, "--tun-csum", OptionValue::None),
+    long(Kind::TunnelRemoteChecksum, "--tun-remcsum", OptionValue::None),
+    long(Kind::McastInterface, "--mcast-interface", OptionValue::Required("the name of an interface")),
     long(Kind::SyncId, "--syncid", NUMBER),
     long(Kind::SyncMaxLength, "--sync-maxlen", NUMBER),
-    long(Kind::McastGroup, "--mcast-group", Takes::Value("a multicast address")),
+    long(Kind::McastGroup, "--mcast-group", OptionValue::Required("a multicast address")),
     long(Kind::McastPort, "--mcast-port", NUMBER),
     long(Kind::McastTtl, "--mcast-ttl", NUMBER),
 ];
@@ -189,7 +194,7 @@ pub(super) fn words(line: &str) -> impl Iterator<Item = Word<'_>> {
     })
 }
 
-/// Tells options, with their values, from other words.
+/// Separates options, with their values, from other words.
 pub(super) fn read<'a>(words: impl Iterator<Item = Word<'a>>) -> Result<(Vec<Item<'a>>, Vec<Word<'a>>), ParseError> {
     let mut words = words.peekable();
     let (mut items, mut others) = (Vec::new(), Vec::new());
@@ -202,36 +207,38 @@ pub(super) fn read<'a>(words: impl Iterator<Item = Word<'a>>) -> Result<(Vec<Ite
             others.push(word);
             continue;
         };
-        let mut next = |takes, attached: Option<Word<'a>>, option: Word<'a>| match (takes, attached) {
-            (Takes::Nothing, Some(_)) => Err(option.error(Fault::UnwantedValue)),
-            (Takes::Nothing, None) => Ok(None),
+        let mut next = |value, attached: Option<Word<'a>>, option: Word<'a>| match (value, attached) {
+            (OptionValue::None, Some(_)) => Err(option.error(Fault::UnwantedValue)),
+            (OptionValue::None, None) => Ok(None),
             (_, Some(value)) => Ok(Some(value)),
-            (Takes::Maybe, None) => Ok(words.next_if(|word| !word.text.starts_with('-'))),
-            (Takes::Value(what), None) => words.next().map(Some).ok_or_else(|| option.error(Fault::NoValue(what))),
+            (OptionValue::Optional, None) => Ok(words.next_if(|word| !word.text.starts_with('-'))),
+            (OptionValue::Required(what), None) => {
+                words.next().map(Some).ok_or_else(|| option.error(Fault::NoValue(what)))
+            }
         };
         if letters.starts_with('-') {
             let (name, attached) = match word.text.split_once('=') {
-                Some((name, value)) => (name, Some(part(word, word.text.len() - value.len()))),
+                Some((name, value)) => (name, Some(suffix(word, word.text.len() - value.len()))),
                 None => (word.text, None),
             };
             let spec = SPECS.iter().find(|spec| spec.long == name);
             let spec = spec.ok_or_else(|| word.error(Fault::UnknownOption))?;
-            items.push(Item { kind: spec.kind, word, value: next(spec.takes, attached, word)? });
+            items.push(Item { kind: spec.kind, word, value: next(spec.value, attached, word)? });
             continue;
         }
         // Short options, up to one with a value, whose value the rest of the word is.
         for (index, letter) in letters.char_indices() {
-            let rest = part(word, 1 + index + letter.len_utf8());
+            let rest = suffix(word, 1 + index + letter.len_utf8());
             // The hyphen belongs to the first.
             let option = Word { column: if index == 0 { word.column } else { rest.column - 1 }, ..word };
             let spec = SPECS.iter().find(|spec| spec.short == Some(letter));
             let spec = spec.ok_or_else(|| option.error(Fault::UnknownOption))?;
-            let attached = match (spec.takes, rest.text.starts_with('=')) {
-                (_, true) => Some(part(rest, 1)),
-                (Takes::Nothing, false) => None,
+            let attached = match (spec.value, rest.text.starts_with('=')) {
+                (_, true) => Some(suffix(rest, 1)),
+                (OptionValue::None, false) => None,
                 (_, false) => (!rest.text.is_empty()).then_some(rest),
             };
-            items.push(Item { kind: spec.kind, word: option, value: next(spec.takes, attached, option)? });
+            items.push(Item { kind: spec.kind, word: option, value: next(spec.value, attached, option)? });
             if attached.is_some() {
                 break;
             }
@@ -240,8 +247,8 @@ pub(super) fn read<'a>(words: impl Iterator<Item = Word<'a>>) -> Result<(Vec<Ite
     Ok((items, others))
 }
 
-/// A word from one of its bytes on.
-pub(super) fn part(word: Word<'_>, from: usize) -> Word<'_> {
+/// The part of a word from one of its bytes on.
+pub(super) fn suffix(word: Word<'_>, from: usize) -> Word<'_> {
     let (before, text) = word.text.split_at_checked(from).unwrap_or((word.text, ""));
     Word { text, column: word.column + before.chars().count() }
 }

@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::{NonZeroU8, NonZeroU16};
 
 use super::error::{Fault, ParseError};
-use super::options::{Item, Kind, Word, part, read, words};
+use super::options::{Item, Kind, Word, read, suffix, words};
 use crate::config::Timeouts;
 use crate::id::{Family, Protocol, VirtualServerId};
 use crate::message::Message;
@@ -366,7 +366,7 @@ fn scheduler_flags(word: Word<'_>, scheduler: Scheduler) -> Result<SchedulerFlag
     let mut flags = SchedulerFlags::NONE;
     let mut from = 0;
     for text in word.text.split(',') {
-        let flag = Word { text, ..part(word, from) };
+        let flag = Word { text, ..suffix(word, from) };
         from += text.len() + 1;
         if text.is_empty() {
             continue;

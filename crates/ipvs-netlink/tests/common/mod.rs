@@ -19,12 +19,12 @@ use ipvs_netlink::{Client, Protocol, RealServer, Scheduler, VirtualServer, Virtu
 
 /// A client whose kernel nobody else in this process talks to: the kernel lists virtual servers from one table for all
 /// network namespaces, and loses its place when those of another namespace come or go.
-pub(crate) struct Alone {
+pub(crate) struct ExclusiveClient {
     client: Client,
     _lock: MutexGuard<'static, ()>,
 }
 
-impl Deref for Alone {
+impl Deref for ExclusiveClient {
     type Target = Client;
 
     fn deref(&self) -> &Client {
@@ -32,13 +32,13 @@ impl Deref for Alone {
     }
 }
 
-impl DerefMut for Alone {
+impl DerefMut for ExclusiveClient {
     fn deref_mut(&mut self) -> &mut Client {
         &mut self.client
     }
 }
 
-impl Drop for Alone {
+impl Drop for ExclusiveClient {
     fn drop(&mut self) {
         // Or the kernel would do it at some later time, when it takes the namespace away.
         let _ = self.client.flush();
@@ -46,11 +46,11 @@ impl Drop for Alone {
 }
 
 /// A client in a network namespace of its own, the calling thread's from now on.
-pub(crate) fn client() -> Alone {
+pub(crate) fn client() -> ExclusiveClient {
     static LOCK: Mutex<()> = Mutex::new(());
     let lock = LOCK.lock().unwrap_or_else(PoisonError::into_inner);
     lab::netns::isolate().unwrap();
-    Alone { client: Client::connect().unwrap(), _lock: lock }
+    ExclusiveClient { client: Client::connect().unwrap(), _lock: lock }
 }
 
 /// Runs a command, its words separated by white space, and returns its output.

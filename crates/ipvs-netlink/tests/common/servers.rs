@@ -49,7 +49,7 @@ fn virtual_servers() -> Vec<VirtualServer> {
         }
     }
     let mut state = 0x2545_f491_4f6c_dd1d_u64;
-    choices.extend((0..200).map(|_| [2, 4, 6, 8].map(|choices| chance(&mut state) % choices)));
+    choices.extend((0..200).map(|_| [2, 4, 6, 8].map(|choices| random(&mut state) % choices)));
     let number_of = |index: usize| u16::try_from(index).unwrap() + 1;
     choices
         .into_iter()
@@ -142,7 +142,7 @@ fn real_servers(id: &VirtualServerId) -> Vec<RealServer> {
 }
 
 /// Marsaglia's xorshift: the same every time.
-pub(crate) fn chance(state: &mut u64) -> usize {
+pub(crate) fn random(state: &mut u64) -> usize {
     *state ^= *state << 13;
     *state ^= *state >> 7;
     *state ^= *state << 17;

@@ -13,12 +13,12 @@ use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
-use crate::common::{Alone, client, real, round_robin, run, tcp};
+use crate::common::{ExclusiveClient, client, real, round_robin, run, tcp};
 use crate::operations::{ADDRESSES, INTERFACE};
 
 /// A network namespace with an interface and addresses, and what its kernel has.
 pub(crate) struct Lab {
-    client: Alone,
+    client: ExclusiveClient,
     daemons: Daemons,
     kernel: Kernel,
     timeouts: Timeouts,

@@ -157,7 +157,7 @@ fn the_rules_are_those_of_the_kernel() {
     let mut lab = Lab::new();
     for (message, expected) in rules::cases() {
         let mut fake = lab.fresh();
-        for result in fake.apply(&rules::given()).iter().chain(&lab.apply(&rules::given())) {
+        for result in fake.apply(&rules::initial_messages()).iter().chain(&lab.apply(&rules::initial_messages())) {
             assert_eq!(outcome(result), "ok", "{result:?}");
         }
         let by_kernel = lab.apply(&[message]).remove(0);

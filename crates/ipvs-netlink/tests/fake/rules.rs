@@ -33,8 +33,8 @@ const WEB6: &str = "[fd00:96::1]:80";
 const NONE: &str = "10.96.0.9:80";
 const NONE6: &str = "[fd00:96::9]:80";
 
-/// What there is before each of the cases.
-pub(crate) fn given() -> Vec<Message> {
+/// The messages that are applied before each case.
+pub(crate) fn initial_messages() -> Vec<Message> {
     vec![
         Message::AddVirtualServer(round_robin(tcp(WEB))),
         Message::AddVirtualServer(round_robin(tcp(WEB6))),
@@ -186,7 +186,7 @@ fn busy() -> (Ipvs, VirtualServerId, SocketAddr) {
 #[test]
 fn each_message_has_the_result_the_kernel_would_give() {
     let mut given_ipvs = Ipvs::new(kernel());
-    for result in given_ipvs.apply(&given()) {
+    for result in given_ipvs.apply(&initial_messages()) {
         result.unwrap();
     }
     for (message, expected) in cases() {

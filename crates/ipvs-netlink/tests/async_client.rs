@@ -1,4 +1,4 @@
-//! The client that is awaited, and the messages over a socket of another crate.
+//! The asynchronous client, and the messages over a socket of another crate.
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -15,35 +15,35 @@ fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn everything_can_be_awaited() {
+fn the_async_client_has_every_method() {
     let mut client = client();
     on_one_thread(async {
-        let mut awaited = AsyncClient::connect().await.unwrap();
+        let mut async_client = AsyncClient::connect().await.unwrap();
         let web = tcp("10.96.0.1:80");
-        awaited.add_virtual_server(&round_robin(web)).await.unwrap();
-        let error = awaited.add_virtual_server(&round_robin(web)).await.unwrap_err();
+        async_client.add_virtual_server(&round_robin(web)).await.unwrap();
+        let error = async_client.add_virtual_server(&round_robin(web)).await.unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Exists);
-        awaited.add_real_server(&web, &real("10.1.0.7:80")).await.unwrap();
-        awaited.set_timeouts(Timeouts { tcp: 901, ..Timeouts::default() }).await.unwrap();
-        assert_eq!(awaited.timeouts().await.unwrap().tcp, 901);
-        assert_eq!(awaited.virtual_servers().await.unwrap(), client.virtual_servers().unwrap());
+        async_client.add_real_server(&web, &real("10.1.0.7:80")).await.unwrap();
+        async_client.set_timeouts(Timeouts { tcp: 901, ..Timeouts::default() }).await.unwrap();
+        assert_eq!(async_client.timeouts().await.unwrap().tcp, 901);
+        assert_eq!(async_client.virtual_servers().await.unwrap(), client.virtual_servers().unwrap());
 
         let wanted: Table = (1..=200)
             .map(|number| (round_robin(tcp(&format!("10.96.1.{number}:80"))), vec![real("10.1.0.7:80")]))
             .collect();
-        let changes = awaited.table().await.unwrap().changes_to(&wanted);
+        let changes = async_client.table().await.unwrap().changes_to(&wanted);
         assert_eq!(changes.len(), 401);
-        assert!(awaited.apply(&changes).await.unwrap().iter().all(Result::is_ok));
+        assert!(async_client.apply(&changes).await.unwrap().iter().all(Result::is_ok));
         assert_eq!(client.table().unwrap(), wanted);
 
         // A future that is dropped half-way leaves the client usable.
         for _ in 0..50 {
-            let _ = tokio::time::timeout(Duration::ZERO, awaited.table()).await;
-            assert_eq!(awaited.virtual_server(&tcp("10.96.1.9:80")).await.unwrap().server.id, tcp("10.96.1.9:80"));
+            let _ = tokio::time::timeout(Duration::ZERO, async_client.table()).await;
+            assert_eq!(async_client.virtual_server(&tcp("10.96.1.9:80")).await.unwrap().server.id, tcp("10.96.1.9:80"));
         }
-        assert_eq!(awaited.virtual_servers().await.unwrap().len(), 200);
+        assert_eq!(async_client.virtual_servers().await.unwrap().len(), 200);
         // One that goes before its turn is left out.
-        let mut servers = awaited.servers().await.unwrap();
+        let mut servers = async_client.servers().await.unwrap();
         let first = servers.next().await.unwrap().unwrap().virtual_server.server.id;
         let gone = (1..=200).map(|number| tcp(&format!("10.96.1.{number}:80"))).filter(|id| *id != first).take(50);
         let deletions: Vec<_> = gone.map(Message::DeleteVirtualServer).collect();
@@ -58,14 +58,16 @@ fn everything_can_be_awaited() {
         // What the client does not send is refused here too.
         let netmask = Netmask::host(Family::Ipv6);
         let wrong = VirtualServer { persistence: Some(Persistence { timeout: 60, netmask }), ..round_robin(web) };
-        let error = awaited.add_virtual_server(&wrong).await.unwrap_err();
+        let error = async_client.add_virtual_server(&wrong).await.unwrap_err();
         assert_eq!((error.kind(), error.refusal()), (ErrorKind::Invalid, None));
-        let results =
-            awaited.apply(&[Message::AddVirtualServer(wrong), Message::Timeouts(Timeouts::default())]).await.unwrap();
+        let results = async_client
+            .apply(&[Message::AddVirtualServer(wrong), Message::Timeouts(Timeouts::default())])
+            .await
+            .unwrap();
         assert!(results.iter().all(|result| result.as_ref().is_err_and(|error| error.refusal().is_none())));
 
-        awaited.flush().await.unwrap();
-        assert!(awaited.table().await.unwrap().is_empty());
+        async_client.flush().await.unwrap();
+        assert!(async_client.table().await.unwrap().is_empty());
     });
 }
 

@@ -1,4 +1,4 @@
-//! The client that is awaited, on tokio.
+//! The asynchronous client, on tokio.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -9,23 +9,25 @@ use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
 use super::{
-    Identities, ServerEntry, ask_for_family, family_in, no_family, outcome, requests, requests_of, results_of,
-    unanswered, wrap,
+    ServerEntry, UniqueIds, check_result, family_id, family_request, no_family, no_reply, requests, to_requests,
+    to_results, wrap,
 };
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
 use crate::error::{Error, ErrorKind};
 use crate::id::VirtualServerId;
-use crate::message::{Answer, Message};
+use crate::message::{Message, Reply};
 use crate::real_server::{RealServer, RealServerEntry};
 use crate::sync_daemon::{SyncDaemon, SyncRole};
 use crate::virtual_server::{VirtualServer, VirtualServerEntry};
 
-/// [`Client`](crate::Client) for tasks: the same methods, awaited, but for [`Client::features`](crate::Client::features), which
-/// one asks once. The kernel handles a request inside the system call that
-/// sends it; other tasks get their turn, by tokio's rules, between requests, the datagrams of a list and the parts of a
-/// batch. So a request that takes long keeps the thread: to stop a synchronization daemon can take two seconds, and so can
-/// loading the module of a scheduler. A future that is dropped leaves the client usable; whether what it asked for was carried out is not known then.
+/// [`Client`](crate::Client) for asynchronous tasks: the same methods, except [`Client::features`](crate::Client::features), which
+/// is needed only once.
+///
+/// The kernel handles a request inside the system call that sends it. Other tasks run between requests, between the datagrams of
+/// a list and between the parts of a batch. A slow request therefore blocks its thread: stopping a synchronization daemon can take
+/// two seconds, and so can loading the module of a scheduler. If a future is dropped, the client stays usable, but it is not known
+/// whether its request was carried out.
 pub struct AsyncClient {
     socket: AsyncSocket,
     family: u16,
@@ -38,10 +40,10 @@ impl fmt::Debug for AsyncClient {
 }
 
 macro_rules! methods {
-    ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) -> $answer:ty = $run:ident($message:expr);)*) => {
+    ($($(#[$doc:meta])* $name:ident($($argument:ident: $type:ty),*) -> $reply:ty = $run:ident($message:expr);)*) => {
         impl AsyncClient {
             $($(#[$doc])*
-            pub async fn $name(&mut self, $($argument: $type),*) -> Result<$answer, Error> {
+            pub async fn $name(&mut self, $($argument: $type),*) -> Result<$reply, Error> {
                 self.$run($message).await
             })*
         }
@@ -54,8 +56,8 @@ impl AsyncClient {
     pub async fn connect() -> Result<Self, Error> {
         let mut socket = AsyncSocket::open(NETLINK_GENERIC).map_err(Error::connecting)?;
         let mut family = None;
-        let ask = ask_for_family();
-        socket.request(&ask, |answer| family = family.or(family_in(&answer))).await.map_err(Error::connecting)?;
+        let request = family_request();
+        socket.request(&request, |reply| family = family.or(family_id(&reply))).await.map_err(Error::connecting)?;
         family.map(|family| Self { socket, family }).ok_or_else(no_family)
     }
 
@@ -66,19 +68,19 @@ impl AsyncClient {
 
     /// [`Client::apply`](crate::Client::apply), awaited.
     pub async fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let results = self.socket.batch(requests_of(messages, self.family)).await;
-        results_of(messages, results)
+        let results = self.socket.batch(to_requests(messages, self.family)).await;
+        to_results(messages, results)
     }
 
     /// [`Client::servers`](crate::Client::servers), awaited.
     pub async fn servers(&mut self) -> Result<AsyncServers<'_>, Error> {
         let failed = |error| Error::new(&Message::ListVirtualServers, error);
-        let mut ids = Identities::default();
+        let mut ids = UniqueIds::default();
         let mut stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).await.map_err(failed)?;
-        while let Some(answer) = stream.next().await {
-            ids.push(&answer.map_err(failed)?);
+        while let Some(reply) = stream.next().await {
+            ids.push(&reply.map_err(failed)?);
         }
-        Ok(AsyncServers { client: self, ids: ids.listed.into_iter() })
+        Ok(AsyncServers { client: self, ids: ids.ordered.into_iter() })
     }
 
     /// [`Client::table`](crate::Client::table), awaited.
@@ -91,23 +93,25 @@ impl AsyncClient {
         Ok(table)
     }
 
-    async fn tell(&mut self, message: Message) -> Result<(), Error> {
+    async fn execute(&mut self, message: Message) -> Result<(), Error> {
         self.request(message, |_| {}).await
     }
 
-    async fn ask<T: Answer>(&mut self, message: Message) -> Result<T, Error> {
+    async fn get<T: Reply>(&mut self, message: Message) -> Result<T, Error> {
         let mut found = None;
-        self.request(message, |answer| found = T::of(answer)).await?;
-        found.ok_or_else(|| unanswered(&message))
+        self.request(message, |reply| found = T::from_message(reply)).await?;
+        found.ok_or_else(|| no_reply(&message))
     }
 
-    async fn list<T: Answer>(&mut self, message: Message) -> Result<Vec<T>, Error> {
+    async fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
         let mut entries = Vec::new();
         self.socket
-            .dump(&wrap(message, self.family), |answer: GenlMessage<Message>| entries.extend(T::of(answer.payload)))
+            .dump(&wrap(message, self.family), |reply: GenlMessage<Message>| {
+                entries.extend(T::from_message(reply.payload));
+            })
             .await
             .map_err(|error| Error::new(&message, error))?;
-        T::without_repeats(&mut entries);
+        T::remove_duplicates(&mut entries);
         Ok(entries)
     }
 
@@ -116,8 +120,8 @@ impl AsyncClient {
             return Err(Error::fault(&message, fault));
         }
         let request = wrap(message, self.family).into();
-        let result = self.socket.request(&request, |answer: GenlMessage<Message>| each(answer.payload)).await;
-        outcome(&message, result)
+        let result = self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload)).await;
+        check_result(&message, result)
     }
 }
 
@@ -133,7 +137,7 @@ impl AsyncServers<'_> {
     pub async fn next(&mut self) -> Option<Result<ServerEntry, Error>> {
         loop {
             let id = self.ids.next()?;
-            // In this order: of one that goes in between, the second says so.
+            // In this order: if the virtual server is deleted in between, the second request fails.
             let real_servers = match self.client.real_servers(&id).await {
                 Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
