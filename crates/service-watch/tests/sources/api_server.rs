@@ -333,7 +333,7 @@ async fn forbidden_is_reported_once_with_advice_and_resolved_when_allowed() {
     for part in ["https://test", "not allowed to list and watch endpointslices", "system:node-proxier"] {
         assert!(problem.contains(part), "{problem}");
     }
-    // Tried again and again, not said again, and not synced either.
+    // It is retried repeatedly, reported once, and not synced.
     listener.quiet(5 * MINUTE).await;
     assert!(server.count("endpointslices", Verb::StreamingList) > 5);
     assert_eq!(counters.errors(), server.count("endpointslices", Verb::StreamingList) as u64);
@@ -540,7 +540,7 @@ async fn an_invalid_object_does_not_affect_others() {
     assert!(of_service(&reports[0], "broken") && of_service(&reports[1], "odd"), "{reports:?}");
     assert!(reports[0].problems[1].contains("nothing is removed"), "{reports:?}");
     assert!(reports[1].problems[0].contains("spec.ports[0].port is the text \"x\""), "{reports:?}");
-    // Nothing is said twice, and what becomes broken stays as it was, also over a new list.
+    // Nothing is reported twice, and an object that becomes invalid keeps its last state, also after a new list.
     server.apply(odd.clone());
     assert_eq!(listener.change().await, "odd 10.96.0.9");
     odd["spec"]["clusterIP"] = json!("nonsense");

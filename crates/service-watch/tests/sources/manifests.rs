@@ -280,11 +280,11 @@ async fn fields_that_an_api_server_would_set_are_reported_if_missing() {
     write(&directory, "a.yaml", &json!({ "apiVersion": "v1", "kind": "List", "items": items }));
     let mut listener = follow(directory.path());
     assert_eq!(listener.synced().await, [""; 0]);
-    let mut told: Vec<String> =
+    let mut messages: Vec<String> =
         listener.reports.iter().map(|report| format!("{} {}", report.subject, report.problems.join(", "))).collect();
-    told.sort();
+    messages.sort();
     assert_eq!(
-        told,
+        messages,
         [
             "EndpointSlice default/alone has no label kubernetes.io/service-name, so it belongs to no Service: skipped; \
              set it to the Service's name",

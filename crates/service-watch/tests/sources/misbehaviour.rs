@@ -106,7 +106,7 @@ const FAULTS: [FaultCase; 16] = [
         server.compact();
         server.break_watches();
     }),
-    ("stale lists of what was told already", |server| {
+    ("stale lists with objects that are already known", |server| {
         server.serve_stale_lists(5);
         server.expire_watches();
     }),
