@@ -18,7 +18,7 @@ use lab::link;
 use lab::netns::isolate;
 use serde_json::Value;
 use tempfile::TempDir;
-use test_apiserver::{Server, Streaming};
+use test_apiserver::{Server, Streaming, TlsListener};
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
 const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
@@ -28,6 +28,8 @@ const WEB_2: &str = "-a -t 10.96.0.10:80 -r 10.0.0.2:8080 -m -w 1";
 struct Cluster {
     server: Server,
     dir: TempDir,
+    /// Whether its agents take a tenth of the usual time for that of a watch, and for an outage. They need fault points.
+    is_impatient: bool,
 }
 
 impl Cluster {
@@ -35,7 +37,7 @@ impl Cluster {
         let (server, dir) = (Server::new(), TempDir::new().unwrap());
         let address = server.listen_in_thread().unwrap();
         Server::write_kubeconfig(&dir.path().join("kubeconfig"), address);
-        Self { server, dir }
+        Self { server, dir, is_impatient: false }
     }
 
     /// One with the Service `web` of two endpoints.
@@ -58,7 +60,12 @@ impl Cluster {
 
     fn agent(&self, flags: &[&str]) -> Agent {
         let kubeconfig = format!("--kubeconfig={}", self.kubeconfig().display());
-        Agent::start(&[&[kubeconfig.as_str(), "--ipvs-min-sync-period=0s"], flags].concat())
+        let mut command = Agent::command();
+        command.args([&kubeconfig, "--ipvs-min-sync-period=0s"]).args(flags);
+        if self.is_impatient {
+            command.env("API_SERVER_PERIODS_DIVIDED_BY", "10");
+        }
+        Agent::start_command(&mut command)
     }
 }
 
@@ -354,104 +361,123 @@ fn clashes_taken_ports_and_repeated_failures_are_service_events() {
 }
 
 /// Of a list of 100 MB an object at a time is looked at, or a page of them.
+fn a_list_of_100_mb_takes_little_memory(streaming: Streaming) {
+    isolate().unwrap();
+    let cluster = Cluster::with_web();
+    cluster.server.streaming(streaming);
+    for number in 0..8_000 {
+        cluster.server.apply(serde_json::json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{number}"), "namespace": "many"},
+            "spec": {"type": "ExternalName", "externalName": "example.org"},
+        }));
+    }
+    cluster.server.pad(12_500);
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    let peak = agent.peak_memory();
+    println!("{} MiB at the most", peak >> 20);
+    assert!(peak < 64 << 20, "{} MiB", peak >> 20);
+}
+
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn a_list_of_100_mb_takes_no_more_memory_than_a_page_of_it() {
-    for streaming in [Streaming::Yes, Streaming::Refused(422)] {
-        isolate().unwrap();
-        let cluster = Cluster::with_web();
-        cluster.server.streaming(streaming);
-        for number in 0..8_000 {
-            cluster.server.apply(serde_json::json!({
-                "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{number}"), "namespace": "many"},
-                "spec": {"type": "ExternalName", "externalName": "example.org"},
-            }));
-        }
-        cluster.server.pad(12_500);
-        let mut agent = cluster.agent(&[]);
-        agent.has(&[WEB, WEB_1, WEB_2]);
-        let peak = agent.peak_memory();
-        println!("{streaming:?}: {} MiB at the most", peak >> 20);
-        assert!(peak < 64 << 20, "{} MiB", peak >> 20);
-    }
+    a_list_of_100_mb_takes_little_memory(Streaming::Refused(422));
 }
 
-/// What takes a minute, because the agent waits that long on purpose. That it does so, and what it does then, is tested in
-/// `crates/service-watch/tests/sources` with a clock that is put forward; here it is seen to be so in the whole.
-mod nightly {
-    use super::*;
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_streamed_list_of_100_mb_takes_no_more_memory_than_an_object() {
+    a_list_of_100_mb_takes_little_memory(Streaming::Yes);
+}
 
-    #[test]
-    #[ignore = "nightly: waits for periods of half a minute and more"]
-    fn a_silent_api_server_is_noticed_and_changes_nothing() {
-        isolate().unwrap();
-        let cluster = Cluster::new();
-        let (mut agent, listener) = answering(&cluster, &[], &[]);
-        clients_go_on(&listener, || {
-            cluster.server.silence();
-            cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
-            thread::sleep(Duration::from_secs(30));
-            assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "nothing was heard of, so nothing waits");
-            // Open watches stay silent; whoever asks anew is answered.
-            cluster.server.recover();
-            agent.until("hear of the other endpoint", |_| ipvs().len() >= 3);
-        });
-        agent.has(&[WEB, WEB_1, WEB_2]);
-    }
-
-    #[test]
-    #[ignore = "nightly: waits for periods of half a minute and more"]
-    fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
-        isolate().unwrap();
-        let cluster = Cluster::new();
-        let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=2s"]);
-        // Its versions were far ahead.
-        for _ in 0..100 {
-            cluster.apply(NODE);
-        }
-        clients_go_on(&listener, || {
-            cluster.server.refuse();
-            thread::sleep(Duration::from_secs(40));
-            assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "{}", agent.log());
-            cluster.server.reset();
-            cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice(
-                "web-9",
-                "web",
-                &["10.0.0.2", "10.0.0.1"],
-            ));
-            cluster.server.recover();
-            agent.until("hear of the other endpoint", |_| ipvs().len() >= 3);
-        });
-        agent.has(&[WEB, WEB_1, WEB_2]);
-        assert_eq!(health(), Some((200, 200)));
-    }
-
-    #[test]
-    #[ignore = "nightly: waits for periods of half a minute and more"]
-    fn a_rotated_token_or_ca_certificate_is_used() {
-        isolate().unwrap();
-        let cluster = Cluster::new();
-        cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
-        let tls = cluster.server.listen_over_tls_in_thread().unwrap();
-        cluster.server.require_token("one");
-        tls.write_kubeconfig(cluster.dir.path(), "one");
-        let mut agent = cluster.agent(&[]);
-        agent.has(&[WEB, WEB_1]);
-
-        // The authority: known by its file, so that nobody has to fail first.
-        tls.replace_ca();
-        tls.write_kubeconfig(cluster.dir.path(), "one");
-        cluster.server.break_watches();
-        agent.says("the kubeconfig or a certificate of the API server has changed: restarting with it");
+/// A watch that has been silent for the length of a watch and 5 s more is made anew. That this takes a minute is tested in
+/// `crates/service-watch/tests/sources` with a clock that is put forward.
+#[cfg(feature = "fault-points")]
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_silent_api_server_is_noticed_and_changes_nothing() {
+    isolate().unwrap();
+    let cluster = Cluster { is_impatient: true, ..Cluster::new() };
+    let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=300ms"]);
+    clients_go_on(&listener, || {
+        cluster.server.silence();
         cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
-        agent.has(&[WEB, WEB_1, WEB_2]);
+        // A change that waits is unhealthy after two sync periods.
+        agent.audits(3);
+        assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "nothing was heard of, so nothing waits");
+        // Open watches stay silent; whoever asks anew is answered.
+        cluster.server.recover();
+        agent.until("hear of the other endpoint", |_| ipvs().len() >= 3);
+    });
+    agent.has(&[WEB, WEB_1, WEB_2]);
+}
 
-        // The token: read again within a minute.
-        cluster.server.require_token("two");
-        tls.write_kubeconfig(cluster.dir.path(), "two");
-        cluster.server.break_watches();
-        cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
-        agent.until("take up the token", |_| ipvs().len() <= 2);
-        agent.has(&[WEB, WEB_1]);
+#[cfg(feature = "fault-points")]
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
+    isolate().unwrap();
+    let cluster = Cluster { is_impatient: true, ..Cluster::new() };
+    let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=300ms", "-v=4"]);
+    // Its versions were far ahead.
+    for _ in 0..100 {
+        cluster.apply(NODE);
     }
+    clients_go_on(&listener, || {
+        cluster.server.refuse();
+        // Each kind after some attempts.
+        for kind in ["services", "endpointslices"] {
+            agent.until(&format!("give up the versions of {kind}"), |agent| {
+                agent.log().lines().any(|line| line.contains(": relisting") && line.contains(kind))
+            });
+        }
+        agent.audits(3);
+        assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "{}", agent.log());
+        cluster.server.reset();
+        let endpoints = slice("web-9", "web", &["10.0.0.2", "10.0.0.1"]);
+        cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&endpoints);
+        cluster.server.recover();
+        agent.until("hear of the other endpoint", |_| ipvs().len() >= 3);
+    });
+    agent.has(&[WEB, WEB_1, WEB_2]);
+    assert_eq!(health(), Some((200, 200)));
+}
+
+/// A cluster whose API server wants TLS and a token, and an agent that follows it.
+fn with_token() -> (Cluster, TlsListener, Agent) {
+    isolate().unwrap();
+    let cluster = Cluster::new();
+    cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
+    let tls = cluster.server.listen_over_tls_in_thread().unwrap();
+    cluster.server.require_token("one");
+    tls.write_kubeconfig(cluster.dir.path(), "one");
+    let mut agent = cluster.agent(&[]);
+    agent.has(&[WEB, WEB_1]);
+    (cluster, tls, agent)
+}
+
+/// It is known by its file, so that nobody has to fail first.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_rotated_ca_certificate_is_used() {
+    let (cluster, tls, mut agent) = with_token();
+    tls.replace_ca();
+    tls.write_kubeconfig(cluster.dir.path(), "one");
+    cluster.server.break_watches();
+    agent.says("the kubeconfig or a certificate of the API server has changed: restarting with it");
+    cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+    agent.has(&[WEB, WEB_1, WEB_2]);
+}
+
+/// The client library reads it again after 50 s, which nothing here makes shorter: the test mostly sleeps.
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_rotated_token_is_used_within_a_minute() {
+    let (cluster, tls, mut agent) = with_token();
+    cluster.server.require_token("two");
+    tls.write_kubeconfig(cluster.dir.path(), "two");
+    cluster.server.break_watches();
+    cluster.apply(&slice("web-1", "web", &["10.0.0.2"]));
+    agent.has(&[WEB, WEB_2]);
 }

@@ -9,9 +9,13 @@ use std::os::linux::net::SocketAddrExt as _;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::Command;
 
-use common::{Agent, Manifests, NODE, addresses, eth0, filter, http, ipvs, ipvsadm, metric, run, service, slice};
+use common::{
+    Agent, Filter, Manifests, NODE, addresses, eth0, http, ipvs, ipvsadm, listed_filter, metric, observed_filter, run,
+    service, slice,
+};
 use lab::link;
 use lab::netns::isolate;
+use reconciler::filter::ObservedFilter;
 use test_apiserver::Server;
 
 const SYNC_PERIOD: &str = "--ipvs-sync-period=300ms";
@@ -24,20 +28,19 @@ const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
 struct Kernel {
     servers: Vec<String>,
     addresses: Vec<String>,
-    filter: Vec<String>,
+    filter: Filter,
 }
 
 impl Kernel {
     /// `None` where not even the tables are there.
     fn read() -> Option<Self> {
-        let filter = filter();
-        let is_there = !filter.is_empty() && link::exists("kube-ipvs0").unwrap();
-        is_there.then(|| Self { servers: ipvs(), addresses: addresses(), filter })
+        let is_there = observed_filter() != ObservedFilter::default() && link::exists("kube-ipvs0").unwrap();
+        is_there.then(|| Self { servers: ipvs(), addresses: addresses(), filter: Filter::read() })
     }
 
     /// Whether the kernel is like this. What is read without running a program is read first.
     fn is_again(&self) -> bool {
-        ipvs() == self.servers && addresses() == self.addresses && Self::read().as_ref() == Some(self)
+        ipvs() == self.servers && addresses() == self.addresses && self.filter.is_again()
     }
 }
 
@@ -176,7 +179,7 @@ fn two_writers_of_one_table_affect_only_that_table() {
         });
     }
     agent.until("have the last word", |_| {
-        let words = filter();
+        let words = listed_filter();
         words.iter().any(|it| it.contains("10.96.0.10")) && !words.iter().any(|it| it.contains("counter packets"))
     });
 }
@@ -190,8 +193,8 @@ fn a_second_agent_exits_and_the_first_continues() {
     for flags in [&[][..], &["--once"], &["cleanup"]] {
         let empty = Manifests::new();
         let directory = format!("--manifests={}", empty.path().display());
-        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
-        command.arg("--hostname-override=node-a").args(flags);
+        let mut command = Agent::command();
+        command.args(flags);
         if flags != ["cleanup"] {
             command.arg(directory);
         }

@@ -17,6 +17,11 @@ use std::process::{Command, ExitStatus};
 use ipvs_netlink::{Client, Message, rules};
 use lab::http::Metrics;
 use lab::link;
+use netlink_batch::Socket;
+use netlink_batch::protocols::NETLINK_NETFILTER;
+use reconciler::filter::ObservedFilter;
+use reconciler::linux::filter::read;
+use reconciler::policy::Families;
 use tempfile::TempDir;
 
 pub const NODE: &str = r"
@@ -100,8 +105,15 @@ impl Manifests {
 pub struct Agent(lab::agent::Agent);
 
 impl Agent {
+    /// The command that is an agent of [`NODE`].
+    pub fn command() -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
+        command.arg("--hostname-override=node-a");
+        command
+    }
+
     pub fn start(flags: &[&str]) -> Self {
-        Self::start_command(Command::new(env!("CARGO_BIN_EXE_kube-ipvs")).arg("--hostname-override=node-a").args(flags))
+        Self::start_command(Self::command().args(flags))
     }
 
     pub fn start_command(command: &mut Command) -> Self {
@@ -215,8 +227,31 @@ pub fn eth0() {
     link::add_dummy("eth0", &["192.168.1.1/24"]).unwrap();
 }
 
+/// Our tables of the packet filter as the agent reads them: quickly, but rules by their fingerprints alone.
+pub fn observed_filter() -> ObservedFilter {
+    read::read(&mut Socket::open(NETLINK_NETFILTER).unwrap(), Families::BOTH).unwrap()
+}
+
+/// Our tables of the packet filter, all of it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Filter {
+    observed: ObservedFilter,
+    listed: Vec<String>,
+}
+
+impl Filter {
+    pub fn read() -> Self {
+        Self { observed: observed_filter(), listed: listed_filter() }
+    }
+
+    /// Whether the tables are like this. What is read without running a program is read first.
+    pub fn is_again(&self) -> bool {
+        observed_filter() == self.observed && listed_filter() == self.listed
+    }
+}
+
 /// The words of our tables of the packet filter, sorted, whichever order sets have their elements in; none without tables.
-pub fn filter() -> Vec<String> {
+pub fn listed_filter() -> Vec<String> {
     let mut words = Vec::new();
     let mut is_ours = false;
     for line in run("nft list ruleset").lines() {

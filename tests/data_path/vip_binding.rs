@@ -5,19 +5,25 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use lab::link;
 use lab::netns::Namespace;
+use reconciler::filter::ObservedFilter;
 use serde_json::json;
 
-use crate::common::{Agent, Manifests, addresses, run};
+use crate::common::{Agent, Manifests, addresses, observed_filter, run};
 use crate::network::{CLUSTER_CIDR, Network, masqueraded};
 use crate::objects::{manifests, ready, service};
-use crate::traffic::{Flow, SILENCE, Server, tcp, tcp_within, udp_within};
+use crate::traffic::{Flow, SILENCE, Server, tcp, udp_within};
 use crate::{FLAGS, Over, serving};
 
 const BY_ROUTES: &str = "--vip-binding=route";
 const RANGES: &str = "--vip-ranges=10.96.0.0/12,fd00:96::/108";
 /// What the device has by routes.
 const ANCHOR: &str = "127.105.112.118/32";
+/// The routing table, and protocols in it: the agent's, and that of routes of an administrator.
+const LOCAL: u8 = 255;
+const OURS: u8 = 105;
+const STATIC: u8 = 4;
 const TARGETS: [&str; 4] = ["10.96.0.10:80", "203.0.113.10:80", "[fd00:96::10]:80", "[2001:db8::10]:80"];
 const OWN_ROUTES: [&str; 4] = ["10.96.0.10", "203.0.113.10", "2001:db8::10", "fd00:96::10"];
 const WITH_RANGES: [&str; 4] = ["10.96.0.0/12", "203.0.113.10", "2001:db8::10", "fd00:96::/108"];
@@ -32,8 +38,7 @@ fn web() -> Manifests {
 
 /// The destinations of our routes.
 fn routes() -> Vec<String> {
-    const LOCAL: u8 = 255;
-    let mut routes = lab::link::routes(LOCAL, 105, "kube-ipvs0").unwrap();
+    let mut routes = link::routes(LOCAL, OURS, "kube-ipvs0").unwrap();
     routes.sort_by_key(|route| (route.contains(':'), route.clone()));
     routes
 }
@@ -104,11 +109,11 @@ fn addresses_of_a_range_that_are_no_vip_are_refused() {
         assert_eq!(tcp(target), refused, "{target} from the node");
     }
     // An address that comes later is the node's all the same.
-    lab::link::add_address("eth0", "10.97.0.1/32").unwrap();
+    link::add_address("eth0", "10.97.0.1/32").unwrap();
     agent.until("know the address", |_| {
         client.tcp("10.97.0.1:22").map(|answer| answer.backend) == Ok("node".to_owned())
     });
-    lab::link::delete_address("eth0", "10.97.0.1/32").unwrap();
+    link::delete_address("eth0", "10.97.0.1/32").unwrap();
     // A Service that goes leaves nobody; and one that comes is served as the first.
     manifests.remove("objects.json");
     agent.until("delete the Service", |_| client.tcp("10.96.0.10:80") == refused);
@@ -174,7 +179,7 @@ fn the_vip_binding_can_be_changed_without_an_interruption() {
     assert!(tries.load(Ordering::Relaxed) > 20, "{tries:?}");
     assert!(are_none_lost(), "{}", run("nft list table inet watch"));
     // The counter counts, where there is something.
-    lab::link::delete("kube-ipvs0").unwrap();
+    link::delete("kube-ipvs0").unwrap();
     assert!(client.run(|| udp_within(SILENCE, TARGETS[0])).is_err() && !are_none_lost());
     assert!(manifests.agent(&[&FLAGS[..], &[CLUSTER_CIDR, "--once"]].concat()).ends().success());
     is_served(&network);
@@ -188,34 +193,30 @@ fn an_audit_restores_what_was_removed() {
     let manifests = web();
     let mut agent = serving(&manifests, &[CLUSTER_CIDR, BY_ROUTES, RANGES, "--ipvs-sync-period=300ms"]);
     let expected = WITH_RANGES.map(str::to_owned);
-    for taken in [
-        "ip route del local 203.0.113.10 dev kube-ipvs0 table local",
-        "ip route del local 10.96.0.0/12 dev kube-ipvs0 table local",
-        "ip -6 route del local fd00:96::/108 dev kube-ipvs0 table local",
-        // IPv6 takes all routes of a device that is down.
-        "ip link set kube-ipvs0 down",
-        // IPv4 takes all routes of a device whose last address goes.
-        "ip address del 127.105.112.118/32 dev kube-ipvs0",
-        "ip link del kube-ipvs0",
-    ] {
-        run(taken);
-        agent.until(&format!("repair what was done by {taken}"), |_| routes() == expected && addresses() == [ANCHOR]);
+    type Taking = fn() -> Result<(), lab::Error>;
+    let takings: [(&str, Taking); 6] = [
+        ("the route to a VIP", || link::delete_local_route("203.0.113.10", "kube-ipvs0")),
+        ("the route to a range", || link::delete_local_route("10.96.0.0/12", "kube-ipvs0")),
+        ("the route to a range of IPv6", || link::delete_local_route("fd00:96::/108", "kube-ipvs0")),
+        ("all routes of IPv6, which go with a device that is down", || link::set_down("kube-ipvs0")),
+        ("all routes of IPv4, which go with the last address", || link::delete_address("kube-ipvs0", ANCHOR)),
+        ("the device", || link::delete("kube-ipvs0")),
+    ];
+    for (what, take) in takings {
+        take().unwrap();
+        agent.until(&format!("restore {what}"), |_| routes() == expected && addresses() == [ANCHOR]);
         is_served(&network);
     }
     // Routes of somebody else stay.
-    run(
-        "ip route add local 10.96.0.0/12 dev lo table local proto static && ip route add local 192.0.2.1 dev kube-ipvs0 proto 4",
-    );
+    link::add_local_route("10.96.0.0/12", "lo", STATIC).unwrap();
+    link::add_local_route("192.0.2.1", "kube-ipvs0", STATIC).unwrap();
     // An address that comes and goes takes nothing along.
-    run("ip address add 192.0.2.9/24 dev kube-ipvs0 && ip address del 192.0.2.9/24 dev kube-ipvs0");
+    link::add_address("kube-ipvs0", "192.0.2.9/24").unwrap();
+    link::delete_address("kube-ipvs0", "192.0.2.9/24").unwrap();
     assert_eq!(routes(), expected);
     agent.audits(2);
-    assert!(run("ip route show table local proto static").contains("10.96.0.0/12 dev lo"));
-    assert!(
-        run("ip route show table local proto static").contains("192.0.2.1"),
-        "{}",
-        run("ip route show table local")
-    );
+    assert_eq!(link::routes(LOCAL, STATIC, "lo").unwrap(), ["10.96.0.0/12"]);
+    assert_eq!(link::routes(LOCAL, STATIC, "kube-ipvs0").unwrap(), ["192.0.2.1"]);
     assert_eq!(routes(), expected);
 }
 
@@ -227,13 +228,15 @@ fn cleanup_takes_the_routes_too() {
     for has_foreign_address in [false, true] {
         assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
         if has_foreign_address {
-            lab::link::add_address("kube-ipvs0", "10.77.0.1/24").unwrap();
+            link::add_address("kube-ipvs0", "10.77.0.1/24").unwrap();
         }
         let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
         let mut cleanup = Agent::start_command(command.arg("cleanup"));
         assert!(cleanup.ends().success(), "{}", cleanup.log());
-        assert!(!run("ip route show table local; ip -6 route show table local").contains("proto 105"));
-        assert_eq!(lab::link::exists("kube-ipvs0").unwrap(), has_foreign_address);
+        for device in ["kube-ipvs0", "lo", "eth0", "pod1"] {
+            assert_eq!(link::routes(LOCAL, OURS, device).unwrap(), [""; 0], "{device}");
+        }
+        assert_eq!(link::exists("kube-ipvs0").unwrap(), has_foreign_address);
     }
 }
 
@@ -244,7 +247,7 @@ fn routes_are_removed_before_the_tables_that_guard_them() {
     let _network = Network::new(1, 1);
     let manifests = web();
     assert!(manifests.agent(&[&FLAGS[..], &[BY_ROUTES, RANGES, "--once"]].concat()).ends().success());
-    lab::link::add_address("kube-ipvs0", "10.96.0.10/32").unwrap();
+    link::add_address("kube-ipvs0", "10.96.0.10/32").unwrap();
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
     let mut cleanup = Agent::start_command(command.args(["cleanup", "--filter-only"]));
     assert!(cleanup.ends().success(), "{}", cleanup.log());
@@ -253,7 +256,7 @@ fn routes_are_removed_before_the_tables_that_guard_them() {
     assert!(route < tables, "{log}");
     assert_eq!(routes(), [""; 0]);
     assert!(addresses().contains(&"10.96.0.10/32".to_owned()), "what kube-proxy binds stays");
-    assert!(!run("nft list tables").contains("kube-ipvs"));
+    assert_eq!(observed_filter(), ObservedFilter::default());
 }
 
 #[test]
@@ -272,7 +275,7 @@ fn a_range_with_an_address_of_the_node_stops_the_start() {
     ] {
         assert!(log.contains(part), "{log}");
     }
-    assert!(!lab::link::exists("kube-ipvs0").unwrap());
+    assert!(!link::exists("kube-ipvs0").unwrap());
 }
 
 /// On a cable, as load balancers do that announce VIPs: who answers to whom.
@@ -283,15 +286,19 @@ fn arp_is_answered_for_vips_and_whole_ranges_unless_strict() {
     let client = &network.clients[0];
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let manifests = web();
-    for address in ["10.96.0.10", "10.96.0.99", "203.0.113.10"] {
-        client.namespace.exec(&format!("ip route add {address} dev eth0")).unwrap();
-    }
-    client.namespace.exec("ip -6 route add fd00:96::10 dev eth0").unwrap();
+    client.run(|| {
+        for address in ["10.96.0.10", "10.96.0.99", "203.0.113.10", "fd00:96::10"] {
+            link::add_route_dev(address, "eth0").unwrap();
+        }
+    });
+    // Who is not answered is told so after three questions: at once, since each waits.
     let try_all = || {
-        client.namespace.exec("ip neighbour flush dev eth0 nud all").unwrap();
-        let try_one = |target| client.run(|| tcp_within(Duration::from_secs(5), target)).map(|answer| answer.backend);
+        client.run(|| link::flush_neighbours("eth0")).unwrap();
         let all = ["10.96.0.10:80", "203.0.113.10:80", "10.96.0.99:80", "[fd00:96::10]:80"];
-        all.map(|target| try_one(target).unwrap_or_else(|error| error))
+        thread::scope(|scope| {
+            let tries = all.map(|target| scope.spawn(move || client.tcp(target).map(|answer| answer.backend)));
+            tries.map(|one| one.join().unwrap().unwrap_or_else(|error| error))
+        })
     };
     for (flags, expected) in [
         (&[][..], ["web", "web", "unreachable", "unreachable"]),

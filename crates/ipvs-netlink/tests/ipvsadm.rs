@@ -326,16 +326,14 @@ fn random_line(state: &mut u64) -> String {
 }
 
 /// What is read here means the same to ipvsadm, and what is refused here it refuses, but for what `rules` documents.
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both() {
+fn lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both(seed: u64) {
     let mut client = client();
     let base = parsed(
         "-A -t 10.9.9.9:80\n-A -f 9\n-A -f 9 -6\n-A -t [fd00::9]:80\n-a -t 10.9.9.9:80 -r 10.1.0.7 -m\n-a -f 9 -r 10.1.0.7:80",
     );
     let (mut read, mut refused) = (0, 0);
-    let mut state = 0x9e37_79b9_7f4a_7c15;
-    for _ in 0..700 {
+    let mut state = seed;
+    for _ in 0..140 {
         let line = random_line(&mut state);
         let Some(ours) = rules::parse(&line).next() else { continue };
         client.flush().unwrap();
@@ -360,8 +358,26 @@ fn lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both() {
             }
         }
     }
-    assert!(read > 150 && refused > 150, "{read} read, {refused} refused");
+    assert!(read > 30 && refused > 30, "{read} read, {refused} refused");
 }
+
+/// A test for each of these first states. For each line a program is run, so there are few lines in each.
+macro_rules! lines_by_chance {
+    ($($name:ident $seed:literal),+) => {
+        mod lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both {
+            $(
+                #[test]
+                #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+                fn $name() {
+                    super::lines_by_chance_mean_the_same_to_ipvsadm_or_are_refused_by_both($seed);
+                }
+            )+
+        }
+    };
+}
+
+lines_by_chance!(first 0x9e37_79b9_7f4a_7c15, second 0x7f4a_7c15_9e37_79b9, third 0x1234_5678_9abc_def1, fourth 0x0fed_cba9_8765_4321,
+    fifth 0x5eed_0000_0000_0005);
 
 /// Those limits of ipvsadm that `rules` documents: should a later one be without them, this test says so.
 #[test]

@@ -6,11 +6,14 @@ use std::os::fd::{AsFd, AsRawFd};
 
 use futures_util::TryStreamExt;
 use rtnetlink::packet_core::ErrorMessage;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope};
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope, CacheInfo};
 use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth};
-use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteScope};
+use rtnetlink::packet_route::neighbour::NeighbourMessage;
+use rtnetlink::packet_route::route::{
+    RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
 use rtnetlink::{
-    AddressMessageBuilder, Handle, LinkDummy, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    AddressMessageBuilder, Handle, LinkBridge, LinkDummy, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder,
 };
 
 use crate::error::{Context, Error, Result};
@@ -34,6 +37,22 @@ pub fn add_veth(device: &str, peer: &str, peer_namespace: Option<&impl AsFd>) ->
         .set_info_data(InfoData::Veth(InfoVeth::Peer(far.build())))
         .build();
     run("add the device", device, async |handle| handle.link().add(pair).execute().await)
+}
+
+/// Adds a bridge that is up.
+pub fn add_bridge(device: &str) -> Result<()> {
+    run("add the device", device, async |handle| {
+        handle.link().add(LinkBridge::new(device).up().build()).execute().await
+    })
+}
+
+/// Makes a device a port of a bridge.
+pub fn set_master(device: &str, bridge: &str) -> Result<()> {
+    run("change the device", device, async |handle| {
+        let port = LinkUnspec::new_with_index(index(handle, device).await?);
+        let port = port.controller(index(handle, bridge).await?);
+        handle.link().change(port.build()).execute().await
+    })
 }
 
 /// Deletes a device.
@@ -110,12 +129,24 @@ fn text(message: &AddressMessage) -> Option<String> {
 
 /// Adds an address to a device. An IPv6 address is usable at once: nobody is asked whether it has it already.
 pub fn add_address(device: &str, address: &str) -> Result<()> {
+    add_address_with(device, address, None)
+}
+
+/// Adds an address that is no source of new connections, as the kernel chooses them.
+pub fn add_deprecated_address(device: &str, address: &str) -> Result<()> {
+    let mut lifetimes = CacheInfo::default();
+    (lifetimes.ifa_preferred, lifetimes.ifa_valid) = (0, u32::MAX);
+    add_address_with(device, address, Some(lifetimes))
+}
+
+fn add_address_with(device: &str, address: &str, lifetimes: Option<CacheInfo>) -> Result<()> {
     let (address, length) = parse(address)?;
     run("add an address to", device, async |handle| {
         let index = index(handle, device).await?;
         let mut request = handle.address().add(index, address, length);
         let message = request.message_mut();
         message.attributes.retain(|attribute| !matches!(attribute, AddressAttribute::Broadcast(_)));
+        message.attributes.extend(lifetimes.map(AddressAttribute::CacheInfo));
         if address.is_ipv6() {
             message.header.flags |= AddressHeaderFlags::Nodad;
         }
@@ -199,6 +230,50 @@ pub fn add_route_dev(prefix: &str, device: &str) -> Result<()> {
         let route = route.output_interface(index);
         let is_v4 = prefix_is_v4(prefix);
         Ok(if is_v4 { route.scope(RouteScope::Link) } else { route })
+    })
+}
+
+/// The table `local`.
+const LOCAL: u32 = 255;
+
+/// Adds a route to the table `local`, which makes a prefix the node's own.
+pub fn add_local_route(prefix: &str, device: &str, protocol: u8) -> Result<()> {
+    let of_device = async |handle: &Handle, route: RouteMessageBuilder<IpAddr>| {
+        let route = local(route).protocol(protocol.into()).scope(RouteScope::Host);
+        Ok(route.output_interface(index(handle, device).await?))
+    };
+    add_route(prefix, of_device)
+}
+
+/// Deletes a route from the table `local`, whoever added it.
+pub fn delete_local_route(prefix: &str, device: &str) -> Result<()> {
+    let (destination, length) = parse(prefix)?;
+    run("delete a route to", prefix, async |handle| {
+        let route = RouteMessageBuilder::<IpAddr>::new();
+        let route = route.destination_prefix(destination, length).map_err(|error| invalid(&error))?;
+        // Any protocol and scope.
+        let route = local(route).protocol(RouteProtocol::Unspec).scope(RouteScope::NoWhere);
+        handle.route().del(route.output_interface(index(handle, device).await?).build()).execute().await
+    })
+}
+
+fn local(route: RouteMessageBuilder<IpAddr>) -> RouteMessageBuilder<IpAddr> {
+    route.table_id(LOCAL).kind(RouteType::Local)
+}
+
+/// Forgets who on a link has which address, and who did not answer.
+pub fn flush_neighbours(device: &str) -> Result<()> {
+    run("flush the neighbours of", device, async |handle| {
+        let index = index(handle, device).await?;
+        let all: Vec<NeighbourMessage> = handle.neighbours().get().execute().try_collect().await?;
+        for neighbour in all.into_iter().filter(|neighbour| neighbour.header.ifindex == index) {
+            match handle.neighbours().del(neighbour).execute().await {
+                // It has gone by itself.
+                Err(error) if errno(&error) == Some(rustix::io::Errno::NOENT) => {}
+                result => result?,
+            }
+        }
+        Ok(())
     })
 }
 

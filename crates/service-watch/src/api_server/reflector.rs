@@ -22,7 +22,7 @@ use crate::error::chain;
 use crate::lenient::Truncated;
 
 /// The `timeoutSeconds` of a watch. `watcher` ends a silent watch 5 seconds after that.
-const WATCH_TIMEOUT_SECONDS: u32 = 50;
+const WATCH_TIMEOUT: Duration = Duration::from_secs(50);
 /// The timeout between two events while a list is being read.
 const LIST_IDLE_TIMEOUT: Duration = Duration::from_secs(55);
 
@@ -32,6 +32,20 @@ const SMALL_PAGE_SIZE: u32 = 40;
 /// After an outage of this length, the objects are listed again. The server may have been replaced, or restored from a
 /// backup: then its resource versions look valid but refer to another history.
 const RELIST_AFTER_OUTAGE: Duration = Duration::from_secs(30);
+
+/// A period of the connection, as it is.
+#[cfg(not(feature = "fault-points"))]
+const fn period(period: Duration) -> Duration {
+    period
+}
+
+/// A period of the connection, divided by what the environment says, so that tests need not wait for it.
+#[cfg(feature = "fault-points")]
+fn period(period: Duration) -> Duration {
+    static DIVISOR: std::sync::LazyLock<Option<u32>> =
+        std::sync::LazyLock::new(|| std::env::var("API_SERVER_PERIODS_DIVIDED_BY").ok()?.parse().ok());
+    DIVISOR.and_then(|divisor| period.checked_div(divisor)).unwrap_or(period)
+}
 
 /// Lists and watches one kind, and recovers from failures.
 pub(super) struct Reflector<K> {
@@ -77,10 +91,11 @@ impl<K: Object> Reflector<K> {
         responses: watch::Receiver<()>,
         relist_requested: Arc<AtomicBool>,
     ) -> Self {
+        let watch_timeout = u32::try_from(period(WATCH_TIMEOUT).as_secs()).unwrap_or(u32::MAX);
         Self {
             api,
             server,
-            config: config.timeout(WATCH_TIMEOUT_SECONDS).streaming_lists(),
+            config: config.timeout(watch_timeout).streaming_lists(),
             stream: None,
             phase: Phase::Starting,
             backoff: DefaultBackoff::default(),
@@ -101,9 +116,10 @@ impl<K: Object> Reflector<K> {
             if let Some(delay) = self.delay.take() {
                 sleep(delay).await;
                 if self.phase == Phase::Watching
-                    && self.failing_since.is_some_and(|since| since.elapsed() >= RELIST_AFTER_OUTAGE)
+                    && self.failing_since.is_some_and(|since| since.elapsed() >= period(RELIST_AFTER_OUTAGE))
                 {
-                    debug!(kind = %K::plural(&()), "no response for {} s: relisting", RELIST_AFTER_OUTAGE.as_secs());
+                    let outage = period(RELIST_AFTER_OUTAGE).as_secs();
+                    debug!(kind = %K::plural(&()), "no response for {outage} s: relisting");
                     self.relist();
                 }
             }

@@ -83,8 +83,7 @@ impl Network {
     /// One segment for the two nodes and the client.
     fn bridge(&self) -> Result<()> {
         let fabric = self.namespace("fabric")?;
-        fabric.exec("ip link add bridge type bridge")?;
-        fabric.exec("ip link set bridge up")?;
+        fabric.run(|| link::add_bridge("bridge"))??;
         for name in ["node", "remote", "client"] {
             let mut addresses = self.with_prefix(name, ["24", "64"])?;
             if name == "node" {
@@ -95,11 +94,10 @@ impl Network {
                 End { namespace: fabric, device: name, addresses: &[] },
                 End { namespace: self.namespace(name)?, device: "eth0", addresses: &addresses },
             )?;
-            fabric.exec(&format!("ip link set {name} master bridge"))?;
+            fabric.run(|| link::set_master(name, "bridge"))??;
         }
         // Deprecated, so that nothing takes it as its source.
-        self.node()?.exec(&format!("ip address add {}/64 dev eth0 nodad preferred_lft 0", EXTRAS[1]))?;
-        Ok(())
+        Ok(self.node()?.run(|| link::add_deprecated_address("eth0", &format!("{}/64", EXTRAS[1])))??)
     }
 
     /// A pod behind a node, point to point: nothing but the two ends is on the cable.

@@ -1,6 +1,7 @@
 //! The node, a client outside the cluster, a pod that is a client, pods that answer, and the Services of the soak.
 
 use anyhow::Result;
+use lab::link;
 use lab::netns::{End, Namespace, isolate};
 use serde_json::{Value, json};
 
@@ -54,15 +55,19 @@ impl World {
             )
         };
         cable("eth0", "192.168.1.1/24", &world.client, &["192.168.1.2/24"])?;
-        world.client.exec("ip route add default via 192.168.1.1")?;
+        world.client.run(|| link::add_route_via("0.0.0.0/0", "192.168.1.1"))??;
         let addresses: Vec<String> = all_servers().map(|it| format!("{it}/32")).collect();
         cable("servers", "10.244.0.1/32", &world.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
         cable("pod", "10.244.0.1/32", &world.pod, &["10.244.2.1/32"])?;
-        world.node.exec("ip route add 10.244.1.0/24 dev servers")?;
-        world.node.exec("ip route add 10.244.2.1 dev pod")?;
+        world.node.run(|| {
+            link::add_route_dev("10.244.1.0/24", "servers")?;
+            link::add_route_dev("10.244.2.1", "pod")
+        })??;
         for pod in [&world.servers, &world.pod] {
-            pod.exec("ip route add 10.244.0.1 dev eth0")?;
-            pod.exec("ip route add default via 10.244.0.1")?;
+            pod.run(|| {
+                link::add_route_dev("10.244.0.1", "eth0")?;
+                link::add_route_via("0.0.0.0/0", "10.244.0.1")
+            })??;
         }
         // What belongs to others, and is to stay.
         world.node.exec("ipvsadm -A -t 172.16.0.1:80 -s rr")?;
@@ -75,14 +80,7 @@ impl World {
 /// A network namespace with the node's addresses, and nothing around it.
 pub(crate) fn like_the_node() -> Result<Namespace> {
     let namespace = Namespace::new()?;
-    for command in [
-        "ip link add eth0 type dummy",
-        "ip address add 192.168.1.1/24 dev eth0",
-        "ip address add 10.244.0.1/32 dev eth0",
-        "ip link set eth0 up",
-    ] {
-        namespace.exec(command)?;
-    }
+    namespace.run(|| link::add_dummy("eth0", &["192.168.1.1/24", "10.244.0.1/32"]))??;
     Ok(namespace)
 }
 
