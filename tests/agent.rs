@@ -8,9 +8,11 @@ use std::net::{TcpListener, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
-use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service, slice};
+use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service, service_with_node_port, slice};
 use lab::link;
 use lab::netns::isolate;
+use lab::objects::{manifest, node, port, with};
+use serde_json::json;
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
 const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
@@ -181,7 +183,7 @@ fn bad_objects_are_named_and_harm_no_other() {
     eth0();
     let endpoints = ["10.0.0.1", "not-an-address", "224.0.0.7", "10.0.0.2", "192.168.1.255"];
     manifests.write("slice.yaml", &slice("web-1", "web", &endpoints));
-    let zero = service("zero", "10.96.0.11").replace("port: 80", "port: 0");
+    let zero = with(service("zero", "10.96.0.11"), json!({"spec": {"ports": [port("http", "TCP", 0)]}}));
     manifests.write("zero.yaml", &zero);
     manifests.write("clash-1.yaml", &service("clash-a", "10.96.0.12"));
     manifests.write("clash-2.yaml", &service("clash-b", "10.96.0.12"));
@@ -240,7 +242,7 @@ fn addresses_of_the_node_are_followed_at_once() {
     isolate().unwrap();
     eth0();
     let manifests = Manifests::new();
-    let web = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
+    let web = service_with_node_port("web", "10.96.0.10", 30080);
     manifests.write("service.yaml", &web);
     // With this period only notifications can be as quick as the test asks for.
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m", "--nodeport-addresses=192.168.0.0/16"]);
@@ -313,7 +315,7 @@ fn many_address_changes_leave_no_stale_node_port() {
     isolate().unwrap();
     eth0();
     let manifests = Manifests::new();
-    manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
+    manifests.write("service.yaml", &service_with_node_port("web", "10.96.0.10", 30080));
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
     // More notifications than the agent's socket holds while it does not run.
@@ -338,7 +340,7 @@ fn an_address_configured_twice_counts_until_both_are_removed() {
     link::add_dummy("eth0", &[]).unwrap();
     link::add_addresses("eth0", &["192.168.1.1/24", "192.168.1.1/32"]).unwrap();
     let manifests = Manifests::new();
-    manifests.write("service.yaml", &service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}"));
+    manifests.write("service.yaml", &service_with_node_port("web", "10.96.0.10", 30080));
     let mut agent = manifests.agent(&["--ipvs-sync-period=10m"]);
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
     link::delete_address("eth0", "192.168.1.1/32").unwrap();
@@ -401,11 +403,11 @@ fn node_ports_on_the_primary_address_follow_the_node() {
     link::add_dummy("eth0", &[]).unwrap();
     link::add_addresses("eth0", &["192.168.1.1/24", "192.168.1.2/24"]).unwrap();
     let manifests = Manifests::new();
-    let node_port = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
+    let node_port = service_with_node_port("web", "10.96.0.10", 30080);
     manifests.write("service.yaml", &node_port);
     let mut agent = manifests.agent(&["--nodeport-addresses=primary"]);
     agent.has(&[WEB, "-A -t 192.168.1.1:30080 -s rr"]);
-    manifests.write("node.yaml", &common::NODE.replace("192.168.1.1", "192.168.1.2"));
+    manifests.write("node.yaml", &node("node-a", &["192.168.1.2"]));
     agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
 }
 
@@ -420,7 +422,7 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     let manifests = web();
     manifests.write(
         "kubernetes.yaml",
-        &(service("kubernetes", "10.96.0.1") + "---" + &slice("kubernetes", "kubernetes", &["192.168.1.9"])),
+        &manifest(&[service("kubernetes", "10.96.0.1"), slice("kubernetes", "kubernetes", &["192.168.1.9"])]),
     );
     let refused = [
         "0.0.0.0",
@@ -428,19 +430,19 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
         "169.254.169.254",
         "224.0.0.1",
         "255.255.255.255",
-        "'::'",
-        "'::1'",
+        "::",
+        "::1",
         "fe80::1",
         "ff02::1",
         "192.168.1.1",
         "192.168.1.9",
     ];
     // The victim's VIP at its own port, and an interface's address.
-    let asked_for = refused.join(", ") + ", 10.96.0.10, 172.17.0.1, 203.0.113.1";
-    let hostile = service("hostile", "10.96.0.66") + &format!("  externalIPs: [{asked_for}]\n");
-    let old = hostile.replace("metadata: {", "metadata: {creationTimestamp: '2020-01-01T00:00:00Z', ");
+    let asked_for = [&refused[..], &["10.96.0.10", "172.17.0.1", "203.0.113.1"]].concat();
+    let old = json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}, "spec": {"externalIPs": asked_for}});
+    let hostile = with(service("hostile", "10.96.0.66"), old);
     let endpoints = ["10.66.6.6", "127.0.0.1", "169.254.169.254"];
-    manifests.write("hostile.yaml", &(old + "---" + &slice("hostile-1", "hostile", &endpoints)));
+    manifests.write("hostile.yaml", &manifest(&[hostile, slice("hostile-1", "hostile", &endpoints)]));
     let mut agent = manifests.agent(&[]);
     let mut expected = vec![WEB.to_owned(), WEB_1.to_owned(), WEB_2.to_owned()];
     expected

@@ -13,10 +13,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::{Agent, HEALTH, NODE, addresses, get, ipvs, metric, service, slice};
+use common::{Agent, HEALTH, addresses, get, ipvs, metric, node, service, slice};
 use lab::link;
 use lab::netns::isolate;
-use serde_json::Value;
+use lab::objects::with;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 use test_apiserver::{Server, Streaming, TlsListener};
 
@@ -43,13 +44,12 @@ impl Cluster {
     /// One with the Service `web` of two endpoints.
     fn with_web() -> Self {
         let cluster = Self::new();
-        cluster.apply(NODE).apply(&service("web", "10.96.0.10"));
-        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        cluster.apply(node()).apply(service("web", "10.96.0.10"));
+        cluster.apply(slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
         cluster
     }
 
-    fn apply(&self, manifest: &str) -> &Self {
-        let object: Value = serde_saphyr::from_str(manifest).unwrap();
+    fn apply(&self, object: Value) -> &Self {
         self.server.apply(object);
         self
     }
@@ -76,7 +76,7 @@ fn services_of_an_api_server_become_virtual_servers() {
     let cluster = Cluster::with_web();
     let mut agent = cluster.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2]);
-    cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
+    cluster.apply(slice("web-1", "web", &["10.0.0.1"]));
     agent.has(&[WEB, WEB_1]);
     cluster.server.delete("Service", "default", "web");
     agent.has(&[]);
@@ -124,12 +124,12 @@ fn an_api_server_without_streaming_lists_works_too() {
 fn objects_deleted_during_a_disconnection_are_removed() {
     isolate().unwrap();
     let cluster = Cluster::with_web();
-    cluster.apply(&service("other", "10.96.0.11"));
+    cluster.apply(service("other", "10.96.0.11"));
     let mut agent = cluster.agent(&[]);
     agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.11:80 -s rr"]);
     cluster.server.refuse();
     cluster.server.delete("Service", "default", "other");
-    cluster.apply(&slice("web-1", "web", &["10.0.0.2"]));
+    cluster.apply(slice("web-1", "web", &["10.0.0.2"]));
     cluster.server.compact();
     cluster.server.recover();
     agent.has(&[WEB, WEB_2]);
@@ -143,19 +143,19 @@ fn an_empty_list_at_the_start_is_confirmed_before_removals() {
     let fill = |cluster: &Cluster| {
         for number in 10..22 {
             let name = format!("s{number}");
-            cluster.apply(&service(&name, &format!("10.96.0.{number}")));
-            cluster.apply(&slice(&format!("{name}-1"), &name, &["10.0.0.1"]));
+            cluster.apply(service(&name, &format!("10.96.0.{number}")));
+            cluster.apply(slice(&format!("{name}-1"), &name, &["10.0.0.1"]));
         }
     };
     let cluster = Cluster::new();
-    fill(cluster.apply(NODE));
+    fill(cluster.apply(node()));
     assert!(cluster.agent(&["--once"]).ends().success());
     let before = (ipvs(), addresses());
     assert_eq!((before.0.len(), before.1.len()), (24, 12));
 
     // It was an error.
     let empty = Cluster::new();
-    let mut agent = empty.apply(NODE).agent(&[]);
+    let mut agent = empty.apply(node()).agent(&[]);
     agent.says("0 entries where there were 12: it is read again in 5 s before anything is deleted");
     fill(&empty);
     agent.says("audited, nothing to change");
@@ -164,7 +164,7 @@ fn an_empty_list_at_the_start_is_confirmed_before_removals() {
 
     // It was none.
     let empty = Cluster::new();
-    let mut agent = empty.apply(NODE).agent(&[]);
+    let mut agent = empty.apply(node()).agent(&[]);
     agent.says("0 entries where there were 12");
     assert_eq!((ipvs(), addresses()), before);
     agent.has(&[]);
@@ -174,7 +174,7 @@ fn an_empty_list_at_the_start_is_confirmed_before_removals() {
     fill(&empty);
     assert!(empty.agent(&["--once"]).ends().success());
     let empty = Cluster::new();
-    let mut agent = empty.apply(NODE).agent(&["--confirm-disappearance=false"]);
+    let mut agent = empty.apply(node()).agent(&["--confirm-disappearance=false"]);
     agent.has(&[]);
     assert!(!agent.log().contains("where there were"), "{}", agent.log());
 }
@@ -193,7 +193,7 @@ fn errors_and_html_of_an_api_server_are_logged_and_change_nothing() {
     agent.says("is not what an API server sends");
     assert_eq!((ipvs().len(), addresses()), (3, vec!["10.96.0.10/32".to_owned()]));
     cluster.server.recover();
-    cluster.apply(&slice("web-1", "web", &["10.0.0.1"]));
+    cluster.apply(slice("web-1", "web", &["10.0.0.1"]));
     agent.has(&[WEB, WEB_1]);
 }
 
@@ -213,7 +213,7 @@ fn an_unreadable_kubeconfig_is_named_and_changes_nothing() {
 fn answering(cluster: &Cluster, others: &[&str], flags: &[&str]) -> (Agent, TcpListener) {
     link::add_addresses("lo", &["10.0.0.1", "10.0.0.2"]).unwrap();
     let listener = TcpListener::bind("0.0.0.0:8080").unwrap();
-    cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
+    cluster.apply(node()).apply(service("web", "10.96.0.10")).apply(slice("web-1", "web", &["10.0.0.1"]));
     let mut agent = cluster.agent(flags);
     agent.has(&[&[WEB, WEB_1], others].concat()).says("audited");
     agent.until("be healthy", |_| health() == Some((200, 200)));
@@ -282,7 +282,7 @@ fn a_resource_that_becomes_forbidden_changes_nothing() {
         cluster.server.end_watches();
         agent.says("watch of services").says("system:node-proxier");
         // Other kinds go on.
-        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        cluster.apply(slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
         agent.has(&[WEB, WEB_1, WEB_2]);
         // A change that waits is unhealthy after two sync periods.
         agent.audits(3);
@@ -296,7 +296,7 @@ fn a_resource_that_becomes_forbidden_changes_nothing() {
 fn objects_missing_from_the_list_after_a_410_are_removed() {
     isolate().unwrap();
     let cluster = Cluster::new();
-    cluster.apply(&service("other", "10.96.0.11"));
+    cluster.apply(service("other", "10.96.0.11"));
     let (mut agent, listener) = answering(&cluster, &["-A -t 10.96.0.11:80 -s rr"], &[]);
     clients_go_on(&listener, || {
         cluster.server.break_watches();
@@ -328,16 +328,11 @@ fn clashes_taken_ports_and_repeated_failures_are_service_events() {
     isolate().unwrap();
     let cluster = Cluster::new();
     let taken = TcpListener::bind("0.0.0.0:31777").unwrap();
-    cluster.apply(NODE);
+    cluster.apply(node());
     // `web` is first by name, and so has the address.
-    cluster.apply(&service("web", "10.96.0.10")).apply(&service("zoo", "10.96.0.10"));
-    cluster.server.apply(serde_json::json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "checked", "namespace": "default"},
-        "spec": {
-            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31777,
-            "clusterIP": "10.96.0.12", "clusterIPs": ["10.96.0.12"], "ports": [{"name": "http", "port": 80}],
-        },
-    }));
+    cluster.apply(service("web", "10.96.0.10")).apply(service("zoo", "10.96.0.10"));
+    let checked = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": 31777});
+    cluster.apply(with(service("checked", "10.96.0.12"), json!({"spec": checked})));
     let mut agent = cluster.agent(&["--ipvs-sync-period=200ms"]);
     let clash = told(&mut agent, &cluster, "Service", "zoo", "FrontEndTaken");
     assert!(clash["note"].as_str().unwrap().contains("belongs to Service default/web"), "{clash}");
@@ -346,7 +341,7 @@ fn clashes_taken_ports_and_repeated_failures_are_service_events() {
     drop(taken);
 
     fs::write("/proc/sys/net/ipv6/conf/kube-ipvs0/disable_ipv6", "1").unwrap();
-    cluster.apply(&service("six", "fd00:96::10"));
+    cluster.apply(service("six", "fd00:96::10"));
     let failed = told(&mut agent, &cluster, "Service", "six", "ProgrammingFailed");
     assert!(failed["note"].as_str().unwrap().contains("fd00:96::10"), "{failed}");
     // That one Service fails does not make the node unhealthy.
@@ -366,7 +361,7 @@ fn a_list_of_100_mb_takes_little_memory(streaming: Streaming) {
     let cluster = Cluster::with_web();
     cluster.server.streaming(streaming);
     for number in 0..8_000 {
-        cluster.server.apply(serde_json::json!({
+        cluster.server.apply(json!({
             "apiVersion": "v1", "kind": "Service", "metadata": {"name": format!("s{number}"), "namespace": "many"},
             "spec": {"type": "ExternalName", "externalName": "example.org"},
         }));
@@ -402,7 +397,7 @@ fn a_silent_api_server_is_noticed_and_changes_nothing() {
     let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=300ms"]);
     clients_go_on(&listener, || {
         cluster.server.silence();
-        cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+        cluster.apply(slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
         // A change that waits is unhealthy after two sync periods.
         agent.audits(3);
         assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "nothing was heard of, so nothing waits");
@@ -422,7 +417,7 @@ fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
     let (mut agent, listener) = answering(&cluster, &[], &["--ipvs-sync-period=300ms", "-v=4"]);
     // Its versions were far ahead.
     for _ in 0..100 {
-        cluster.apply(NODE);
+        cluster.apply(node());
     }
     clients_go_on(&listener, || {
         cluster.server.refuse();
@@ -436,7 +431,7 @@ fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
         assert_eq!((health(), ipvs().len()), (Some((200, 200)), 2), "{}", agent.log());
         cluster.server.reset();
         let endpoints = slice("web-9", "web", &["10.0.0.2", "10.0.0.1"]);
-        cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&endpoints);
+        cluster.apply(node()).apply(service("web", "10.96.0.10")).apply(endpoints);
         cluster.server.recover();
         agent.until("hear of the other endpoint", |_| ipvs().len() >= 3);
     });
@@ -448,7 +443,7 @@ fn an_api_server_restored_from_a_backup_is_followed_when_it_is_back() {
 fn with_token() -> (Cluster, TlsListener, Agent) {
     isolate().unwrap();
     let cluster = Cluster::new();
-    cluster.apply(NODE).apply(&service("web", "10.96.0.10")).apply(&slice("web-1", "web", &["10.0.0.1"]));
+    cluster.apply(node()).apply(service("web", "10.96.0.10")).apply(slice("web-1", "web", &["10.0.0.1"]));
     let tls = cluster.server.listen_over_tls_in_thread().unwrap();
     cluster.server.require_token("one");
     tls.write_kubeconfig(cluster.dir.path(), "one");
@@ -466,7 +461,7 @@ fn a_rotated_ca_certificate_is_used() {
     tls.write_kubeconfig(cluster.dir.path(), "one");
     cluster.server.break_watches();
     agent.says("the kubeconfig or a certificate of the API server has changed: restarting with it");
-    cluster.apply(&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
+    cluster.apply(slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
     agent.has(&[WEB, WEB_1, WEB_2]);
 }
 
@@ -478,6 +473,6 @@ fn a_rotated_token_is_used_within_a_minute() {
     cluster.server.require_token("two");
     tls.write_kubeconfig(cluster.dir.path(), "two");
     cluster.server.break_watches();
-    cluster.apply(&slice("web-1", "web", &["10.0.0.2"]));
+    cluster.apply(slice("web-1", "web", &["10.0.0.2"]));
     agent.has(&[WEB, WEB_2]);
 }

@@ -4,7 +4,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service, slice};
+use common::{Agent, Manifests, addresses, eth0, ipvs, ipvsadm, run, service_with_node_port, slice};
 use lab::link;
 use lab::netns::isolate;
 
@@ -12,7 +12,7 @@ use lab::netns::isolate;
 fn served() -> Manifests {
     eth0();
     let manifests = Manifests::new();
-    let web = service("web", "10.96.0.10").replace("port: 80}", "port: 80, nodePort: 30080}");
+    let web = service_with_node_port("web", "10.96.0.10", 30080);
     manifests.write("service.yaml", &web);
     manifests.write("slice.yaml", &slice("web-1", "web", &["10.0.0.1"]));
     assert!(manifests.agent(&["--once"]).ends().success());

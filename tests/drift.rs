@@ -10,7 +10,7 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::Command;
 
 use common::{
-    Agent, Filter, Manifests, NODE, addresses, eth0, http, ipvs, ipvsadm, listed_filter, metric, observed_filter, run,
+    Agent, Filter, Manifests, addresses, eth0, http, ipvs, ipvsadm, listed_filter, metric, node, observed_filter, run,
     service, slice,
 };
 use lab::link;
@@ -81,11 +81,14 @@ fn cluster() -> (Server, Agent, Manifests) {
     ipvsadm(FOREIGN);
     let server = Server::new();
     let manifests = Manifests::new();
-    let objects = [NODE.to_owned(), service("web", "10.96.0.10"), service("zoo", "10.96.0.11")];
-    for text in
-        objects.iter().chain([&slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]), &slice("zoo-1", "zoo", &["10.0.0.3"])])
-    {
-        server.apply(object(text));
+    for object in [
+        node(),
+        service("web", "10.96.0.10"),
+        service("zoo", "10.96.0.11"),
+        slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]),
+        slice("zoo-1", "zoo", &["10.0.0.3"]),
+    ] {
+        server.apply(object);
     }
     let kubeconfig = manifests.path().join("kubeconfig");
     Server::write_kubeconfig(&kubeconfig, server.listen_in_thread().unwrap());
@@ -93,10 +96,6 @@ fn cluster() -> (Server, Agent, Manifests) {
     let mut agent = Agent::start(&[&kubeconfig, SYNC_PERIOD, "--ipvs-min-sync-period=0s"]);
     agent.says("audited");
     (server, agent, manifests)
-}
-
-fn object(text: &str) -> serde_json::Value {
-    serde_saphyr::from_str(text).unwrap()
 }
 
 #[test]
@@ -152,7 +151,7 @@ fn a_foreign_kube_ipvs0_is_reported_and_the_rest_keeps_working() {
         link::add_veth("kube-ipvs0", "peer", None::<&fs::File>).unwrap();
     });
     agent.says("the interface kube-ipvs0 is no dummy device");
-    server.apply(object(&slice("web-1", "web", &["10.0.0.9"])));
+    server.apply(slice("web-1", "web", &["10.0.0.9"]));
     agent.until("be unhealthy", |_| {
         http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 503)
     });
@@ -173,7 +172,7 @@ fn two_writers_of_one_table_affect_only_that_table() {
         // In one transaction; it is refused while the agent makes the table anew.
         let meddling = "flush set ip kube-ipvs vips; add rule ip kube-ipvs filter-input counter";
         Command::new("nft").arg(meddling).output().unwrap();
-        server.apply(object(&slice("web-1", "web", &[&format!("10.0.1.{round}")])));
+        server.apply(slice("web-1", "web", &[&format!("10.0.1.{round}")]));
         agent.until("serve what changes", |_| {
             ipvs().iter().any(|line| line.contains(&format!("-r 10.0.1.{round}:8080 -m -w 1")))
         });
@@ -203,7 +202,7 @@ fn a_second_agent_exits_and_the_first_continues() {
         assert!(second.log().contains("another kube-ipvs programs this network namespace"), "{}", second.log());
     }
     assert_eq!(Kernel::read(), before);
-    server.apply(object(&slice("web-1", "web", &["10.0.0.9"])));
+    server.apply(slice("web-1", "web", &["10.0.0.9"]));
     agent.until("go on", |_| ipvs().iter().any(|line| line.contains("10.0.0.9:8080")));
     // Once the first is gone, however that was, the next may start.
     agent.kill();

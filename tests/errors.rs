@@ -12,32 +12,38 @@ use std::process::Command;
 use common::{Agent, Filter, Manifests, addresses, eth0, ipvs, ipvsadm, metric, observed_filter, service, slice};
 use lab::http::Metrics;
 use lab::netns::isolate;
+use lab::objects::{load_balancer, manifest, with};
 use reconciler::filter::ObservedFilter;
+use serde_json::json;
 
 /// What stays all along.
 const KEPT: &str = "-a -t 10.96.0.1:80 -r 10.0.0.1:8080 -m -w 1";
 const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
 
 fn write(manifests: &Manifests, round: usize) {
-    let kept = service("kept", "10.96.0.1") + "---" + &slice("kept-1", "kept", &["10.0.0.1"]);
-    manifests.write("kept.yaml", &kept);
+    let kept = [service("kept", "10.96.0.1"), slice("kept-1", "kept", &["10.0.0.1"])];
+    manifests.write("kept.yaml", &manifest(&kept));
     for number in 0..6 {
         let file = format!("s{number}.yaml");
         let (name, vip) = (format!("s{number}"), format!("10.96.1.{number}"));
         // Services come and go, and their endpoints change.
         if (number + round).is_multiple_of(3) {
-            if manifests.path().join(&file).exists() {
+            if manifests.contains(&file) {
                 manifests.remove(&file);
             }
         } else {
             let endpoints: Vec<String> = (0..3).map(|it| format!("10.0.{number}.{}", it + round % 4)).collect();
             let endpoints: Vec<&str> = endpoints.iter().map(String::as_str).collect();
-            let balancer = format!(
-                "  type: LoadBalancer\n  externalIPs: [203.0.113.{number}]\n  loadBalancerSourceRanges: [10.{round}.0.0/16]\n\
-                 status: {{loadBalancer: {{ingress: [{{ip: 198.51.100.{number}}}]}}}}\n"
-            );
-            let text = service(&name, &vip).trim_end().to_owned() + "\n" + &balancer;
-            manifests.write(&file, &(text + "---" + &slice(&format!("{name}-1"), &name, &endpoints)));
+            let balanced = json!({
+                "spec": {
+                    "type": "LoadBalancer",
+                    "externalIPs": [format!("203.0.113.{number}")],
+                    "loadBalancerSourceRanges": [format!("10.{round}.0.0/16")],
+                },
+                "status": load_balancer(&[format!("198.51.100.{number}")]),
+            });
+            let objects = [with(service(&name, &vip), balanced), slice(&format!("{name}-1"), &name, &endpoints)];
+            manifests.write(&file, &manifest(&objects));
         }
     }
 }

@@ -14,41 +14,32 @@ use std::time::{Duration, Instant};
 use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, service, slice};
 use lab::link;
 use lab::netns::isolate;
+use lab::objects::{self, State, with};
 use serde_json::{Value, json};
 
-const NODE_V6: &str = r"
-apiVersion: v1
-kind: Node
-metadata: {name: node-a}
-status: {addresses: [{type: InternalIP, address: 192.168.1.1}, {type: InternalIP, address: 'fd00::1'}]}
-";
+/// The Node, with an address of IPv6 too.
+fn node_v6() -> Value {
+    objects::node("node-a", &["192.168.1.1", "fd00::1"])
+}
 
 /// A Service of type LoadBalancer that load balancers ask about, with a ClusterIP of each family.
-fn load_balanced(port: u16) -> String {
-    json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "default"},
-        "spec": {
-            "type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port,
-            "clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10", "fd00:96::10"],
-            "ports": [{"name": "http", "port": 80, "protocol": "TCP"}],
-        },
-    })
-    .to_string()
+fn load_balanced(port: u16) -> Value {
+    load_balanced_at("web", &["10.96.0.10", "fd00:96::10"], port)
+}
+
+fn load_balanced_at(name: &str, cluster_ips: &[&str], port: u16) -> Value {
+    let spec = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port});
+    with(objects::service(name, cluster_ips, vec![objects::port("http", "TCP", 80)]), json!({"spec": spec}))
 }
 
 /// Endpoints of `web`, each on a node.
-fn placed(name: &str, endpoints: &[(&str, &str, bool)]) -> String {
-    let family = if endpoints.first().is_some_and(|(address, ..)| address.contains(':')) { "IPv6" } else { "IPv4" };
-    let endpoints: Vec<Value> = endpoints
-        .iter()
-        .map(|(address, node, ready)| json!({"addresses": [address], "nodeName": node, "conditions": {"ready": ready}}))
-        .collect();
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice",
-        "metadata": {"name": name, "namespace": "default", "labels": {"kubernetes.io/service-name": "web"}},
-        "addressType": family, "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}], "endpoints": endpoints,
-    })
-    .to_string()
+fn placed(name: &str, endpoints: &[(&str, &str, bool)]) -> Value {
+    let endpoint = |(address, node, is_ready): &(&str, &str, bool)| {
+        let state = if *is_ready { State::Ready } else { State::NotReady };
+        with(objects::endpoint(address, state), json!({"nodeName": node}))
+    };
+    let endpoints = endpoints.iter().map(endpoint).collect();
+    objects::slice(name, "web", vec![objects::port("http", "TCP", 8080)], endpoints)
 }
 
 fn serving(manifests: &Manifests, flags: &[&str]) -> Agent {
@@ -92,7 +83,7 @@ fn healthz_is_about_the_node_and_livez_about_the_agent() {
         assert_eq!((&body["healthy"], &body["nodeEligible"]), (&json!(false), &json!(false)), "{body}");
         let live = get(HEALTH, "/livez").unwrap();
         assert_eq!((live.status, live.json().unwrap().get("nodeEligible")), (200, None), "{}", live.body);
-        manifests.write("node.yaml", common::NODE);
+        manifests.write("node.yaml", &common::node());
         agent.until("take the node back", |_| healthz().status == 200);
     }
     // Unknown is not eligible either.
@@ -108,7 +99,7 @@ fn healthz_is_about_the_node_and_livez_about_the_agent() {
 fn unrepaired_drift_makes_its_family_unhealthy() {
     isolate().unwrap();
     let manifests = Manifests::new();
-    manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
+    manifests.write("node.yaml", &node_v6()).write("web.json", &load_balanced(31777));
     manifests.write("slice.json", &placed("web-1", &[("10.0.0.1", "node-a", true)]));
     let mut agent = serving(&manifests, &["--ipvs-sync-period=500ms"]);
     assert_eq!(addresses(), ["10.96.0.10/32", "fd00:96::10/128"]);
@@ -147,7 +138,7 @@ fn a_change_that_is_pending_for_too_long_is_unhealthy() {
     // To start it again would not help.
     assert_eq!(get(HEALTH, "/livez").unwrap().status, 200);
     assert_eq!(get(METRICS, "/readyz").unwrap().status, 503);
-    manifests.write("node.yaml", common::NODE);
+    manifests.write("node.yaml", &common::node());
     agent.until("be healthy", |_| get(HEALTH, "/healthz").is_some_and(|answer| answer.status == 200));
     assert_eq!(get(METRICS, "/readyz").unwrap().status, 200);
 }
@@ -157,7 +148,7 @@ fn a_change_that_is_pending_for_too_long_is_unhealthy() {
 fn health_check_ports_report_local_endpoints_and_follow_changes() {
     isolate().unwrap();
     let manifests = Manifests::new();
-    manifests.write("node.yaml", NODE_V6).write("web.json", &load_balanced(31777));
+    manifests.write("node.yaml", &node_v6()).write("web.json", &load_balanced(31777));
     manifests.write(
         "v4.json",
         &placed(
@@ -199,11 +190,10 @@ fn health_check_ports_that_move_between_services_answer_at_once() {
     isolate().unwrap();
     let manifests = Manifests::new();
     let named = |name: &str, port: u16, octet: u8| {
-        let web = load_balanced(port).replace("\"web\"", &format!("{name:?}"));
-        web.replace("10.96.0.10", &format!("10.96.0.{octet}")).replace("fd00:96::10", &format!("fd00:96::{octet}"))
+        load_balanced_at(name, &[&format!("10.96.0.{octet}"), &format!("fd00:96::{octet}")], port)
     };
     let write = |a: u16, b: u16| {
-        manifests.write("services.json", &format!("{}\n{}", named("a", a, 10), named("b", b, 11)));
+        manifests.write("services.json", &objects::manifest(&[named("a", a, 10), named("b", b, 11)]));
     };
     write(31777, 31778);
     let mut agent = serving(&manifests, &[]);
@@ -328,24 +318,16 @@ fn metrics_under_load_are_well_formed_and_documented() {
     let manifests = Manifests::new();
     let mut agent = serving(&manifests, &["--ipvs-sync-period=200ms"]);
     // Flows are looked for when a UDP Service gets its first endpoint.
-    manifests.write("dns.yaml", &service("dns", "10.96.0.11").replace("TCP", "UDP"));
-    manifests.write("dns-1.yaml", &slice("dns-1", "dns", &["10.0.0.3"]).replace("TCP", "UDP"));
+    let port = |number| vec![objects::port("dns", "UDP", number)];
+    manifests.write("dns.yaml", &objects::service("dns", &["10.96.0.11"], port(80)));
+    manifests.write("dns-1.yaml", &objects::slice("dns-1", "dns", port(8080), objects::ready(["10.0.0.3"])));
     thread::scope(|scope| {
         let load = scope.spawn(|| {
             for number in 0..60 {
                 manifests.write("web.json", &load_balanced(31777));
-                let annotated = placed(
-                    "web-1",
-                    &[("10.0.0.1", "node-a", true), ("10.0.0.2", "node-b", number % 2 == 0)],
-                )
-                .replacen(
-                    "\"labels\"",
-                    &format!(
-                        "\"annotations\":{{\"endpoints.kubernetes.io/last-change-trigger-time\":\"{}\"}},\"labels\"",
-                        now()
-                    ),
-                    1,
-                );
+                let endpoints = [("10.0.0.1", "node-a", true), ("10.0.0.2", "node-b", number % 2 == 0)];
+                let changed = json!({"endpoints.kubernetes.io/last-change-trigger-time": now().to_string()});
+                let annotated = with(placed("web-1", &endpoints), json!({"metadata": {"annotations": changed}}));
                 manifests.write("slice.json", &annotated);
                 thread::sleep(Duration::from_millis(20));
                 manifests.write("other.yaml", &service("other", &format!("10.96.1.{number}")));

@@ -18,10 +18,12 @@ use std::time::Duration;
 use common::{Agent, Filter, Manifests, addresses, eth0, ipvs, ipvsadm, run};
 use lab::link;
 use lab::netns::isolate;
+use lab::objects::{self, with};
 use proptest::collection::{btree_map, btree_set, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
+use serde_json::{Value, json};
 
 /// Where the server is that answers all along: on the node itself.
 const SERVER: &str = "192.168.1.1:8080";
@@ -79,40 +81,40 @@ fn kill() -> impl Strategy<Value = String> {
 
 fn manifest(number: u8, service: &Service) -> String {
     let protocol = if service.is_udp { "UDP" } else { "TCP" };
-    let node_port = service.node_port.map(|port| format!(", nodePort: {port}")).unwrap_or_default();
-    let mut ports = vec![format!("{{name: a, protocol: {protocol}, port: 80{node_port}}}")];
-    let mut slice_ports = vec![format!("{{name: a, protocol: {protocol}, port: 8080}}")];
+    let with_node_port = |port: Value| match service.node_port {
+        Some(node_port) => with(port, json!({"nodePort": node_port})),
+        None => port,
+    };
+    let mut ports = vec![with_node_port(objects::port("a", protocol, 80))];
+    let mut slice_ports = vec![objects::port("a", protocol, 8080)];
     if service.has_two_ports {
-        ports.push(format!("{{name: b, protocol: {protocol}, port: 81}}"));
-        slice_ports.push(format!("{{name: b, protocol: {protocol}, port: 8081}}"));
+        ports.push(objects::port("b", protocol, 81));
+        slice_ports.push(objects::port("b", protocol, 8081));
     }
-    let external = service.external_ip.map(|it| format!("  externalIPs: [203.0.113.{it}]\n")).unwrap_or_default();
-    let balancer = service.source_range.map(|it| {
-        let status = format!("status: {{loadBalancer: {{ingress: [{{ip: 198.51.100.{number}}}]}}}}\n");
-        (format!("  loadBalancerSourceRanges: [10.{it}.0.0/16]\n"), status)
-    });
-    let (ranges, status) = balancer.unwrap_or_default();
     let kind = match (service.source_range, service.node_port) {
         (Some(_), _) => "LoadBalancer",
         (None, Some(_)) => "NodePort",
         (None, None) => "ClusterIP",
     };
-    let affinity = if service.has_affinity { "  sessionAffinity: ClientIP\n" } else { "" };
+    // What is not there is null, which is nothing.
+    let more = json!({
+        "spec": {
+            "type": kind,
+            "externalIPs": service.external_ip.map(|it| [format!("203.0.113.{it}")]),
+            "loadBalancerSourceRanges": service.source_range.map(|it| [format!("10.{it}.0.0/16")]),
+            "sessionAffinity": service.has_affinity.then_some("ClientIP"),
+        },
+        "status": service.source_range.map(|_| objects::load_balancer(&[format!("198.51.100.{number}")])),
+    });
     let mut endpoints: Vec<String> = service.endpoints.iter().map(|it| format!("10.244.1.{it}")).collect();
     if number == KEPT {
         endpoints.push("192.168.1.1".to_owned());
     }
-    let endpoints: Vec<String> =
-        endpoints.iter().map(|it| format!("{{addresses: [\"{it}\"], conditions: {{ready: true}}}}")).collect();
-    format!(
-        "apiVersion: v1\nkind: Service\nmetadata: {{name: s{number}, namespace: default}}\nspec:\n  type: {kind}\n  \
-         clusterIP: 10.96.0.{number}\n  clusterIPs: [10.96.0.{number}]\n{affinity}{external}{ranges}  ports: [{}]\n{status}---\n\
-         apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: s{number}-1, namespace: default, labels: \
-         {{kubernetes.io/service-name: s{number}}}}}\naddressType: IPv4\nports: [{}]\nendpoints: [{}]\n",
-        ports.join(", "),
-        slice_ports.join(", "),
-        endpoints.join(", ")
-    )
+    let name = format!("s{number}");
+    objects::manifest(&[
+        with(objects::service(&name, &[format!("10.96.0.{number}")], ports), more),
+        objects::slice(&format!("{name}-1"), &name, slice_ports, objects::ready(endpoints)),
+    ])
 }
 
 /// The lines of `ipvsadm -Sn` and the addresses that these Services cannot be without.
@@ -186,7 +188,7 @@ fn write(manifests: &Manifests, services: &Services) {
             Some(service) => {
                 manifests.write(&file, &manifest(number, service));
             }
-            None if manifests.path().join(&file).exists() => manifests.remove(&file),
+            None if manifests.contains(&file) => manifests.remove(&file),
             None => {}
         }
     }

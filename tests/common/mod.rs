@@ -10,88 +10,72 @@
     reason = "helpers of tests, of which every test file uses a part"
 )]
 
-use std::fs;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
 use ipvs_netlink::{Client, Message, rules};
 use lab::http::Metrics;
 use lab::link;
+use lab::objects::{self, with};
 use netlink_batch::Socket;
 use netlink_batch::protocols::NETLINK_NETFILTER;
 use reconciler::filter::ObservedFilter;
 use reconciler::linux::filter::read;
 use reconciler::policy::Families;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub const NODE: &str = r"
-apiVersion: v1
-kind: Node
-metadata: {name: node-a}
-status: {addresses: [{type: InternalIP, address: 192.168.1.1}]}
-";
+/// The Node that agents are told to be.
+pub fn node() -> Value {
+    objects::node("node-a", &["192.168.1.1"])
+}
 
 /// A Service with one TCP port 80 to 8080.
-pub fn service(name: &str, cluster_ip: &str) -> String {
-    format!(
-        r"
-apiVersion: v1
-kind: Service
-metadata: {{name: {name}, namespace: default}}
-spec:
-  clusterIP: {cluster_ip}
-  clusterIPs: [{cluster_ip}]
-  ports: [{{name: http, protocol: TCP, port: 80}}]
-"
-    )
+pub fn service(name: &str, cluster_ip: &str) -> Value {
+    objects::service(name, &[cluster_ip], vec![objects::port("http", "TCP", 80)])
+}
+
+/// The same with a NodePort.
+pub fn service_with_node_port(name: &str, cluster_ip: &str, node_port: u16) -> Value {
+    let port = with(objects::port("http", "TCP", 80), json!({"nodePort": node_port}));
+    objects::service(name, &[cluster_ip], vec![port])
 }
 
 /// A slice of ready endpoints on port 8080.
-pub fn slice(name: &str, service: &str, addresses: &[&str]) -> String {
-    let endpoints: Vec<String> = addresses
-        .iter()
-        .map(|address| format!("{{addresses: [\"{address}\"], conditions: {{ready: true}}}}"))
-        .collect();
-    format!(
-        r"
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: {name}, namespace: default, labels: {{kubernetes.io/service-name: {service}}}}}
-addressType: {family}
-ports: [{{name: http, protocol: TCP, port: 8080}}]
-endpoints: [{endpoints}]
-",
-        family = if addresses.first().is_some_and(|address| address.contains(':')) { "IPv6" } else { "IPv4" },
-        endpoints = endpoints.join(", ")
-    )
+pub fn slice(name: &str, service: &str, addresses: &[&str]) -> Value {
+    objects::slice(name, service, vec![objects::port("http", "TCP", 8080)], objects::ready(addresses))
 }
 
 /// A directory of manifests, and the agents that follow it.
 pub struct Manifests {
-    dir: TempDir,
+    files: lab::manifests::Manifests,
+    _dir: TempDir,
 }
 
 impl Manifests {
     pub fn new() -> Self {
-        let manifests = Self { dir: TempDir::new().unwrap() };
-        manifests.write("node.yaml", NODE);
+        let dir = TempDir::new().unwrap();
+        let manifests = Self { files: lab::manifests::Manifests::at(dir.path()).unwrap(), _dir: dir };
+        manifests.write("node.yaml", &node());
         manifests
     }
 
     pub fn path(&self) -> &Path {
-        self.dir.path()
+        self.files.path()
     }
 
-    /// Puts a file in place in one move.
-    pub fn write(&self, name: &str, content: &str) -> &Self {
-        let temporary = self.path().join(format!(".{name}"));
-        fs::write(&temporary, content).unwrap();
-        fs::rename(temporary, self.path().join(name)).unwrap();
+    /// Puts a file in place in one move: an object, or a text.
+    pub fn write(&self, name: &str, content: &(impl ToString + ?Sized)) -> &Self {
+        self.files.write(name, content).unwrap();
         self
     }
 
+    pub fn contains(&self, name: &str) -> bool {
+        self.files.contains(name)
+    }
+
     pub fn remove(&self, name: &str) {
-        fs::remove_file(self.path().join(name)).unwrap();
+        self.files.remove(name).unwrap();
     }
 
     /// Starts an agent on the directory, with periods short enough for tests.
@@ -105,7 +89,7 @@ impl Manifests {
 pub struct Agent(lab::agent::Agent);
 
 impl Agent {
-    /// The command that is an agent of [`NODE`].
+    /// The command that is an agent of [`node`].
     pub fn command() -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_kube-ipvs"));
         command.arg("--hostname-override=node-a");
@@ -222,7 +206,7 @@ pub fn addresses() -> Vec<String> {
     link::addresses("kube-ipvs0").unwrap()
 }
 
-/// The device `eth0` with the address that [`NODE`] has.
+/// The device `eth0` with the address that [`node`] has.
 pub fn eth0() {
     link::add_dummy("eth0", &["192.168.1.1/24"]).unwrap();
 }

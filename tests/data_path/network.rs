@@ -4,6 +4,8 @@ use std::net::IpAddr;
 
 use lab::link;
 use lab::netns::{End, Namespace, isolate};
+use lab::objects;
+use serde_json::{Value, json};
 
 use crate::traffic::{Answer, Try, tcp, udp};
 
@@ -14,13 +16,10 @@ pub(crate) const NODE_V6: &str = "fd00:244::ffff";
 pub(crate) const CLUSTER_CIDR: &str = "--cluster-cidr=10.244.0.0/16,fd00:244::/64";
 
 /// The node as the API has it.
-pub(crate) const NODE: &str = r"
-apiVersion: v1
-kind: Node
-metadata: {name: node-a}
-spec: {podCIDRs: [10.244.0.0/16, 'fd00:244::/64']}
-status: {addresses: [{type: InternalIP, address: 192.168.1.1}, {type: InternalIP, address: 'fd00:192:1::1'}]}
-";
+pub(crate) fn node() -> Value {
+    let node = objects::node("node-a", &["192.168.1.1", "fd00:192:1::1"]);
+    objects::with(node, json!({"spec": {"podCIDRs": ["10.244.0.0/16", "fd00:244::/64"]}}))
+}
 
 /// The namespaces around the node.
 pub(crate) struct Network {

@@ -5,18 +5,15 @@ use tempfile::TempDir;
 use test_apiserver::Server as ApiServer;
 
 use crate::common::{Agent, addresses, ipvs};
-use crate::network::{CLUSTER_CIDR, NODE, Network, masqueraded};
+use crate::network::{CLUSTER_CIDR, Network, masqueraded, node};
 use crate::objects::{manifests, ready, service};
 use crate::traffic::Server;
 use crate::{FLAGS, serving};
 
 /// The second client's address: that of a Node.
-const OTHER_NODE: &str = r"
-apiVersion: v1
-kind: Node
-metadata: {name: node-b}
-status: {addresses: [{type: InternalIP, address: 192.168.2.2}]}
-";
+fn other_node() -> Value {
+    lab::objects::node("node-b", &["192.168.2.2"])
+}
 
 /// A Service that asks for this Node's address, for another's, and for one that is free.
 fn greedy() -> [Value; 2] {
@@ -66,7 +63,7 @@ fn an_external_ip_of_a_node_is_refused_and_logged() {
     let network = Network::new(2, 1);
     let _servers = servers(&network);
     let manifests = manifests(&greedy());
-    manifests.write("node-b.yaml", OTHER_NODE);
+    manifests.write("node-b.yaml", &other_node());
     let mut agent = serving(&manifests, &[CLUSTER_CIDR]);
     check(&network, &mut agent);
     // Once the other Node is gone its address is free; the own one never is.
@@ -74,7 +71,7 @@ fn an_external_ip_of_a_node_is_refused_and_logged() {
     agent.until("serve the address of a Node that is gone", |_| addresses().contains(&"192.168.2.2/32".to_owned()));
     assert!(!addresses().contains(&"192.168.1.1/32".to_owned()));
     // It comes again: whoever has it must be reached.
-    manifests.write("node-b.yaml", OTHER_NODE);
+    manifests.write("node-b.yaml", &other_node());
     agent.until("give the address up", |_| !addresses().contains(&"192.168.2.2/32".to_owned()));
     let client = &network.clients[0];
     assert_eq!(client.tcp("192.168.2.2:80"), client.seen_by("node-b", "192.168.2.2:80"));
@@ -89,8 +86,8 @@ fn an_external_ip_of_a_node_is_an_event_of_its_service() {
     let address = server.listen_in_thread().unwrap();
     let kubeconfig = dir.path().join("kubeconfig");
     ApiServer::write_kubeconfig(&kubeconfig, address);
-    for node in [NODE, OTHER_NODE] {
-        server.apply(serde_saphyr::from_str(node).unwrap());
+    for node in [node(), other_node()] {
+        server.apply(node);
     }
     for object in greedy() {
         server.apply(object);

@@ -5,11 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use lab::objects::State;
 use serde_json::json;
 
 use crate::common::{Agent, Manifests, ipvs, run};
 use crate::network::{Host, Network};
-use crate::objects::{State, file, manifests, service, slice};
+use crate::objects::{file, manifests, service, slice};
 use crate::traffic::{Connection, PATIENCE, Server, tcp};
 use crate::{FLAGS, Over, serving};
 

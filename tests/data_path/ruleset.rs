@@ -180,7 +180,7 @@ fn change(manifests: &Manifests, numbers: &mut Numbers) {
     let number = 1 + numbers.below(40);
     let name = format!("{}-{number}.json", numbers.pick(&["service", "slice"]));
     if numbers.chance(4) {
-        if manifests.path().join(&name).exists() {
+        if manifests.contains(&name) {
             manifests.remove(&name);
         }
     } else if name.starts_with("service") {

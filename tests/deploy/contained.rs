@@ -12,7 +12,7 @@ use lab::netns::isolate;
 use serde_json::Value;
 use test_apiserver::{Server, Streaming, TlsListener, Verb};
 
-use crate::common::{HEALTH, METRICS, NODE, addresses, ipvs, metric, run, service, slice};
+use crate::common::{HEALTH, METRICS, addresses, ipvs, metric, node, run, service, slice};
 use crate::kustomize::{build, documents, find, merge};
 use crate::pod::{Pod, TOKEN};
 use crate::{deploy, kubeadm};
@@ -40,15 +40,11 @@ fn node() -> (Server, TlsListener) {
     }
     let server = Server::new();
     server.require_token(TOKEN);
-    for manifest in [NODE, &service("web", "10.96.0.10"), &slice("web-1", "web", &["10.0.0.1", "10.0.0.2"])] {
-        set(&server, manifest);
+    for object in [node(), service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1", "10.0.0.2"])] {
+        server.apply(object);
     }
     let listener = server.listen_over_tls_in_thread().unwrap();
     (server, listener)
-}
-
-fn set(server: &Server, manifest: &str) {
-    server.apply(serde_saphyr::from_str(manifest).unwrap());
 }
 
 /// The pod of the base, with our profile, and what is to be filled in.
@@ -120,7 +116,7 @@ fn the_base_pod_serves_with_one_capability_and_its_seccomp_profile() {
     agent.until("answer", |_| is_ok(HEALTH, "/livez") && is_ok(HEALTH, "/healthz") && is_ok(METRICS, "/readyz"));
     assert_eq!(metric("kube_ipvs_virtual_servers"), Some(1.0));
 
-    set(&server, &slice("web-1", "web", &["10.0.0.1"]));
+    server.apply(slice("web-1", "web", &["10.0.0.1"]));
     agent.has(&[WEB, WEB_1]);
     // Kubelet swaps a link; the agent executes itself anew, with no more rights than before.
     let before = id();
@@ -230,7 +226,7 @@ fn the_role_allows_exactly_the_agents_requests() {
         server.streaming(streaming);
         let mut agent = pod.start("kube-ipvs");
         agent.has(&[WEB, WEB_1, WEB_2]);
-        set(&server, &service("clash", "10.96.0.10"));
+        server.apply(service("clash", "10.96.0.10"));
         agent.until("tell of two Services with one address", |_| {
             server.events().iter().any(|event| event["reason"] == "FrontEndTaken")
         });
@@ -273,9 +269,9 @@ fn a_thousand_services_fit_in_half_of_the_memory_limit() {
     for number in 0..1000 {
         let name = format!("s{number}");
         let octets = format!("{}.{}", number / 250, number % 250 + 1);
-        set(&server, &service(&name, &format!("10.97.{octets}")));
+        server.apply(service(&name, &format!("10.97.{octets}")));
         let endpoints: Vec<String> = (1..=10).map(|host| format!("10.{}.{octets}", 128 + host)).collect();
-        set(&server, &slice(&name, &name, &endpoints.iter().map(String::as_str).collect::<Vec<_>>()));
+        server.apply(slice(&name, &name, &endpoints.iter().map(String::as_str).collect::<Vec<_>>()));
     }
     let pod = base(&listener);
     pod.run("init");

@@ -2,6 +2,7 @@
 
 use std::net::Ipv4Addr;
 
+use lab::objects::{self, State, with};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -21,11 +22,8 @@ impl std::fmt::Display for Size {
 impl Size {
     /// The own Node, and all Services with their slices. The first is `default/kubernetes`.
     pub(crate) fn objects(self) -> impl Iterator<Item = Value> {
-        let node = json!({
-            "apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE},
-            "spec": {"podCIDR": "10.128.1.0/24", "podCIDRs": ["10.128.1.0/24"]},
-            "status": {"addresses": [{"type": "InternalIP", "address": "192.168.1.1"}]},
-        });
+        let pods = json!({"spec": {"podCIDR": "10.128.1.0/24", "podCIDRs": ["10.128.1.0/24"]}});
+        let node = with(objects::node(NODE, &["192.168.1.1"]), pods);
         std::iter::once(node).chain((0..self.services).flat_map(move |number| {
             let slices = (0..self.endpoints).step_by(PER_SLICE).map(move |first| {
                 let endpoints = first..self.endpoints.min(first + PER_SLICE);
@@ -70,11 +68,10 @@ fn nth(first: Ipv4Addr, number: usize) -> Ipv4Addr {
 /// A Service with one TCP port.
 pub(crate) fn service(number: usize) -> Value {
     let (namespace, name) = name(number);
-    let vip = vip(number);
-    json!({
-        "apiVersion": "v1", "kind": "Service",
+    let port = with(objects::port("http", "TCP", PORT), json!({"targetPort": TARGET_PORT}));
+    let more = json!({
         "metadata": {
-            "name": name, "namespace": namespace, "uid": uid("5e", number), "creationTimestamp": CREATED,
+            "namespace": namespace, "uid": uid("5e", number), "creationTimestamp": CREATED,
             "labels": {"app.kubernetes.io/name": name, "app.kubernetes.io/managed-by": "Helm"},
             "annotations": {"meta.helm.sh/release-name": name, "meta.helm.sh/release-namespace": namespace},
             "managedFields": [{
@@ -85,13 +82,12 @@ pub(crate) fn service(number: usize) -> Value {
             }],
         },
         "spec": {
-            "type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip], "ipFamilies": ["IPv4"],
-            "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster", "sessionAffinity": "None",
-            "selector": {"app.kubernetes.io/name": name},
-            "ports": [{"name": "http", "protocol": "TCP", "port": PORT, "targetPort": TARGET_PORT}],
+            "ipFamilies": ["IPv4"], "ipFamilyPolicy": "SingleStack", "internalTrafficPolicy": "Cluster",
+            "sessionAffinity": "None", "selector": {"app.kubernetes.io/name": name},
         },
         "status": {"loadBalancer": {}},
-    })
+    });
+    with(objects::service(&name, &[vip(number)], vec![port]), more)
 }
 
 /// A slice of a Service with these endpoints.
@@ -100,22 +96,20 @@ pub(crate) fn slice(number: usize, suffix: &str, addresses: impl Iterator<Item =
     let endpoints: Vec<Value> = addresses
         .map(|address| {
             let pod = u32::from(address);
-            json!({
-                "addresses": [address],
-                "conditions": {"ready": true, "serving": true, "terminating": false},
+            let more = json!({
                 "nodeName": format!("node-{:04}", pod % 100),
                 "zone": format!("zone-{}", pod % 3),
                 "targetRef": {"kind": "Pod", "namespace": namespace, "name": format!("{name}-{pod:x}"),
                     "uid": uid("b0", pod as usize)},
-            })
+            });
+            with(objects::endpoint(address, State::Ready), more)
         })
         .collect();
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+    let more = json!({
         "metadata": {
-            "name": format!("{name}-{suffix}"), "namespace": namespace, "uid": uid("51", number),
+            "namespace": namespace, "uid": uid("51", number),
             "generateName": format!("{name}-"), "generation": 1, "creationTimestamp": CREATED,
-            "labels": {"kubernetes.io/service-name": name, "app.kubernetes.io/name": name,
+            "labels": {"app.kubernetes.io/name": name,
                 "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io"},
             "ownerReferences": [{"apiVersion": "v1", "kind": "Service", "name": name, "uid": uid("5e", number),
                 "controller": true, "blockOwnerDeletion": true}],
@@ -126,9 +120,9 @@ pub(crate) fn slice(number: usize, suffix: &str, addresses: impl Iterator<Item =
                     "f:labels": {".": {}, "f:kubernetes.io/service-name": {}}, "f:ownerReferences": {}}, "f:ports": {}},
             }],
         },
-        "ports": [{"name": "http", "protocol": "TCP", "port": TARGET_PORT}],
-        "endpoints": endpoints,
-    })
+    });
+    let ports = vec![objects::port("http", "TCP", TARGET_PORT)];
+    with(objects::slice(&format!("{name}-{suffix}"), &name, ports, endpoints), more)
 }
 
 /// Kind, namespace and name of a slice, to delete it.

@@ -15,9 +15,11 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use ipvs_netlink::{Client, Protocol, RealServer, VirtualServerId};
 use lab::agent::Agent;
+use lab::manifests::Manifests;
 use lab::netns::Namespace;
+use lab::objects::{self, with};
 use lab::{Scratch, link};
-use serde_json::Value;
+use serde_json::{Value, json};
 use test_apiserver::Server;
 
 use super::case::{Case, Expectation, Object, Step, VirtualServer};
@@ -182,11 +184,7 @@ impl Node<'_> {
             }
             return Ok(());
         }
-        // In one move, so that nobody reads half of it.
-        let temporary = self.dir.path().join(format!(".{name}"));
-        fs::write(&temporary, content).context("cannot write a manifest")?;
-        fs::rename(&temporary, self.dir.path().join(name)).context("cannot put a manifest in place")?;
-        Ok(())
+        Ok(self.manifests()?.write(name, content)?)
     }
 
     fn delete(&self, object: &Object) -> Result<()> {
@@ -194,8 +192,11 @@ impl Node<'_> {
             server.delete(&object.kind, object.namespace.as_deref().unwrap_or_default(), &object.name);
             return Ok(());
         }
-        let path = self.dir.path().join(object.file_name());
-        fs::remove_file(&path).with_context(|| format!("cannot delete {}", path.display()))
+        Ok(self.manifests()?.remove(&object.file_name())?)
+    }
+
+    fn manifests(&self) -> Result<Manifests> {
+        Ok(Manifests::at(self.dir.path())?)
     }
 
     fn start(&mut self) -> Result<()> {
@@ -241,24 +242,13 @@ fn state(expected: &Expectation) -> Result<State> {
 
 /// A Service and an endpoint that no case has, on a port that changes with each step.
 fn marker(port: u16) -> String {
-    format!(
-        "apiVersion: v1
-kind: Service
-metadata: {{name: marker, namespace: conformance}}
-spec:
-  clusterIP: {MARKER}
-  clusterIPs: [{MARKER}]
-  ipFamilies: [IPv4]
-  ports: [{{name: p, protocol: UDP, port: {port}}}]
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: marker-1, namespace: conformance, labels: {{kubernetes.io/service-name: marker}}}}
-addressType: IPv4
-ports: [{{name: p, protocol: UDP, port: 9}}]
-endpoints: [{{addresses: [10.244.255.250], conditions: {{ready: true}}}}]
-"
-    )
+    let place = |object| with(object, json!({"metadata": {"namespace": "conformance"}}));
+    let service = objects::service("marker", &[MARKER], vec![objects::port("p", "UDP", port)]);
+    let endpoints = objects::ready(["10.244.255.250"]);
+    objects::manifest(&[
+        with(place(service), json!({"spec": {"ipFamilies": ["IPv4"]}})),
+        place(objects::slice("marker-1", "marker", vec![objects::port("p", "UDP", 9)], endpoints)),
+    ])
 }
 
 fn shell(command: &str) -> Result<()> {

@@ -1,7 +1,6 @@
 //! The agent on the node: its manifests, its process, and how one knows that it has caught up.
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +10,9 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use ipvs_netlink::{Client, Protocol, RealServerEntry, VirtualServerId};
 use lab::Scratch;
+use lab::manifests::Manifests;
 use lab::netns::Namespace;
+use lab::objects::{self, with};
 use serde_json::{Value, json};
 
 use super::objects::{Group, NODE, Objects};
@@ -28,7 +29,8 @@ pub(crate) struct Agent<'a> {
     executable: PathBuf,
     flags: Vec<String>,
     node: &'a Namespace,
-    dir: Scratch,
+    _dir: Scratch,
+    manifests: Manifests,
     process: Option<lab::agent::Agent>,
     /// The ports of the markers.
     markers: BTreeMap<String, u16>,
@@ -38,9 +40,9 @@ impl<'a> Agent<'a> {
     /// Lays out the manifests, a file for each Service.
     pub(crate) fn new(executable: &Path, flags: &[String], node: &'a Namespace, objects: &Objects) -> Result<Self> {
         let (executable, flags, dir) = (executable.to_owned(), flags.to_vec(), Scratch::new()?);
-        let mut agent = Self { executable, flags, node, dir, process: None, markers: BTreeMap::new() };
-        fs::create_dir(agent.manifests()).context("cannot create a directory for the manifests")?;
-        agent.write("others", &objects.others().collect::<Vec<_>>())?;
+        let manifests = Manifests::at(dir.path().join("manifests"))?;
+        let mut agent = Self { executable, flags, node, _dir: dir, manifests, process: None, markers: BTreeMap::new() };
+        agent.write("others", objects.others())?;
         for (name, group) in objects.groups() {
             agent.write_group(&name, &group, true)?;
         }
@@ -52,7 +54,7 @@ impl<'a> Agent<'a> {
         let mut command = Command::new(&self.executable);
         command
             .arg("--manifests")
-            .arg(self.manifests())
+            .arg(self.manifests.path())
             .arg(format!("--hostname-override={NODE}"))
             .args(&self.flags)
             .args(["--ipvs-min-sync-period=0s", "--conntrack-max-per-core=0"]);
@@ -96,26 +98,18 @@ impl<'a> Agent<'a> {
         self.process.as_ref().map(lab::agent::Agent::last_lines).unwrap_or_default()
     }
 
-    fn manifests(&self) -> PathBuf {
-        self.dir.path().join("manifests")
-    }
-
     /// Writes the manifest of a Service with a new marker; returns the port of that.
     fn write_group(&mut self, name: &str, group: &Group, with_service: bool) -> Result<u16> {
         let port = self.markers.values().max().map_or(MARKER_PORT, |port| port + 1);
         let marker = marker(name, port);
         let service = with_service.then_some(&group.service);
-        self.write(name, &service.into_iter().chain(&group.slices).chain(&marker).collect::<Vec<_>>())?;
+        self.write(name, service.into_iter().chain(&group.slices).chain(&marker))?;
         self.markers.insert(name.to_owned(), port);
         Ok(port)
     }
 
-    /// Replaces a manifest in one move, so that nobody reads half of it.
-    fn write(&self, name: &str, objects: &[&Value]) -> Result<()> {
-        let text: Vec<String> = objects.iter().map(ToString::to_string).collect();
-        let temporary = self.dir.path().join("temporary");
-        fs::write(&temporary, text.join("\n")).context("cannot write a manifest")?;
-        fs::rename(&temporary, self.manifests().join(format!("{name}.json"))).context("cannot put a manifest in place")
+    fn write<'o>(&self, name: &str, objects: impl IntoIterator<Item = &'o Value>) -> Result<()> {
+        Ok(self.manifests.write(&format!("{name}.json"), &objects::manifest(objects))?)
     }
 }
 
@@ -126,15 +120,11 @@ fn marker_id(port: u16) -> VirtualServerId {
 /// A Service with an endpoint, beside the one of this name.
 fn marker(name: &str, port: u16) -> [Value; 2] {
     let name = format!("marker-{name}");
+    let place = |object| with(object, json!({"metadata": {"namespace": "marker"}}));
+    let service = objects::service(&name, &[MARKER], vec![objects::port("p", "TCP", port)]);
+    let endpoints = objects::ready(["10.244.255.250"]);
     [
-        json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "marker"}, "spec": {
-            "clusterIP": MARKER, "clusterIPs": [MARKER], "ipFamilies": ["IPv4"],
-            "ports": [{"name": "p", "protocol": "TCP", "port": port}],
-        }}),
-        json!({"apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-            "metadata": {"name": name, "namespace": "marker", "labels": {"kubernetes.io/service-name": name}},
-            "ports": [{"name": "p", "protocol": "TCP", "port": 9}],
-            "endpoints": [{"addresses": ["10.244.255.250"], "conditions": {"ready": true}}],
-        }),
+        with(place(service), json!({"spec": {"ipFamilies": ["IPv4"]}})),
+        place(objects::slice(&name, &name, vec![objects::port("p", "TCP", 9)], endpoints)),
     ]
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
 
 use anyhow::{Context, Result};
+use lab::objects::{self, with};
 use serde_json::{Value, json};
 
 /// The node that the agent runs on.
@@ -31,14 +32,9 @@ impl Objects {
         .cloned()
         .context("the objects are no list")?;
         if !objects.iter().any(|object| object["kind"] == "Node" && object["metadata"]["name"] == NODE) {
-            let addresses = node.iter().map(|address| json!({"type": "InternalIP", "address": address.to_string()}));
-            objects.push(json!({
-                "apiVersion": "v1",
-                "kind": "Node",
-                "metadata": {"name": NODE, "labels": {"kubernetes.io/hostname": NODE}},
-                "spec": {},
-                "status": {"addresses": addresses.collect::<Vec<_>>()},
-            }));
+            let addresses: Vec<String> = node.iter().map(ToString::to_string).collect();
+            let node = objects::node(NODE, &addresses.iter().map(String::as_str).collect::<Vec<_>>());
+            objects.push(with(node, json!({"metadata": {"labels": {"kubernetes.io/hostname": NODE}}, "spec": {}})));
         }
         Ok(Self(objects))
     }

@@ -63,7 +63,6 @@ impl Manifests {
         self.edit(SERVICE, |text| text.replace("sessionAffinity: None", "sessionAffinity: ClientIP"))
     }
 
-    /// Replaces a file in one move, so that nobody reads half of it.
     fn edit(&self, file: &str, change: impl FnOnce(&str) -> String) -> Result<Vec<String>> {
         let old = read(&self.path(file))?;
         let new = change(&old);
@@ -71,9 +70,7 @@ impl Manifests {
         if difference.is_empty() {
             bail!("{file} is not written as the demo expects: there is nothing in it to change");
         }
-        let temporary = self.path(&format!(".{file}"));
-        fs::write(&temporary, new).with_context(|| format!("cannot write {file}"))?;
-        fs::rename(&temporary, self.path(file)).with_context(|| format!("cannot put {file} in place"))?;
+        lab::manifests::Manifests::at(self.path(""))?.write(file, &new)?;
         Ok(difference)
     }
 }

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use lab::link;
 use lab::netns::{End, Namespace, isolate};
+use lab::objects::{self, State, port, with};
 use serde_json::{Value, json};
 
 use crate::bench::load::NODE;
@@ -111,7 +112,7 @@ pub(crate) fn services() -> Vec<Value> {
     vec![
         service("tcp", "10.97.0.1", json!({})),
         service("affinity", "10.97.0.2", json!({"sessionAffinity": "ClientIP"})),
-        service("udp", "10.97.0.3", json!({"ports": [{"name": "a", "protocol": "UDP", "port": 80}]})),
+        service("udp", "10.97.0.3", json!({"ports": [port("a", "UDP", 80)]})),
         service(
             "ways",
             "10.97.0.4",
@@ -126,37 +127,25 @@ pub(crate) fn services() -> Vec<Value> {
 /// Which of them have endpoints that come and go.
 pub(crate) const LIVELY: [&str; 4] = ["tcp", "affinity", "ways", "local"];
 
-fn service(name: &str, vip: &str, more: Value) -> Value {
-    let mut service = json!({
-        "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "soak"},
-        "spec": {"type": "ClusterIP", "clusterIP": vip, "clusterIPs": [vip],
-            "ports": [{"name": "a", "protocol": "TCP", "port": 80}]},
-    });
-    if let Value::Object(more) = more {
-        for (key, value) in more {
-            service["spec"][key] = value;
-        }
-    }
-    if name == "local" {
-        service["status"] = json!({"loadBalancer": {"ingress": [{"ip": "198.51.100.5"}]}});
-    }
-    service
+/// All are in one namespace.
+fn place(object: Value) -> Value {
+    with(object, json!({"metadata": {"namespace": "soak"}}))
+}
+
+fn service(name: &str, vip: &str, spec: Value) -> Value {
+    let service = with(objects::service(name, &[vip], vec![port("a", "TCP", 80)]), json!({"spec": spec}));
+    let status = (name == "local").then(|| objects::load_balancer(&["198.51.100.5"]));
+    place(with(service, json!({"status": status})))
 }
 
 /// The slice of such a Service: with endpoints that are ready, and some that terminate.
 pub(crate) fn slice(name: &str, ready: &[&str], terminating: &[&str]) -> Value {
-    let endpoint = |address: &&str, is_ready: bool| {
-        json!({"addresses": [address], "nodeName": NODE,
-            "conditions": {"ready": is_ready, "serving": true, "terminating": !is_ready}})
-    };
-    let endpoints: Vec<Value> =
-        ready.iter().map(|it| endpoint(it, true)).chain(terminating.iter().map(|it| endpoint(it, false))).collect();
+    let endpoint = |address, state| with(objects::endpoint(address, state), json!({"nodeName": NODE}));
+    let ready = ready.iter().map(|it| endpoint(it, State::Ready));
+    let endpoints = ready.chain(terminating.iter().map(|it| endpoint(it, State::Terminating)));
     let protocol = if name == "udp" { "UDP" } else { "TCP" };
-    json!({
-        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
-        "metadata": {"name": format!("{name}-1"), "namespace": "soak", "labels": {"kubernetes.io/service-name": name}},
-        "ports": [{"name": "a", "protocol": protocol, "port": target_port(name)}], "endpoints": endpoints,
-    })
+    let ports = vec![port("a", protocol, target_port(name))];
+    place(objects::slice(&format!("{name}-1"), name, ports, endpoints.collect()))
 }
 
 /// The VIP of a Service that somebody changes in the kernel.
