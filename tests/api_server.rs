@@ -9,7 +9,7 @@ use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use common::{Agent, HEALTH, addresses, get, ipvs, metric, node, service, slice};
 use lab::link;
 use lab::netns::isolate;
 use lab::objects::with;
+use lab::wait::LIMIT;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use test_apiserver::{Server, Streaming, TlsListener};
@@ -227,7 +228,7 @@ fn health() -> Option<(u16, u16)> {
 
 /// Does something while clients connect to the Service without end. None may fail.
 fn clients_go_on(listener: &TcpListener, action: impl FnOnce()) {
-    let is_over = AtomicBool::new(false);
+    let (is_over, begun) = (AtomicBool::new(false), AtomicUsize::new(0));
     thread::scope(|scope| {
         scope.spawn(|| {
             listener.set_nonblocking(true).unwrap();
@@ -237,22 +238,25 @@ fn clients_go_on(listener: &TcpListener, action: impl FnOnce()) {
             }
         });
         let client = scope.spawn(|| {
-            let (mut begun, mut failed) = (0, Vec::new());
+            let mut failed = Vec::new();
             while !is_over.load(Ordering::Relaxed) {
                 let address = "10.96.0.10:80".parse().unwrap();
-                failed.extend(TcpStream::connect_timeout(&address, Duration::from_secs(5)).err());
-                begun += 1;
+                failed.extend(TcpStream::connect_timeout(&address, LIMIT).err());
+                begun.fetch_add(1, Ordering::Relaxed);
                 thread::sleep(Duration::from_millis(20));
             }
-            (begun, failed)
+            failed
         });
-        let result = catch_unwind(AssertUnwindSafe(action));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            action();
+            lab::wait::until("connect", || begun.load(Ordering::Relaxed) > 10).unwrap();
+        }));
         is_over.store(true, Ordering::Relaxed);
-        let (begun, failed) = client.join().unwrap();
+        let failed = client.join().unwrap();
         if let Err(panic) = result {
             resume_unwind(panic);
         }
-        assert!(begun > 10 && failed.is_empty(), "{} of {begun}: {failed:?}", failed.len());
+        assert!(failed.is_empty(), "{} of {begun:?}: {failed:?}", failed.len());
     });
 }
 

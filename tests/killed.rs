@@ -1,7 +1,7 @@
 //! The agent is killed before or after any message to the kernel, again and again: what stays is served all along, and in
 //! the end everything is as a fresh start would have made it.
 //!
-//! How many histories each test has: `KUBE_IPVS_HISTORIES`, or 3.
+//! How many histories each test has: `KUBE_IPVS_HISTORIES`, or 2.
 
 #![cfg(feature = "fault-points")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
@@ -13,7 +13,6 @@ use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use common::{Agent, Filter, Manifests, addresses, eth0, ipvs, ipvsadm, run};
 use lab::link;
@@ -161,7 +160,7 @@ struct Open(TcpStream);
 impl Open {
     fn new() -> Self {
         let stream = TcpStream::connect(("10.96.0.1", 80)).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream.set_read_timeout(Some(lab::wait::LIMIT)).unwrap();
         Self(stream)
     }
 
@@ -257,7 +256,7 @@ fn the_agent_has_fault_points() {
 
 fn a_kill_at_any_message_is_recovered_by_the_next_start() {
     thread::spawn(the_agent_has_fault_points).join().unwrap();
-    let histories = std::env::var("KUBE_IPVS_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(3);
+    let histories = std::env::var("KUBE_IPVS_HISTORIES").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     let config = ProptestConfig {
         cases: histories,
         max_shrink_iters: 20,
@@ -293,4 +292,5 @@ macro_rules! several {
     };
 }
 
-several!(a_kill_at_any_message_is_recovered_by_the_next_start: first, second, third, fourth, fifth, sixth);
+several!(a_kill_at_any_message_is_recovered_by_the_next_start: first, second, third, fourth, fifth, sixth,
+    seventh, eighth);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -56,14 +56,22 @@ pub(crate) fn targets() -> Vec<String> {
     LIVING.iter().flat_map(|(_, number)| of(*number)).collect()
 }
 
-/// Asks a target until it is over, and counts how often it was served. Returns what came of it, in order.
-fn hammer(is_over: &AtomicBool, served: &AtomicUsize, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
+/// How often a client has asked, and was served.
+#[derive(Default)]
+struct Count {
+    asked: AtomicUsize,
+    served: AtomicUsize,
+}
+
+/// Asks a target until it is over. Returns what came of it, in order.
+fn hammer(is_over: &AtomicBool, count: &Count, ask: impl Fn(Duration) -> Try) -> Vec<Try> {
     let mut results: Vec<Try> = Vec::new();
     let mut patience = FIRST_PATIENCE;
     while !is_over.load(Ordering::Relaxed) {
         let is_served = results.last().is_some_and(Result::is_ok);
         let result = ask(if is_served { PATIENCE } else { patience });
-        served.fetch_add(usize::from(result.is_ok()), Ordering::Relaxed);
+        count.asked.fetch_add(1, Ordering::Relaxed);
+        count.served.fetch_add(usize::from(result.is_ok()), Ordering::Relaxed);
         results.push(result);
         patience += Duration::from_millis(2);
         thread::sleep(Duration::from_millis(50));
@@ -81,13 +89,13 @@ fn a_cold_start_of_1000_services_never_serves_a_client_wrongly() {
     let _host = Server::start(&lab::netns::Namespace::own().unwrap(), "host", 80);
     let manifests = manifests(&objects(&network));
     let (targets, is_over) = (targets(), AtomicBool::new(false));
-    let served: Vec<[AtomicUsize; 2]> = targets.iter().map(|_| Default::default()).collect();
+    let counts: Vec<[Count; 2]> = targets.iter().map(|_| Default::default()).collect();
     let results = thread::scope(|scope| {
         let over = Over(&is_over);
         let is_over = &is_over;
         let asking: Vec<_> = targets
             .iter()
-            .zip(&served)
+            .zip(&counts)
             .flat_map(|(target, [tcp, udp])| {
                 let by_tcp = move |patience| Connection::open(target, patience)?.ask();
                 let by_udp = move |patience| Flow::open(target, patience)?.ask();
@@ -97,13 +105,13 @@ fn a_cold_start_of_1000_services_never_serves_a_client_wrongly() {
                 ]
             })
             .collect();
-        thread::sleep(Duration::from_millis(200));
+        let have_all = |number: fn(&Count) -> &AtomicUsize, wanted| {
+            counts.iter().flatten().all(|count| number(count).load(Ordering::Relaxed) >= wanted)
+        };
+        lab::wait::until("ask for every target", || have_all(|count| &count.asked, 1)).unwrap();
         let mut agent = manifests.agent(&[&FLAGS[..], &["--masquerade-all"]].concat());
         agent.says("audited");
-        let start = Instant::now();
-        while served.iter().flatten().any(|it| it.load(Ordering::Relaxed) < ENOUGH) && start.elapsed() < PATIENCE {
-            thread::sleep(Duration::from_millis(50));
-        }
+        agent.until("serve every target", |_| have_all(|count| &count.served, ENOUGH));
         drop(over);
         asking
             .into_iter()

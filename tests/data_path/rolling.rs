@@ -1,10 +1,11 @@
 //! A rolling update under load, and what else a Service lives through, without one connection lost.
 
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use ipvs_netlink::{ConnectionState, Connections};
 use lab::objects::State;
 use serde_json::json;
 
@@ -17,19 +18,29 @@ use crate::{FLAGS, Over, serving};
 const VIP: &str = "10.96.0.10:80";
 const PER_SECOND: u32 = 200;
 const THREADS: u32 = 4;
+/// How many connections are made in each state.
+const ENOUGH: usize = 40;
 
-/// Makes new connections at a steady pace until it is over; returns how many, and what went wrong.
-fn new_connections(is_over: &AtomicBool) -> (usize, Vec<String>) {
+/// Makes new connections at a steady pace until it is over, and counts them; returns what went wrong.
+fn new_connections(is_over: &AtomicBool, count: &AtomicUsize) -> Vec<String> {
     let (start, mut begun, mut failed) = (Instant::now(), 0, Vec::new());
     while !is_over.load(Ordering::Relaxed) {
         if let Err(word) = tcp(VIP) {
             failed.push(format!("{word} after {:?}", start.elapsed()));
         }
         begun += 1;
+        count.fetch_add(1, Ordering::Relaxed);
         let due = start + Duration::from_secs(1) * begun * THREADS / PER_SECOND;
         thread::sleep(due.saturating_duration_since(Instant::now()));
     }
-    (begun as usize, failed)
+    failed
+}
+
+/// Whether no connection to an endpoint is under way: the client of each has closed it.
+fn is_idle(pod: &Host) -> bool {
+    let mut connections = Connections::of_this_namespace().unwrap().map(Result::unwrap);
+    let is_over = [ConnectionState::FinWait, ConnectionState::TimeWait, ConnectionState::Close];
+    connections.all(|connection| connection.real_address.ip() != pod.v4 || is_over.contains(&connection.state))
 }
 
 /// The endpoints of the Service, each with its state, and the directory they are written to.
@@ -81,23 +92,29 @@ fn a_rolling_update_a_kill_and_an_upgrade_lose_no_connection() {
     };
     let mut lasts =
         |after: &str| assert_eq!(lasting.ask().map(|answer| answer.backend), Ok("stayer".into()), "{after}");
-    let is_over = AtomicBool::new(false);
-    let start = Instant::now();
-    let (mut begun, mut failed) = (0, Vec::new());
+    let (is_over, begun) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let more = || {
+        let before = begun.load(Ordering::Relaxed);
+        lab::wait::until("connect", || begun.load(Ordering::Relaxed) >= before + ENOUGH).unwrap();
+    };
+    let mut failed = Vec::new();
     thread::scope(|scope| {
         let over = Over(&is_over);
-        let loads: Vec<_> = (0..THREADS).map(|_| scope.spawn(|| client.run(|| new_connections(&is_over)))).collect();
+        let loads: Vec<_> =
+            (0..THREADS).map(|_| scope.spawn(|| client.run(|| new_connections(&is_over, &begun)))).collect();
         for (gone, pod) in new.iter().enumerate() {
             servers.push(Server::start(&pod.namespace, "new", 8080));
             endpoints.now.push((pod, State::Ready));
             endpoints.write();
             endpoints.are_served(&mut agent);
+            more();
             let leaving = endpoints.now.iter_mut().find(|(pod, _)| pod.v4 == old[gone].v4).unwrap();
             leaving.1 = State::Terminating;
             endpoints.write();
             endpoints.are_served(&mut agent);
             // The pod has its grace, ends what it has begun, and is no more.
-            thread::sleep(Duration::from_millis(300));
+            more();
+            lab::wait::until("finish connections", || is_idle(&old[gone])).unwrap();
             drop(servers.remove(0));
             endpoints.now.retain(|(pod, _)| pod.v4 != old[gone].v4);
             endpoints.write();
@@ -105,7 +122,7 @@ fn a_rolling_update_a_kill_and_an_upgrade_lose_no_connection() {
         }
         endpoints.are_served(&mut agent);
         agent.kill();
-        thread::sleep(Duration::from_millis(200));
+        more();
         lasts("the agent was killed");
         let mut agent = serving(&manifests, &[]);
         lasts("it was started again");
@@ -125,17 +142,13 @@ fn a_rolling_update_a_kill_and_an_upgrade_lose_no_connection() {
         endpoints.now.retain(|(pod, _)| pod.v4 == stayer.v4 || pod.v4 == new[0].v4);
         endpoints.write();
         endpoints.are_served(&mut upgraded);
-        thread::sleep(Duration::from_millis(200));
+        more();
         lasts("all others but one were removed");
         drop(over);
         for load in loads {
-            let (more, went_wrong) = load.join().unwrap();
-            begun += more;
-            failed.extend(went_wrong);
+            failed.extend(load.join().unwrap());
         }
     });
-    let rate = begun * 1000 / usize::try_from(start.elapsed().as_millis()).unwrap();
-    println!("{} of {begun} connections failed, {rate} a second", failed.len());
-    assert!(failed.is_empty(), "{} of {begun} connections failed: {failed:?}", failed.len());
-    assert!(rate > PER_SECOND as usize / 2, "no load: {rate} connections a second");
+    println!("{begun:?} connections");
+    assert!(failed.is_empty(), "{} of {begun:?} connections failed: {failed:?}", failed.len());
 }

@@ -167,11 +167,7 @@ fn taken_over_and_back(iptables: Iptables, tool: &str) {
     });
     println!("{begun} connections through the takeover, none failed");
     // Nothing was made anew: it goes on counting. (The kernel sums up every two seconds.)
-    let start = Instant::now();
-    while connections() < served_before + begun as u64 {
-        assert!(start.elapsed() < PATIENCE, "{begun}: {}", run("ipvsadm -Ln --stats"));
-        thread::sleep(Duration::from_millis(100));
-    }
+    lab::wait::until("count them all", || connections() >= served_before + begun as u64).unwrap();
     assert_eq!(ipvs(), before);
     assert_eq!(addresses(), ["10.96.0.10/32", "203.0.113.10/32"]);
     assert_eq!(kube_objects(), [""; 0]);

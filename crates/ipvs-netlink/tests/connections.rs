@@ -16,6 +16,7 @@ use ipvs_netlink::{
     RealServer, SyncDaemon, SyncRole, Totals, Tunnel, VirtualServer, VirtualServerId,
 };
 use lab::netns::{End, Namespace, isolate};
+use lab::wait::LIMIT;
 use rustix::io::Errno;
 use rustix::net::{self, AddressFamily, SocketType, ipproto};
 
@@ -26,7 +27,7 @@ fn table() -> Vec<Connection> {
 
 /// The table as soon as it is as wanted.
 fn table_with(wanted: impl Fn(&[Connection]) -> bool) -> Vec<Connection> {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LIMIT;
     loop {
         let table = table();
         if wanted(&table) {
@@ -299,7 +300,7 @@ fn a_node_takes_over_the_connections_that_another_tells_it() {
     assert_eq!((only(&mine).origin, only(&mine).state), (Some(Origin::Local), State::Established));
     let theirs = there
         .run(|| {
-            let until = Instant::now() + Duration::from_secs(20);
+            let until = Instant::now() + LIMIT;
             loop {
                 let theirs = with_origin();
                 if !theirs.is_empty() {
@@ -333,7 +334,7 @@ fn totals_are_those_of_all_virtual_servers_gone_or_not() {
         client.delete_virtual_server(&id).unwrap();
         run("ip address del 10.1.0.81/32 dev lo");
     }
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LIMIT;
     let totals = loop {
         let totals = Totals::of_this_namespace_by_cpu().unwrap();
         if totals.stats.connections == 2 && totals.stats.incoming_byte_rate > 0 {

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use common::servers::servers;
 use common::{client, example, local_service, real, round_robin, run, tcp};
 use ipvs_netlink::{Client, Family, Message, Protocol, RealServer, Stats, VirtualServerEntry, VirtualServerId};
+use lab::wait::LIMIT;
 
 const MODES: [&str; 8] = [
     "",
@@ -29,7 +30,7 @@ const MODES: [&str; 8] = [
 /// Compares listings, while nothing changes between the two that ipvsadm is asked for around ours.
 fn assert_listed_alike() {
     for mode in MODES {
-        let until = Instant::now() + Duration::from_secs(30);
+        let until = Instant::now() + LIMIT;
         loop {
             let theirs = run(&format!("ipvsadm -Ln {mode}"));
             let ours = run(&format!("{} {mode}", example("list")));
@@ -94,7 +95,7 @@ fn traffic(client: &mut Client) -> (Vec<VirtualServerId>, Vec<TcpStream>) {
         near.send(&datagram).unwrap();
     }
     ids.push(id);
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LIMIT;
     while client.virtual_server(&id).unwrap().stats.incoming_bytes < 17_000 * 60_000 {
         assert!(Instant::now() < until);
         thread::sleep(Duration::from_millis(50));
@@ -132,6 +133,7 @@ impl Exporter {
     /// The status and the body.
     fn ask(&self, request: &str) -> (String, String) {
         let mut stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
         stream.write_all(request.as_bytes()).unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).unwrap();
@@ -241,7 +243,7 @@ fn the_exporter_tells_prometheus_what_the_kernel_lists() {
     }
     let limited = RealServer { upper_threshold: 100, lower_threshold: 50, weight: 0, ..real("10.1.0.8:80") };
     client.add_real_server(&ids[0], &limited).unwrap();
-    let until = Instant::now() + Duration::from_secs(30);
+    let until = Instant::now() + LIMIT;
     loop {
         let before = wanted(&mut client);
         let found = samples(&exporter.metrics());
@@ -276,23 +278,16 @@ fn the_exporter_answers_whatever_it_is_asked() {
     ] {
         assert_eq!(exporter.ask(request).0, format!("HTTP/1.1 {status}"), "{request:?}");
     }
-    // One that says nothing, and one that says it slowly, keep others waiting for some seconds only.
-    let start = Instant::now();
+    // One that says nothing, and one that goes on saying it slowly, do not keep others waiting for as long as they are there.
     let _silent = TcpStream::connect(exporter.address).unwrap();
     assert_eq!(samples(&exporter.metrics()).len(), 5);
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     let slow = TcpStream::connect(exporter.address).unwrap();
     let writer = thread::spawn(move || {
-        for _ in 0..40 {
-            if (&slow).write_all(b"G").is_err() {
-                break;
-            }
+        while (&slow).write_all(b"G").is_ok() {
             thread::sleep(Duration::from_millis(250));
         }
     });
-    let start = Instant::now();
     assert_eq!(samples(&exporter.metrics()).len(), 5);
-    assert!(start.elapsed() < Duration::from_secs(8), "{:?}", start.elapsed());
     writer.join().unwrap();
 }
 

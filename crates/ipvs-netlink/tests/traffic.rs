@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 
 use common::{client, local_service, round_robin};
 use ipvs_netlink::{Client, Protocol, RealServerEntry, VirtualServerId};
+use lab::wait::LIMIT;
 
 /// Reads the only real server until it is as wanted: the kernel brings statistics up to date every two seconds.
 fn wait_for(client: &mut Client, id: &VirtualServerId, wanted: impl Fn(&RealServerEntry) -> bool) -> RealServerEntry {
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LIMIT;
     loop {
         let entry = client.real_servers(id).unwrap()[0];
         if wanted(&entry) {

@@ -19,6 +19,7 @@ use coverage::{Coverage, outcome};
 use ipvs_netlink::fake::Ipvs;
 use ipvs_netlink::{Error, Message, RealServer, RealServerEntry};
 use kernel::Lab;
+use lab::wait::LIMIT;
 use operations::Operations;
 
 const SEQUENCES: u64 = 100;
@@ -189,7 +190,7 @@ fn what_went_through_a_deleted_real_server_comes_back_with_it() {
     let listener = TcpListener::bind(address).unwrap();
     let _connection = (TcpStream::connect("10.96.0.1:80").unwrap(), listener.accept().unwrap());
     // The kernel brings counters up to date every two seconds.
-    let until = Instant::now() + Duration::from_secs(10);
+    let until = Instant::now() + LIMIT;
     let entry = loop {
         let entry = client.real_servers(&id).unwrap()[0];
         if entry.stats.connections == 1 {
