@@ -6,12 +6,12 @@
 mod common;
 
 use std::fs;
-use std::io::Write as _;
-use std::net::TcpListener;
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, service, slice};
+use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, service};
 use lab::link;
 use lab::netns::isolate;
 use lab::objects::{self, State, with};

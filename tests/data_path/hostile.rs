@@ -194,10 +194,18 @@ fn source_ranges_that_are_all_invalid_allow_nobody() {
     }
     let manifests = manifests(&objects);
     let agent = serving(&manifests, &[CLUSTER_CIDR]);
+    // At once, since each waits.
+    thread::scope(|scope| {
+        for (number, ranges) in lists.iter().enumerate() {
+            let client = &network.clients[0];
+            scope.spawn(move || {
+                let closed = format!("203.0.113.{}:80", number + 10);
+                let result = client.run(|| tcp_within(SILENCE, &closed));
+                assert!(result.is_err(), "{ranges}: {result:?}");
+            });
+        }
+    });
     for (number, ranges) in lists.iter().enumerate() {
-        let closed = format!("203.0.113.{}:80", number + 10);
-        let result = network.clients[0].run(|| tcp_within(SILENCE, &closed));
-        assert!(result.is_err(), "{ranges}: {result:?}");
         assert!(network.clients[0].tcp(&format!("10.96.0.{}:80", number + 10)).is_ok(), "{ranges}");
         assert!(agent.log().contains(&format!("default/web-{number}")), "{ranges}: {}", agent.log());
     }

@@ -12,7 +12,7 @@ use lab::netns::isolate;
 use serde_json::Value;
 use test_apiserver::{Server, Streaming, TlsListener, Verb};
 
-use crate::common::{HEALTH, METRICS, addresses, ipvs, metric, node, run, service, slice};
+use crate::common::{HEALTH, METRICS, addresses, ipvs, metric, run, service, slice};
 use crate::kustomize::{build, documents, find, merge};
 use crate::pod::{Pod, TOKEN};
 use crate::{deploy, kubeadm};
@@ -40,7 +40,9 @@ fn node() -> (Server, TlsListener) {
     }
     let server = Server::new();
     server.require_token(TOKEN);
-    for object in [node(), service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1", "10.0.0.2"])] {
+    for object in
+        [crate::common::node(), service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1", "10.0.0.2"])]
+    {
         server.apply(object);
     }
     let listener = server.listen_over_tls_in_thread().unwrap();
