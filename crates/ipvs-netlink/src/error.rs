@@ -172,7 +172,9 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
         (EINVAL, AddVirtualServer(_) | SetVirtualServer(_)) => {
             (ErrorKind::Invalid, "the netmask of persistence is for IPv6 a prefix length from 1 to 128")
         }
-        (EINVAL, AddRealServer(_, server) | SetRealServer(_, server)) if i32::try_from(server.upper_threshold).is_err() => {
+        (EINVAL, AddRealServer(_, server) | SetRealServer(_, server))
+            if i32::try_from(server.upper_threshold).is_err() =>
+        {
             (ErrorKind::Invalid, "this kernel takes upper thresholds of at most 2147483647")
         }
         (EINVAL, AddRealServer(..) | SetRealServer(..)) => (

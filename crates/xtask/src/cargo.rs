@@ -159,7 +159,9 @@ fn parse_test_executables(output: &str) -> Result<Vec<TestExecutable>> {
 fn parse_binary(output: &str, name: &str) -> Result<PathBuf> {
     for message in messages(output) {
         let message = message?;
-        let wanted = message.target.is_some_and(|target| target.name == name && target.kind == ["bin"]);
+        // The executable with the tests of a program has its name and kind too.
+        let is_test = message.profile.is_some_and(|profile| profile.test);
+        let wanted = !is_test && message.target.is_some_and(|target| target.name == name && target.kind == ["bin"]);
         if let (true, Some(path)) = (wanted, message.executable) {
             return Ok(path);
         }
@@ -173,6 +175,7 @@ mod tests {
 
     const OUTPUT: &str = r#"
 {"reason":"compiler-artifact","package_id":"path+file:///w#dep@1.0.0","manifest_path":"/w/dep/Cargo.toml","target":{"kind":["lib"],"crate_types":["lib"],"name":"dep","src_path":"/w/dep/src/lib.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":false},"features":[],"filenames":["/t/libdep.rlib"],"executable":null,"fresh":true}
+{"reason":"compiler-artifact","package_id":"path+file:///w#a@1.0.0","manifest_path":"/w/a/Cargo.toml","target":{"kind":["bin"],"crate_types":["bin"],"name":"kube-ipvs","src_path":"/w/a/src/main.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":true},"features":[],"filenames":["/t/kube_ipvs-1"],"executable":"/t/kube_ipvs-1","fresh":false}
 {"reason":"compiler-artifact","package_id":"path+file:///w#a@1.0.0","manifest_path":"/w/a/Cargo.toml","target":{"kind":["bin"],"crate_types":["bin"],"name":"kube-ipvs","src_path":"/w/a/src/main.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":false},"features":[],"filenames":["/t/kube-ipvs"],"executable":"/t/kube-ipvs","fresh":false}
 {"reason":"compiler-artifact","package_id":"path+file:///w#a@1.0.0","manifest_path":"/w/a/Cargo.toml","target":{"kind":["test"],"crate_types":["bin"],"name":"boot","src_path":"/w/a/tests/boot.rs","edition":"2024"},"profile":{"opt_level":"0","debuginfo":1,"debug_assertions":true,"overflow_checks":true,"test":true},"features":[],"filenames":["/t/boot-1"],"executable":"/t/boot-1","fresh":false}
 {"reason":"build-script-executed","package_id":"x","linked_libs":[],"linked_paths":[],"cfgs":[],"env":[],"out_dir":"/t/out"}
@@ -182,7 +185,9 @@ mod tests {
     #[test]
     fn test_executables_are_those_built_with_the_test_profile() {
         let boot = TestExecutable { target: "boot".into(), path: "/t/boot-1".into(), package_dir: "/w/a".into() };
-        assert_eq!(parse_test_executables(OUTPUT).unwrap(), [boot]);
+        let unit =
+            TestExecutable { target: "kube-ipvs".into(), path: "/t/kube_ipvs-1".into(), package_dir: "/w/a".into() };
+        assert_eq!(parse_test_executables(OUTPUT).unwrap(), [unit, boot]);
         assert!(parse_test_executables("{\"reason\":").is_err());
         assert!(parse_test_executables("").unwrap().is_empty());
     }
