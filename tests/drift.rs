@@ -10,12 +10,11 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::Command;
 
 use common::{
-    Agent, Filter, Manifests, addresses, eth0, http, ipvs, ipvsadm, listed_filter, metric, node, observed_filter, run,
+    Agent, Filter, Manifests, addresses, eth0, has_tables, http, ipvs, ipvsadm, listed_filter, metric, node, run,
     service, slice,
 };
 use lab::link;
 use lab::netns::isolate;
-use reconciler::filter::ObservedFilter;
 use test_apiserver::Server;
 
 const SYNC_PERIOD: &str = "--ipvs-sync-period=300ms";
@@ -34,7 +33,7 @@ struct Kernel {
 impl Kernel {
     /// `None` where not even the tables are there.
     fn read() -> Option<Self> {
-        let is_there = observed_filter() != ObservedFilter::default() && link::exists("kube-ipvs0").unwrap();
+        let is_there = has_tables() && link::exists("kube-ipvs0").unwrap();
         is_there.then(|| Self { servers: ipvs(), addresses: addresses(), filter: Filter::read() })
     }
 

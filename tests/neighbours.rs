@@ -8,11 +8,10 @@ mod common;
 use std::fs;
 use std::process::{Child, Command, Stdio};
 
-use common::{Manifests, addresses, ipvs, ipvsadm, observed_filter, run, service, slice};
+use common::{Manifests, addresses, has_tables, ipvs, ipvsadm, run, service, slice};
 use lab::link;
 use lab::netns::isolate;
 use lab::objects::manifest;
-use reconciler::filter::ObservedFilter;
 use tempfile::TempDir;
 
 /// What keepalived has: at an address of its own that VRRP brings, at one that is also a Service's VIP, and by firewall mark.
@@ -155,7 +154,7 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
 
     // Without a table there is only the device to tell by.
     run("nft delete table ip kube-ipvs");
-    agent.until("make the table again", |_| observed_filter() != ObservedFilter::default());
+    agent.until("make the table again", |_| has_tables());
     agent.audits(2);
     untouched("after the table was lost");
     agent.kill();

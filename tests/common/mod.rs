@@ -10,6 +10,7 @@
     reason = "helpers of tests, of which every test file uses a part"
 )]
 
+use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Command, ExitStatus};
 
@@ -214,6 +215,17 @@ pub fn eth0() {
 /// Our tables of the packet filter as the agent reads them: quickly, but rules by their fingerprints alone.
 pub fn observed_filter() -> ObservedFilter {
     read::read(&mut Socket::open(NETLINK_NETFILTER).unwrap(), Families::BOTH).unwrap()
+}
+
+/// Whether there are tables of ours.
+pub fn has_tables() -> bool {
+    observed_filter() != ObservedFilter::default()
+}
+
+/// Whether the packet filter knows a Service at this address.
+pub fn filter_knows(address: &str) -> bool {
+    let address: IpAddr = address.parse().unwrap();
+    observed_filter().front_ends.keys().any(|front_end| front_end.address == address)
 }
 
 /// Our tables of the packet filter, all of it.

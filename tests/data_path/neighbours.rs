@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::common::{Agent, Manifests, run};
+use crate::common::{Agent, Manifests, filter_knows, run};
 use crate::network::{CLUSTER_CIDR, Network, masqueraded};
 use crate::objects::{file, manifests, ready, service};
 use crate::serving;
@@ -163,7 +163,7 @@ fn are_good_neighbours(iptables: &str, rules: &str, turn: Turn) {
     agent.kill();
     let mut agent = start(&manifests);
     manifests.write("web.json", &web("203.0.113.11"));
-    agent.until("take in a change", |_| run("nft list table ip kube-ipvs").contains("203.0.113.11 . tcp"));
+    agent.until("take in a change", |_| filter_knows("203.0.113.11"));
     agent.until("serve it", |_| client.tcp("203.0.113.11:80").is_ok());
     check("203.0.113.11:80", "after a restart and a change");
     assert_eq!(list(), installed, "the rules of others have changed");

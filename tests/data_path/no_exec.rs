@@ -6,7 +6,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use crate::FLAGS;
-use crate::common::{Agent, addresses, ipvs, run};
+use crate::common::{Agent, addresses, has_tables, ipvs, run};
 use crate::network::{CLUSTER_CIDR, Network};
 use crate::objects::{file, manifests, ready, service};
 use crate::traffic::Server;
@@ -44,9 +44,7 @@ fn the_agent_runs_no_other_program() {
     // Repairs, settings of the node and the device among them.
     run("nft delete table ip kube-ipvs");
     lab::link::delete("kube-ipvs0").unwrap();
-    agent.until("repair", |_| {
-        addresses().contains(&"10.96.0.10/32".to_owned()) && run("nft list tables").contains("table ip kube-ipvs")
-    });
+    agent.until("repair", |_| addresses().contains(&"10.96.0.10/32".to_owned()) && has_tables());
     manifests.remove("objects.json");
     agent.until("take everything away", |_| ipvs().is_empty());
     agent.audits(2);

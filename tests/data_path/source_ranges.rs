@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::common::run;
+use crate::common::{filter_knows, run};
 use crate::network::{CLUSTER_CIDR, Host, Network, masqueraded};
 use crate::objects::{file, manifests, ready, service};
 use crate::traffic::{PATIENCE, SILENCE, Server, Try, tcp_within, udp_within};
@@ -121,9 +121,9 @@ fn a_source_range_of_one_address_is_written_once() {
     agent.audits(3);
     // Its own slices change, and another Service does.
     manifests.write("more.json", &file(&[service("other", json!({"clusterIPs": ["10.96.0.11"]}))]));
-    agent.until("serve the other", |_| run("nft list table ip kube-ipvs").contains("10.96.0.11"));
+    agent.until("serve the other", |_| filter_knows("10.96.0.11"));
     manifests.remove("more.json");
-    agent.until("forget the other", |_| !run("nft list table ip kube-ipvs").contains("10.96.0.11"));
+    agent.until("forget the other", |_| !filter_knows("10.96.0.11"));
     assert_eq!(list(), before);
     assert!(!agent.log().contains("somebody else"), "{}", agent.log());
     agent.kill();

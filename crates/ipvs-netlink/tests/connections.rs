@@ -15,6 +15,7 @@ use ipvs_netlink::{
     Client, Connection, ConnectionState as State, Connections, Family, Forwarding, Message, Origin, Protocol,
     RealServer, SyncDaemon, SyncRole, Totals, Tunnel, VirtualServer, VirtualServerId,
 };
+use lab::link;
 use lab::netns::{End, Namespace, isolate};
 use lab::wait::LIMIT;
 use rustix::io::Errno;
@@ -51,8 +52,7 @@ fn templates(table: &[Connection]) -> Vec<&Connection> {
 
 fn add_addresses(addresses: &[IpAddr]) {
     for address in addresses {
-        let (prefix, nodad) = if address.is_ipv6() { (128, "nodad") } else { (32, "") };
-        run(&format!("ip address add {address}/{prefix} dev lo {nodad}"));
+        link::add_address("lo", &address.to_string()).unwrap();
     }
 }
 
@@ -246,10 +246,7 @@ fn sctp_has_states_of_its_own() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn the_real_server_at_the_end_of_a_tunnel_may_be_of_the_other_family() {
     let mut client = client();
-    run("ip link add dummy0 type dummy");
-    run("ip link set dummy0 up");
-    run("ip address add 192.168.7.1/24 dev dummy0");
-    run("ip address add fd07::1/64 dev dummy0 nodad");
+    link::add_dummy("dummy0", &["192.168.7.1/24", "fd07::1/64"]).unwrap();
     for (virtual_address, near, real_address) in
         [("10.96.0.1:80", "10.96.0.1:0", "[fd07::9]:80"), ("[fd00:96::1]:80", "[fd00:96::1]:0", "192.168.7.9:80")]
     {
@@ -332,7 +329,7 @@ fn totals_are_those_of_all_virtual_servers_gone_or_not() {
         serve(&mut client, &round_robin(id), address, real(&format!("10.1.0.{}:8080", address.port() + 1)));
         send("127.0.0.1:0", virtual_address, &[1; 50]);
         client.delete_virtual_server(&id).unwrap();
-        run("ip address del 10.1.0.81/32 dev lo");
+        link::delete_address("lo", "10.1.0.81/32").unwrap();
     }
     let until = Instant::now() + LIMIT;
     let totals = loop {

@@ -52,8 +52,7 @@ impl Drop for Running {
 }
 
 fn add_addresses() {
-    run("ip address add 10.96.0.1/32 dev lo");
-    run("ip address add 10.1.0.7/32 dev lo");
+    lab::link::add_addresses("lo", &["10.96.0.1", "10.1.0.7"]).unwrap();
 }
 
 fn udp_server(client: &mut Client) -> VirtualServerId {

@@ -185,8 +185,7 @@ fn the_save_example_matches_ipvsadm_and_restore_reads_both() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn every_other_command_does_the_same_from_a_rule() {
     let mut client = client();
-    run("ip link set lo up");
-    run("ip route add 224.0.0.0/4 dev lo");
+    lab::link::add_route_dev("224.0.0.0/4", "lo").unwrap();
     let web = tcp("10.96.0.1:80");
     let mark = VirtualServerId::firewall_mark(7, Family::Ipv6).unwrap();
     let other = real("10.1.0.8:80");

@@ -229,8 +229,7 @@ fn synchronization_daemons_start_are_listed_and_stop() {
         ErrorKind::NotFound,
         "cannot stop synchronization daemon master: No such process (os error 3): none runs",
     );
-    run("ip link add eth9 type dummy");
-    run("ip link set eth9 up");
+    lab::link::add_dummy("eth9", &[]).unwrap();
     let interface = "eth9".parse().unwrap();
     let ipv6 = SyncDaemon { group: Some("ff02::51".parse().unwrap()), ..SyncDaemon::new(SyncRole::Master, interface) };
     client.start_sync_daemon(&ipv6).unwrap();

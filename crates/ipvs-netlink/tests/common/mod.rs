@@ -16,6 +16,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ipvs_netlink::{Client, Protocol, RealServer, Scheduler, VirtualServer, VirtualServerId};
+use lab::link;
 
 /// A client whose kernel nobody else in this process talks to: the kernel lists virtual servers from one table for all
 /// network namespaces, and loses its place when those of another namespace come or go.
@@ -97,8 +98,7 @@ pub(crate) fn local_service(
     real_ip: &str,
 ) -> VirtualServerId {
     for ip in [virtual_ip, real_ip] {
-        let (prefix, nodad) = if ip.contains(':') { (128, "nodad") } else { (32, "") };
-        run(&format!("ip address add {ip}/{prefix} dev lo {nodad}"));
+        link::add_address("lo", ip).unwrap();
     }
     let id = VirtualServerId::address(protocol, SocketAddr::new(virtual_ip.parse().unwrap(), 80));
     client.add_virtual_server(&round_robin(id)).unwrap();

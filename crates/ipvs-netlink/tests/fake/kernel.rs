@@ -6,6 +6,7 @@ use std::num::NonZeroU32;
 
 use ipvs_netlink::fake::{Interface, Ipvs, Kernel};
 use ipvs_netlink::{Error, Message, RealServer, SyncDaemon, SyncRole, Timeouts};
+use lab::link;
 use netlink_batch::Socket;
 use netlink_batch::protocols::NETLINK_GENERIC;
 use netlink_packet_generic::GenlMessage;
@@ -27,12 +28,10 @@ pub(crate) struct Lab {
 impl Lab {
     pub(crate) fn new() -> Self {
         let mut client = client();
-        run(&format!("ip link add {INTERFACE} type dummy"));
-        run(&format!("ip link set {INTERFACE} up"));
+        link::add_dummy(INTERFACE, &[]).unwrap();
         let mut kernel = Kernel::default();
         for (address, prefix) in ADDRESSES {
-            let nodad = if address.contains(':') { "nodad" } else { "" };
-            run(&format!("ip address add {address}/{prefix} dev {INTERFACE} {nodad}"));
+            link::add_address(INTERFACE, &format!("{address}/{prefix}")).unwrap();
             kernel.addresses.insert((address.parse().unwrap(), prefix));
         }
         kernel.interfaces.insert(INTERFACE.parse().unwrap(), Interface { mtu: 1500, routes_ipv6_multicast: true });

@@ -179,7 +179,7 @@ fn counts(entry: &RealServerEntry) -> (u32, u32, u64, u64) {
 fn what_went_through_a_deleted_real_server_comes_back_with_it() {
     let mut client = client();
     for ip in ["10.96.0.1", "10.1.0.7"] {
-        run(&format!("ip address add {ip}/32 dev lo"));
+        lab::link::add_address("lo", ip).unwrap();
     }
     let (id, address) = (tcp("10.96.0.1:80"), "10.1.0.7:8080".parse().unwrap());
     let given = [Message::AddVirtualServer(round_robin(id)), Message::AddRealServer(id, RealServer::new(address))];
