@@ -6,10 +6,10 @@
 mod common;
 
 use std::fs;
-use std::io::{ErrorKind, Read as _, Write as _};
+use std::io::Write as _;
 use std::net::{TcpListener, TcpStream};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::{Agent, Answer, HEALTH, METRICS, Manifests, addresses, eth0, get, http, metric, service};
 use lab::link;
@@ -286,21 +286,21 @@ fn a_taken_port_is_retried_or_fatal_as_configured() {
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn idle_clients_do_not_block_others() {
+    // The agent ends their connections after 10 s: whoever had to wait for that would not be answered before. A slow machine has
+    // several tries.
+    const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
     isolate().unwrap();
     let manifests = Manifests::new();
     let _agent = serving(&manifests, &[]);
-    // After 10 s the agent ends their connections: others are answered before.
     lab::wait::until("answer while others are idle", || {
+        let start = Instant::now();
         let silent: Vec<_> = (0..300).map(|_| TcpStream::connect(HEALTH).unwrap()).collect();
         // And one that asks for much and never reads.
         let mut greedy = TcpStream::connect(HEALTH).unwrap();
         greedy.write_all("GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n".repeat(1000).as_bytes()).unwrap();
         assert_eq!(get(HEALTH, "/livez").unwrap().status, 200);
-        let is_open = |mut stream: &TcpStream| {
-            stream.set_nonblocking(true).unwrap();
-            stream.read(&mut [0]).is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
-        };
-        silent.iter().all(is_open)
+        drop(silent);
+        start.elapsed() < CONNECTION_TIMEOUT
     })
     .unwrap();
 }
