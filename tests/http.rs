@@ -29,7 +29,7 @@ fn load_balanced(port: u16) -> Value {
 
 fn load_balanced_at(name: &str, cluster_ips: &[&str], port: u16) -> Value {
     let spec = json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local", "healthCheckNodePort": port});
-    with(objects::service(name, cluster_ips, vec![objects::port("http", "TCP", 80)]), json!({"spec": spec}))
+    with(objects::service(name, cluster_ips, &[objects::port("http", "TCP", 80)]), json!({"spec": spec}))
 }
 
 /// Endpoints of `web`, each on a node.
@@ -38,8 +38,8 @@ fn placed(name: &str, endpoints: &[(&str, &str, bool)]) -> Value {
         let state = if *is_ready { State::Ready } else { State::NotReady };
         with(objects::endpoint(address, state), json!({"nodeName": node}))
     };
-    let endpoints = endpoints.iter().map(endpoint).collect();
-    objects::slice(name, "web", vec![objects::port("http", "TCP", 8080)], endpoints)
+    let endpoints: Vec<Value> = endpoints.iter().map(endpoint).collect();
+    objects::slice(name, "web", &[objects::port("http", "TCP", 8080)], &endpoints)
 }
 
 fn serving(manifests: &Manifests, flags: &[&str]) -> Agent {
@@ -324,15 +324,15 @@ fn metrics_under_load_are_well_formed_and_documented() {
     let manifests = Manifests::new();
     let mut agent = serving(&manifests, &["--ipvs-sync-period=200ms"]);
     // Flows are looked for when a UDP Service gets its first endpoint.
-    let port = |number| vec![objects::port("dns", "UDP", number)];
-    manifests.write("dns.yaml", &objects::service("dns", &["10.96.0.11"], port(80)));
-    manifests.write("dns-1.yaml", &objects::slice("dns-1", "dns", port(8080), objects::ready(["10.0.0.3"])));
+    let port = |number| [objects::port("dns", "UDP", number)];
+    manifests.write("dns.yaml", &objects::service("dns", &["10.96.0.11"], &port(80)));
+    manifests.write("dns-1.yaml", &objects::slice("dns-1", "dns", &port(8080), &objects::ready(["10.0.0.3"])));
     thread::scope(|scope| {
         let load = scope.spawn(|| {
             for number in 0..60 {
                 manifests.write("web.json", &load_balanced(31777));
                 let endpoints = [("10.0.0.1", "node-a", true), ("10.0.0.2", "node-b", number % 2 == 0)];
-                let changed = json!({"endpoints.kubernetes.io/last-change-trigger-time": now().to_string()});
+                let changed = json!({"endpoints.kubernetes.io/last-change-trigger-time": now()});
                 let annotated = with(placed("web-1", &endpoints), json!({"metadata": {"annotations": changed}}));
                 manifests.write("slice.json", &annotated);
                 thread::sleep(Duration::from_millis(20));

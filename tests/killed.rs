@@ -4,7 +4,7 @@
 //! How many histories each test has: `KUBE_IPVS_HISTORIES`, or 2.
 
 #![cfg(feature = "fault-points")]
-#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+#![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 mod common;
 
@@ -111,8 +111,8 @@ fn manifest(number: u8, service: &Service) -> String {
     }
     let name = format!("s{number}");
     objects::manifest(&[
-        with(objects::service(&name, &[format!("10.96.0.{number}")], ports), more),
-        objects::slice(&format!("{name}-1"), &name, slice_ports, objects::ready(endpoints)),
+        with(objects::service(&name, &[format!("10.96.0.{number}")], &ports), more),
+        objects::slice(&format!("{name}-1"), &name, &slice_ports, &objects::ready(endpoints)),
     ])
 }
 

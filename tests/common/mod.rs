@@ -33,18 +33,18 @@ pub fn node() -> Value {
 
 /// A Service with one TCP port 80 to 8080.
 pub fn service(name: &str, cluster_ip: &str) -> Value {
-    objects::service(name, &[cluster_ip], vec![objects::port("http", "TCP", 80)])
+    objects::service(name, &[cluster_ip], &[objects::port("http", "TCP", 80)])
 }
 
 /// The same with a NodePort.
 pub fn service_with_node_port(name: &str, cluster_ip: &str, node_port: u16) -> Value {
     let port = with(objects::port("http", "TCP", 80), json!({"nodePort": node_port}));
-    objects::service(name, &[cluster_ip], vec![port])
+    objects::service(name, &[cluster_ip], &[port])
 }
 
 /// A slice of ready endpoints on port 8080.
 pub fn slice(name: &str, service: &str, addresses: &[&str]) -> Value {
-    objects::slice(name, service, vec![objects::port("http", "TCP", 8080)], objects::ready(addresses))
+    objects::slice(name, service, &[objects::port("http", "TCP", 8080)], &objects::ready(addresses))
 }
 
 /// A directory of manifests, and the agents that follow it.

@@ -17,15 +17,15 @@ pub(crate) fn service(name: &str, mut spec: Value) -> Value {
     let texts = |list: &Value| -> Vec<String> {
         list.as_array().into_iter().flatten().map(|text| text.as_str().unwrap().to_owned()).collect()
     };
-    let service = objects::service(name, &texts(&spec["clusterIPs"]), ports(80));
+    let service = objects::service(name, &texts(&spec["clusterIPs"]), &ports(80));
     let status = spec.as_object_mut().unwrap().remove("loadBalancerIPs").map(|it| objects::load_balancer(&texts(&it)));
     with(service, json!({"spec": spec, "status": status}))
 }
 
 /// A slice of endpoints of this node on port 8080.
 pub(crate) fn slice<A: ToString>(service: &str, endpoints: impl IntoIterator<Item = (A, State)>) -> Value {
-    let on_node = |(address, state)| with(endpoint(address, state), json!({"nodeName": "node-a"}));
-    let slice = objects::slice("", service, ports(8080), endpoints.into_iter().map(on_node).collect());
+    let on_node = |(address, state): (A, State)| with(endpoint(&address, state), json!({"nodeName": "node-a"}));
+    let slice = objects::slice("", service, &ports(8080), &endpoints.into_iter().map(on_node).collect::<Vec<_>>());
     let family = slice["addressType"].as_str().unwrap_or_default().to_lowercase();
     with(slice, json!({"metadata": {"name": format!("{service}-{family}")}}))
 }

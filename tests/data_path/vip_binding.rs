@@ -187,12 +187,12 @@ fn the_vip_binding_can_be_changed_without_an_interruption() {
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn an_audit_restores_what_was_removed() {
+    type Taking = fn() -> Result<(), lab::Error>;
     let network = Network::new(1, 2);
     let _server = Server::start(&network.pods[0].namespace, "web", 8080);
     let manifests = web();
     let mut agent = serving(&manifests, &[CLUSTER_CIDR, BY_ROUTES, RANGES, "--ipvs-sync-period=300ms"]);
     let expected = WITH_RANGES.map(str::to_owned);
-    type Taking = fn() -> Result<(), lab::Error>;
     let takings: [(&str, Taking); 6] = [
         ("the route to a VIP", || link::delete_local_route("203.0.113.10", "kube-ipvs0")),
         ("the route to a range", || link::delete_local_route("10.96.0.0/12", "kube-ipvs0")),

@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use std::{fs, thread};
 
-use common::{client, real, round_robin, run, run_with_input, tcp};
+use common::{client, real, round_robin, run_with_input, tcp};
 use ipvs_netlink::{
     Client, Connection, ConnectionState as State, Connections, Family, Forwarding, Message, Origin, Protocol,
     RealServer, SyncDaemon, SyncRole, Totals, Tunnel, VirtualServer, VirtualServerId,

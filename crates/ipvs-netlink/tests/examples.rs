@@ -10,7 +10,7 @@ use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::path::PathBuf;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
-use common::{client, real, round_robin, run, tcp};
+use common::{client, real, round_robin, tcp};
 use ipvs_netlink::{Client, ErrorKind, Family, Protocol, Timeouts, VirtualServerId};
 
 /// An example, which `cargo test` builds beside the tests.

@@ -17,7 +17,7 @@ pub fn port(name: &str, protocol: &str, number: u16) -> Value {
 }
 
 /// A Service of type `ClusterIP` in the namespace `default`.
-pub fn service<A: ToString>(name: &str, cluster_ips: &[A], ports: Vec<Value>) -> Value {
+pub fn service<A: ToString>(name: &str, cluster_ips: &[A], ports: &[Value]) -> Value {
     let cluster_ips: Vec<Value> = cluster_ips.iter().map(|address| address.to_string().into()).collect();
     json!({
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name, "namespace": "default"},
@@ -43,7 +43,7 @@ pub enum State {
 }
 
 /// An endpoint of a slice.
-pub fn endpoint(address: impl ToString, state: State) -> Value {
+pub fn endpoint(address: &(impl ToString + ?Sized), state: State) -> Value {
     let conditions = json!({
         "ready": state == State::Ready, "serving": state != State::NotReady, "terminating": state == State::Terminating,
     });
@@ -52,11 +52,11 @@ pub fn endpoint(address: impl ToString, state: State) -> Value {
 
 /// Endpoints that are ready.
 pub fn ready<A: ToString>(addresses: impl IntoIterator<Item = A>) -> Vec<Value> {
-    addresses.into_iter().map(|address| endpoint(address, State::Ready)).collect()
+    addresses.into_iter().map(|address| endpoint(&address, State::Ready)).collect()
 }
 
 /// A slice of a Service in the namespace `default`, of the family of its first endpoint.
-pub fn slice(name: &str, service: &str, ports: Vec<Value>, endpoints: Vec<Value>) -> Value {
+pub fn slice(name: &str, service: &str, ports: &[Value], endpoints: &[Value]) -> Value {
     let first = endpoints.first().and_then(|endpoint| endpoint["addresses"][0].as_str());
     let family = if first.is_some_and(|address| address.contains(':')) { "IPv6" } else { "IPv4" };
     json!({
@@ -103,15 +103,15 @@ mod tests {
 
     #[test]
     fn a_service_has_its_first_cluster_ip_twice() {
-        let service = service("web", &["10.96.0.10", "fd00:96::10"], vec![port("http", "TCP", 80)]);
+        let service = service("web", &["10.96.0.10", "fd00:96::10"], &[port("http", "TCP", 80)]);
         assert_eq!(service["spec"]["clusterIP"], "10.96.0.10");
         assert_eq!(service["spec"]["clusterIPs"], json!(["10.96.0.10", "fd00:96::10"]));
     }
 
     #[test]
     fn a_slice_has_the_family_of_its_endpoints() {
-        assert_eq!(slice("a", "a", vec![], vec![])["addressType"], "IPv4");
-        assert_eq!(slice("a", "a", vec![], ready(["fd00::1"]))["addressType"], "IPv6");
+        assert_eq!(slice("a", "a", &[], &[])["addressType"], "IPv4");
+        assert_eq!(slice("a", "a", &[], &ready(["fd00::1"]))["addressType"], "IPv6");
     }
 
     #[test]

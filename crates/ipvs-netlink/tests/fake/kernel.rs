@@ -14,7 +14,7 @@ use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
 use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
-use crate::common::{ExclusiveClient, client, real, round_robin, run, tcp};
+use crate::common::{ExclusiveClient, client, real, round_robin, tcp};
 use crate::operations::{ADDRESSES, INTERFACE};
 
 /// A network namespace with an interface and addresses, and what its kernel has.

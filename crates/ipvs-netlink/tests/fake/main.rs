@@ -13,7 +13,7 @@ use std::net::{TcpListener, TcpStream};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{client, round_robin, run, tcp};
+use common::{client, round_robin, tcp};
 
 use coverage::{Coverage, outcome};
 use ipvs_netlink::fake::Ipvs;

@@ -87,7 +87,7 @@ pub(crate) fn service(number: usize) -> Value {
         },
         "status": {"loadBalancer": {}},
     });
-    with(objects::service(&name, &[vip(number)], vec![port]), more)
+    with(objects::service(&name, &[vip(number)], &[port]), more)
 }
 
 /// A slice of a Service with these endpoints.
@@ -102,7 +102,7 @@ pub(crate) fn slice(number: usize, suffix: &str, addresses: impl Iterator<Item =
                 "targetRef": {"kind": "Pod", "namespace": namespace, "name": format!("{name}-{pod:x}"),
                     "uid": uid("b0", pod as usize)},
             });
-            with(objects::endpoint(address, State::Ready), more)
+            with(objects::endpoint(&address, State::Ready), more)
         })
         .collect();
     let more = json!({
@@ -121,8 +121,8 @@ pub(crate) fn slice(number: usize, suffix: &str, addresses: impl Iterator<Item =
             }],
         },
     });
-    let ports = vec![objects::port("http", "TCP", TARGET_PORT)];
-    with(objects::slice(&format!("{name}-{suffix}"), &name, ports, endpoints), more)
+    let ports = [objects::port("http", "TCP", TARGET_PORT)];
+    with(objects::slice(&format!("{name}-{suffix}"), &name, &ports, &endpoints), more)
 }
 
 /// Kind, namespace and name of a slice, to delete it.

@@ -243,11 +243,11 @@ fn state(expected: &Expectation) -> Result<State> {
 /// A Service and an endpoint that no case has, on a port that changes with each step.
 fn marker(port: u16) -> String {
     let place = |object| with(object, json!({"metadata": {"namespace": "conformance"}}));
-    let service = objects::service("marker", &[MARKER], vec![objects::port("p", "UDP", port)]);
+    let service = objects::service("marker", &[MARKER], &[objects::port("p", "UDP", port)]);
     let endpoints = objects::ready(["10.244.255.250"]);
     objects::manifest(&[
         with(place(service), json!({"spec": {"ipFamilies": ["IPv4"]}})),
-        place(objects::slice("marker-1", "marker", vec![objects::port("p", "UDP", 9)], endpoints)),
+        place(objects::slice("marker-1", "marker", &[objects::port("p", "UDP", 9)], &endpoints)),
     ])
 }
 

@@ -121,10 +121,10 @@ fn marker_id(port: u16) -> VirtualServerId {
 fn marker(name: &str, port: u16) -> [Value; 2] {
     let name = format!("marker-{name}");
     let place = |object| with(object, json!({"metadata": {"namespace": "marker"}}));
-    let service = objects::service(&name, &[MARKER], vec![objects::port("p", "TCP", port)]);
+    let service = objects::service(&name, &[MARKER], &[objects::port("p", "TCP", port)]);
     let endpoints = objects::ready(["10.244.255.250"]);
     [
         with(place(service), json!({"spec": {"ipFamilies": ["IPv4"]}})),
-        place(objects::slice(&name, &name, vec![objects::port("p", "TCP", 9)], endpoints)),
+        place(objects::slice(&name, &name, &[objects::port("p", "TCP", 9)], &endpoints)),
     ]
 }

@@ -110,17 +110,17 @@ pub(crate) const DATAGRAMS: Target = Target { name: "UDP", address: "10.97.0.3:8
 /// The Services that have traffic.
 pub(crate) fn services() -> Vec<Value> {
     vec![
-        service("tcp", "10.97.0.1", json!({})),
-        service("affinity", "10.97.0.2", json!({"sessionAffinity": "ClientIP"})),
-        service("udp", "10.97.0.3", json!({"ports": [port("a", "UDP", 80)]})),
+        service("tcp", "10.97.0.1", &json!({})),
+        service("affinity", "10.97.0.2", &json!({"sessionAffinity": "ClientIP"})),
+        service("udp", "10.97.0.3", &json!({"ports": [port("a", "UDP", 80)]})),
         service(
             "ways",
             "10.97.0.4",
-            json!({"type": "NodePort", "externalIPs": ["203.0.113.4"],
+            &json!({"type": "NodePort", "externalIPs": ["203.0.113.4"],
             "ports": [{"name": "a", "protocol": "TCP", "port": 80, "nodePort": 30080}]}),
         ),
-        service("local", "10.97.0.5", json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})),
-        service("still", "10.97.0.6", json!({})),
+        service("local", "10.97.0.5", &json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})),
+        service("still", "10.97.0.6", &json!({})),
     ]
 }
 
@@ -132,8 +132,8 @@ fn place(object: Value) -> Value {
     with(object, json!({"metadata": {"namespace": "soak"}}))
 }
 
-fn service(name: &str, vip: &str, spec: Value) -> Value {
-    let service = with(objects::service(name, &[vip], vec![port("a", "TCP", 80)]), json!({"spec": spec}));
+fn service(name: &str, vip: &str, spec: &Value) -> Value {
+    let service = with(objects::service(name, &[vip], &[port("a", "TCP", 80)]), json!({"spec": spec}));
     let status = (name == "local").then(|| objects::load_balancer(&["198.51.100.5"]));
     place(with(service, json!({"status": status})))
 }
@@ -144,8 +144,8 @@ pub(crate) fn slice(name: &str, ready: &[&str], terminating: &[&str]) -> Value {
     let ready = ready.iter().map(|it| endpoint(it, State::Ready));
     let endpoints = ready.chain(terminating.iter().map(|it| endpoint(it, State::Terminating)));
     let protocol = if name == "udp" { "UDP" } else { "TCP" };
-    let ports = vec![port("a", protocol, target_port(name))];
-    place(objects::slice(&format!("{name}-1"), name, ports, endpoints.collect()))
+    let ports = [port("a", protocol, target_port(name))];
+    place(objects::slice(&format!("{name}-1"), name, &ports, &endpoints.collect::<Vec<_>>()))
 }
 
 /// The VIP of a Service that somebody changes in the kernel.
@@ -156,5 +156,5 @@ pub(crate) fn victim_vip(number: usize) -> String {
 /// That Service, with its slice of two endpoints that nobody asks.
 pub(crate) fn victim(number: usize) -> [Value; 2] {
     let name = format!("victim-{number}");
-    [service(&name, &victim_vip(number), json!({})), slice(&name, &["10.245.0.1", "10.245.0.2"], &[])]
+    [service(&name, &victim_vip(number), &json!({})), slice(&name, &["10.245.0.1", "10.245.0.2"], &[])]
 }
