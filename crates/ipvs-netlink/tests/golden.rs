@@ -1,6 +1,5 @@
 //! Requests byte by byte, against those of ipvsadm.
 
-#![cfg(target_endian = "little")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +13,8 @@ const SERVICE: u16 = 1;
 const DEST: u16 = 2;
 const DAEMON: u16 = 3;
 const FLAGS: u16 = 7;
+// NLA_F_NESTED
+const NESTED: u16 = 0x8000;
 
 // What ipvsadm sends beyond what the kernel needs: the rest of the virtual server where only its identity counts, the
 // tunnel of a real server (the kernel's default is the same), the rest of a real server that is to be deleted, and that
@@ -92,14 +93,14 @@ fn requests_are_what_ipvsadm_sends() {
         (line, rule.unwrap().message, left_out, hex)
     });
     for (command, message, left_out, hex) in rules.chain(listings()) {
-        let theirs = from_hex(hex);
+        let theirs = in_byte_order_of_machine(from_hex(hex));
         assert_eq!(theirs[..4], [message.command(), message.version(), 0, 0], "ipvsadm {command}");
         let mut ours = vec![0; message.buffer_len()];
         message.emit(&mut ours);
         let (ours, mut theirs) = (flatten(&ours), flatten(&theirs[4..]));
         // The mask of the flags that are meant: ipvsadm says all, even IP_VS_SVC_F_HASHED, which is the kernel's own.
         if let Some(flags) = theirs.get_mut(&(SERVICE, FLAGS)) {
-            flags[4..].copy_from_slice(&0xffff_fffd_u32.to_le_bytes());
+            flags[4..].copy_from_slice(&0xffff_fffd_u32.to_ne_bytes());
         }
         let left_out: BTreeSet<_> = left_out.concat().into_iter().collect();
         let surplus: BTreeSet<_> = theirs.keys().filter(|key| !ours.contains_key(*key)).copied().collect();
@@ -122,6 +123,52 @@ fn flatten(bytes: &[u8]) -> BTreeMap<(u16, u16), Vec<u8>> {
         }
     }
     all
+}
+
+/// What ipvsadm would send on this machine.
+fn in_byte_order_of_machine(message: Vec<u8>) -> Vec<u8> {
+    if cfg!(target_endian = "little") {
+        return message;
+    }
+    let (header, attributes) = message.split_at(4);
+    [header, &big_endian(attributes, 0)].concat()
+}
+
+/// Attributes of a little-endian machine as those of a big-endian one, by what the kernel's `ip_vs_*_policy` say of each.
+fn big_endian(mut attributes: &[u8], outer: u16) -> Vec<u8> {
+    let mut swapped = Vec::new();
+    let mut is_ipv6 = false;
+    while let [a, b, c, d, ..] = *attributes {
+        let (length, kind) = (u16::from_le_bytes([a, b]), u16::from_le_bytes([c, d]));
+        let value = &attributes[4..usize::from(length)];
+        swapped.extend([length.to_be_bytes(), kind.to_be_bytes()].concat());
+        is_ipv6 |= (outer, kind) == (SERVICE, 1) && value[0] == 10;
+        // What is missing is a text, one byte, or in the byte order of the network: addresses, ports, IPv4 masks.
+        let width = match (outer, kind) {
+            (0, 4..=6) | (SERVICE, 5 | FLAGS | 8) | (DEST, 3..=6) | (DAEMON, 1 | 3) => 4,
+            // The length of a prefix.
+            (SERVICE, 9) if is_ipv6 => 4,
+            (SERVICE, 1 | 2) | (DEST, 11 | 15) | (DAEMON, 4 | 7) => 2,
+            _ => 1,
+        };
+        if kind & NESTED == 0 {
+            swapped.extend(value.chunks(width).flat_map(|number| number.iter().rev()));
+        } else {
+            swapped.extend(big_endian(value, kind & !NESTED));
+        }
+        swapped.resize(swapped.len().next_multiple_of(4), 0);
+        attributes = attributes.get(usize::from(length).next_multiple_of(4)..).unwrap_or_default();
+    }
+    swapped
+}
+
+#[test]
+fn golden_bytes_are_swapped_for_a_big_endian_machine() {
+    let little =
+        from_hex("2c000180060001000a000000080005000700000006000400005000000c00070001000000ffffffff0800090080000000");
+    let big =
+        from_hex("002c800100060001000a000000080005000000070006000400500000000c000700000001ffffffff0008000900000080");
+    assert_eq!(big_endian(&little, 0), big);
 }
 
 fn from_hex(hex: &str) -> Vec<u8> {

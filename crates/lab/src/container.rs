@@ -71,7 +71,7 @@ impl Container {
             set_no_new_privs(true).context("set", "no_new_privs")?;
         }
         if let Some(filter) = filter {
-            seccompiler::apply_filter(&filter).map_err(std::io::Error::other).context("load", "the profile")?;
+            filter.load().context("load", "the profile")?;
         }
         // Nothing comes after this that the profile would have to allow for our sake.
         let error = Command::new(program).args(arguments).env_clear().envs(self.env.iter().cloned()).exec();

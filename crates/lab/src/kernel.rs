@@ -4,7 +4,7 @@
 //! kernel that is there is used, and a change to any of them builds another.
 
 use std::fs::{self, File, TryLockError};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::build;
 use crate::error::{Context, Error, Result};
@@ -42,7 +42,7 @@ pub(crate) fn prepare() -> Result<Bootable> {
             "the guest needs an x86-64 machine; elsewhere the lab works only as root on a kernel that has IPVS".into(),
         ));
     }
-    let cache = Cache(directory()?);
+    let cache = Cache::open()?;
     let wish = std::env::var("KUBE_IPVS_LAB_KERNEL_VERSION").unwrap_or_default();
     if wish.is_empty() {
         return cache.quickest().map(Bootable::Uml);
@@ -61,10 +61,18 @@ fn directory() -> Result<PathBuf> {
         .ok_or_else(|| Error::Usage("set KUBE_IPVS_LAB_CACHE: without HOME there is no place to cache a kernel".into()))
 }
 
-/// The directory with the kernels that were built.
-struct Cache(PathBuf);
+/// The directory with the kernels that were built, and what else takes long to make.
+pub(crate) struct Cache(PathBuf);
 
 impl Cache {
+    pub(crate) fn open() -> Result<Self> {
+        directory().map(Self)
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.0
+    }
+
     /// The kernel of this release.
     fn kernel(&self, version: Version) -> Result<PathBuf> {
         if let Some(kernel) = self.find(version) {
@@ -140,14 +148,14 @@ impl Cache {
         self.0.join(format!("instead-of-{QUICKEST}"))
     }
 
-    fn lock(&self) -> Result<File> {
+    pub(crate) fn lock(&self) -> Result<File> {
         fs::create_dir_all(&self.0).context("create", self.0.display())?;
         let path = self.0.join("lock");
         let lock = lock_file(&path)?;
         match lock.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let waiting = Progress::start("waiting for another process that builds the guest's kernel");
+                let waiting = Progress::start("waiting for another process that fills the cache");
                 lock.lock().context("lock", path.display())?;
                 waiting.done();
             }

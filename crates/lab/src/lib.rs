@@ -24,6 +24,7 @@
 pub mod agent;
 mod build;
 pub mod container;
+pub mod cross;
 mod error;
 mod guest;
 mod host;

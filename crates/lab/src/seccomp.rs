@@ -2,9 +2,9 @@
 //! architecture this runs on.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 
-use seccompiler::{BpfProgram, TargetArch};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -54,7 +54,7 @@ impl Profile {
     }
 
     /// What the kernel loads. A name that this architecture does not have is an error, which runtimes would pass over.
-    pub fn compile(&self, path: &Path) -> Result<BpfProgram> {
+    pub fn compile(&self, path: &Path) -> Result<Filter> {
         let wrong = |what: &str| wrong(path, what);
         if self.default_action != "SCMP_ACT_ERRNO" {
             return Err(wrong("the default action is not SCMP_ACT_ERRNO"));
@@ -77,10 +77,7 @@ impl Profile {
         let filters = json!({"container": {
             "mismatch_action": {"errno": self.default_errno_ret}, "match_action": "allow", "filter": rules,
         }});
-        let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|error| wrong(&error.to_string()))?;
-        let mut programs = seccompiler::compile_from_json(filters.to_string().as_bytes(), arch)
-            .map_err(|error| wrong(&error.to_string()))?;
-        programs.remove("container").ok_or_else(|| wrong("nothing was compiled"))
+        compiler::compile(&filters.to_string()).map(Filter).map_err(|error| wrong(&error))
     }
 }
 
@@ -94,6 +91,51 @@ impl Condition {
             other => return Err(wrong(path, &format!("{other} is not known here"))),
         };
         Ok(json!({"index": self.index, "type": "qword", "op": op, "val": value}))
+    }
+}
+
+/// A compiled profile.
+#[derive(Debug)]
+pub struct Filter(compiler::Program);
+
+impl Filter {
+    /// Restricts this process from now on, and what it executes.
+    pub(crate) fn load(&self) -> io::Result<()> {
+        compiler::load(&self.0)
+    }
+}
+
+#[cfg(target_endian = "little")]
+mod compiler {
+    use std::io;
+
+    pub(super) type Program = seccompiler::BpfProgram;
+
+    pub(super) fn compile(filters: &str) -> Result<Program, String> {
+        let arch = seccompiler::TargetArch::try_from(std::env::consts::ARCH).map_err(|error| error.to_string())?;
+        let mut programs =
+            seccompiler::compile_from_json(filters.as_bytes(), arch).map_err(|error| error.to_string())?;
+        programs.remove("container").ok_or_else(|| "nothing was compiled".into())
+    }
+
+    pub(super) fn load(program: &Program) -> io::Result<()> {
+        seccompiler::apply_filter(program).map_err(io::Error::other)
+    }
+}
+
+/// The crate seccompiler supports little-endian architectures only.
+#[cfg(target_endian = "big")]
+mod compiler {
+    use std::io;
+
+    pub(super) type Program = std::convert::Infallible;
+
+    pub(super) fn compile(_filters: &str) -> Result<Program, String> {
+        Err("profiles cannot be compiled for a big-endian architecture".into())
+    }
+
+    pub(super) fn load(program: &Program) -> io::Result<()> {
+        match *program {}
     }
 }
 
@@ -113,11 +155,12 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_endian = "little")]
     fn a_name_that_no_kernel_has_and_a_field_that_is_not_understood_are_errors() {
         let path = Path::new("profile.json");
         let good = json!([{"names": ["read", "socket"], "action": "SCMP_ACT_ALLOW"}]);
         let profile_of_two = profile(&good).unwrap();
-        assert!(!profile_of_two.compile(path).unwrap().is_empty());
+        assert!(!profile_of_two.compile(path).unwrap().0.is_empty());
         assert_eq!(profile_of_two.names().collect::<Vec<_>>(), ["read", "socket"]);
         let misspelt = json!([{"names": ["raed"], "action": "SCMP_ACT_ALLOW"}]);
         let error = profile(&misspelt).unwrap().compile(path).unwrap_err().to_string();

@@ -94,7 +94,7 @@ fn find(version: Version, dir: &Path, look: impl Fn(&Apt) -> Option<String>) -> 
     let mut releases = RELEASES;
     releases.sort_by_key(|(_, has)| (*has != Some(version), has.is_some()));
     let mut reasons = Vec::new();
-    for mirror in mirrors(&os_release(), &packages::query("apt-get", INDEX_TARGETS)) {
+    for mirror in debian_mirrors() {
         for (release, _) in releases {
             let progress = Progress::start(format_args!("looking for Linux {version} in Debian {release}"));
             match Apt::release(&mirror, release, &dir.join(release)) {
@@ -156,7 +156,7 @@ fn fetch(package: &str, apt: &Apt, dir: &Path) -> Result<PathBuf> {
 }
 
 /// The apt of this machine, or one that knows another release and nothing else.
-enum Apt {
+pub(crate) enum Apt {
     System,
     Release(Vec<String>),
 }
@@ -164,12 +164,30 @@ enum Apt {
 impl Apt {
     /// Gets the list of a release into a directory of our own; nothing of the system's changes, and root is not needed.
     fn release(mirror: &str, release: &str, dir: &Path) -> Result<Self> {
+        Self::with(mirror, release, dir, Vec::new())
+    }
+
+    /// As for a machine on which nothing is installed and that has the packages of another architecture too.
+    pub(crate) fn foreign(mirror: &str, release: &str, dir: &Path, architecture: &str) -> Result<Self> {
+        let status = dir.join("status");
+        fs::create_dir_all(dir).context("create", dir.display())?;
+        fs::write(&status, "").context("write", status.display())?;
+        let options = vec![
+            format!("Dir::State::Status={}", status.display()),
+            "APT::Architectures::=amd64".into(),
+            format!("APT::Architectures::={architecture}"),
+            "APT::Install-Recommends=false".into(),
+        ];
+        Self::with(mirror, release, dir, options)
+    }
+
+    fn with(mirror: &str, release: &str, dir: &Path, more: Vec<String>) -> Result<Self> {
         let list = dir.join("sources.list");
         for dir in [dir.join("lists/partial"), dir.join("cache/archives/partial")] {
             fs::create_dir_all(&dir).context("create", dir.display())?;
         }
         fs::write(&list, source_line(mirror, release, Path::new(KEYRING).exists())).context("write", list.display())?;
-        let apt = Self::Release(vec![
+        let mut options = vec![
             format!("Dir::Etc::SourceList={}", list.display()),
             "Dir::Etc::SourceParts=-".into(),
             format!("Dir::State::Lists={}", dir.join("lists").display()),
@@ -179,12 +197,14 @@ impl Apt {
             "Acquire::http::Timeout=20".into(),
             // Otherwise a mirror that does not answer is only a warning.
             "APT::Update::Error-Mode=any".into(),
-        ]);
+        ];
+        options.extend(more);
+        let apt = Self::Release(options);
         packages::checked(apt.command("apt-get").args(["--quiet", "update"]))?;
         Ok(apt)
     }
 
-    fn command(&self, program: &str) -> Command {
+    pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LC_ALL", "C");
         if let Self::Release(options) = self {
@@ -194,9 +214,13 @@ impl Apt {
     }
 
     fn offers(&self, package: &str) -> bool {
-        let mut command = self.command("apt-cache");
-        packages::checked(command.args(["policy", package]))
-            .is_ok_and(|policy| packages::parse_candidate(&policy).is_some())
+        self.candidate(package).is_some()
+    }
+
+    /// The version that it would install.
+    pub(crate) fn candidate(&self, package: &str) -> Option<String> {
+        let policy = packages::checked(self.command("apt-cache").args(["policy", package])).ok()?;
+        packages::parse_candidate(&policy)
     }
 }
 
@@ -204,6 +228,10 @@ const INDEX_TARGETS: [&str; 4] =
     ["indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)", "Created-By: Packages"];
 
 /// The mirrors of Debian that this machine's own release comes from; none where it is not Debian.
+pub(crate) fn debian_mirrors() -> Vec<String> {
+    mirrors(&os_release(), &packages::query("apt-get", INDEX_TARGETS))
+}
+
 fn mirrors(os_release: &str, index_targets: &str) -> Vec<String> {
     let value =
         |name: &str| os_release.lines().find_map(|line| line.strip_prefix(name)).map(|text| text.trim_matches('"'));

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use lab::cross::CrossCompiler;
 use serde::Deserialize;
 
 /// The executable with the tests of one target.
@@ -91,16 +92,38 @@ pub(crate) fn static_agent_in(directory: &Path) -> Result<PathBuf> {
 }
 
 fn build_static(mut command: Command, directory: &Path, target: Option<&str>) -> Result<PathBuf> {
-    let target = match target {
-        Some(target) => target.to_owned(),
-        None => host()?,
-    };
+    let host = host()?;
+    let target = target.unwrap_or(&host);
+    if target != host {
+        compiler_for(target)?.configure(&mut command);
+    }
     command.args(["build", "--locked", "--release", "--package=kube-ipvs", "--bin=kube-ipvs"]);
     command.args(["--message-format=json-render-diagnostics", &format!("--target={target}")]);
     let given = std::env::var("RUSTFLAGS").unwrap_or_default();
     let flags = format!("{given} -C target-feature=+crt-static{}", same_everywhere(directory)?);
     command.env("RUSTFLAGS", flags.trim_start());
     parse_binary(&stdout(&mut command)?, "kube-ipvs")
+}
+
+/// A compiler for another architecture.
+fn compiler_for(target: &str) -> Result<CrossCompiler> {
+    CrossCompiler::prepare(target, env!("CARGO_PKG_RUST_VERSION")).context("no compiler for the target")
+}
+
+/// Runs the tests of packages that need no kernel, for another architecture, as static executables under an emulator.
+pub(crate) fn test_for(target: &str, packages: &[&str], filter: Option<&str>) -> Result<()> {
+    let (runner, emulator) = lab::cross::emulator(target)?;
+    let mut command = cargo();
+    compiler_for(target)?.configure(&mut command);
+    command.args(["test", "--locked", "--lib", "--tests", "--no-fail-fast", &format!("--target={target}")]);
+    command.args(packages.iter().map(|package| format!("--package={package}"))).args(filter);
+    let given = std::env::var("RUSTFLAGS").unwrap_or_default();
+    let flags = format!("{given} -C target-feature=+crt-static");
+    command.env("RUSTFLAGS", flags.trim_start()).env(runner, emulator).current_dir(WORKSPACE);
+    if !command.status().context("cannot run cargo")?.success() {
+        bail!("tests for {target} failed");
+    }
+    Ok(())
 }
 
 /// Flags that keep paths of this machine out of what is built, where panics tell of files: whoever builds the same elsewhere

@@ -6,6 +6,7 @@ mod bench;
 mod cargo;
 mod conformance;
 mod contained;
+mod cross;
 mod dataplane;
 mod demo;
 mod image;
@@ -42,6 +43,7 @@ enum Command {
     Lab(in_lab::Args),
     Kernels(kernels::Args),
     Image(image::Args),
+    Cross(cross::Args),
     Reproduce(reproduce::Args),
     #[command(hide = true)]
     GuestBench(bench::GuestArgs),
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
         Command::Conformance(args) => conformance::run(&args),
         Command::Dataplane(args) => dataplane::run(&args),
         Command::Image(args) => image::run(&args),
+        Command::Cross(args) => cross::run(&args),
         Command::Reproduce(args) => reproduce::run(&args),
         Command::GuestContained(args) => contained::run(args),
         Command::Demo(args) => demo::run(&args),
