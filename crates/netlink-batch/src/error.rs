@@ -127,19 +127,23 @@ impl From<DecodeError> for Error {
 mod tests {
     use super::*;
 
-    /// A request of a 16-byte header and two attributes, of types 1 and 7.
-    const REQUEST: [u8; 32] = [
-        32, 0, 0, 0, 16, 0, 5, 0, 1, 0, 0, 0, 0, 0, 0, 0, // nlmsghdr
-        8, 0, 1, 0, 9, 9, 9, 9, // attribute 1
-        8, 0, 7, 0x80, 9, 9, 9, 9, // attribute 7, nested
-    ];
+    /// The header of an attribute.
+    fn head(length: u16, kind: u16) -> Vec<u8> {
+        [length.to_ne_bytes(), kind.to_ne_bytes()].concat()
+    }
+
+    /// A request of a 16-byte header and two attributes, of types 1 and 7, the second nested.
+    fn request() -> Vec<u8> {
+        [vec![0; 16], head(8, 1), vec![9; 4], head(8, 0x8007), vec![9; 4]].concat()
+    }
 
     #[test]
     fn an_extended_ack_names_the_attribute_at_its_offset() {
-        let mut tlvs = vec![11, 0, 1, 0];
+        let mut tlvs = head(11, 1);
         tlvs.extend_from_slice(b"no way\0\0");
-        tlvs.extend_from_slice(&[8, 0, 2, 0, 24, 0, 0, 0]);
-        let refusal = Refusal::new(libc::EINVAL).with_extended_ack(&tlvs, Some(&REQUEST));
+        tlvs.extend(head(8, 2));
+        tlvs.extend(24_u32.to_ne_bytes());
+        let refusal = Refusal::new(libc::EINVAL).with_extended_ack(&tlvs, Some(&request()));
         assert_eq!(refusal.attribute, Some(7));
         assert_eq!(refusal.to_string(), "Invalid argument (os error 22): no way (attribute 7)");
     }
@@ -147,15 +151,15 @@ mod tests {
     #[test]
     fn an_offset_outside_the_request_names_no_attribute() {
         for offset in [30_u32, 32, u32::MAX] {
-            let mut tlvs = vec![8, 0, 2, 0];
+            let mut tlvs = head(8, 2);
             tlvs.extend_from_slice(&offset.to_ne_bytes());
-            assert_eq!(Refusal::new(1).with_extended_ack(&tlvs, Some(&REQUEST)).attribute, None);
+            assert_eq!(Refusal::new(1).with_extended_ack(&tlvs, Some(&request())).attribute, None);
         }
     }
 
     #[test]
     fn a_malformed_extended_ack_keeps_the_errno() {
-        let refusal = Refusal::new(libc::EPERM).with_extended_ack(&[200, 0, 1, 0, 1], None);
+        let refusal = Refusal::new(libc::EPERM).with_extended_ack(&[head(200, 1), vec![1]].concat(), None);
         assert_eq!(refusal, Refusal::new(libc::EPERM));
     }
 }

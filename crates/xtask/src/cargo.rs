@@ -111,12 +111,19 @@ fn compiler_for(target: &str) -> Result<CrossCompiler> {
 }
 
 /// Runs the tests of packages that need no kernel, for another architecture, as static executables under an emulator.
-pub(crate) fn test_for(target: &str, packages: &[&str], filter: Option<&str>) -> Result<()> {
+pub(crate) fn test_for(
+    target: &str,
+    packages: &[&str],
+    tests: &[&str],
+    skipped: &str,
+    filter: Option<&str>,
+) -> Result<()> {
     let (runner, emulator) = lab::cross::emulator(target)?;
     let mut command = cargo();
     compiler_for(target)?.configure(&mut command);
-    command.args(["test", "--locked", "--lib", "--tests", "--no-fail-fast", &format!("--target={target}")]);
-    command.args(packages.iter().map(|package| format!("--package={package}"))).args(filter);
+    command.args(["test", "--locked", "--lib", "--no-fail-fast", &format!("--target={target}")]);
+    command.args(packages.iter().map(|package| format!("--package={package}")));
+    command.args(tests.iter().map(|test| format!("--test={test}"))).args(["--", "--skip", skipped]).args(filter);
     let given = std::env::var("RUSTFLAGS").unwrap_or_default();
     let flags = format!("{given} -C target-feature=+crt-static");
     command.env("RUSTFLAGS", flags.trim_start()).env(runner, emulator).current_dir(WORKSPACE);

@@ -276,7 +276,8 @@ fn an_extended_ack_is_found_after_an_echo_of_the_whole_request() {
     let request = message(KIND, NLM_F_REQUEST, 3, &[0, 0, 0, 0, 1]);
     let mut payload = (-libc::EINVAL).to_ne_bytes().to_vec();
     payload.extend_from_slice(&request);
-    payload.extend_from_slice(&[7, 0, 1, 0, b'n', b'o', 0, 0]);
+    payload.extend([7_u16.to_ne_bytes(), 1_u16.to_ne_bytes()].concat());
+    payload.extend_from_slice(b"no\0\0");
     let bytes = message(NLMSG_ERROR, NLM_F_ACK_TLVS, 3, &payload);
     let (header, payload) = next_message(&mut &bytes[..]).unwrap().unwrap();
     let Some(Reply::Refused(refusal)) = parse_reply(&header, payload, &request).unwrap() else { panic!("not refused") };

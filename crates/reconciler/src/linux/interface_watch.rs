@@ -138,12 +138,17 @@ mod tests {
         Notification::deserialize(&header, payload)
     }
 
+    fn head(length: u16, kind: u16) -> Vec<u8> {
+        [length.to_ne_bytes(), kind.to_ne_bytes()].concat()
+    }
+
     #[test]
     fn only_index_and_name_of_a_link_are_decoded() {
         let mut link = vec![0; IFINFOMSG_BYTES];
-        link[4] = 7;
-        link.extend_from_slice(&[8, 0, 99, 0, 1, 2, 3, 4]);
-        link.extend_from_slice(&[15, 0, 3, 0]);
+        link[4..8].copy_from_slice(&7_u32.to_ne_bytes());
+        link.extend(head(8, 99));
+        link.extend([1, 2, 3, 4]);
+        link.extend(head(15, 3));
         link.extend_from_slice(b"kube-ipvs0\0\0");
         assert_eq!(decode(RTM_NEWLINK, &link).unwrap(), Notification::Link { index: 7, is_ours: true });
         // A truncated attribute is ignored.
@@ -153,9 +158,11 @@ mod tests {
 
     #[test]
     fn ipv6_link_local_addresses_are_ignored() {
-        assert_eq!(decode(RTM_NEWADDR, &[AF_INET6, 64, 0, RT_SCOPE_LINK, 3, 0, 0, 0]).unwrap(), Notification::Other);
-        assert_eq!(decode(RTM_DELADDR, &[AF_INET6, 64, 0, 0, 3, 0, 0, 0]).unwrap(), Notification::Address { index: 3 });
-        let ipv4 = [2, 16, 0, RT_SCOPE_LINK, 3, 0, 0, 0];
+        let address = |start: [u8; 4]| [start, 3_u32.to_ne_bytes()].concat();
+        let (link_local, global) = (address([AF_INET6, 64, 0, RT_SCOPE_LINK]), address([AF_INET6, 64, 0, 0]));
+        assert_eq!(decode(RTM_NEWADDR, &link_local).unwrap(), Notification::Other);
+        assert_eq!(decode(RTM_DELADDR, &global).unwrap(), Notification::Address { index: 3 });
+        let ipv4 = address([2, 16, 0, RT_SCOPE_LINK]);
         assert_eq!(decode(RTM_NEWADDR, &ipv4).unwrap(), Notification::Address { index: 3 });
     }
 }
