@@ -41,22 +41,10 @@ pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
             AddressOwner::Node => "AddressIsANodes",
             AddressOwner::ApiServer => "AddressIsTheApiServers",
         };
-        let note = format!(
-            "{vip} is the address of {} and is not served: nodes could no longer reach that",
-            owner.description()
-        );
-        events.push(warning(Some(service), reason, "RefuseAddress", note));
+        events.push(warning(Some(service), reason, "RefuseAddress", owner.refusal(*vip)));
     }
-    for clash in &report.conflicts {
-        events.push(warning(
-            Some(&clash.loser),
-            "FrontEndTaken",
-            "LeaveFrontEnd",
-            format!(
-                "{} belongs to Service {}, to which it was assigned, or which is older or first by name: give one of the two another address or port",
-                clash.front_end, clash.winner
-            ),
-        ));
+    for conflict in &report.conflicts {
+        events.push(warning(Some(&conflict.loser), "FrontEndTaken", "LeaveFrontEnd", conflict.to_string()));
     }
     if let Some(first) = report.drifted_keys.first() {
         // Without their number, so that the same drift gives the same note.

@@ -192,7 +192,7 @@ fn bad_objects_are_named_and_harm_no_other() {
     agent.has(&[WEB, WEB_1, WEB_2, "-A -t 10.96.0.12:80 -s rr", "-A -t 10.96.0.13:80 -s rr"]);
     agent.says("EndpointSlice default/web-1").says("not-an-address").says("224.0.0.7 is a multicast address");
     agent.says("Service default/zero");
-    agent.says("default/clash-b").says("default/clash-a keeps it");
+    agent.says("default/clash-b").says("belongs to Service default/clash-a");
     // The kernel's own no, with the Service and the real server it is about.
     agent.says("cannot add real server 192.168.1.255:8080 of TCP 10.96.0.10:80").says("default/web");
 }
@@ -233,7 +233,7 @@ fn a_foreign_kube_ipvs0_stops_the_start() {
     let manifests = web();
     let mut agent = manifests.agent(&[]);
     assert!(!agent.ends().success());
-    assert!(agent.log().contains("kube-ipvs0 is no dummy device"), "{}", agent.log());
+    assert!(agent.log().contains("kube-ipvs0 is not a dummy device"), "{}", agent.log());
 }
 
 #[test]
@@ -411,7 +411,7 @@ fn node_ports_on_the_primary_address_follow_the_node() {
     agent.has(&[WEB, "-A -t 192.168.1.2:30080 -s rr"]);
 }
 
-/// What who may write Services might ask for to become the node, its neighbours or the API server. (What comes of every
+/// What who may write Services might ask for to become the node, its peer Nodes or the API server. (What comes of every
 /// combination is a table in `crates/reconciler/tests/untrusted_services.rs`.)
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
@@ -455,6 +455,6 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     for word in ["unspecified", "loopback", "link-local", "multicast", "broadcast"] {
         agent.says(&format!("is a {word} address"));
     }
-    agent.says("this is the address of a Node").says("this is the address of the API server");
-    agent.says("another Service has this front end");
+    agent.says("is the address of a Node").says("is the address of the API server");
+    agent.says("belongs to Service");
 }

@@ -149,7 +149,7 @@ fn a_foreign_kube_ipvs0_is_reported_and_the_rest_keeps_working() {
         link::delete("kube-ipvs0").unwrap();
         link::add_veth("kube-ipvs0", "peer", None::<&fs::File>).unwrap();
     });
-    agent.says("the interface kube-ipvs0 is no dummy device");
+    agent.says("the interface kube-ipvs0 is not a dummy device");
     server.apply(slice("web-1", "web", &["10.0.0.9"]));
     agent.until("be unhealthy", |_| {
         http("GET", common::HEALTH, "/healthz", "").is_some_and(|answer| answer.status == 503)

@@ -194,12 +194,12 @@ fn rows() -> Vec<Row> {
                 "requires kubeIPVS.vipBinding (--vip-binding) to be route",
             )
             .rejects("10.96.0.0", json!(["10.96.0.0"]), not_a_range)
-            .rejects("0.0.0.0/0", json!(["0.0.0.0/0"]), "0.0.0.0/0 is everything: the node would keep all packets")
             .rejects(
-                "fe80::/64",
-                json!(["fe80::/64"]),
-                "fe80::/64 has addresses of fe80::/10, none of which can be a VIP",
-            ),
+                "0.0.0.0/0",
+                json!(["0.0.0.0/0"]),
+                "0.0.0.0/0 contains every address: the node would keep all packets",
+            )
+            .rejects("fe80::/64", json!(["fe80::/64"]), "fe80::/64 overlaps fe80::/10, whose addresses cannot be VIPs"),
         row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).boolean(),
         row("kubeIPVS.confirmDisappearance", Value::Null, ("false", json!(false))).boolean(),
     ]

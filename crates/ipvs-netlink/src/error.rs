@@ -162,7 +162,7 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
             (ErrorKind::NotSupported, "the module ip_vs was unloaded since this socket was opened: open another")
         }
         (ENOENT, _) => (ErrorKind::NotFound, "the virtual server has no such real server"),
-        (EPERM | EACCES, _) => (ErrorKind::PermissionDenied, "it takes CAP_NET_ADMIN in the initial user namespace"),
+        (EPERM | EACCES, _) => (ErrorKind::PermissionDenied, "it requires CAP_NET_ADMIN in the initial user namespace"),
         (EAFNOSUPPORT, _) => {
             (ErrorKind::NotSupported, "IPVS has no IPv6 here: CONFIG_IP_VS_IPV6 is off, or ipv6.disable=1 is set")
         }

@@ -16,7 +16,7 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! It takes `CAP_NET_ADMIN` in the initial user namespace. A client belongs to the network namespace of the thread that
+//! It requires `CAP_NET_ADMIN` in the initial user namespace. A client belongs to the network namespace of the thread that
 //! connected it; IPVS is per namespace.
 //!
 //! # Where to find what

@@ -486,7 +486,7 @@ fn without_the_capability_everything_is_refused() {
     let mut sets = capabilities(None).unwrap();
     sets.effective.remove(CapabilitySet::NET_ADMIN);
     set_capabilities(None, sets).unwrap();
-    let reason = "Operation not permitted (os error 1): it takes CAP_NET_ADMIN in the initial user namespace";
+    let reason = "Operation not permitted (os error 1): it requires CAP_NET_ADMIN in the initial user namespace";
     let web = tcp("10.96.0.1:80");
     for (result, operation) in [
         (client.virtual_servers().map(drop), "list the virtual servers"),

@@ -56,8 +56,8 @@ pub enum VipRangeError {
 impl fmt::Display for VipRangeError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Everything => f.write_str("is everything: the node would keep all packets for itself"),
-            Self::Reserved(range) => write!(f, "has addresses of {range}, none of which can be a VIP"),
+            Self::Everything => f.write_str("contains every address: the node would keep all packets for itself"),
+            Self::Reserved(range) => write!(f, "overlaps {range}, whose addresses cannot be VIPs"),
         }
     }
 }

@@ -61,11 +61,20 @@ pub enum AddressOwner {
 
 impl AddressOwner {
     /// Completes "the address of …".
-    pub fn description(self) -> &'static str {
+    fn description(self) -> &'static str {
         match self {
             Self::Node => "a Node",
             Self::ApiServer => "the API server",
         }
+    }
+
+    /// Why a VIP with this owner is not served, and what to do. For the log and for the Event on the Service.
+    pub fn refusal(self, vip: IpAddr) -> String {
+        format!(
+            "{vip} is the address of {} and is not served as a VIP, since nodes could no longer reach that: remove it from \
+             spec.externalIPs, or have the load balancer assign another address",
+            self.description()
+        )
     }
 }
 

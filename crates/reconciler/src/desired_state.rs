@@ -1,6 +1,7 @@
 //! The desired state: the sum of all contributions, with one owner for each front end.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::hash::Hash;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -35,6 +36,18 @@ pub struct FrontEndConflict {
     pub winner: ObjectName,
     /// The Service that claims it too.
     pub loser: ObjectName,
+}
+
+/// For the log and for the Event on the loser.
+impl fmt::Display for FrontEndConflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} belongs to Service {}, to which it was assigned, or which is older or first by name: give one of the two another \
+             address or port",
+            self.front_end, self.winner
+        )
+    }
 }
 
 #[derive(Debug)]

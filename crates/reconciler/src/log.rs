@@ -12,15 +12,13 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
     for conflict in &report.conflicts {
         warn!(
             service = %conflict.loser, front_end = %conflict.front_end,
-            "another Service has this front end: {} keeps it, which was given it, is older, or first by name; give one of the two another \
-             address or port", conflict.winner
+            "{conflict}"
         );
     }
     for (service, vip, owner) in &report.refused_vips {
         warn!(
             %service, %vip,
-            "this is the address of {}, and is not served as a VIP, which would cut this node off from there; take it from \
-             spec.externalIPs, or have the load balancer assign another", owner.description()
+            "{}", owner.refusal(*vip)
         );
     }
     if !report.drifted_keys.is_empty() {
@@ -32,8 +30,8 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
     if report.foreign_servers > 0 {
         info!(
             virtual_servers = report.foreign_servers,
-            "there are virtual servers that no Service has and that are not provably of this program: they stay; if they are of a \
-             proxy that ran here before, delete them with ipvsadm"
+            "kept virtual servers that belong to no Service and are not provably those of kube-ipvs; if another proxy left them, \
+             delete them with ipvsadm"
         );
     }
     if report.is_first_audit {
@@ -41,7 +39,7 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
         info!(
             reading = ?time_spent.reading, filter = ?time_spent.filter, ipvs = ?time_spent.ipvs, addresses = ?time_spent.addresses,
             flows = ?time_spent.flows, computing = ?report.duration.saturating_sub(time_spent.total()),
-            "where the time of the first audit went"
+            "time spent in the first audit"
         );
     }
     if done.total() > 0 || report.is_first_audit {

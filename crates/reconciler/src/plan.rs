@@ -191,14 +191,14 @@ impl fmt::Display for Operation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::BuildTable { ruleset, .. } => {
-                write!(f, "make the {} table kube-ipvs of nf_tables", ruleset.family())
+                write!(f, "create the {} table kube-ipvs of nf_tables", ruleset.family())
             }
             Self::SetSourceRanges(service, family, _) => {
                 write!(f, "set the {family} source ranges of Service {service}")
             }
             Self::SetFrontEnd { front_end, .. } => write!(f, "set the packet filter for {front_end}"),
             Self::AddElement(element) => write!(f, "add {element} to the packet filter"),
-            Self::RemoveFrontEnd(front_end, _) => write!(f, "clear the packet filter for {front_end}"),
+            Self::RemoveFrontEnd(front_end, _) => write!(f, "delete {front_end} from the packet filter"),
             Self::RemoveElement(element) => write!(f, "delete {element} from the packet filter"),
             Self::AddRoutedVip(address) => write!(f, "add VIP {address} to the packet filter"),
             Self::RemoveRoutedVip(address) => write!(f, "delete VIP {address} from the packet filter"),
@@ -206,7 +206,7 @@ impl fmt::Display for Operation {
                 write!(f, "delete the {family} source ranges of Service {service}")
             }
             Self::DeleteUntranslatedFlows(front_end, _) => {
-                write!(f, "delete what was tracked of {front_end} before it was served")
+                write!(f, "delete conntrack entries of {front_end} from before it was served")
             }
             Self::DeleteStaleFlows(front_end, _) => write!(f, "delete stale flows to {front_end}"),
             Self::AddDevice => write!(f, "add device kube-ipvs0"),

@@ -108,8 +108,8 @@ impl Schedule {
         match self.node {
             NodeWait::NotStarted if is_missing => {
                 info!(
-                    "waiting up to {} s for what the configuration needs of the own Node: its addresses or podCIDRs; is \
-                     --hostname-override the name of the Node?",
+                    "waiting up to {} s for the addresses or podCIDRs of this node's Node object, which the configuration \
+                     requires; if they do not arrive, check that --hostname-override is the name of the Node",
                     NODE_WAIT_MAX.as_secs()
                 );
                 let deadline = now + NODE_WAIT_MAX;
@@ -119,8 +119,9 @@ impl Schedule {
             NodeWait::Until(deadline) if is_missing && now < deadline => Some(deadline),
             NodeWait::Until(_) if is_missing => {
                 warn!(
-                    "the own Node is still not known, or lacks addresses or podCIDRs: going on without; NodePorts listen on \
-                     all addresses and pods are not told from others until it is"
+                    "this node's Node object is still unknown, or has no addresses or podCIDRs: until it has, NodePorts are \
+                     served on all addresses, and pods are not distinguished from other clients; check that \
+                     --hostname-override is the name of the Node"
                 );
                 self.node = NodeWait::Over;
                 None
@@ -255,11 +256,11 @@ fn sync_bootstrap<K: Kernel>(reconciler: &mut Reconciler<K>, changes: &ReceivedC
             info!(
                 virtual_servers,
                 latency = last.map(|last| tracing::field::debug(last.elapsed())),
-                "serving the API server and DNS, ahead of the rest"
+                "serving the API server and DNS before all other Services"
             );
             log::failures(&report);
         }
-        Err(error) => warn!("cannot serve the API server and DNS ahead of the rest: {error}"),
+        Err(error) => warn!("cannot serve the API server and DNS before all other Services: {error}"),
     }
 }
 

@@ -63,7 +63,7 @@ struct Objects {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     node: Option<Node>,
-    neighbours: BTreeMap<Arc<str>, Vec<IpAddr>>,
+    peer_nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
     interfaces: BTreeSet<IpAddr>,
 }
 
@@ -85,10 +85,10 @@ impl Objects {
             Event::Change(Change::Node(node)) => self.node = Some(node),
             Event::Change(Change::NodeDeleted) => self.node = None,
             Event::Change(Change::PeerNode(name, addresses)) => {
-                self.neighbours.insert(name, addresses);
+                self.peer_nodes.insert(name, addresses);
             }
             Event::Change(Change::PeerNodeDeleted(name)) => {
-                self.neighbours.remove(&name);
+                self.peer_nodes.remove(&name);
             }
             Event::Change(Change::Synced | Change::Incomplete(_)) | Event::Audit => {}
             Event::Interfaces(addresses) => self.interfaces = addresses,
@@ -99,9 +99,9 @@ impl Objects {
     fn changes(&self) -> Vec<Change> {
         let slices = self.slices.values().rev().cloned().map(Change::Slice);
         let services = self.services.values().rev().cloned().map(Change::Service);
-        let neighbours = self.neighbours.clone().into_iter();
-        let neighbours = neighbours.map(|(name, addresses)| Change::PeerNode(name, addresses));
-        slices.chain(services).chain(self.node.clone().map(Change::Node)).chain(neighbours).collect()
+        let peer_nodes = self.peer_nodes.clone().into_iter();
+        let peer_nodes = peer_nodes.map(|(name, addresses)| Change::PeerNode(name, addresses));
+        slices.chain(services).chain(self.node.clone().map(Change::Node)).chain(peer_nodes).collect()
     }
 
     /// A kernel that an agent has filled that never knew anything else.

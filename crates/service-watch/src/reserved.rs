@@ -1,6 +1,6 @@
 //! Reserved addresses, which can be neither a VIP nor an endpoint.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
@@ -28,7 +28,7 @@ const fn v6(first: u16, last: u16, length: u8, word: &str) -> (IpNet, &str) {
 
 /// The name of the reserved range that an address is in, if any.
 #[cfg(feature = "sources")]
-pub(crate) fn reserved(address: IpAddr) -> Option<&'static str> {
+pub(crate) fn reserved(address: std::net::IpAddr) -> Option<&'static str> {
     RESERVED.iter().find_map(|(range, word)| range.contains(&address).then_some(*word))
 }
 

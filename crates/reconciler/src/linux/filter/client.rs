@@ -16,7 +16,7 @@ use crate::policy::{Families, Policy};
 const TRANSACTION_OPERATIONS: usize = 2000;
 
 /// A hint for a kernel that lacks a part of `nf_tables`. It loads modules automatically if it can.
-const MODULES: &str = "it takes CAP_NET_ADMIN, and the modules nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_reject_ipv4 \
+const MODULES: &str = "it requires CAP_NET_ADMIN and the modules nf_tables nft_chain_nat nft_ct nft_masq nft_nat nft_reject_ipv4 \
                        nft_reject_ipv6 nft_fib_ipv4 nft_fib_ipv6: load them with `modprobe -a`";
 
 /// The result of one operation.
@@ -34,7 +34,7 @@ pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<Observe
 pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelError> {
     let failed = |reason: &dyn std::fmt::Display| KernelError {
         cause: Cause::Refused,
-        text: format!("this kernel cannot have the packet filter: {reason}; {MODULES}"),
+        text: format!("this kernel does not support the packet filter: {reason}; {MODULES}"),
     };
     let tables = read::tables(socket, policy.families.iter()).map_err(|error| failed(&error))?;
     let missing = policy.families.iter().filter(|family| !tables.iter().any(|(it, _)| it == family));
@@ -127,7 +127,7 @@ fn refused(operation: &Operation, refusal: &Refusal) -> KernelError {
 
 fn hint(errno: i32) -> &'static str {
     match errno {
-        EPERM => ": it takes CAP_NET_ADMIN",
+        EPERM => ": it requires CAP_NET_ADMIN",
         _ => "",
     }
 }

@@ -48,8 +48,9 @@ impl First {
         let said_something = agent.line()?.at - agent.started;
         let mut ahead = None;
         let parts = loop {
-            let line = agent.until(|line| line.has("ahead of the rest") || line.has("where the time"))?;
-            if line.has("where the time") {
+            let line = agent
+                .until(|line| line.has("before all other Services") || line.has("time spent in the first audit"))?;
+            if line.has("time spent in the first audit") {
                 break line;
             }
             ahead = ahead.or(line.duration("latency"));
