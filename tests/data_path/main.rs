@@ -13,9 +13,9 @@ mod traffic;
 
 mod cold_start;
 mod default_route;
+mod foreign_rules;
 mod host_network;
 mod hostile;
-mod neighbours;
 mod no_exec;
 mod over_time;
 mod refused;

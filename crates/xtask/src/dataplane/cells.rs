@@ -21,7 +21,7 @@ const AT_ONCE: usize = 24;
 const TRIES: usize = 6;
 /// After so many, a cell where nothing has connected is given up.
 const GIVE_UP: usize = 2;
-/// How often a cell is played until it is called different: its neighbours may have been busy.
+/// How often a cell is played until it is called different: the cells beside it may have kept the machine busy.
 const ROUNDS: usize = 3;
 /// More than so many are no matter of chance, and are played once.
 const FEW: usize = 100;

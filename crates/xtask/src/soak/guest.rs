@@ -344,7 +344,7 @@ impl Actor<'_> {
         if !node.exec("ipvsadm -Sn")?.contains("-a -t 172.16.0.1:80 -r 172.16.0.2:80 -m -w 1") {
             self.shared.differs("somebody else's virtual server was touched");
         }
-        if !node.exec("nft list tables")?.contains("table ip neighbour") {
+        if !node.exec("nft list tables")?.contains("table ip other") {
             self.shared.differs("somebody else's table was touched");
         }
         let (lost, answered) = {

@@ -73,7 +73,7 @@ impl World {
         // What belongs to others, and is to stay.
         world.node.exec("ipvsadm -A -t 172.16.0.1:80 -s rr")?;
         world.node.exec("ipvsadm -a -t 172.16.0.1:80 -r 172.16.0.2:80 -m")?;
-        world.node.exec("nft add table ip neighbour")?;
+        world.node.exec("nft add table ip other")?;
         Ok(world)
     }
 }

@@ -1,5 +1,5 @@
-//! Others who use IPVS on the same node, without any `--ipvs-exclude-cidrs`: Debian's keepalived, and people with ipvsadm. What is
-//! not provably ours stays as it is, whatever the agent does.
+//! Other users of IPVS on the same node, without `--ipvs-exclude-cidrs`: keepalived, and people with ipvsadm. The agent never changes
+//! what is not provably its own.
 
 #![expect(clippy::panic, clippy::unwrap_used, reason = "a test that cannot go on fails")]
 

@@ -1,4 +1,4 @@
-//! Next to the rules that Docker and network plugins make with either kind of `iptables`, before the agent and after it.
+//! Services work beside the rules of Docker and of network plugins, made with either kind of `iptables` before or after the agent starts.
 
 use serde_json::json;
 
@@ -108,7 +108,7 @@ COMMIT
 const CLUSTER_IP: &str = "10.96.0.10:80";
 const EXTERNAL_IP: &str = "203.0.113.10:80";
 
-/// When the others make their rules.
+/// When the foreign rules are made: before or after the agent starts.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Turn {
     Before,
@@ -117,7 +117,7 @@ enum Turn {
 
 /// Everybody reaches the endpoint of a Service and not the pod with the hostPort, and is seen as who they are or as the
 /// node, whoever comes first. Then again when the agent has been restarted, and after a change.
-fn are_good_neighbours(iptables: &str, rules: &str, turn: Turn) {
+fn assert_services_work(iptables: &str, rules: &str, turn: Turn) {
     let network = Network::new(1, 3);
     let (client, pod) = (&network.clients[0], &network.pods[1]);
     let _web = Server::start(&network.pods[0].namespace, "web", 8080);
@@ -194,27 +194,27 @@ fn the_rule_in_the_warning_fixes_a_forward_policy_of_drop() {
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn services_work_next_to_docker_with_iptables_nft() {
-    are_good_neighbours("iptables-nft", DOCKER, Turn::Before);
-    are_good_neighbours("iptables-nft", DOCKER, Turn::After);
+    assert_services_work("iptables-nft", DOCKER, Turn::Before);
+    assert_services_work("iptables-nft", DOCKER, Turn::After);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn services_work_next_to_docker_with_iptables_legacy() {
-    are_good_neighbours("iptables-legacy", DOCKER, Turn::Before);
-    are_good_neighbours("iptables-legacy", DOCKER, Turn::After);
+    assert_services_work("iptables-legacy", DOCKER, Turn::Before);
+    assert_services_work("iptables-legacy", DOCKER, Turn::After);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn services_work_next_to_calico_with_iptables_nft() {
-    are_good_neighbours("iptables-nft", CALICO, Turn::Before);
-    are_good_neighbours("iptables-nft", CALICO, Turn::After);
+    assert_services_work("iptables-nft", CALICO, Turn::Before);
+    assert_services_work("iptables-nft", CALICO, Turn::After);
 }
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn services_work_next_to_calico_with_iptables_legacy() {
-    are_good_neighbours("iptables-legacy", CALICO, Turn::Before);
-    are_good_neighbours("iptables-legacy", CALICO, Turn::After);
+    assert_services_work("iptables-legacy", CALICO, Turn::Before);
+    assert_services_work("iptables-legacy", CALICO, Turn::After);
 }
