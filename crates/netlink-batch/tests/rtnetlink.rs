@@ -6,7 +6,7 @@ mod common;
 
 use std::net::{IpAddr, Ipv4Addr};
 
-use common::{ENODEV, LOOPBACK, NO_DEVICE, add_address, get_link};
+use common::{EEXIST, ENODEV, LOOPBACK, NO_DEVICE, add_address, get_link};
 use netlink_batch::protocols::NETLINK_ROUTE;
 use netlink_batch::{BATCH_MESSAGES, Error, Received, Socket, Subscription};
 use netlink_packet_core::{DecodeError, DefaultNla, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable};
@@ -15,8 +15,6 @@ use netlink_packet_route::link::LinkAttribute;
 use netlink_packet_route::neighbour::NeighbourMessage;
 use netlink_packet_route::route::{RouteAttribute, RouteMessage};
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-
-const EEXIST: i32 = 17;
 
 const RTNLGRP_IPV4_IFADDR: u32 = 5;
 
@@ -43,9 +41,9 @@ fn address(reply: &RouteNetlinkMessage) -> Option<IpAddr> {
 /// The IPv4 addresses other than loopback's own.
 fn addresses(socket: &mut Socket) -> Vec<IpAddr> {
     let mut seen = Vec::new();
-    let mut ask = AddressMessage::default();
-    ask.header.family = AddressFamily::Inet;
-    socket.dump(&RouteNetlinkMessage::GetAddress(ask), |reply| seen.extend(address(&reply))).unwrap();
+    let mut request = AddressMessage::default();
+    request.header.family = AddressFamily::Inet;
+    socket.dump(&RouteNetlinkMessage::GetAddress(request), |reply| seen.extend(address(&reply))).unwrap();
     seen.retain(|address| !address.is_loopback());
     seen
 }
@@ -166,8 +164,8 @@ fn an_undecodable_dump_does_not_block_the_next() {
     for result in socket.batch((0..count).map(|number| add_address(Ipv4Addr::from(0x0a60_0000 + number)))).unwrap() {
         result.unwrap();
     }
-    let ask = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-    let error = socket.dump(&ask, |_: Unreadable| ()).unwrap_err();
+    let request = RouteNetlinkMessage::GetAddress(AddressMessage::default());
+    let error = socket.dump(&request, |_: Unreadable| ()).unwrap_err();
     assert_eq!(error.to_string(), "cannot decode a reply of the kernel: unreadable");
     assert_eq!(addresses(&mut socket).len(), count as usize);
 }
@@ -176,9 +174,9 @@ fn an_undecodable_dump_does_not_block_the_next() {
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]
 fn an_empty_dump_is_not_an_error() {
     lab::netns::isolate().unwrap();
-    let ask = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+    let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
     let mut count = 0;
-    open().dump(&ask, |_: RouteNetlinkMessage| count += 1).unwrap();
+    open().dump(&request, |_: RouteNetlinkMessage| count += 1).unwrap();
     assert_eq!(count, 0);
 }
 

@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 use netlink_batch::{Error as NetlinkError, Refusal, Request, Socket};
 
 use crate::Action;
+use crate::errno::{EBUSY, ENOENT};
 use crate::kube_proxy_names;
-use crate::nfnetlink::{self, ANY_FAMILY, Attributes, EBUSY, ENOENT, Message};
+use crate::nfnetlink::{self, ANY_FAMILY, Attributes, Message};
 use crate::report::{Error, Kept, Object, RETRY_ADVICE, Report};
 
 /// `NFNL_SUBSYS_IPSET`.

@@ -19,6 +19,7 @@
 
 #![forbid(unsafe_code)]
 
+mod errno;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod ipset;

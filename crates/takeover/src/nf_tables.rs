@@ -10,8 +10,9 @@ use netlink_batch::{Error as NetlinkError, Refusal, Request, Socket};
 use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkHeader, parse_string, parse_u64_be};
 
 use crate::Action;
+use crate::errno::{EBUSY, ENOENT, ERESTART};
 use crate::kube_proxy_names::{self, NFT_TABLE, TABLES};
-use crate::nfnetlink::{self, ANY_FAMILY, Attributes, EBUSY, ENOENT, ERESTART, Message};
+use crate::nfnetlink::{self, ANY_FAMILY, Attributes, Message};
 use crate::report::{Backend, Error, Family, Iptables, Object, RETRY_ADVICE, Report};
 use crate::rules::{Jump, Plan, Table};
 

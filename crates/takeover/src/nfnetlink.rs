@@ -9,13 +9,7 @@ use netlink_packet_core::{
     DecodeError, NLA_TYPE_MASK, NetlinkDeserializable, NetlinkHeader, NetlinkSerializable, parse_string,
 };
 
-// errno.h
-pub(crate) const ENOENT: i32 = 2;
-pub(crate) const EBUSY: i32 = 16;
-const EINVAL: i32 = 22;
-pub(crate) const ERESTART: i32 = 85;
-const EPROTONOSUPPORT: i32 = 93;
-const EOPNOTSUPP: i32 = 95;
+use crate::errno::{EINVAL, ENOENT, EOPNOTSUPP, EPROTONOSUPPORT};
 
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
