@@ -421,7 +421,7 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     link::add_dummy("other", &["172.17.0.1/16"]).unwrap();
     let manifests = web();
     manifests.write(
-        "kubernetes.yaml",
+        "kubernetes.json",
         &manifest(&[service("kubernetes", "10.96.0.1"), slice("kubernetes", "kubernetes", &["192.168.1.9"])]),
     );
     let refused = [
@@ -442,7 +442,7 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
     let old = json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}, "spec": {"externalIPs": asked_for}});
     let hostile = with(service("hostile", "10.96.0.66"), old);
     let endpoints = ["10.66.6.6", "127.0.0.1", "169.254.169.254"];
-    manifests.write("hostile.yaml", &manifest(&[hostile, slice("hostile-1", "hostile", &endpoints)]));
+    manifests.write("hostile.json", &manifest(&[hostile, slice("hostile-1", "hostile", &endpoints)]));
     let mut agent = manifests.agent(&[]);
     let mut expected = vec![WEB.to_owned(), WEB_1.to_owned(), WEB_2.to_owned()];
     expected

@@ -21,9 +21,9 @@ const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
 
 fn write(manifests: &Manifests, round: usize) {
     let kept = [service("kept", "10.96.0.1"), slice("kept-1", "kept", &["10.0.0.1"])];
-    manifests.write("kept.yaml", &manifest(&kept));
+    manifests.write("kept.json", &manifest(&kept));
     for number in 0..6 {
-        let file = format!("s{number}.yaml");
+        let file = format!("s{number}.json");
         let (name, vip) = (format!("s{number}"), format!("10.96.1.{number}"));
         // Services come and go, and their endpoints change.
         if (number + round).is_multiple_of(3) {

@@ -182,7 +182,7 @@ fn serve() {
 
 fn write(manifests: &Manifests, services: &Services) {
     for number in 1..7 {
-        let file = format!("s{number}.yaml");
+        let file = format!("s{number}.json");
         match services.get(&number) {
             Some(service) => {
                 manifests.write(&file, &manifest(number, service));

@@ -138,16 +138,16 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
 
     let manifests = Manifests::new();
     let web = manifest(&[service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1"])]);
-    manifests.write("web.yaml", &web);
+    manifests.write("web.json", &web);
     let mut agent = manifests.agent(&["--ipvs-sync-period=200ms"]);
     agent.until("serve", |_| ipvs().iter().any(|line| line == "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1"));
     agent.says("there are virtual servers that no Service has");
     untouched("after the first start");
 
-    manifests.write("zoo.yaml", &manifest(&[service("zoo", "10.96.0.11"), slice("zoo-1", "zoo", &["10.0.0.2"])]));
+    manifests.write("zoo.json", &manifest(&[service("zoo", "10.96.0.11"), slice("zoo-1", "zoo", &["10.0.0.2"])]));
     agent.until("serve another", |_| ipvs().iter().any(|line| line.starts_with("-a -t 10.96.0.11:80")));
     // The Service whose VIP keepalived has a port of goes.
-    manifests.remove("web.yaml");
+    manifests.remove("web.json");
     agent.until("let a Service go", |_| !ipvs().iter().any(|line| line.contains("10.96.0.10:80 ")));
     agent.audits(2);
     untouched("after changes and audits");
@@ -159,7 +159,7 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     untouched("after the table was lost");
     agent.kill();
     run("nft delete table ip kube-ipvs");
-    manifests.write("web.yaml", &web).remove("zoo.yaml");
+    manifests.write("web.json", &web).remove("zoo.json");
     let mut agent = manifests.agent(&["--once"]);
     assert!(agent.ends().success(), "{}", agent.log());
     assert!(!ipvs().iter().any(|line| line.contains("10.96.0.11:80")), "{:#?}", ipvs());
@@ -185,7 +185,7 @@ fn first_start_adopts_kube_proxys_vips_and_leaves_other_servers() {
         ipvsadm(&format!("-A -t {vip}:80 -s rr\n-a -t {vip}:80 -r 10.0.0.1:8080 -m"));
     }
     let manifests = Manifests::new();
-    manifests.write("web.yaml", &manifest(&[service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1"])]));
+    manifests.write("web.json", &manifest(&[service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1"])]));
     let mut agent = manifests.agent(&["--once"]);
     assert!(agent.ends().success(), "{}", agent.log());
     assert_eq!(addresses(), ["10.96.0.10/32"]);

@@ -92,7 +92,7 @@ fn merge(target: &mut Value, patch: Value) {
     }
 }
 
-/// Objects one after the other, as a manifest has them.
+/// Objects one after the other, as a manifest `*.json` has them. (YAML wants a line `---` between them.)
 pub fn manifest<'a>(objects: impl IntoIterator<Item = &'a Value>) -> String {
     objects.into_iter().map(Value::to_string).collect::<Vec<_>>().join("\n")
 }

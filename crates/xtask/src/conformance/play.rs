@@ -245,10 +245,12 @@ fn marker(port: u16) -> String {
     let place = |object| with(object, json!({"metadata": {"namespace": "conformance"}}));
     let service = objects::service("marker", &[MARKER], &[objects::port("p", "UDP", port)]);
     let endpoints = objects::ready(["10.244.255.250"]);
-    objects::manifest(&[
+    let objects = [
         with(place(service), json!({"spec": {"ipFamilies": ["IPv4"]}})),
         place(objects::slice("marker-1", "marker", &[objects::port("p", "UDP", 9)], &endpoints)),
-    ])
+    ];
+    // As YAML has them.
+    objects.map(|object| object.to_string()).join("\n---\n")
 }
 
 fn shell(command: &str) -> Result<()> {
