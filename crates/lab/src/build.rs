@@ -23,7 +23,7 @@ use crate::version::Version;
 const BUILD_PACKAGES: [&str; 8] = ["gcc", "libc6-dev", "make", "flex", "bison", "bc", "xz-utils", "bzip2"];
 
 /// How many files a build compiles, give or take a few from version to version.
-const ABOUT: usize = 976;
+const EXPECTED_COMPILATIONS: usize = 976;
 
 /// Parts of the source that this configuration never compiles and that no other part includes: two fifths of it.
 const NOT_EXTRACTED: [&str; 8] = [
@@ -153,7 +153,7 @@ impl Steps<'_> {
                 Err(RecvTimeoutError::Disconnected) => break,
             }
             if compiled > 0 {
-                progress.update(format_args!("{compiled} of about {} files", ABOUT.max(compiled)));
+                progress.update(format_args!("{compiled} of about {} files", EXPECTED_COMPILATIONS.max(compiled)));
             } else {
                 progress.update("working");
             }

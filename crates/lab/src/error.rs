@@ -108,7 +108,7 @@ pub enum Error {
 
     /// Something that was waited for did not happen.
     #[error("it did not {what} within {} s", limit.as_secs())]
-    Hang {
+    Timeout {
         /// What should have happened.
         what: String,
         /// How long it was waited for.

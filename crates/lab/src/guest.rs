@@ -76,7 +76,7 @@ pub(crate) fn run(job: &Job, kernel: &Bootable, sinks: [Sink; 2]) -> Result<Outp
     // On this signal the kernel takes its helper processes with it.
     process::end_with_us(&mut command, Signal::TERM);
 
-    let cpu = Cpu::take()?;
+    let cpu = Cpu::reserve()?;
     let inherited = [console.as_fd(), stdout_writer.as_fd(), stderr_writer.as_fd()];
     let mut child = spawn(&mut command, inherited.into_iter().chain(terminal.as_ref().map(|t| t.file.as_fd())))?;
     drop((console, stdout_writer, stderr_writer));
@@ -230,23 +230,23 @@ fn memory_directory(mib: u32) -> Result<PathBuf> {
 /// several times as much; so each guest stays on one, and guests that run at the same time choose different ones.
 struct Cpu {
     number: Option<usize>,
-    _taken: Option<File>,
+    _lock: Option<File>,
 }
 
 impl Cpu {
-    fn take() -> Result<Self> {
-        let Ok(allowed) = sched_getaffinity(None) else { return Ok(Self { number: None, _taken: None }) };
+    fn reserve() -> Result<Self> {
+        let Ok(allowed) = sched_getaffinity(None) else { return Ok(Self { number: None, _lock: None }) };
         let allowed: Vec<usize> = (0..CpuSet::MAX_CPU).filter(|number| allowed.is_set(*number)).collect();
         let base = scratch::base()?;
         for &number in &allowed {
             let slot = scratch::lock_file(&base.join(format!("cpu-{number}.lock")))?;
             if slot.try_lock().is_ok() {
-                return Ok(Self { number: Some(number), _taken: Some(slot) });
+                return Ok(Self { number: Some(number), _lock: Some(slot) });
             }
         }
         // More guests than processors: spread them.
         let number = (std::process::id() as usize).checked_rem(allowed.len()).map(|index| allowed[index]);
-        Ok(Self { number, _taken: None })
+        Ok(Self { number, _lock: None })
     }
 
     fn pin(&self, child: &Child) -> Result<()> {

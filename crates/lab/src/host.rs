@@ -18,7 +18,7 @@ use crate::netns;
 use crate::process::{self, Sink};
 
 /// Why jobs cannot run on this machine's kernel, if they cannot.
-pub(crate) fn unusable() -> Option<String> {
+pub(crate) fn unavailable_reason() -> Option<String> {
     if !rustix::process::geteuid().is_root() {
         return Some("it needs root".into());
     }

@@ -19,7 +19,7 @@ use crate::version::{Kernel, Version};
 const QUICKEST: Version = Version::new(7, 2);
 
 /// To be raised when the way a kernel is built changes what comes out.
-const RECIPE: u32 = 2;
+const BUILD_REVISION: u32 = 2;
 
 /// A kernel that is there.
 #[derive(Clone, Debug)]
@@ -84,12 +84,12 @@ impl Cache {
 
     /// The quickest kernel, or where its source cannot be had, that of this distribution.
     fn quickest(&self) -> Result<PathBuf> {
-        if let Some(kernel) = self.find(QUICKEST).or_else(|| self.find(self.substitute()?)) {
+        if let Some(kernel) = self.find(QUICKEST).or_else(|| self.find(self.fallback_version()?)) {
             return Ok(kernel);
         }
         let _lock = self.lock()?;
         // Who held the lock may have built either.
-        if let Some(kernel) = self.find(QUICKEST).or_else(|| self.find(self.substitute()?)) {
+        if let Some(kernel) = self.find(QUICKEST).or_else(|| self.find(self.fallback_version()?)) {
             return Ok(kernel);
         }
         let reason = match self.find_or_build(QUICKEST) {
@@ -101,14 +101,14 @@ impl Cache {
         let reason = reason.to_string();
         eprintln!("lab: using Linux {own}, slower than {QUICKEST}: {}", reason.lines().next().unwrap_or_default());
         let kernel = self.find_or_build(own)?;
-        let note = self.note();
-        fs::write(&note, own.to_string()).context("write", note.display())?;
+        let file = self.fallback_file();
+        fs::write(&file, own.to_string()).context("write", file.display())?;
         Ok(kernel)
     }
 
     /// The kernel of this release as Debian builds it.
     fn stock(&self, version: Version) -> Result<StockKernel> {
-        let dir = self.0.join(format!("debian-{version}-{RECIPE}"));
+        let dir = self.0.join(format!("debian-{version}-{BUILD_REVISION}"));
         if !dir.is_dir() {
             let _lock = self.lock()?;
             if !dir.is_dir() {
@@ -140,11 +140,11 @@ impl Cache {
     }
 
     /// The release that was built because the quickest could not be had, so that not every start asks the network.
-    fn substitute(&self) -> Option<Version> {
-        fs::read_to_string(self.note()).ok()?.trim().parse().ok()
+    fn fallback_version(&self) -> Option<Version> {
+        fs::read_to_string(self.fallback_file()).ok()?.trim().parse().ok()
     }
 
-    fn note(&self) -> PathBuf {
+    fn fallback_file(&self) -> PathBuf {
         self.0.join(format!("instead-of-{QUICKEST}"))
     }
 
@@ -167,7 +167,7 @@ impl Cache {
 
 /// What the kernel is made of, as a number: FNV-1a, which no later version of anything changes.
 fn key(version: Version, config: &str) -> u64 {
-    let parts = [config, &version.to_string(), &RECIPE.to_string()];
+    let parts = [config, &version.to_string(), &BUILD_REVISION.to_string()];
     let bytes = parts.iter().flat_map(|part| part.bytes().chain([0]));
     bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
 }
@@ -203,7 +203,7 @@ mod tests {
         let own = cache.path(Version::new(6, 1));
         fs::write(&own, "").unwrap();
         assert_eq!(cache.kernel(Version::new(6, 1)).unwrap(), own);
-        fs::write(cache.note(), "6.1").unwrap();
+        fs::write(cache.fallback_file(), "6.1").unwrap();
         assert_eq!(cache.quickest().unwrap(), own);
         let quickest = cache.path(QUICKEST);
         fs::write(&quickest, "").unwrap();

@@ -51,6 +51,6 @@ pub mod wait;
 
 pub use error::{Error, Result};
 pub use job::{Job, Output, Status};
-pub use run::{Place, output, prepare, run};
+pub use run::{Location, output, prepare, run};
 pub use scratch::Scratch;
 pub use version::{Kernel, Version};

@@ -5,7 +5,7 @@ use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 /// Between two lines when the output is not a terminal.
-const PATIENCE: Duration = Duration::from_secs(10);
+const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The progress of one step.
 pub(crate) struct Progress {
@@ -34,7 +34,7 @@ impl Progress {
     pub(crate) fn update(&mut self, detail: impl Display) {
         if self.terminal {
             self.print(&format!(": {detail}, {} s", self.started.elapsed().as_secs()), false);
-        } else if self.last_line.elapsed() >= PATIENCE {
+        } else if self.last_line.elapsed() >= REPORT_INTERVAL {
             self.last_line = Instant::now();
             self.print(&format!(": {detail}, {} s", self.started.elapsed().as_secs()), true);
         }

@@ -8,7 +8,7 @@ use crate::{guest, host, kernel, packages};
 
 /// Where jobs run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Location {
     /// On the kernel of this machine, in fresh network and mount namespaces.
     Host,
     /// In a guest with a kernel of its own.
@@ -28,19 +28,19 @@ const PROGRAMS: [(&str, &str); 8] = [
 ];
 
 /// Makes everything ready that [`run`] needs, and says where jobs will run. The first time this builds a kernel.
-pub fn prepare() -> Result<Place> {
+pub fn prepare() -> Result<Location> {
     Ok(match guest_kernel()? {
-        None => Place::Host,
-        Some(_) => Place::Guest,
+        None => Location::Host,
+        Some(_) => Location::Guest,
     })
 }
 
 /// Makes everything ready; the guest's kernel if jobs run there.
 fn guest_kernel() -> Result<Option<Bootable>> {
     packages::ensure_programs(&PROGRAMS)?;
-    match place()? {
-        Place::Host => Ok(None),
-        Place::Guest => kernel::prepare().map(Some),
+    match location()? {
+        Location::Host => Ok(None),
+        Location::Guest => kernel::prepare().map(Some),
     }
 }
 
@@ -61,15 +61,15 @@ fn dispatch(job: &Job, sinks: [Sink; 2]) -> Result<Output> {
     }
 }
 
-fn place() -> Result<Place> {
+fn location() -> Result<Location> {
     let wish = std::env::var("KUBE_IPVS_LAB").unwrap_or_default();
     match wish.as_str() {
-        "guest" => Ok(Place::Guest),
-        "host" => match host::unusable() {
-            None => Ok(Place::Host),
+        "guest" => Ok(Location::Guest),
+        "host" => match host::unavailable_reason() {
+            None => Ok(Location::Host),
             Some(reason) => Err(Error::Usage(format!("KUBE_IPVS_LAB=host, but {reason}"))),
         },
-        "" => Ok(if host::unusable().is_none() { Place::Host } else { Place::Guest }),
+        "" => Ok(if host::unavailable_reason().is_none() { Location::Host } else { Location::Guest }),
         other => Err(Error::Usage(format!("KUBE_IPVS_LAB is `{other}`; it can be `guest` or `host`"))),
     }
 }

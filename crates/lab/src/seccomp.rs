@@ -18,13 +18,13 @@ pub struct Profile {
     default_errno_ret: u32,
     /// The architectures it is for.
     pub architectures: Vec<String>,
-    syscalls: Vec<Allowed>,
+    syscalls: Vec<AllowRule>,
 }
 
 /// System calls that may be made, where all conditions hold.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
-struct Allowed {
+struct AllowRule {
     names: Vec<String>,
     action: String,
     #[serde(default)]
@@ -45,7 +45,7 @@ impl Profile {
     /// Reads a profile from a file.
     pub fn read(path: &Path) -> Result<Self> {
         let text = fs::read(path).context("read", path.display())?;
-        serde_json::from_slice(&text).map_err(|error| wrong(path, &error.to_string()))
+        serde_json::from_slice(&text).map_err(|error| invalid(path, &error.to_string()))
     }
 
     /// The names of all system calls that may be made, under conditions or without.
@@ -55,14 +55,14 @@ impl Profile {
 
     /// What the kernel loads. A name that this architecture does not have is an error, which runtimes would pass over.
     pub fn compile(&self, path: &Path) -> Result<Filter> {
-        let wrong = |what: &str| wrong(path, what);
+        let invalid = |what: &str| invalid(path, what);
         if self.default_action != "SCMP_ACT_ERRNO" {
-            return Err(wrong("the default action is not SCMP_ACT_ERRNO"));
+            return Err(invalid("the default action is not SCMP_ACT_ERRNO"));
         }
         let mut rules = Vec::new();
         for allowed in &self.syscalls {
             if allowed.action != "SCMP_ACT_ALLOW" {
-                return Err(wrong("an action is not SCMP_ACT_ALLOW"));
+                return Err(invalid("an action is not SCMP_ACT_ALLOW"));
             }
             let conditions = allowed.args.iter().map(|condition| condition.translated(path));
             let conditions = conditions.collect::<Result<Vec<Value>>>()?;
@@ -77,7 +77,7 @@ impl Profile {
         let filters = json!({"container": {
             "mismatch_action": {"errno": self.default_errno_ret}, "match_action": "allow", "filter": rules,
         }});
-        compiler::compile(&filters.to_string()).map(Filter).map_err(|error| wrong(&error))
+        compiler::compile(&filters.to_string()).map(Filter).map_err(|error| invalid(&error))
     }
 }
 
@@ -88,7 +88,7 @@ impl Condition {
             "SCMP_CMP_EQ" => (json!("eq"), self.value),
             // The first value is the mask.
             "SCMP_CMP_MASKED_EQ" => (json!({"masked_eq": self.value}), self.value_two),
-            other => return Err(wrong(path, &format!("{other} is not known here"))),
+            other => return Err(invalid(path, &format!("{other} is not known here"))),
         };
         Ok(json!({"index": self.index, "type": "qword", "op": op, "val": value}))
     }
@@ -139,7 +139,7 @@ mod compiler {
     }
 }
 
-fn wrong(path: &Path, what: &str) -> Error {
+fn invalid(path: &Path, what: &str) -> Error {
     Error::Usage(format!("{}: {what}", path.display()))
 }
 
@@ -156,7 +156,7 @@ mod tests {
 
     #[test]
     #[cfg(target_endian = "little")]
-    fn a_name_that_no_kernel_has_and_a_field_that_is_not_understood_are_errors() {
+    fn unknown_system_calls_and_unknown_fields_are_errors() {
         let path = Path::new("profile.json");
         let good = json!([{"names": ["read", "socket"], "action": "SCMP_ACT_ALLOW"}]);
         let profile_of_two = profile(&good).unwrap();

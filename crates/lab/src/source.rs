@@ -87,8 +87,8 @@ fn image_package(dependencies: &str, version: Version) -> Option<String> {
 }
 
 /// Finds a package in apt as this machine has it, or else in the releases of Debian.
-fn find(version: Version, dir: &Path, look: impl Fn(&Apt) -> Option<String>) -> Result<(String, Apt)> {
-    if let Some(package) = look(&Apt::System) {
+fn find(version: Version, dir: &Path, lookup: impl Fn(&Apt) -> Option<String>) -> Result<(String, Apt)> {
+    if let Some(package) = lookup(&Apt::System) {
         return Ok((package, Apt::System));
     }
     let mut releases = RELEASES;
@@ -100,7 +100,7 @@ fn find(version: Version, dir: &Path, look: impl Fn(&Apt) -> Option<String>) -> 
             match Apt::release(&mirror, release, &dir.join(release)) {
                 Ok(apt) => {
                     progress.done();
-                    if let Some(package) = look(&apt) {
+                    if let Some(package) = lookup(&apt) {
                         return Ok((package, apt));
                     }
                 }

@@ -20,7 +20,7 @@ pub fn try_until<E: From<Error>>(what: impl Display, mut holds: impl FnMut() -> 
     let mut pauses = Pauses::default();
     while !holds()? {
         if start.elapsed() > LIMIT {
-            return Err(Error::Hang { what: what.to_string(), limit: LIMIT }.into());
+            return Err(Error::Timeout { what: what.to_string(), limit: LIMIT }.into());
         }
         sleep(pauses.next());
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
-use lab::{Job, Place};
+use lab::{Job, Location};
 
 /// Runs a command in the lab, where the kernel has IPVS, and passes on its output and exit status; without a command,
 /// a shell.
@@ -37,8 +37,8 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     if args.prepare {
         let place = match lab::prepare()? {
-            Place::Host => "this machine",
-            Place::Guest => "a guest",
+            Location::Host => "this machine",
+            Location::Guest => "a guest",
         };
         eprintln!("lab: ready; commands run on {place}");
         return Ok(ExitCode::SUCCESS);

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use lab::{Job, Place, Scratch};
+use lab::{Job, Location, Scratch};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -56,7 +56,7 @@ struct Queue {
 /// Does all tasks in the lab and returns them with what came of each, in the order of the list.
 pub(crate) fn run(tasks: Vec<Task>, options: &Options) -> Result<Vec<Finished>> {
     let dir = Scratch::new()?;
-    for subdirectory in [worker::taken(dir.path()), worker::outcomes(dir.path())] {
+    for subdirectory in [worker::claimed_tasks(dir.path()), worker::finished_tasks(dir.path())] {
         fs::create_dir(&subdirectory).with_context(|| format!("cannot create {}", subdirectory.display()))?;
     }
     let (alone, order) = Times::read().order(&tasks).into_iter().partition(|index| tasks[*index].needs_kernel_alone());
@@ -66,9 +66,9 @@ pub(crate) fn run(tasks: Vec<Task>, options: &Options) -> Result<Vec<Finished>> 
     let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
     let at_once = options.at_once.unwrap_or(AT_ONCE);
     let (guests, at_once) = match lab::prepare().context("cannot make the lab ready")? {
-        Place::Guest => (processors.min(tasks.len()), at_once),
+        Location::Guest => (processors.min(tasks.len()), at_once),
         // One kernel, which has all processors.
-        Place::Host => (1, at_once * processors),
+        Location::Host => (1, at_once * processors),
     };
     let mut monitor = Monitor::new(dir.path(), &tasks);
     let failures = std::thread::scope(|scope| {
@@ -140,7 +140,7 @@ impl<'a> Monitor<'a> {
 
     /// Takes in the outcomes that came since the last call. An outcome that cannot be read counts as none.
     fn collect(&mut self) {
-        for entry in fs::read_dir(worker::outcomes(self.dir)).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(worker::finished_tasks(self.dir)).into_iter().flatten().flatten() {
             let path = entry.path();
             let index = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
             let Some(index) = index.filter(|index| !self.outcomes.contains_key(index)) else { continue };
@@ -170,7 +170,7 @@ impl<'a> Monitor<'a> {
         if !self.is_terminal {
             return;
         }
-        let taken = fs::read_dir(worker::taken(self.dir)).map_or(0, Iterator::count);
+        let taken = fs::read_dir(worker::claimed_tasks(self.dir)).map_or(0, Iterator::count);
         let (done, all) = (self.outcomes.len(), self.tasks.len());
         let under_way = taken.saturating_sub(done);
         let failed = if self.failed > 0 { format!(", {} FAILED", self.failed) } else { String::new() };

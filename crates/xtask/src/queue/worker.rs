@@ -39,7 +39,7 @@ pub(super) fn list(dir: &Path) -> PathBuf {
 }
 
 /// Where it shows which tasks are taken.
-pub(super) fn taken(dir: &Path) -> PathBuf {
+pub(super) fn claimed_tasks(dir: &Path) -> PathBuf {
     dir.join("taken")
 }
 
@@ -49,7 +49,7 @@ fn alone(dir: &Path) -> PathBuf {
 }
 
 /// Where outcomes are put.
-pub(super) fn outcomes(dir: &Path) -> PathBuf {
+pub(super) fn finished_tasks(dir: &Path) -> PathBuf {
     dir.join("outcomes")
 }
 
@@ -58,7 +58,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let Queue { tasks, alone, order } = serde_json::from_slice(&text).context("cannot understand the list of tasks")?;
     let take = |index: usize| -> Result<()> {
         let task = tasks.get(index).context("the list of tasks has no such task")?;
-        if claim(&taken(&args.dir).join(index.to_string()))? {
+        if claim(&claimed_tasks(&args.dir).join(index.to_string()))? {
             put(&args.dir, &perform(index, task))?;
         }
         Ok(())
@@ -93,7 +93,7 @@ fn claim(directory: &Path) -> Result<bool> {
 
 /// Puts an outcome where this machine looks for it, whole or not at all.
 fn put(dir: &Path, outcome: &Outcome) -> Result<()> {
-    let path = outcomes(dir).join(format!("{}.json", outcome.index));
+    let path = finished_tasks(dir).join(format!("{}.json", outcome.index));
     let unfinished = path.with_extension("new");
     fs::write(&unfinished, serde_json::to_vec(outcome)?)
         .and_then(|()| fs::rename(&unfinished, &path))

@@ -9,7 +9,7 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use lab::{Place, Scratch};
+use lab::{Location, Scratch};
 
 use crate::cargo::{self, TestExecutable};
 use crate::queue::task::{Action, Finished, Task};
@@ -92,7 +92,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let started = Instant::now();
     let built = cargo::build_tests()?;
     let filter = args.filter.as_deref();
-    let boots = !args.only_host && lab::prepare().context("cannot make the lab ready")? == Place::Guest;
+    let boots = !args.only_host && lab::prepare().context("cannot make the lab ready")? == Location::Guest;
     eprintln!("built, and the lab is ready, after {:.1} s", started.elapsed().as_secs_f32());
     // Tests in the lab mostly wait, so those on this machine run beside them.
     let parts = std::thread::scope(|scope| {
