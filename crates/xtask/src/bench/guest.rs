@@ -52,7 +52,7 @@ pub(crate) enum Measure {
 
 /// What a guest is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Order {
+pub(crate) struct BenchOptions {
     pub(crate) agent: PathBuf,
     pub(crate) size: Size,
     pub(crate) measures: BTreeSet<Measure>,
@@ -69,44 +69,44 @@ pub(crate) struct Order {
 /// Measures the agent inside the lab.
 #[derive(clap::Args)]
 pub(crate) struct GuestArgs {
-    order: PathBuf,
+    options: PathBuf,
     results: PathBuf,
 }
 
 pub(crate) fn run_guest(args: &GuestArgs) -> Result<ExitCode> {
-    let order: Order = serde_json::from_slice(&fs::read(&args.order).context("cannot read the order")?)?;
-    let figures = Bench::new(order)?.measure()?;
+    let options: BenchOptions = serde_json::from_slice(&fs::read(&args.options).context("cannot read the options")?)?;
+    let figures = Bench::new(options)?.measure()?;
     fs::write(&args.results, serde_json::to_vec(&figures)?).context("cannot write the results")?;
     Ok(ExitCode::SUCCESS)
 }
 
 /// One size and what is measured at it.
 struct Bench {
-    order: Order,
+    options: BenchOptions,
     server: Server,
     dir: Scratch,
     figures: Figures,
 }
 
 impl Bench {
-    fn new(order: Order) -> Result<Self> {
+    fn new(options: BenchOptions) -> Result<Self> {
         let server = Server::new();
-        for object in order.size.objects() {
+        for object in options.size.objects() {
             server.apply(object);
         }
         server.compact();
-        let figures = Figures::new(order.size);
-        Ok(Self { server, dir: Scratch::new()?, figures, order })
+        let figures = Figures::new(options.size);
+        Ok(Self { server, dir: Scratch::new()?, figures, options })
     }
 
     fn measure(mut self) -> Result<Vec<Figure>> {
         use Measure::{Audit, Change, Churn, Cold, Growth, Manifests, Restart, Steady, Syscalls, Tools};
-        let wants = |wanted: &[Measure]| wanted.iter().any(|it| self.order.measures.contains(it));
+        let wants = |wanted: &[Measure]| wanted.iter().any(|it| self.options.measures.contains(it));
         let (from_nothing, after, restarted) =
             (wants(&[Cold, Tools]), wants(&[Cold, Change, Churn, Steady, Growth]), wants(&[Restart, Audit]));
         if after || restarted {
             let namespace = Namespace::new()?;
-            namespace.run(|| self.one_life(after, restarted))??;
+            namespace.run(|| self.run_agent(after, restarted))??;
         }
         if from_nothing {
             self.floor()?;
@@ -121,11 +121,11 @@ impl Bench {
     }
 
     fn wants(&self, measure: Measure) -> bool {
-        self.order.measures.contains(&measure)
+        self.options.measures.contains(&measure)
     }
 
     /// All that is measured of an agent that has started with an empty kernel, and of the next ones on the same node.
-    fn one_life(&mut self, after: bool, restarted: bool) -> Result<()> {
+    fn run_agent(&mut self, after: bool, restarted: bool) -> Result<()> {
         let flags = self.serve_api()?;
         let mut agent = self.cold_start(&flags)?;
         if after {
@@ -156,11 +156,11 @@ impl Bench {
         let kubeconfig = self.dir.path().join("kubeconfig");
         Server::write_kubeconfig(&kubeconfig, address);
         let flags = [format!("--kubeconfig={}", kubeconfig.display()), "--ipvs-min-sync-period=0s".to_owned()];
-        Ok(flags.into_iter().chain(self.order.flags.clone()).collect())
+        Ok(flags.into_iter().chain(self.options.flags.clone()).collect())
     }
 
     fn start(&self, flags: &[String]) -> Result<Agent> {
-        Agent::start(&self.order.agent, flags)
+        Agent::start(&self.options.agent, flags)
     }
 
     fn in_namespace<T: Send>(&mut self, action: impl FnOnce(&mut Self) -> Result<T> + Send) -> Result<T> {
@@ -192,6 +192,6 @@ fn clean_up() {
     }
 }
 
-fn word(path: &Path) -> Result<&str> {
+fn path_str(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is no text")
 }

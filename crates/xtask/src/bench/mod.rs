@@ -22,8 +22,8 @@ use lab::{Job, Scratch};
 
 use crate::cargo;
 use figures::{Figure, Figures};
+use guest::{BenchOptions, Measure};
 pub(crate) use guest::{GuestArgs, run_guest};
-use guest::{Measure, Order};
 use load::Size;
 use report::Results;
 
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             own.bytes("binary/size", fs::metadata(&agent).context("cannot examine the agent")?.len());
         }
         figures.extend(own.all);
-        let order = Order {
+        let options = BenchOptions {
             agent: agent.clone(),
             size,
             measures,
@@ -107,7 +107,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
             many: args.many,
             flags: args.agent_flag.clone(),
         };
-        figures.extend(measure(&runner, &order).with_context(|| format!("at {size}"))?);
+        figures.extend(measure(&runner, &options).with_context(|| format!("at {size}"))?);
     }
     let results = Results { machine: machine(), kernel: kernel()?, figures };
     if let Some(path) = &args.json {
@@ -160,10 +160,10 @@ fn measures(args: &Args, size: Size) -> BTreeSet<Measure> {
 }
 
 /// Boots a guest for one size.
-fn measure(runner: &Path, order: &Order) -> Result<Vec<Figure>> {
+fn measure(runner: &Path, options: &BenchOptions) -> Result<Vec<Figure>> {
     let dir = Scratch::new()?;
-    let (file, results) = (dir.path().join("order.json"), dir.path().join("results.json"));
-    fs::write(&file, serde_json::to_vec(order)?).context("cannot write the order")?;
+    let (file, results) = (dir.path().join("options.json"), dir.path().join("results.json"));
+    fs::write(&file, serde_json::to_vec(options)?).context("cannot write the options")?;
     let job = Job::new(runner)
         .arg("guest-bench")
         .arg(&file)

@@ -146,7 +146,7 @@ fn listen() -> Result<OwnedFd> {
 
 /// What is asked of the kernel until it is over; what the kernel says is left out.
 fn record(socket: &OwnedFd, is_over: &AtomicBool) -> Result<Vec<Datagram>> {
-    let mut heard = Vec::new();
+    let mut recorded = Vec::new();
     let mut buffer = vec![0; 4 << 20];
     loop {
         let is_last = is_over.load(Ordering::Relaxed);
@@ -157,16 +157,16 @@ fn record(socket: &OwnedFd, is_over: &AtomicBool) -> Result<Vec<Datagram>> {
                     let is_request =
                         bytes.get(6..8).is_some_and(|it| u16::from_ne_bytes([it[0], it[1]]) & REQUEST != 0);
                     if let (true, Some(family)) = (is_request, from.as_ref().and_then(family_of)) {
-                        heard.push(Datagram { family, bytes: bytes.to_vec() });
+                        recorded.push(Datagram { family, bytes: bytes.to_vec() });
                     }
                 }
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(error).context("cannot record what is said over netlink"),
+                Err(error) => return Err(error).context("cannot record netlink messages"),
             }
         }
         if is_last {
-            return Ok(heard);
+            return Ok(recorded);
         }
         std::thread::sleep(Duration::from_millis(1));
     }
@@ -215,10 +215,10 @@ pub(crate) fn replay(datagrams: &[Datagram]) -> Result<Replayed> {
         loop {
             let flags = if is_open { RecvFlags::empty() } else { RecvFlags::DONTWAIT };
             match rustix::net::recv(socket, &mut *buffer, flags) {
-                Ok((_, length)) => is_open = hear(&buffer[..length], is_open, &mut replayed.errors),
+                Ok((_, length)) => is_open = read_replies(&buffer[..length], is_open, &mut replayed.errors),
                 Err(Errno::AGAIN) => break,
                 Err(Errno::INTR) => {}
-                Err(error) => return Err(error).context("cannot hear the kernel's answer"),
+                Err(error) => return Err(error).context("cannot receive the reply of the kernel"),
             }
             if datagram.is_dump() && !is_open {
                 break;
@@ -231,7 +231,7 @@ pub(crate) fn replay(datagrams: &[Datagram]) -> Result<Replayed> {
 }
 
 /// Whether a list goes on after this part of it. Only the first and the last message are looked at.
-fn hear(bytes: &[u8], is_open: bool, errors: &mut BTreeMap<i32, usize>) -> bool {
+fn read_replies(bytes: &[u8], is_open: bool, errors: &mut BTreeMap<i32, usize>) -> bool {
     const ERROR: u16 = 2;
     const DONE: u16 = 3;
     let mut rest = bytes;

@@ -94,7 +94,7 @@ impl<'a> Agent<'a> {
     }
 
     /// The end of its log.
-    pub(crate) fn last_words(&self) -> String {
+    pub(crate) fn last_log_lines(&self) -> String {
         self.process.as_ref().map(lab::agent::Agent::last_lines).unwrap_or_default()
     }
 

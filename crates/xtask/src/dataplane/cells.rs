@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use lab::netns::Namespace;
 use serde_json::Value;
 
-use super::compare::{CONNECTED, Expected, Got, Home, Names, is_another_choice};
+use super::compare::{Actual, CONNECTED, Expected, Home, Names, is_another_choice};
 use super::deviations::{self, Circumstances};
 use super::network::Network;
 use super::objects::Objects;
@@ -93,7 +93,7 @@ impl<'a> Table<'a> {
     }
 
     /// Plays each cell once.
-    fn round(&self, groups: &BTreeMap<Question, Vec<Playable<'_>>>) -> Vec<(usize, Got, Verdict)> {
+    fn round(&self, groups: &BTreeMap<Question, Vec<Playable<'_>>>) -> Vec<(usize, Actual, Verdict)> {
         let queue = Mutex::new(groups.values());
         let next = || queue.lock().map_or(None, |mut queue| queue.next());
         let results = Mutex::new(Vec::new());
@@ -112,10 +112,11 @@ impl<'a> Table<'a> {
         results.into_inner().unwrap_or_default()
     }
 
-    fn play_one(&self, playable: &Playable<'_>) -> (usize, Got, Verdict) {
+    fn play_one(&self, playable: &Playable<'_>) -> (usize, Actual, Verdict) {
         let Playable { client, recorded, .. } = playable;
-        let ask =
-            |ask: &(dyn Fn() -> Got + Sync)| client.run(ask).unwrap_or_else(|error| Got::outcome(error.to_string()));
+        let ask = |ask: &(dyn Fn() -> Actual + Sync)| {
+            client.run(ask).unwrap_or_else(|error| Actual::outcome(error.to_string()))
+        };
         let mut got = ask(&|| tries(playable.question));
         if let Question::Udp(target) = playable.question {
             let is_unreachable = recorded.outcomes.iter().any(|word| word.ends_with("unreachable"));
@@ -131,7 +132,7 @@ impl<'a> Table<'a> {
         (playable.index, got, verdict)
     }
 
-    fn judge(&self, playable: &Playable<'_>, got: &Got) -> Verdict {
+    fn judge(&self, playable: &Playable<'_>, got: &Actual) -> Verdict {
         let Playable { recorded, wanted, cell, .. } = playable;
         if recorded.admits(got) || self.is_chosen_otherwise(cell, recorded, got) {
             return Verdict::AsRecorded { unlike: wanted.as_ref().map(|(rule, _)| (*rule).to_owned()) };
@@ -145,7 +146,7 @@ impl<'a> Table<'a> {
     }
 
     /// Whether the scheduler was free to choose another backend than in the recording, and did.
-    fn is_chosen_otherwise(&self, cell: &Cell, recorded: &Expected, got: &Got) -> bool {
+    fn is_chosen_otherwise(&self, cell: &Cell, recorded: &Expected, got: &Actual) -> bool {
         let (Some(name), Some(client)) = (&cell.service, &cell.client) else { return false };
         let is_ipv6 = cell.is_ipv6();
         let home = Home { names: &self.names, endpoints: self.objects.endpoints(name, is_ipv6), is_ipv6 };
@@ -165,16 +166,16 @@ impl Playable<'_> {
 }
 
 /// The tries of a cell, in the calling thread's namespace.
-fn tries(question: Question) -> Got {
+fn tries(question: Question) -> Actual {
     match question {
         Question::Tcp(target) => all(|| probe::tcp(target)),
         Question::Udp(target) => all(|| probe::udp(target)),
-        Question::Ping(address) => Got::outcome(probe::ping(address)),
+        Question::Ping(address) => Actual::outcome(probe::ping(address)),
     }
 }
 
-fn all(mut once: impl FnMut() -> Try) -> Got {
-    let mut got = Got::default();
+fn all(mut once: impl FnMut() -> Try) -> Actual {
+    let mut got = Actual::default();
     for count in 1..=TRIES {
         got.add(once());
         if count == GIVE_UP && !got.outcomes.contains_key(CONNECTED) {
@@ -185,7 +186,7 @@ fn all(mut once: impl FnMut() -> Try) -> Got {
 }
 
 /// How a cell looks in the picture.
-fn symbol(got: &Got) -> char {
+fn symbol(got: &Actual) -> char {
     let mut words = got.outcomes.keys().map(String::as_str);
     match (words.next(), words.next()) {
         (Some(CONNECTED | "reply"), None) => '●',

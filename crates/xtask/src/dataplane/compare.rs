@@ -27,7 +27,7 @@ pub(crate) struct Expected {
 
 /// What came of the tries of a cell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Got {
+pub(crate) struct Actual {
     pub(crate) outcomes: BTreeMap<String, usize>,
     pub(crate) seen: BTreeSet<(String, IpAddr)>,
 }
@@ -85,7 +85,7 @@ impl Expected {
     }
 
     /// Whether this is what came.
-    pub(crate) fn admits(&self, got: &Got) -> bool {
+    pub(crate) fn admits(&self, got: &Actual) -> bool {
         self.outcomes.iter().eq(got.outcomes.keys())
             && self.backends.as_ref().is_none_or(|backends| *backends == got.backends())
             && self.seen.as_ref().is_none_or(|seen| *seen == got.seen)
@@ -103,7 +103,7 @@ impl Expected {
     }
 }
 
-impl Got {
+impl Actual {
     pub(crate) fn outcome(word: impl Into<String>) -> Self {
         Self { outcomes: BTreeMap::from([(word.into(), 1)]), seen: BTreeSet::new() }
     }
@@ -157,7 +157,7 @@ fn outcomes(result: &Value) -> Result<BTreeSet<String>> {
 /// With affinity the scheduler chooses a backend for each client once, and it may choose another than it did for the
 /// recording. Whether that is what came, and the source is right for it: the recorded one tells whether connections
 /// are masqueraded.
-pub(crate) fn is_another_choice(recorded: &Expected, got: &Got, client: &str, home: &Home<'_>) -> bool {
+pub(crate) fn is_another_choice(recorded: &Expected, got: &Actual, client: &str, home: &Home<'_>) -> bool {
     let only = |seen: &BTreeSet<(String, IpAddr)>| if seen.len() == 1 { seen.first().cloned() } else { None };
     let Some((chosen, saw)) = only(&got.seen) else { return false };
     let is_possible = recorded.outcomes.iter().eq(got.outcomes.keys())
@@ -219,7 +219,7 @@ mod tests {
         let source: IpAddr = "10.244.1.6".parse().unwrap();
         let seen = BTreeSet::from([("pod-a".to_owned(), source)]);
         let expected = Expected { outcomes: ["connected".to_owned()].into(), backends: None, seen: Some(seen.clone()) };
-        let mut got = Got { outcomes: BTreeMap::from([("connected".to_owned(), 6)]), seen };
+        let mut got = Actual { outcomes: BTreeMap::from([("connected".to_owned(), 6)]), seen };
         assert!(expected.admits(&got));
         got.seen.insert(("remote-pod".to_owned(), source));
         assert!(!expected.admits(&got));
@@ -244,7 +244,7 @@ mod tests {
                 backends: Some([recorded[0].to_owned()].into()),
                 seen: Some(seen(recorded)),
             };
-            let got = Got { outcomes: BTreeMap::from([(CONNECTED.to_owned(), 6)]), seen: seen(got) };
+            let got = Actual { outcomes: BTreeMap::from([(CONNECTED.to_owned(), 6)]), seen: seen(got) };
             is_another_choice(&recorded, &got, client, &home)
         };
         assert!(admits("client", ["remote-pod", "node"], ["pod-a", "node-pod-side"]));

@@ -41,7 +41,7 @@ use objects::Objects;
 use recording::Recording;
 use report::Report;
 use results::{Played, Recorded};
-use timed::Stage;
+use timed::SequencePlayer;
 
 /// The recordings of this repository.
 const RECORDINGS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/dataplane");
@@ -222,13 +222,13 @@ fn play(share: &Share) -> Result<(Vec<Played>, String)> {
         results.extend(cells::play(&table, &share.cells));
     }
     if !share.events.is_empty() {
-        let mut stage = Stage { network: &network, objects: &objects, names: &names, agent: &mut agent };
-        results.extend(timed::play(&mut stage, &share.events));
+        let mut player = SequencePlayer { network: &network, objects: &objects, names: &names, agent: &mut agent };
+        results.extend(timed::play(&mut player, &share.events));
     }
     let output = if results.iter().all(Played::passed) {
         String::new()
     } else {
-        format!("the end of the agent's log:\n{}\n", agent.last_words())
+        format!("the end of the agent's log:\n{}\n", agent.last_log_lines())
     };
     Ok((results, output))
 }

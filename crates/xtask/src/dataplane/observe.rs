@@ -18,9 +18,9 @@ use super::recording::Event;
 use super::results::{Played, Verdict, describe};
 
 /// How long something that must come may take: a reset follows the next time that TCP sends again.
-const PATIENCE: Duration = Duration::from_secs(15);
+const OBSERVE_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long connections that were closed may count as active.
-const SETTLE: Duration = Duration::from_secs(3);
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How many new connections or flows tell where they go.
 const TRIES: usize = 6;
 
@@ -83,7 +83,7 @@ impl Watched {
             (Self::Flow { flow, first: name(&answer) }, answer)
         } else {
             let mut connection = Connection::open(target).map_err(failed)?;
-            let answer = connection.ask(PATIENCE);
+            let answer = connection.ask(OBSERVE_TIMEOUT);
             (Self::Connection { connection, first: name(&answer) }, answer)
         })
     }
@@ -129,7 +129,7 @@ impl Observer<'_> {
     /// What the connection that is open says.
     fn answer(&mut self, recorded: &Value) -> Result<(Value, bool)> {
         let Watched::Connection { connection, .. } = self.watched else { bail!("there is no connection to ask on") };
-        let limit = if recorded == "timeout" { TIMEOUT } else { PATIENCE };
+        let limit = if recorded == "timeout" { TIMEOUT } else { OBSERVE_TIMEOUT };
         let got = json!(connection.ask(limit).map_or_else(|word| word, |answer| answer.backend));
         Ok((got.clone(), *recorded == got))
     }
@@ -161,7 +161,7 @@ impl Observer<'_> {
             got.sort_by_key(|server| server["address"].to_string());
             let mut wanted = list(recorded).to_vec();
             wanted.sort_by_key(|server| server["address"].to_string());
-            if got == wanted || start.elapsed() > SETTLE {
+            if got == wanted || start.elapsed() > CLOSE_TIMEOUT {
                 let is_same = got == wanted;
                 return Ok((json!(got), is_same));
             }
@@ -207,7 +207,7 @@ impl Observation {
     }
 
     /// Puts it into the result of the event.
-    pub(crate) fn tell(self, result: &mut Played) {
+    pub(crate) fn record_in(self, result: &mut Played) {
         result.got = describe(&self.got);
         result.not_compared = self.not_compared;
         let nothing_compared = self.got.is_empty();

@@ -19,7 +19,7 @@ use super::recording::Event;
 use super::results::{NOT_PLAYED, Played, Recorded};
 
 /// What sequences are played on.
-pub(crate) struct Stage<'a, 'b> {
+pub(crate) struct SequencePlayer<'a, 'b> {
     pub(crate) network: &'a Network,
     pub(crate) objects: &'a Objects,
     pub(crate) names: &'a Names,
@@ -37,7 +37,7 @@ struct Subject {
 }
 
 /// Plays the events of all sequences and returns what came of each.
-pub(crate) fn play(stage: &mut Stage<'_, '_>, recorded: &[Recorded]) -> Vec<Played> {
+pub(crate) fn play(player: &mut SequencePlayer<'_, '_>, recorded: &[Recorded]) -> Vec<Played> {
     let mut results: Vec<Played> = recorded.iter().map(Recorded::not_played).collect();
     let mut events = Vec::new();
     for (result, recorded) in results.iter_mut().zip(recorded) {
@@ -48,8 +48,8 @@ pub(crate) fn play(stage: &mut Stage<'_, '_>, recorded: &[Recorded]) -> Vec<Play
     }
     for sequence in events.chunk_by_mut(|(_, a), (_, b)| a.sequence() == b.sequence()) {
         let name = sequence[0].1.sequence();
-        let played = stage.sequence(sequence);
-        if let Err(error) = played {
+        let outcome = player.sequence(sequence);
+        if let Err(error) = outcome {
             // Whoever comes after the event that went wrong was not played.
             if let Some((result, _)) = sequence.iter_mut().find(|(result, _)| result.got == NOT_PLAYED) {
                 result.got = format!("could not be played: {error:#}");
@@ -61,7 +61,7 @@ pub(crate) fn play(stage: &mut Stage<'_, '_>, recorded: &[Recorded]) -> Vec<Play
     results
 }
 
-impl Stage<'_, '_> {
+impl SequencePlayer<'_, '_> {
     fn sequence(&mut self, sequence: &mut [(&mut Played, Event)]) -> Result<()> {
         let subject = self.subject(&sequence[0].1)?;
         let played = self.events(&subject, sequence);
@@ -78,13 +78,13 @@ impl Stage<'_, '_> {
         let mut alive = self.backends(subject, &subject.whole);
         let mut watched = Watched::start(&sequence[0].1, client, subject.target, &alive)?;
         for (result, event) in sequence {
-            if let Some(backends) = self.happen(subject, &event.after, &watched)? {
+            if let Some(backends) = self.trigger(subject, &event.after, &watched)? {
                 alive = backends;
             }
             let id = VirtualServerId::address(subject.protocol, subject.target);
             let (target, agent) = (subject.target, &*self.agent);
             let mut observer = Observer { client, target, id, agent, alive: &alive, watched: &mut watched };
-            observer.observe(event)?.tell(result);
+            observer.observe(event)?.record_in(result);
         }
         Ok(())
     }
@@ -110,7 +110,7 @@ impl Stage<'_, '_> {
     }
 
     /// Makes happen what the words say. Returns the backends that are ready then, if that may have changed.
-    fn happen(&mut self, subject: &Subject, after: &str, watched: &Watched) -> Result<Option<BTreeSet<String>>> {
+    fn trigger(&mut self, subject: &Subject, after: &str, watched: &Watched) -> Result<Option<BTreeSet<String>>> {
         let backend = |end: &str| after.strip_suffix(end);
         let mut group = subject.whole.clone();
         match after {

@@ -7,8 +7,8 @@ use std::process::{Command, ExitStatus};
 use anyhow::{Context, Result, bail};
 use lab::Scratch;
 
+use super::network::{Backend, Network};
 use super::read;
-use super::stage::{Backend, Stage};
 
 /// The agent's flags; it runs in the directory that has `hello`. How much connection tracking may hold is not for a node in
 /// a namespace of its own to say.
@@ -90,29 +90,29 @@ pub(crate) struct Agent {
     dir: PathBuf,
     process: Option<lab::agent::Agent>,
     /// How many of its lines were handed out.
-    seen: usize,
+    read_lines: usize,
     /// Lines of those before it that were not.
-    left: Vec<String>,
+    unread: Vec<String>,
 }
 
 impl Agent {
     pub(crate) fn new(executable: &Path, manifests: &Manifests) -> Self {
         let dir = manifests.dir.path().to_owned();
-        Self { executable: executable.to_owned(), dir, process: None, seen: 0, left: Vec::new() }
+        Self { executable: executable.to_owned(), dir, process: None, read_lines: 0, unread: Vec::new() }
     }
 
     /// Starts it on the node.
-    pub(crate) fn start(&mut self, stage: &Stage) -> Result<()> {
+    pub(crate) fn start(&mut self, network: &Network) -> Result<()> {
         let mut command = Command::new(&self.executable);
         command.args(FLAGS).current_dir(&self.dir);
-        self.process = Some(stage.node().run(|| lab::agent::Agent::spawn(&mut command))??);
-        self.seen = 0;
+        self.process = Some(network.node().run(|| lab::agent::Agent::spawn(&mut command))??);
+        self.read_lines = 0;
         Ok(())
     }
 
     /// Kills it with SIGKILL, so that it can do nothing about it.
     pub(crate) fn kill(&mut self) {
-        self.left = self.lines();
+        self.unread = self.lines();
         self.process = None;
     }
 
@@ -121,23 +121,23 @@ impl Agent {
         self.process.as_mut().and_then(|process| process.exit_status().ok().flatten())
     }
 
-    /// Whether it has said something with these words since [`news`](Self::news) were last asked for.
-    pub(crate) fn has_said(&self, words: &str) -> bool {
+    /// Whether it has logged these words since [`new_log_lines`](Self::new_log_lines) was last asked for.
+    pub(crate) fn has_logged(&self, words: &str) -> bool {
         self.lines().iter().any(|line| line.contains(words))
     }
 
-    /// What it has said since last asked, without the time.
-    pub(crate) fn news(&mut self) -> Vec<String> {
-        let news = self.lines();
-        self.seen += news.len() - self.left.len();
-        self.left.clear();
-        news.iter().map(|line| without_time(line).to_owned()).collect()
+    /// What it has logged since the last call, without the time.
+    pub(crate) fn new_log_lines(&mut self) -> Vec<String> {
+        let new_lines = self.lines();
+        self.read_lines += new_lines.len() - self.unread.len();
+        self.unread.clear();
+        new_lines.iter().map(|line| without_time(line).to_owned()).collect()
     }
 
     /// The lines that were not handed out.
     fn lines(&self) -> Vec<String> {
-        let new = self.process.as_ref().map(|process| process.lines_from(self.seen)).unwrap_or_default();
-        self.left.iter().cloned().chain(new.into_iter().map(|line| line.text)).collect()
+        let new = self.process.as_ref().map(|process| process.lines_from(self.read_lines)).unwrap_or_default();
+        self.unread.iter().cloned().chain(new.into_iter().map(|line| line.text)).collect()
     }
 }
 

@@ -1,11 +1,11 @@
 //! `cargo xtask demo`: shows kube-ipvs at work on a small network in the lab, and checks every fact that it shows.
 //!
-//! This file is the command; [`steps`] is what happens, on the network of [`stage`], with kube-ipvs and its manifests
+//! This file is the command; [`steps`] is what happens, on the network of [`network`], with kube-ipvs and its manifests
 //! from [`agent`]; [`screen`] is what one sees.
 
 mod agent;
+mod network;
 mod screen;
-mod stage;
 mod steps;
 
 use std::fs;
@@ -19,9 +19,9 @@ use lab::Job;
 
 use crate::cargo;
 use agent::{Agent, Manifests};
+use network::Network;
 use screen::Screen;
-use stage::Stage;
-use steps::Show;
+use steps::Demo;
 
 /// The manifests that the demo starts from.
 const MANIFESTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../examples/hello");
@@ -93,14 +93,14 @@ pub(crate) fn run_guest(args: &GuestArgs) -> ExitCode {
 }
 
 fn play(args: &GuestArgs, screen: &mut Screen) -> Result<()> {
-    let stage = Stage::build()?;
+    let network = Network::build()?;
     let manifests = Manifests::copy(&args.manifests)?;
     let agent = Agent::new(&args.agent, &manifests);
-    let mut show = Show { screen, stage: &stage, manifests: &manifests, agent };
-    let played = show.steps();
+    let mut demo = Demo { screen, network: &network, manifests: &manifests, agent };
+    let played = demo.steps();
     if played.is_err() {
-        let news = show.agent.news();
-        show.screen.log("what else the agent said", &news);
+        let new_lines = demo.agent.new_log_lines();
+        demo.screen.log("the rest of the log of the agent", &new_lines);
     }
     played
 }
@@ -113,7 +113,7 @@ fn read(path: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::agent::FLAGS;
-    use super::stage::{BACKENDS, SERVICE};
+    use super::network::{BACKENDS, SERVICE};
     use super::*;
 
     #[test]
@@ -142,7 +142,7 @@ mod tests {
         for address in
             BACKENDS.map(|backend| backend.socket().ip().to_string()).into_iter().chain([SERVICE.to_string()])
         {
-            assert!(stage::DRAWING.contains(&address), "{address}");
+            assert!(network::DRAWING.contains(&address), "{address}");
         }
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::stage::{BACKENDS, Backend, SERVICE};
+use super::network::{BACKENDS, Backend, SERVICE};
 
 const PLAIN: &str = "";
 const BOLD: &str = "1";

@@ -7,24 +7,24 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::agent::{Agent, FLAGS, Manifests};
+use super::network::{self, BACKENDS, Backend, Connection, Network, SERVICE};
 use super::screen::Screen;
-use super::stage::{self, BACKENDS, Backend, Call, SERVICE, Stage};
 
 /// The longest that anything is waited for. Everything takes a fraction of it, unless something is broken.
-const PATIENCE: Duration = Duration::from_secs(15);
+const STEP_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// How many requests the client makes to see who answers.
 const REQUESTS: usize = 6;
 
 /// All that is needed to play the steps.
-pub(super) struct Show<'a> {
+pub(super) struct Demo<'a> {
     pub(super) screen: &'a mut Screen,
-    pub(super) stage: &'a Stage,
+    pub(super) network: &'a Network,
     pub(super) manifests: &'a Manifests,
     pub(super) agent: Agent,
 }
 
-impl Show<'_> {
+impl Demo<'_> {
     pub(super) fn steps(&mut self) -> Result<()> {
         self.network();
         self.service_appears()?;
@@ -39,7 +39,7 @@ impl Show<'_> {
             "The network",
             "Each box is a network namespace with a network of its own, each line a pair of veth devices.",
         );
-        self.screen.output(stage::DRAWING.trim_start_matches('\n'));
+        self.screen.output(network::DRAWING.trim_start_matches('\n'));
         self.screen.text(
             "A Service will appear, scale up and down, keep its clients with their servers, and outlive its agent.",
         );
@@ -59,7 +59,7 @@ impl Show<'_> {
         ]);
         self.screen.command(&format!("kube-ipvs {} &", FLAGS.join(" ")));
         let started = Instant::now();
-        self.agent.start(self.stage)?;
+        self.agent.start(self.network)?;
         self.wait_for_weights(&[first, second])?;
         let took = started.elapsed();
         let log = self.wait_for_log("audited")?;
@@ -67,7 +67,7 @@ impl Show<'_> {
         self.table()?;
         let command = "ip -br addr show kube-ipvs0";
         self.screen.command(command);
-        let addresses = self.stage.node().exec(command)?;
+        let addresses = self.network.node().exec(command)?;
         self.screen.output(&addresses);
         self.screen
             .text("(DOWN is as it should be: nothing is sent there; it makes the address one of the node's own.)");
@@ -104,54 +104,56 @@ impl Show<'_> {
             "Scale down with a connection open",
             "A real server that must go takes nothing new, but keeps its connections: it drains (weight 0).",
         );
-        let mut call = self.stage.call()?;
-        let (gone, left) = split(call.name())?;
+        let mut connection = self.network.open_connection()?;
+        let (gone, left) = split(connection.name())?;
         self.screen.text(&format!(
             "The client opens a connection, which {} answers; then that endpoint leaves the manifest.",
             self.screen.name(gone.name)
         ));
         let difference = self.manifests.remove(gone)?;
-        self.until("let the real server drain", |show| {
-            let found = show.stage.real_server(gone)?;
+        self.until("let the real server drain", |demo| {
+            let found = demo.network.real_server(gone)?;
             Ok(found.is_some_and(|entry| entry.server.weight == 0))
         })?;
         self.screen.difference("endpointslice.yaml", &difference);
         let log = self.wait_for_log("draining=1")?;
         self.screen.log("the agent", &log);
         self.table()?;
-        let entry = self.stage.real_server(gone)?.with_context(|| format!("{} left while it was in use", gone.name))?;
+        let entry =
+            self.network.real_server(gone)?.with_context(|| format!("{} left while it was in use", gone.name))?;
         self.screen.check(
             entry.active_connections == 1,
             &format!("{} drains: weight 0, and its 1 active connection stays", gone.name),
             &format!("it has {} active connections", entry.active_connections),
         )?;
-        let answer = call.say("still there?")?;
+        let answer = connection.request("still there?")?;
         self.screen.check(
             answer == gone.name,
             &format!("the open connection works: {} answers on it", gone.name),
             &format!("the answer was `{answer}`"),
         )?;
         self.requests_spread_over(&left)?;
-        self.wait_for_the_end(gone, call)?;
+        self.wait_for_close(gone, connection)?;
         self.screen.rest();
         Ok(left)
     }
 
     /// Ends the connection to a backend and waits until the agent has taken its real server away.
-    fn wait_for_the_end(&mut self, gone: Backend, mut call: Call) -> Result<()> {
+    fn wait_for_close(&mut self, gone: Backend, mut connection: Connection) -> Result<()> {
         self.screen.text(&format!(
             "The client says goodbye, and {} hangs up. The kernel remembers the connection (InActConn): for 2 s\n\
              after the server's FIN (--ipvs-tcpfin-timeout), and for 2 minutes had the client hung up too (TIME_WAIT).",
             self.screen.name(gone.name)
         ));
         let hung_up = Instant::now();
-        call.hang_up()?;
+        connection.close()?;
         let mut shown = None;
-        self.until("take the drained real server away", |show| {
-            let now = show.stage.real_server(gone)?.map(|entry| (entry.active_connections, entry.inactive_connections));
+        self.until("take the drained real server away", |demo| {
+            let now =
+                demo.network.real_server(gone)?.map(|entry| (entry.active_connections, entry.inactive_connections));
             if shown != Some(now) {
                 shown = Some(now);
-                show.screen.progress(hung_up.elapsed(), gone, now);
+                demo.screen.progress(hung_up.elapsed(), gone, now);
             }
             Ok(now.is_none())
         })?;
@@ -160,7 +162,7 @@ impl Show<'_> {
         self.table()?;
         self.screen.passed(&format!("{} is out of the table, and no connection was cut", gone.name));
         // Only now may the client hang up: see above.
-        drop(call);
+        drop(connection);
         Ok(())
     }
 
@@ -168,8 +170,9 @@ impl Show<'_> {
         self.screen
             .step("Session affinity", "With sessionAffinity: ClientIP a client stays with the server it met first.");
         let difference = self.manifests.set_affinity()?;
-        self.until("make the virtual server persistent", |show| {
-            Ok(show.stage.virtual_server()?.and_then(|server| server.persistence).map(|it| it.timeout) == Some(10_800))
+        self.until("make the virtual server persistent", |demo| {
+            Ok(demo.network.virtual_server()?.and_then(|server| server.persistence).map(|it| it.timeout)
+                == Some(10_800))
         })?;
         self.screen.difference("service.yaml", &difference);
         let log = self.wait_for_log("synced")?;
@@ -194,12 +197,12 @@ impl Show<'_> {
         let before = self.state()?;
         let over = AtomicBool::new(false);
         let (answered, state) = std::thread::scope(|scope| {
-            let stage = self.stage;
+            let network = self.network;
             let over = &over;
             let traffic = scope.spawn(move || {
                 let mut answered = 0_u32;
                 while !over.load(Ordering::Relaxed) {
-                    stage.ask().with_context(|| format!("after {answered} requests that were answered"))?;
+                    network.ask().with_context(|| format!("after {answered} requests that were answered"))?;
                     answered += 1;
                     std::thread::sleep(Duration::from_millis(10));
                 }
@@ -216,7 +219,7 @@ impl Show<'_> {
             &format!("the client made {answered} requests meanwhile, and all were answered"),
             "it could make none",
         )?;
-        let log = self.agent.news();
+        let log = self.agent.new_log_lines();
         self.screen.log("the new agent", &log);
         self.screen.check(
             state == before && log.iter().any(|line| line.contains("audited, nothing to change")),
@@ -244,15 +247,15 @@ impl Show<'_> {
         self.agent.kill();
         std::thread::sleep(Duration::from_millis(500));
         self.screen.command(&format!("kube-ipvs {} &", FLAGS.join(" ")));
-        self.agent.start(self.stage)?;
-        self.until("compare", |show| Ok(show.agent.has_said("audited")))?;
+        self.agent.start(self.network)?;
+        self.until("compare", |demo| Ok(demo.agent.has_logged("audited")))?;
         self.state()
     }
 
     /// Puts the endpoint that scaling down removed back into the manifest.
     fn add_missing(&mut self) -> Result<Vec<String>> {
         for backend in BACKENDS {
-            if self.stage.real_server(backend)?.is_none() {
+            if self.network.real_server(backend)?.is_none() {
                 return self.manifests.add(backend);
             }
         }
@@ -261,20 +264,20 @@ impl Show<'_> {
 
     /// What the agent manages, without counters.
     fn state(&self) -> Result<String> {
-        let node = self.stage.node();
+        let node = self.network.node();
         Ok(node.exec("ipvsadm -Sn")? + &node.exec("ip -br addr show kube-ipvs0")?)
     }
 
     fn table(&mut self) -> Result<()> {
         let command = "ipvsadm -Ln";
         self.screen.command(command);
-        let table = self.stage.node().exec(command)?;
+        let table = self.network.node().exec(command)?;
         self.screen.table(&table);
         Ok(())
     }
 
     fn requests(&mut self) -> Result<Vec<String>> {
-        let answers = (0..REQUESTS).map(|_| self.stage.ask()).collect::<Result<Vec<_>>>()?;
+        let answers = (0..REQUESTS).map(|_| self.network.ask()).collect::<Result<Vec<_>>>()?;
         self.screen.answers(&answers);
         Ok(answers)
     }
@@ -295,8 +298,8 @@ impl Show<'_> {
 
     /// Waits until these backends and no others are real servers, with weight 1.
     fn wait_for_weights(&mut self, backends: &[Backend]) -> Result<()> {
-        self.until("bring the endpoints to the kernel", |show| {
-            let servers = show.stage.real_servers()?;
+        self.until("bring the endpoints to the kernel", |demo| {
+            let servers = demo.network.real_servers()?;
             let has = |backend: &Backend| {
                 servers
                     .iter()
@@ -308,8 +311,8 @@ impl Show<'_> {
 
     /// Waits until the agent says something with these words; returns all that it said since last asked.
     fn wait_for_log(&mut self, words: &str) -> Result<Vec<String>> {
-        self.until(&format!("log `{words}`"), |show| Ok(show.agent.has_said(words)))?;
-        Ok(self.agent.news())
+        self.until(&format!("log `{words}`"), |demo| Ok(demo.agent.has_logged(words)))?;
+        Ok(self.agent.new_log_lines())
     }
 
     fn until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> Result<bool>) -> Result<()> {
@@ -318,8 +321,8 @@ impl Show<'_> {
             if let Some(status) = self.agent.ended() {
                 bail!("the agent was to {what}, but ended ({status})");
             }
-            if start.elapsed() > PATIENCE {
-                bail!("the agent did not {what} within {} s", PATIENCE.as_secs());
+            if start.elapsed() > STEP_TIMEOUT {
+                bail!("the agent did not {what} within {} s", STEP_TIMEOUT.as_secs());
             }
             std::thread::sleep(Duration::from_millis(2));
         }

@@ -1,14 +1,14 @@
 //! `cargo xtask soak`: the agent for an hour, with changes, kills, faults and traffic all at once.
 //!
-//! On this machine, this file and [`report`]; in the lab, [`guest`] lets everything loose: [`traffic`] is who must not
-//! notice anything, [`trouble`] what happens to the agent, [`world`] the node, what is around it, and its Services.
+//! This file and [`report`] run on this machine, [`guest`] runs in the lab: [`traffic`] has the clients, which must not notice
+//! anything; [`disruption`] has what happens to the agent; [`cluster`] has the node, its clients and pods, and the Services.
 
+mod cluster;
+mod disruption;
 mod guest;
+mod record;
 mod report;
-mod tally;
 mod traffic;
-mod trouble;
-mod world;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,19 +16,19 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use lab::{Job, Place, Scratch};
+use lab::{Job, Location, Scratch};
 use serde::{Deserialize, Serialize};
 
 use crate::cargo;
 pub(crate) use guest::{GuestArgs, run_guest};
-use tally::Tally;
+use record::SoakRecord;
 
 /// Where the report goes.
 const REPORT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/soak");
-/// Less does not show whether memory stays as it is.
-const WORTH_A_REPORT: u64 = 60;
+/// A shorter soak does not show whether memory grows, and so does not renew the report.
+const MIN_REPORT_MINUTES: u64 = 60;
 
-/// Lets churn, kills, faults and traffic loose on the agent in the lab, and reports what came of it.
+/// Runs the agent in the lab under churn, kills, faults and traffic, and reports the results.
 ///
 /// Fails if a connection is lost, if something of somebody else's is touched, or if the kernel differs from what a fresh
 /// start makes. From 60 minutes on it renews the report in docs/soak.
@@ -56,7 +56,7 @@ pub(crate) struct Args {
 
 /// What a guest is told.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Order {
+struct SoakOptions {
     agent: PathBuf,
     seconds: u64,
     services: usize,
@@ -66,19 +66,19 @@ struct Order {
 }
 
 pub(crate) fn run(args: &Args) -> Result<ExitCode> {
-    let tally = match &args.from {
+    let record = match &args.from {
         Some(file) => fs::read(file).with_context(|| format!("cannot read {}", file.display()))?,
         None => soak(args)?,
     };
     if let Some(file) = &args.json {
-        fs::write(file, &tally).with_context(|| format!("cannot write {}", file.display()))?;
+        fs::write(file, &record).with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let tally: Tally = serde_json::from_slice(&tally).context("this is no count of a soak")?;
-    println!("{}", report::text(&tally));
-    if tally.seconds >= WORTH_A_REPORT * 60 {
-        report::write(Path::new(REPORT), &tally)?;
+    let record: SoakRecord = serde_json::from_slice(&record).context("this is not the record of a soak")?;
+    println!("{}", report::text(&record));
+    if record.seconds >= MIN_REPORT_MINUTES * 60 {
+        report::write(Path::new(REPORT), &record)?;
     }
-    let failures = tally.failures();
+    let failures = record.failures();
     for failure in &failures {
         eprintln!("error: {failure}");
     }
@@ -91,18 +91,19 @@ fn soak(args: &Args) -> Result<Vec<u8>> {
         Some(agent) => agent.canonicalize().with_context(|| format!("cannot find {}", agent.display()))?,
         None => cargo::static_agent(None)?,
     };
-    let may_set_clock = lab::prepare()? == Place::Guest;
+    let may_set_clock = lab::prepare()? == Location::Guest;
     let dir = Scratch::new()?;
-    let (file, results) = (dir.path().join("order.json"), dir.path().join("tally.json"));
-    let order = Order { agent, seconds: args.minutes * 60, services: args.services, seed: args.seed, may_set_clock };
-    fs::write(&file, serde_json::to_vec(&order)?).context("cannot write the order")?;
+    let (file, results) = (dir.path().join("options.json"), dir.path().join("record.json"));
+    let options =
+        SoakOptions { agent, seconds: args.minutes * 60, services: args.services, seed: args.seed, may_set_clock };
+    fs::write(&file, serde_json::to_vec(&options)?).context("cannot write the options")?;
     let job = Job::this_executable()
         .arg("guest-soak")
         .arg(&file)
         .arg(&results)
         .writable(dir.path())
         .memory_mib(4096)
-        .time_limit(Duration::from_secs(order.seconds + 1200));
+        .time_limit(Duration::from_secs(options.seconds + 1200));
     let status = lab::run(&job)?;
     if !status.success() {
         bail!("the soak did not come to its end: exit code {}", status.code());

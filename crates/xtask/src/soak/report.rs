@@ -7,28 +7,28 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 
-use super::tally::{QUARTER, Tally};
+use super::record::{INTERVAL, SoakRecord};
 
 const MIB: f64 = (1 << 20) as f64;
 
 /// In words and tables.
-pub(crate) fn text(tally: &Tally) -> String {
+pub(crate) fn text(record: &SoakRecord) -> String {
     let mut text = String::new();
-    let lost: u64 = tally.traffic.values().map(|it| it.lost).sum();
-    let answered: u64 = tally.traffic.values().map(|it| it.answered).sum();
-    let opened: u64 = tally.traffic.values().map(|it| it.opened).sum();
+    let lost: u64 = record.traffic.values().map(|it| it.lost).sum();
+    let answered: u64 = record.traffic.values().map(|it| it.answered).sum();
+    let opened: u64 = record.traffic.values().map(|it| it.opened).sum();
     let _ = writeln!(
         text,
         "{} minutes: {opened} connections, {answered} answers, **{lost} lost**. Compared {} times with what a fresh start makes: \
          **{} differences**.\n",
-        tally.seconds / 60,
-        tally.comparisons,
-        tally.differences.len()
+        record.seconds / 60,
+        record.comparisons,
+        record.differences.len()
     );
     table(
         &mut text,
         &["Clients", "Connections", "Answers", "Lost", "Longest"],
-        tally.traffic.iter().map(|(who, it)| {
+        record.traffic.iter().map(|(who, it)| {
             vec![
                 who.clone(),
                 it.opened.to_string(),
@@ -41,23 +41,23 @@ pub(crate) fn text(tally: &Tally) -> String {
     table(
         &mut text,
         &["Changes", "Number"],
-        tally.changes.iter().map(|(kind, count)| vec![kind.clone(), count.to_string()]),
+        record.changes.iter().map(|(kind, count)| vec![kind.clone(), count.to_string()]),
     );
     table(
         &mut text,
         &["Trouble", "Times"],
-        tally.troubles.iter().map(|(kind, count)| vec![kind.clone(), count.to_string()]),
+        record.disruptions.iter().map(|(kind, count)| vec![kind.clone(), count.to_string()]),
     );
     table(
         &mut text,
         &["Changed by somebody else", "Times", "Repaired", "Longest"],
-        tally.drifts.iter().map(|(kind, it)| {
+        record.drifts.iter().map(|(kind, it)| {
             vec![kind.clone(), it.made.to_string(), it.repaired.to_string(), format!("{:.1} s", it.longest)]
         }),
     );
-    let _ = writeln!(text, "The agent itself counted {} such findings, in all its lives.\n", tally.drift_found);
-    let settled = tally.settled();
-    if let (Some(first), Some(last), Some(growth)) = (settled.first(), settled.last(), tally.growth()) {
+    let _ = writeln!(text, "The agent itself counted {} such findings over all its starts.\n", record.drift_found);
+    let settled = record.settled();
+    if let (Some(first), Some(last), Some(growth)) = (settled.first(), settled.last(), record.growth()) {
         let most = settled.iter().map(|it| it.resident).max().unwrap_or(0);
         let files = (settled.iter().map(|it| it.files).min(), settled.iter().map(|it| it.files).max());
         let _ = writeln!(
@@ -74,7 +74,7 @@ pub(crate) fn text(tally: &Tally) -> String {
             last.threads,
         );
     }
-    for failure in tally.failures() {
+    for failure in record.failures() {
         let _ = writeln!(text, "- {failure}");
     }
     text
@@ -94,7 +94,7 @@ fn table(text: &mut String, head: &[&str], rows: impl Iterator<Item = Vec<String
 }
 
 /// Writes the page with its plots.
-pub(crate) fn write(dir: &Path, tally: &Tally) -> Result<()> {
+pub(crate) fn write(dir: &Path, record: &SoakRecord) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("cannot make {}", dir.display()))?;
     let page = format!(
         "# Soak\n\nThe agent with changes, kills, faults and traffic all at once, in the lab: `cargo xtask soak --minutes {}` writes this page. \
@@ -104,23 +104,23 @@ pub(crate) fn write(dir: &Path, tally: &Tally) -> Result<()> {
          period is 10 s. Every two minutes everything comes to rest, and is compared with what a fresh start makes on a node of the same \
          addresses; a virtual server and a table of somebody else's stand beside it all the time.\n\n{}\n\
          ![Memory](memory.svg)\n\n![Open files](files.svg)\n\n![Answers](answers.svg)\n",
-        tally.seconds / 60,
-        text(tally)
+        record.seconds / 60,
+        text(record)
     );
     fs::write(dir.join("README.md"), page).context("cannot write the report")?;
-    let memory: Vec<Vec<(f64, f64)>> = tally
+    let memory: Vec<Vec<(f64, f64)>> = record
         .samples
         .chunk_by(|a, b| a.life == b.life)
         .map(|life| life.iter().map(|it| (it.at / 60.0, mib(it.resident))).collect())
         .collect();
     #[expect(clippy::cast_precision_loss, reason = "nor are files")]
-    let files: Vec<(f64, f64)> = tally.samples.iter().map(|it| (it.at / 60.0, it.files as f64)).collect();
+    let files: Vec<(f64, f64)> = record.samples.iter().map(|it| (it.at / 60.0, it.files as f64)).collect();
     #[expect(clippy::cast_precision_loss, reason = "nor answers")]
-    let answers: Vec<(f64, f64)> = tally
+    let answers: Vec<(f64, f64)> = record
         .answers
         .iter()
         .enumerate()
-        .map(|(place, (answered, _))| (place as f64 * QUARTER as f64 / 60.0, *answered as f64 / QUARTER as f64))
+        .map(|(place, (answered, _))| (place as f64 * INTERVAL as f64 / 60.0, *answered as f64 / INTERVAL as f64))
         .collect();
     draw(&dir.join("memory.svg"), "Memory of the agent (MiB), a line for each life", &memory)?;
     draw(&dir.join("files.svg"), "Open files of the agent", &[files])?;

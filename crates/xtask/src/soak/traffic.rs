@@ -1,4 +1,4 @@
-//! Who answers and who asks. A client that does not get its answer has lost something, whatever happened meanwhile.
+//! Servers that echo, and clients. A request without an answer is a loss, whatever happened meanwhile.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use lab::netns::Namespace;
 
-use super::tally::Shared;
-use super::world::{DATAGRAMS, PORTS, STILL, TARGETS, Target, World};
+use super::cluster::{Cluster, LONG_LIVED, PORTS, TCP_TARGETS, Target, UDP_TARGET};
+use super::record::Recorder;
 
 /// How long a client waits. One processor does everything here, and may be late.
-const PATIENCE: Duration = Duration::from_secs(20);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(20);
 /// How long a client of UDP waits before it asks again: a datagram may get lost.
-const AGAIN: Duration = Duration::from_secs(2);
+const UDP_RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Starts who answers at these addresses of a namespace, for as long as the process lives.
 pub(crate) fn serve<'a>(namespace: &Namespace, addresses: impl Iterator<Item = &'a str>) -> Result<()> {
@@ -53,50 +53,50 @@ fn echo(stream: &TcpStream) {
 }
 
 /// Asks everything from everywhere until it is over.
-pub(crate) fn ask_all<'scope>(
+pub(crate) fn start_clients<'scope>(
     scope: &'scope thread::Scope<'scope, '_>,
-    world: &'scope World,
-    shared: &'scope Shared,
+    cluster: &'scope Cluster,
+    recorder: &'scope Recorder,
     is_over: &Arc<AtomicBool>,
 ) {
-    let places = [("client", &world.client), ("pod", &world.pod), ("node", &world.node)];
-    let each = |target: Target, ask: fn(&Asker<'scope>)| {
+    let places = [("client", &cluster.client), ("pod", &cluster.pod), ("node", &cluster.node)];
+    let each = |target: Target, ask: fn(&Client<'scope>)| {
         for ((place, namespace), _) in places.into_iter().zip(target.is_asked_by).filter(|(_, is_asked)| *is_asked) {
             let who = format!("{place} to {}", target.name);
             let is_over = is_over.clone();
             let address: SocketAddr = SocketAddr::from(([0; 4], 0));
             let address = target.address.parse().unwrap_or(address);
-            let asker = Asker { who, address, node: &world.node, shared, is_over };
+            let client = Client { who, address, node: &cluster.node, recorder, is_over };
             scope.spawn(move || {
-                if let Err(error) = namespace.run(|| ask(&asker)) {
-                    asker.lost(&error.to_string());
+                if let Err(error) = namespace.run(|| ask(&client)) {
+                    client.lost(&error.to_string());
                 }
             });
         }
     };
-    for target in TARGETS {
-        each(target, Asker::connect_again_and_again);
+    for target in TCP_TARGETS {
+        each(target, Client::connect_repeatedly);
     }
-    each(STILL, Asker::stay_connected);
-    each(DATAGRAMS, Asker::send_datagrams);
+    each(LONG_LIVED, Client::stay_connected);
+    each(UDP_TARGET, Client::send_datagrams);
 }
 
 /// A client.
-struct Asker<'a> {
+struct Client<'a> {
     who: String,
     address: SocketAddr,
     node: &'a Namespace,
-    shared: &'a Shared,
+    recorder: &'a Recorder,
     is_over: Arc<AtomicBool>,
 }
 
-impl Asker<'_> {
-    fn goes_on(&self) -> bool {
+impl Client<'_> {
+    fn is_running(&self) -> bool {
         !self.is_over.load(Ordering::Relaxed)
     }
 
     fn lost(&self, why: &str) {
-        self.shared.lost(&self.who, why);
+        self.recorder.lost(&self.who, why);
         // What whoever looks for the reason begins with.
         let vip = self.address.to_string();
         for command in ["ipvsadm -Ln", "ipvsadm -Lnc", "cat /proc/thread-self/net/stat/nf_conntrack"] {
@@ -108,10 +108,10 @@ impl Asker<'_> {
     }
 
     fn connect(&self) -> io::Result<BufReader<TcpStream>> {
-        let stream = TcpStream::connect_timeout(&self.address, PATIENCE)?;
-        stream.set_read_timeout(Some(PATIENCE))?;
+        let stream = TcpStream::connect_timeout(&self.address, CLIENT_TIMEOUT)?;
+        stream.set_read_timeout(Some(CLIENT_TIMEOUT))?;
         stream.set_nodelay(true)?;
-        self.shared.opened(&self.who);
+        self.recorder.opened(&self.who);
         Ok(BufReader::new(stream))
     }
 
@@ -123,12 +123,12 @@ impl Asker<'_> {
         if line != "hello\n" {
             return Err(io::Error::other("closed"));
         }
-        self.shared.answered(&self.who, start.elapsed());
+        self.recorder.answered(&self.who, start.elapsed());
         Ok(())
     }
 
-    fn connect_again_and_again(&self) {
-        while self.goes_on() {
+    fn connect_repeatedly(&self) {
+        while self.is_running() {
             let start = Instant::now();
             if let Err(error) = self.connect().and_then(|mut stream| self.ask(&mut stream, start)) {
                 self.lost(&error.to_string());
@@ -141,7 +141,7 @@ impl Asker<'_> {
     fn stay_connected(&self) {
         let mut streams = Vec::new();
         let (mut renewed, mut is_first) = (Instant::now(), true);
-        while self.goes_on() {
+        while self.is_running() {
             if is_first || renewed.elapsed() > Duration::from_secs(60) {
                 renewed = Instant::now();
                 is_first = false;
@@ -169,8 +169,8 @@ impl Asker<'_> {
         let open = || -> io::Result<UdpSocket> {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
             socket.connect(self.address)?;
-            socket.set_read_timeout(Some(AGAIN))?;
-            self.shared.opened(&self.who);
+            socket.set_read_timeout(Some(UDP_RETRY_INTERVAL))?;
+            self.recorder.opened(&self.who);
             Ok(socket)
         };
         let socket = match open() {
@@ -178,12 +178,12 @@ impl Asker<'_> {
             Err(error) => return self.lost(&error.to_string()),
         };
         let mut number = 0_u64;
-        while self.goes_on() {
+        while self.is_running() {
             number += 1;
             let start = Instant::now();
             let mut buffer = [0; 64];
             let mut last = String::new();
-            while start.elapsed() < PATIENCE {
+            while start.elapsed() < CLIENT_TIMEOUT {
                 let asked = socket.send(&number.to_be_bytes()).and_then(|_| socket.recv(&mut buffer));
                 match asked {
                     // A late answer is one to what was asked before.
@@ -193,7 +193,7 @@ impl Asker<'_> {
                 }
             }
             if buffer[..8] == number.to_be_bytes() {
-                self.shared.answered(&self.who, start.elapsed());
+                self.recorder.answered(&self.who, start.elapsed());
             } else {
                 self.lost(&last);
             }

@@ -112,17 +112,17 @@ impl Bench {
     fn write_extras(&self, service: usize, place: usize, through: usize) {
         let number = place / PER_SLICE;
         // Beyond what the load has.
-        let address = |it: usize| endpoint(1_000_000 + it * self.order.size.services + service);
+        let address = |it: usize| endpoint(1_000_000 + it * self.options.size.services + service);
         let endpoints = (number * PER_SLICE..through).map(address);
         self.server.apply(slice(service, &format!("x{number}"), endpoints));
     }
 
     /// Changes of each kind, each begun when the last has arrived.
     pub(super) fn changes(&mut self, agent: &mut Agent) -> Result<()> {
-        let mut extras = Extras::new(self.order.size);
+        let mut extras = Extras::new(self.options.size);
         for kind in Kind::ALL {
             let (mut latencies, mut syncs, mut end_to_end) = (Vec::new(), Vec::new(), Vec::new());
-            for _ in 0..self.order.changes {
+            for _ in 0..self.options.changes {
                 let start = Instant::now();
                 self.change(kind, &mut extras);
                 let line = agent.until(|line| kind.is_done(line))?;

@@ -14,7 +14,7 @@ use lab::http::Metrics;
 use super::super::agent::{Agent, Line};
 use super::super::load::{address_commands, ipvsadm_rules};
 use super::super::wiretap::{Datagram, Family, Wiretap, count, replay, run};
-use super::{Bench, Measure, word};
+use super::{Bench, Measure, path_str};
 
 /// How often the floor is measured; the best counts.
 const TRIES: usize = 3;
@@ -35,9 +35,9 @@ const PARTS: [(&str, &str); 6] = [
 /// When a first audit was done, and where its time went.
 struct First {
     /// When the first line of the log came.
-    said_something: Duration,
+    log_began: Duration,
     /// From when the last of what is known of `default/kubernetes` was heard until it was served.
-    ahead: Option<Duration>,
+    bootstrap: Option<Duration>,
     total: Duration,
     parts: Line,
     end: Line,
@@ -45,18 +45,18 @@ struct First {
 
 impl First {
     fn of(agent: &mut Agent) -> Result<Self> {
-        let said_something = agent.line()?.at - agent.started;
-        let mut ahead = None;
+        let log_began = agent.line()?.at - agent.started;
+        let mut bootstrap = None;
         let parts = loop {
             let line = agent
                 .until(|line| line.has("before all other Services") || line.has("time spent in the first audit"))?;
             if line.has("time spent in the first audit") {
                 break line;
             }
-            ahead = ahead.or(line.duration("latency"));
+            bootstrap = bootstrap.or(line.duration("latency"));
         };
         let end = agent.until(|line| line.has("audited"))?;
-        Ok(Self { said_something, ahead, total: end.at - agent.started, parts, end })
+        Ok(Self { log_began, bootstrap, total: end.at - agent.started, parts, end })
     }
 
     /// The first audit: all but the start and the listing.
@@ -79,9 +79,9 @@ impl Bench {
         let used = agent.usage()?;
         if self.wants(Measure::Cold) {
             let figures = &mut self.figures;
-            figures.time("cold/first log line", first.said_something);
-            if let Some(ahead) = first.ahead {
-                figures.time("cold/kubernetes served after", ahead);
+            figures.time("cold/first log line", first.log_began);
+            if let Some(bootstrap) = first.bootstrap {
+                figures.time("cold/kubernetes served after", bootstrap);
             }
             figures.time("cold/total", first.total);
             figures.time("cold/listing", first.listing());
@@ -142,22 +142,22 @@ impl Bench {
         run("ip", &["link", "add", "nlmon0", "type", "nlmon"])?;
         let replayed = replay(writes)?;
         let virtual_servers = Client::connect()?.virtual_servers()?.len();
-        if virtual_servers != self.order.size.services {
-            bail!("said again, it made {virtual_servers} virtual servers; errors: {:?}", replayed.errors);
+        if virtual_servers != self.options.size.services {
+            bail!("replayed, it made {virtual_servers} virtual servers; errors: {:?}", replayed.errors);
         }
         let part = |family| replayed.by_family.get(&family).copied().unwrap_or_default();
         Ok((replayed.took, [part(Family::Generic), part(Family::Route), part(Family::Netfilter)]))
     }
 
     fn tools(&mut self, ruleset: &str) -> Result<()> {
-        let rules = self.write("rules", &ipvsadm_rules(self.order.size))?;
-        let addresses = self.write("addresses", &address_commands(self.order.size))?;
+        let rules = self.write("rules", &ipvsadm_rules(self.options.size))?;
+        let addresses = self.write("addresses", &address_commands(self.options.size))?;
         let ruleset = self.write("ruleset", ruleset)?;
         self.in_namespace(|bench| {
             let mut total = Duration::ZERO;
-            let restore = format!("exec ipvsadm --restore < {}", word(&rules)?);
-            let address = format!("ip link add kube-ipvs0 type dummy && exec ip -batch {}", word(&addresses)?);
-            let filter = format!("exec nft --file {}", word(&ruleset)?);
+            let restore = format!("exec ipvsadm --restore < {}", path_str(&rules)?);
+            let address = format!("ip link add kube-ipvs0 type dummy && exec ip -batch {}", path_str(&addresses)?);
+            let filter = format!("exec nft --file {}", path_str(&ruleset)?);
             for (name, command) in [("ipvsadm --restore", restore), ("ip -batch", address), ("nft --file", filter)] {
                 let start = Instant::now();
                 run("sh", &["-c", &command])?;
@@ -173,13 +173,13 @@ impl Bench {
     pub(super) fn cold_from_manifests(&mut self) -> Result<()> {
         let directory = self.dir.path().join("manifests");
         fs::create_dir(&directory).context("cannot create a directory for the manifests")?;
-        let objects: Vec<String> = self.order.size.objects().map(|object| object.to_string()).collect();
+        let objects: Vec<String> = self.options.size.objects().map(|object| object.to_string()).collect();
         // A file for each hundred objects, as generators make them.
         for (number, some) in objects.chunks(100).enumerate() {
             fs::write(directory.join(format!("{number}.json")), some.join("\n")).context("cannot write a manifest")?;
         }
         let flags: Vec<String> =
-            std::iter::once(format!("--manifests={}", directory.display())).chain(self.order.flags.clone()).collect();
+            std::iter::once(format!("--manifests={}", directory.display())).chain(self.options.flags.clone()).collect();
         self.in_namespace(|bench| {
             let mut agent = bench.start(&flags)?;
             let first = First::of(&mut agent)?;
@@ -195,7 +195,7 @@ impl Bench {
         self.in_namespace(|bench| {
             let flags = bench.serve_api()?;
             let mut command = Command::new("strace");
-            command.args(["-f", "-c", "-U", "calls,name", "-o"]).arg(&counts).arg(&bench.order.agent);
+            command.args(["-f", "-c", "-U", "calls,name", "-o"]).arg(&counts).arg(&bench.options.agent);
             let mut agent = Agent::spawn(command.args(flags).arg("--once"))?;
             agent.until(|line| line.has("audited"))?;
             // It ends by itself; then strace writes.

@@ -18,7 +18,7 @@ const SETTLED: Duration = Duration::from_secs(2);
 impl Bench {
     /// A hundred changes a second, of all kinds in turn.
     pub(super) fn churn(&mut self, agent: &mut Agent) -> Result<()> {
-        let mut extras = Extras::new(self.order.size);
+        let mut extras = Extras::new(self.options.size);
         // So that there is something to take out.
         for _ in 0..20 {
             self.change(Kind::EndpointIn, &mut extras);
@@ -28,7 +28,7 @@ impl Bench {
         agent.pending();
         let before = agent.usage()?;
         let start = Instant::now();
-        let length = Duration::from_secs(self.order.seconds);
+        let length = Duration::from_secs(self.options.seconds);
         let mut changes = 0_u32;
         let mut kinds = Kind::ALL.into_iter().cycle();
         while start.elapsed() < length {
@@ -64,7 +64,7 @@ impl Bench {
     pub(super) fn steady(&mut self, agent: &mut Agent) -> Result<()> {
         let start = Instant::now();
         let before = agent.usage()?;
-        std::thread::sleep(Duration::from_secs(self.order.seconds.next_multiple_of(30)));
+        std::thread::sleep(Duration::from_secs(self.options.seconds.next_multiple_of(30)));
         let used = agent.usage()?;
         let share = used.cpu.saturating_sub(before.cpu).as_secs_f64() / start.elapsed().as_secs_f64();
         self.figures.percent("steady/cpu", share * 100.0);
@@ -75,22 +75,22 @@ impl Bench {
     /// What very many changes leave behind: as fast as the agent takes them.
     pub(super) fn growth(&mut self, agent: &mut Agent) -> Result<()> {
         const ROUND: usize = 1000;
-        let mut extras = Extras::new(self.order.size);
+        let mut extras = Extras::new(self.options.size);
         let start = Instant::now();
         let (mut done, mut tenths) = (0, 1);
-        while done < self.order.many {
+        while done < self.options.many {
             for kind in [Kind::EndpointIn, Kind::ServiceIn, Kind::EndpointOut, Kind::ServiceOut] {
                 for _ in 0..ROUND / 4 {
                     self.change(kind, &mut extras);
                 }
             }
             done += ROUND;
-            Self::heard(agent, done)?;
+            Self::wait_for_changes(agent, done)?;
             // Its history would grow, and only that.
             self.server.bookmark();
             std::thread::sleep(Duration::from_millis(5));
             self.server.compact();
-            if tenths < 10 && done >= self.order.many / 10 * tenths {
+            if tenths < 10 && done >= self.options.many / 10 * tenths {
                 let resident = agent.usage()?.resident;
                 self.figures.bytes(&format!("growth/resident after {tenths} tenths"), resident);
                 tenths += 1;
@@ -107,7 +107,7 @@ impl Bench {
     }
 
     /// Waits until the agent has taken in what it was sent, so that nothing but its own state can pile up.
-    fn heard(agent: &mut Agent, done: usize) -> Result<()> {
+    fn wait_for_changes(agent: &mut Agent, done: usize) -> Result<()> {
         let start = Instant::now();
         loop {
             agent.pending();

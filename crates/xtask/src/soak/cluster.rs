@@ -9,12 +9,12 @@ use serde_json::{Value, json};
 use crate::bench::load::NODE;
 
 /// Addresses of pods that answer all along.
-pub(crate) const STAYING: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
+pub(crate) const STABLE_ENDPOINTS: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
 /// Addresses of pods that answer too, and are endpoints now and then.
-pub(crate) const COMING_AND_GOING: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
+pub(crate) const CHANGING_ENDPOINTS: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
 /// Every address that answers.
 pub(crate) fn all_servers() -> impl Iterator<Item = &'static str> {
-    STAYING.into_iter().chain(COMING_AND_GOING)
+    STABLE_ENDPOINTS.into_iter().chain(CHANGING_ENDPOINTS)
 }
 
 /// Each Service has a port of its own at its endpoints. Of two connections of one client from one port to one real server, by
@@ -32,18 +32,18 @@ fn target_port(service: &str) -> u16 {
 pub(crate) const VICTIMS: usize = 10;
 
 /// Network namespaces; the node's is that of the thread that makes this.
-pub(crate) struct World {
+pub(crate) struct Cluster {
     pub(crate) node: Namespace,
     pub(crate) client: Namespace,
     pub(crate) pod: Namespace,
     pub(crate) servers: Namespace,
 }
 
-impl World {
+impl Cluster {
     pub(crate) fn new() -> Result<Self> {
         isolate()?;
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
-        let world = Self {
+        let cluster = Self {
             node: Namespace::own()?,
             client: Namespace::new()?,
             pod: Namespace::new()?,
@@ -51,35 +51,35 @@ impl World {
         };
         let cable = |device: &str, near: &str, far: &Namespace, addresses: &[&str]| {
             Namespace::connect(
-                End { namespace: &world.node, device, addresses: &[near] },
+                End { namespace: &cluster.node, device, addresses: &[near] },
                 End { namespace: far, device: "eth0", addresses },
             )
         };
-        cable("eth0", "192.168.1.1/24", &world.client, &["192.168.1.2/24"])?;
-        world.client.run(|| link::add_route_via("0.0.0.0/0", "192.168.1.1"))??;
+        cable("eth0", "192.168.1.1/24", &cluster.client, &["192.168.1.2/24"])?;
+        cluster.client.run(|| link::add_route_via("0.0.0.0/0", "192.168.1.1"))??;
         let addresses: Vec<String> = all_servers().map(|it| format!("{it}/32")).collect();
-        cable("servers", "10.244.0.1/32", &world.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
-        cable("pod", "10.244.0.1/32", &world.pod, &["10.244.2.1/32"])?;
-        world.node.run(|| {
+        cable("servers", "10.244.0.1/32", &cluster.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
+        cable("pod", "10.244.0.1/32", &cluster.pod, &["10.244.2.1/32"])?;
+        cluster.node.run(|| {
             link::add_route_dev("10.244.1.0/24", "servers")?;
             link::add_route_dev("10.244.2.1", "pod")
         })??;
-        for pod in [&world.servers, &world.pod] {
+        for pod in [&cluster.servers, &cluster.pod] {
             pod.run(|| {
                 link::add_route_dev("10.244.0.1", "eth0")?;
                 link::add_route_via("0.0.0.0/0", "10.244.0.1")
             })??;
         }
         // What belongs to others, and is to stay.
-        world.node.exec("ipvsadm -A -t 172.16.0.1:80 -s rr")?;
-        world.node.exec("ipvsadm -a -t 172.16.0.1:80 -r 172.16.0.2:80 -m")?;
-        world.node.exec("nft add table ip other")?;
-        Ok(world)
+        cluster.node.exec("ipvsadm -A -t 172.16.0.1:80 -s rr")?;
+        cluster.node.exec("ipvsadm -a -t 172.16.0.1:80 -r 172.16.0.2:80 -m")?;
+        cluster.node.exec("nft add table ip other")?;
+        Ok(cluster)
     }
 }
 
 /// A network namespace with the node's addresses, and nothing around it.
-pub(crate) fn like_the_node() -> Result<Namespace> {
+pub(crate) fn namespace_like_node() -> Result<Namespace> {
     let namespace = Namespace::new()?;
     namespace.run(|| link::add_dummy("eth0", &["192.168.1.1/24", "10.244.0.1/32"]))??;
     Ok(namespace)
@@ -95,7 +95,7 @@ pub(crate) struct Target {
 }
 
 /// Where a connection is made again and again. Their endpoints come and go.
-pub(crate) const TARGETS: [Target; 5] = [
+pub(crate) const TCP_TARGETS: [Target; 5] = [
     Target { name: "ClusterIP", address: "10.97.0.1:80", is_asked_by: [true; 3] },
     Target { name: "ClusterIP with affinity", address: "10.97.0.2:80", is_asked_by: [true; 3] },
     Target { name: "NodePort", address: "192.168.1.1:30080", is_asked_by: [true, true, false] },
@@ -103,9 +103,9 @@ pub(crate) const TARGETS: [Target; 5] = [
     Target { name: "load balancer, policy Local", address: "198.51.100.5:80", is_asked_by: [true; 3] },
 ];
 /// Where connections stay open: its endpoints stay.
-pub(crate) const STILL: Target = Target { name: "open", address: "10.97.0.6:80", is_asked_by: [true; 3] };
+pub(crate) const LONG_LIVED: Target = Target { name: "open", address: "10.97.0.6:80", is_asked_by: [true; 3] };
 /// By UDP; its endpoints stay.
-pub(crate) const DATAGRAMS: Target = Target { name: "UDP", address: "10.97.0.3:80", is_asked_by: [true; 3] };
+pub(crate) const UDP_TARGET: Target = Target { name: "UDP", address: "10.97.0.3:80", is_asked_by: [true; 3] };
 
 /// The Services that have traffic.
 pub(crate) fn services() -> Vec<Value> {
@@ -125,7 +125,7 @@ pub(crate) fn services() -> Vec<Value> {
 }
 
 /// Which of them have endpoints that come and go.
-pub(crate) const LIVELY: [&str; 4] = ["tcp", "affinity", "ways", "local"];
+pub(crate) const CHANGING_SERVICES: [&str; 4] = ["tcp", "affinity", "ways", "local"];
 
 /// All are in one namespace.
 fn place(object: Value) -> Value {

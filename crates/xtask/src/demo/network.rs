@@ -59,22 +59,22 @@ impl Backend {
 
 /// The network, with servers that answer.
 #[derive(Debug)]
-pub(crate) struct Stage {
+pub(crate) struct Network {
     node: Namespace,
     client: Namespace,
     _backends: Vec<Namespace>,
     /// The client's ends of connections that the servers have ended.
-    half_open: Mutex<Vec<Call>>,
+    half_open: Mutex<Vec<Connection>>,
 }
 
 /// A connection of the client to whoever answers for the Service.
 #[derive(Debug)]
-pub(crate) struct Call {
+pub(crate) struct Connection {
     stream: BufReader<TcpStream>,
     name: String,
 }
 
-impl Stage {
+impl Network {
     pub(crate) fn build() -> Result<Self> {
         let node = Namespace::new()?;
         // The address of the Node in examples/hello.
@@ -102,27 +102,27 @@ impl Stage {
 
     /// One request of the client: who answers?
     pub(crate) fn ask(&self) -> Result<String> {
-        let mut call = self.connect()?;
-        let name = call.say(GOODBYE)?;
-        call.wait_for_the_end()?;
+        let mut connection = self.connect()?;
+        let name = connection.request(GOODBYE)?;
+        connection.wait_for_close()?;
         if let Ok(mut half_open) = self.half_open.lock() {
-            half_open.push(call);
+            half_open.push(connection);
         }
         Ok(name)
     }
 
     /// A connection that stays.
-    pub(crate) fn call(&self) -> Result<Call> {
-        let mut call = self.connect()?;
-        call.name = call.say("hello")?;
-        Ok(call)
+    pub(crate) fn open_connection(&self) -> Result<Connection> {
+        let mut connection = self.connect()?;
+        connection.name = connection.request("hello")?;
+        Ok(connection)
     }
 
-    fn connect(&self) -> Result<Call> {
+    fn connect(&self) -> Result<Connection> {
         let stream = self.client.run(|| TcpStream::connect_timeout(&SERVICE, TIMEOUT))?;
         let stream = stream.with_context(|| format!("the client cannot connect to {SERVICE}"))?;
         stream.set_read_timeout(Some(TIMEOUT)).context("cannot set a timeout")?;
-        Ok(Call { stream: BufReader::new(stream), name: String::new() })
+        Ok(Connection { stream: BufReader::new(stream), name: String::new() })
     }
 
     /// The virtual server of the Service.
@@ -145,17 +145,17 @@ impl Stage {
     }
 }
 
-impl Call {
+impl Connection {
     /// Who answered first.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
     /// Sends a line and returns the answer.
-    pub(crate) fn say(&mut self, line: &str) -> Result<String> {
+    pub(crate) fn request(&mut self, line: &str) -> Result<String> {
         let mut answer = String::new();
-        let said = self.stream.get_mut().write_all(format!("{line}\n").as_bytes());
-        said.and_then(|()| self.stream.read_line(&mut answer)).context("the client got no answer")?;
+        let sent = self.stream.get_mut().write_all(format!("{line}\n").as_bytes());
+        sent.and_then(|()| self.stream.read_line(&mut answer)).context("the client got no answer")?;
         if answer.is_empty() {
             bail!("the connection ended before the answer came");
         }
@@ -163,15 +163,15 @@ impl Call {
     }
 
     /// Has the server end the connection; this end stays open until the value is dropped.
-    pub(crate) fn hang_up(&mut self) -> Result<()> {
-        self.say(GOODBYE)?;
-        self.wait_for_the_end()
+    pub(crate) fn close(&mut self) -> Result<()> {
+        self.request(GOODBYE)?;
+        self.wait_for_close()
     }
 
-    fn wait_for_the_end(&mut self) -> Result<()> {
-        let more = self.stream.read(&mut [0; 1]).context("the server did not hang up")?;
+    fn wait_for_close(&mut self) -> Result<()> {
+        let more = self.stream.read(&mut [0; 1]).context("the server did not close the connection")?;
         if more > 0 {
-            bail!("the server said more than its name");
+            bail!("the server sent more than its name");
         }
         Ok(())
     }

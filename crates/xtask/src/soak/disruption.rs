@@ -1,4 +1,4 @@
-//! What happens to the agent: kills, an API server that misbehaves, and somebody with ipvsadm, ip and nft.
+//! Disruptions: faults of the API server, and drift that another program makes with ipvsadm, ip and nft.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,14 +8,14 @@ use fastrand::Rng;
 use lab::netns::Namespace;
 use test_apiserver::Server;
 
-use super::tally::{Repairs, Shared};
-use super::world::{VICTIMS, victim_vip};
+use super::cluster::{VICTIMS, victim_vip};
+use super::record::{Recorder, Repairs};
 
 /// How long anything may take to be repaired: the sync period of the soak several times.
-const PATIENCE: Duration = Duration::from_secs(90);
+const REPAIR_TIMEOUT: Duration = Duration::from_secs(90);
 
 /// What an API server can do.
-const MISBEHAVIOURS: [&str; 10] = [
+const API_FAULTS: [&str; 10] = [
     "watches end",
     "watches break off",
     "watches expire",
@@ -29,9 +29,9 @@ const MISBEHAVIOURS: [&str; 10] = [
 ];
 
 /// Lets the API server do one of these things for a while.
-pub(crate) fn misbehave(server: &Server, rng: &mut Rng, shared: &Shared) {
-    let kind = MISBEHAVIOURS[rng.usize(..MISBEHAVIOURS.len())];
-    shared.trouble(&format!("API server: {kind}"));
+pub(crate) fn inject_api_fault(server: &Server, rng: &mut Rng, recorder: &Recorder) {
+    let kind = API_FAULTS[rng.usize(..API_FAULTS.len())];
+    recorder.disruption(&format!("API server: {kind}"));
     let json = "application/json";
     match kind {
         "watches end" => return server.end_watches(),
@@ -80,26 +80,26 @@ struct Drifted {
     since: Instant,
 }
 
-/// Somebody who changes what the agent has made, and looks how long that stays so.
-pub(crate) struct Vandal<'a> {
+/// Changes what the agent has programmed, and measures how long the repair takes.
+pub(crate) struct DriftInjector<'a> {
     node: &'a Namespace,
-    shared: &'a Shared,
+    recorder: &'a Recorder,
     /// What each victim looks like when it is as it should be.
-    right: Vec<String>,
+    expected: Vec<String>,
     drifted: Vec<Drifted>,
 }
 
-impl<'a> Vandal<'a> {
+impl<'a> DriftInjector<'a> {
     /// All victims are as they should be now.
-    pub(crate) fn new(node: &'a Namespace, shared: &'a Shared) -> Result<Self> {
-        let mut vandal = Self { node, shared, right: Vec::new(), drifted: Vec::new() };
-        let kernel = vandal.look()?;
-        vandal.right = (0..VICTIMS).map(|victim| of(&kernel, victim)).collect();
-        Ok(vandal)
+    pub(crate) fn new(node: &'a Namespace, recorder: &'a Recorder) -> Result<Self> {
+        let mut injector = Self { node, recorder, expected: Vec::new(), drifted: Vec::new() };
+        let kernel = injector.read_kernel()?;
+        injector.expected = (0..VICTIMS).map(|victim| lines_of(&kernel, victim)).collect();
+        Ok(injector)
     }
 
     /// All that there is of victims, a line each.
-    fn look(&self) -> Result<String> {
+    fn read_kernel(&self) -> Result<String> {
         let servers = self.node.exec("ipvsadm -Sn")?;
         let addresses = self.node.exec("ip -oneline address show dev kube-ipvs0")?;
         let vips = self.node.exec("nft list set ip kube-ipvs vips")?;
@@ -107,7 +107,7 @@ impl<'a> Vandal<'a> {
     }
 
     /// Changes something of a victim that is as it should be.
-    pub(crate) fn strike(&mut self, rng: &mut Rng) {
+    pub(crate) fn inject(&mut self, rng: &mut Rng) {
         let victim = rng.usize(..VICTIMS);
         if self.drifted.iter().any(|it| it.victim == victim) {
             return;
@@ -115,45 +115,45 @@ impl<'a> Vandal<'a> {
         let (kind, command) = DRIFTS[rng.usize(..DRIFTS.len())];
         // Where the agent was faster with something else there may be nothing to change.
         if self.node.exec(&command.replace("VIP", &victim_vip(victim))).is_ok() {
-            self.shared.note(&format!("victim {victim}: {kind}"));
-            self.shared.lock().drifts.entry(kind.to_owned()).or_default().made += 1;
+            self.recorder.note(&format!("victim {victim}: {kind}"));
+            self.recorder.lock().drifts.entry(kind.to_owned()).or_default().made += 1;
             self.drifted.push(Drifted { victim, kind, since: Instant::now() });
         }
     }
 
     /// Looks who is as it should be again.
-    pub(crate) fn inspect(&mut self) {
+    pub(crate) fn check_repairs(&mut self) {
         if self.drifted.is_empty() {
             return;
         }
         // A set that is being made anew is none at that moment.
-        let Ok(kernel) = self.look() else { return };
+        let Ok(kernel) = self.read_kernel() else { return };
         self.drifted.retain(|it| {
             let took = it.since.elapsed();
-            let is_right = of(&kernel, it.victim) == self.right[it.victim];
-            if is_right {
-                let mut tally = self.shared.lock();
-                let repairs: &mut Repairs = tally.drifts.entry(it.kind.to_owned()).or_default();
+            let is_repaired = lines_of(&kernel, it.victim) == self.expected[it.victim];
+            if is_repaired {
+                let mut record = self.recorder.lock();
+                let repairs: &mut Repairs = record.drifts.entry(it.kind.to_owned()).or_default();
                 repairs.repaired += 1;
                 repairs.longest = repairs.longest.max(took.as_secs_f64());
-            } else if took > PATIENCE {
-                self.shared.differs(&format!("{} of victim {} is not repaired", it.kind, it.victim));
+            } else if took > REPAIR_TIMEOUT {
+                self.recorder.differs(&format!("{} of victim {} is not repaired", it.kind, it.victim));
             }
-            !is_right && took <= PATIENCE
+            !is_repaired && took <= REPAIR_TIMEOUT
         });
     }
 
     /// Waits until nothing is otherwise than it should be.
-    pub(crate) fn settle(&mut self) {
+    pub(crate) fn wait_for_repairs(&mut self) {
         while !self.drifted.is_empty() {
-            self.inspect();
+            self.check_repairs();
             thread::sleep(Duration::from_millis(300));
         }
     }
 }
 
 /// The lines about a victim, sorted.
-fn of(kernel: &str, victim: usize) -> String {
+fn lines_of(kernel: &str, victim: usize) -> String {
     let vip = victim_vip(victim);
     let is_end = |rest: &str| !rest.starts_with(|c: char| c.is_ascii_digit());
     let mut lines: Vec<&str> = kernel
@@ -170,9 +170,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_victim_has_the_lines_with_its_vip_and_not_those_of_one_that_begins_so() {
+    fn lines_of_a_victim_are_those_with_exactly_its_vip() {
         let kernel =
             "-A -t 10.98.0.1:80 -s rr\n-A -t 10.98.0.10:80 -s rr\n10.98.0.1\n-a -t 10.98.0.1:80 -r 10.245.0.1:8080\n";
-        assert_eq!(of(kernel, 0), "-A -t 10.98.0.1:80 -s rr\n-a -t 10.98.0.1:80 -r 10.245.0.1:8080\n10.98.0.1");
+        assert_eq!(lines_of(kernel, 0), "-A -t 10.98.0.1:80 -s rr\n-a -t 10.98.0.1:80 -r 10.245.0.1:8080\n10.98.0.1");
     }
 }

@@ -1,4 +1,4 @@
-//! What is counted.
+//! The record of a soak: what is counted and measured, and which of it is a failure.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,15 +6,16 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-/// All that was counted in a soak.
+/// Everything that was counted in a soak.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Tally {
+pub(crate) struct SoakRecord {
     pub(crate) seconds: u64,
     pub(crate) seed: u64,
     /// Changes of objects by kind.
     pub(crate) changes: BTreeMap<String, u64>,
     /// What happened to the agent, to the API server and to the kernel, by kind.
-    pub(crate) troubles: BTreeMap<String, u64>,
+    #[serde(alias = "troubles")]
+    pub(crate) disruptions: BTreeMap<String, u64>,
     /// What was changed in the kernel behind the agent's back, by kind.
     pub(crate) drifts: BTreeMap<String, Repairs>,
     /// What the agent's own count of drift says, over all its lives.
@@ -68,21 +69,21 @@ pub(crate) struct Sample {
     pub(crate) threads: usize,
 }
 
-/// Losses that are told with their words.
-const MOST_WORDS: usize = 50;
+/// At most this many losses are listed with their reasons.
+const MAX_LOSSES_LISTED: usize = 50;
 /// So much is remembered of what happened before a loss.
-const HISTORY: usize = 40;
+const HISTORY_LENGTH: usize = 40;
 /// From this many seconds on growth can be told from chance.
-const LONG: u64 = 3600;
+const MIN_SECONDS_FOR_GROWTH: u64 = 3600;
 /// Bytes an hour: a tenth of what the agent has.
-const MOST_GROWTH: f64 = 1_048_576.0;
+const MAX_GROWTH: f64 = 1_048_576.0;
 /// Connections come and go.
-const MORE_FILES: usize = 5;
+const FILE_TOLERANCE: usize = 5;
 /// How long answers are counted together, in seconds.
-pub(crate) const QUARTER: u64 = 15;
+pub(crate) const INTERVAL: u64 = 15;
 
-impl Tally {
-    /// What must not be.
+impl SoakRecord {
+    /// Everything that makes the soak fail.
     pub(crate) fn failures(&self) -> Vec<String> {
         let mut failures = self.differences.clone();
         failures.extend(self.losses.iter().cloned());
@@ -90,13 +91,13 @@ impl Tally {
         if lost > 0 {
             failures.push(format!("{lost} connections or answers were lost"));
         }
-        if self.seconds >= LONG {
+        if self.seconds >= MIN_SECONDS_FOR_GROWTH {
             failures.extend(
-                self.growth().filter(|it| *it > MOST_GROWTH).map(|it| format!("memory grows by {it:.0} bytes an hour")),
+                self.growth().filter(|it| *it > MAX_GROWTH).map(|it| format!("memory grows by {it:.0} bytes an hour")),
             );
             let files = |samples: &[Sample]| samples.iter().map(|it| it.files).max().unwrap_or(0);
             let (early, late) = self.settled().split_at(self.settled().len() / 2);
-            if files(late) > files(early) + MORE_FILES {
+            if files(late) > files(early) + FILE_TOLERANCE {
                 failures.push(format!("open files grow from {} to {}", files(early), files(late)));
             }
         }
@@ -128,40 +129,40 @@ impl Tally {
     }
 }
 
-/// A tally that threads write to.
+/// A record that all threads write to.
 #[derive(Debug)]
-pub(crate) struct Shared {
+pub(crate) struct Recorder {
     pub(crate) start: Instant,
-    tally: Mutex<Tally>,
+    record: Mutex<SoakRecord>,
     history: Mutex<VecDeque<String>>,
 }
 
-impl Shared {
+impl Recorder {
     pub(crate) fn new(seconds: u64, seed: u64) -> Self {
         Self {
             start: Instant::now(),
-            tally: Mutex::new(Tally { seconds, seed, ..Tally::default() }),
+            record: Mutex::new(SoakRecord { seconds, seed, ..SoakRecord::default() }),
             history: Mutex::default(),
         }
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, Tally> {
-        self.tally.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> MutexGuard<'_, SoakRecord> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn changed(&self, kind: &str) {
         *self.lock().changes.entry(kind.to_owned()).or_default() += 1;
     }
 
-    pub(crate) fn trouble(&self, kind: &str) {
-        *self.lock().troubles.entry(kind.to_owned()).or_default() += 1;
+    pub(crate) fn disruption(&self, kind: &str) {
+        *self.lock().disruptions.entry(kind.to_owned()).or_default() += 1;
         self.note(kind);
     }
 
     /// Remembers what happened, for whom something is lost soon after.
     pub(crate) fn note(&self, what: &str) {
         let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        if history.len() == HISTORY {
+        if history.len() == HISTORY_LENGTH {
             history.pop_front();
         }
         history.push_back(format!("{:.1} s: {what}", self.start.elapsed().as_secs_f64()));
@@ -172,25 +173,25 @@ impl Shared {
     }
 
     pub(crate) fn answered(&self, who: &str, after: Duration) {
-        let mut tally = self.lock();
-        let traffic = tally.traffic.entry(who.to_owned()).or_default();
+        let mut record = self.lock();
+        let traffic = record.traffic.entry(who.to_owned()).or_default();
         traffic.answered += 1;
         traffic.longest = traffic.longest.max(after.as_secs_f64());
-        self.quarter(&mut tally).0 += 1;
+        self.current_interval(&mut record).0 += 1;
     }
 
     pub(crate) fn lost(&self, who: &str, why: &str) {
         let at = self.start.elapsed().as_secs_f64();
-        let mut tally = self.lock();
-        tally.traffic.entry(who.to_owned()).or_default().lost += 1;
-        self.quarter(&mut tally).1 += 1;
+        let mut record = self.lock();
+        record.traffic.entry(who.to_owned()).or_default().lost += 1;
+        self.current_interval(&mut record).1 += 1;
         let line = format!("{at:.1} s: {who}: {why}");
         eprintln!("LOST at {line}");
         for it in self.history.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             eprintln!("  before that, {it}");
         }
-        if tally.losses.len() < MOST_WORDS {
-            tally.losses.push(line);
+        if record.losses.len() < MAX_LOSSES_LISTED {
+            record.losses.push(line);
         }
     }
 
@@ -200,12 +201,12 @@ impl Shared {
         self.lock().differences.push(line);
     }
 
-    fn quarter<'a>(&self, tally: &'a mut Tally) -> &'a mut (u64, u64) {
-        let place = usize::try_from(self.start.elapsed().as_secs() / QUARTER).unwrap_or(usize::MAX);
-        if tally.answers.len() <= place {
-            tally.answers.resize(place + 1, (0, 0));
+    fn current_interval<'a>(&self, record: &'a mut SoakRecord) -> &'a mut (u64, u64) {
+        let place = usize::try_from(self.start.elapsed().as_secs() / INTERVAL).unwrap_or(usize::MAX);
+        if record.answers.len() <= place {
+            record.answers.resize(place + 1, (0, 0));
         }
-        &mut tally.answers[place]
+        &mut record.answers[place]
     }
 }
 
@@ -219,25 +220,25 @@ mod tests {
 
     #[test]
     fn growth_is_that_of_the_longest_life_after_its_beginning() {
-        let mut tally =
-            Tally { samples: vec![sample(0.0, 1, 7_000_000), sample(1.0, 1, 9_000_000)], ..Tally::default() };
-        assert!(tally.failures().is_empty());
+        let mut record =
+            SoakRecord { samples: vec![sample(0.0, 1, 7_000_000), sample(1.0, 1, 9_000_000)], ..SoakRecord::default() };
+        assert!(record.failures().is_empty());
         // A start that needs more, and then 36 bytes a second.
-        tally.samples.push(sample(2.0, 2, 90_000_000));
-        tally.samples.extend((1_u32..10).map(|it| sample(100.0 * f64::from(it), 2, 1_000_000 + 3600 * u64::from(it))));
-        let growth = tally.growth().unwrap();
+        record.samples.push(sample(2.0, 2, 90_000_000));
+        record.samples.extend((1_u32..10).map(|it| sample(100.0 * f64::from(it), 2, 1_000_000 + 3600 * u64::from(it))));
+        let growth = record.growth().unwrap();
         assert!((growth - 129_600.0).abs() < 1.0, "{growth}");
     }
 
     #[test]
     fn whatever_is_lost_or_not_repaired_is_a_failure() {
-        let shared = Shared::new(60, 1);
-        shared.answered("client", Duration::from_millis(1));
-        assert!(shared.lock().failures().is_empty());
-        shared.lost("client", "refused");
-        assert_eq!(shared.lock().failures().len(), 2);
-        shared.lock().drifts.insert("weight".into(), Repairs { made: 2, repaired: 1, longest: 1.0 });
-        assert_eq!(shared.lock().failures().len(), 3);
-        assert_eq!(shared.lock().answers, [(1, 1)]);
+        let recorder = Recorder::new(60, 1);
+        recorder.answered("client", Duration::from_millis(1));
+        assert!(recorder.lock().failures().is_empty());
+        recorder.lost("client", "refused");
+        assert_eq!(recorder.lock().failures().len(), 2);
+        recorder.lock().drifts.insert("weight".into(), Repairs { made: 2, repaired: 1, longest: 1.0 });
+        assert_eq!(recorder.lock().failures().len(), 3);
+        assert_eq!(recorder.lock().answers, [(1, 1)]);
     }
 }
