@@ -10,7 +10,7 @@ use crate::cargo;
 const PACKAGES: [&str; 3] = ["ipvs-netlink", "netlink-batch", "reconciler"];
 
 /// Their files in `tests/` that need nothing of the kernel. qemu-user knows few protocols of netlink.
-const TESTS: [&str; 15] = [
+const TESTS: [&str; 16] = [
     "allocations",
     "changes",
     "codec",
@@ -25,6 +25,7 @@ const TESTS: [&str; 15] = [
     "rules",
     "rules_properties",
     "sync_report",
+    "untrusted_services",
     "vip_binding",
 ];
 
