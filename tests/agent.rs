@@ -32,8 +32,7 @@ fn manifests_become_virtual_servers_and_follow_changes() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&[]);
-    agent.has(&[WEB, WEB_1, WEB_2]);
-    assert_eq!(addresses(), ["10.96.0.10/32"]);
+    agent.has(&[WEB, WEB_1, WEB_2]).binds(&["10.96.0.10/32"]);
     // All other tests read the kernel without these programs.
     let mut lines: Vec<String> = run("ipvsadm -Sn").lines().map(str::to_owned).collect();
     lines.sort();
@@ -153,7 +152,7 @@ fn sigterm_leaves_the_kernel_unchanged_and_is_logged() {
     isolate().unwrap();
     let manifests = web();
     let mut agent = manifests.agent(&[]);
-    agent.has(&[WEB, WEB_1, WEB_2]);
+    agent.has(&[WEB, WEB_1, WEB_2]).binds(&["10.96.0.10/32"]);
     agent.terminate();
     assert!(agent.ends().success());
     assert!(agent.log().contains("SIGTERM: stopping; virtual servers and addresses stay as they are"));
@@ -202,7 +201,7 @@ fn bad_objects_are_named_and_harm_no_other() {
 fn a_missing_scheduler_stops_the_start_and_changes_nothing() {
     isolate().unwrap();
     let manifests = web();
-    manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]);
+    manifests.agent(&[]).has(&[WEB, WEB_1, WEB_2]).binds(&["10.96.0.10/32"]);
     let mut agent = manifests.agent(&["--ipvs-scheduler=nosuch"]);
     assert!(!agent.ends().success());
     assert!(agent.log().contains("modprobe ip_vs_nosuch"), "{}", agent.log());
@@ -451,7 +450,7 @@ fn addresses_of_nodes_and_api_servers_are_not_served_or_bound() {
         expected.extend([format!("-A -t {vip}:80 -s rr"), format!("-a -t {vip}:80 -r 10.66.6.6:8080 -m -w 1")]);
     }
     agent.has(&expected.iter().map(String::as_str).collect::<Vec<_>>());
-    assert_eq!(addresses(), ["10.96.0.1/32", "10.96.0.10/32", "10.96.0.66/32", "203.0.113.1/32"]);
+    agent.binds(&["10.96.0.1/32", "10.96.0.10/32", "10.96.0.66/32", "203.0.113.1/32"]);
     for word in ["unspecified", "loopback", "link-local", "multicast", "broadcast"] {
         agent.says(&format!("is a {word} address"));
     }

@@ -83,8 +83,7 @@ fn a_changed_config_map_takes_effect_only_if_it_is_valid() {
     map.update(&configuration("ipvs: {scheduler: sh}"));
     agent.says("the configuration has changed: restarting with it");
     // The same process: nobody has to start it again.
-    agent.has(&[WEB_SH, WEB_1]);
-    assert_eq!(addresses(), ["10.96.0.10/32"]);
+    agent.has(&[WEB_SH, WEB_1]).binds(&["10.96.0.10/32"]);
     agent.until("serve the configuration in effect", |_| {
         get(METRICS, "/configz").is_some_and(|answer| answer.body.contains("\"scheduler\":\"sh\""))
     });

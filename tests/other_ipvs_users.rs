@@ -141,7 +141,7 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     manifests.write("web.json", &web);
     let mut agent = manifests.agent(&["--ipvs-sync-period=200ms"]);
     agent.until("serve", |_| ipvs().iter().any(|line| line == "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1"));
-    agent.says("there are virtual servers that no Service has");
+    agent.says("kept virtual servers that belong to no Service");
     untouched("after the first start");
 
     manifests.write("zoo.json", &manifest(&[service("zoo", "10.96.0.11"), slice("zoo-1", "zoo", &["10.0.0.2"])]));

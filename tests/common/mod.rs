@@ -144,6 +144,12 @@ impl Agent {
         self
     }
 
+    /// Waits until `kube-ipvs0` has exactly these addresses, sorted. VIPs are bound after their real servers are added.
+    pub fn binds(&mut self, expected: &[&str]) -> &mut Self {
+        self.until(&format!("bind {expected:?}"), |_| addresses() == expected);
+        self
+    }
+
     /// Waits until something holds.
     pub fn until(&mut self, what: &str, holds: impl FnMut(&mut lab::agent::Agent) -> bool) {
         if let Err(error) = self.0.until(what, holds) {

@@ -105,8 +105,7 @@ fn the_base_pod_serves_with_one_capability_and_its_seccomp_profile() {
     assert_eq!(addresses(), [""; 0], "the device is there, and has none yet");
 
     let mut agent = pod.start("kube-ipvs");
-    agent.has(&[WEB, WEB_1, WEB_2]);
-    assert_eq!(addresses(), ["10.96.0.10/32"]);
+    agent.has(&[WEB, WEB_1, WEB_2]).binds(&["10.96.0.10/32"]);
     assert!(run("nft list tables").contains("table ip kube-ipvs"));
     for set in ["CapPrm", "CapEff", "CapBnd"] {
         // CAP_NET_ADMIN is the twelfth.
