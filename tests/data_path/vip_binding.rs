@@ -169,6 +169,7 @@ fn the_vip_binding_can_be_changed_without_an_interruption() {
                 [_] => is_bound_by_routes(OWN_ROUTES),
                 _ => is_bound_by_routes(WITH_RANGES),
             }
+            assert!(are_none_lost(), "{way:?}: {}\n{}", run("nft list table inet watch"), agent.log());
             let mut again = manifests.agent(&flags);
             assert!(again.ends().success(), "{}", again.log());
             assert!(again.log().contains("audited, nothing to change"), "{}", again.log());

@@ -1,7 +1,8 @@
 //! Carries out the operations of a plan, each run of operations on one subsystem as one batch.
 
+use std::collections::BTreeSet;
 use std::net::IpAddr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use ipvs_netlink::{ErrorKind, Message};
@@ -11,12 +12,16 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressSco
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::errno::{EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, EINVAL, ENETDOWN, ENODEV, EPERM, ESRCH};
+use super::read::address_of;
 use super::{LinuxKernel, conntrack, filter, refused, routes, unknown};
 use crate::kernel::{Cause, KernelError};
 use crate::plan::{Operation, Plan};
 
 /// How many operations are encoded at a time: some full batches.
 const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
+
+/// How long the kernel may take to add the routes of IPv6 addresses. It takes about a millisecond.
+const ROUTES_OF_ADDRESSES: Duration = Duration::from_secs(1);
 
 impl LinuxKernel {
     pub(super) fn apply_plan(&mut self, plan: &Plan) -> Vec<Result<(), KernelError>> {
@@ -106,11 +111,46 @@ impl LinuxKernel {
         }));
     }
 
+    /// Waits until the kernel has its own routes for the IPv6 addresses whose routes of ours are about to go.
+    ///
+    /// It acknowledges a new address before it adds the local route, which a work queue does (`addrconf_dad_work`): without ours
+    /// there would be an instant with neither. Where the routes cannot be read, or do not come, it is as without this.
+    fn await_routes_of_addresses(&mut self, operations: &[Operation], device: u32) {
+        let removed: BTreeSet<IpAddr> = operations
+            .iter()
+            .filter_map(|operation| match operation {
+                Operation::RemoveRoute(IpNet::V6(range)) if range.prefix_len() == 128 => Some(range.addr().into()),
+                _ => None,
+            })
+            .collect();
+        if removed.is_empty() {
+            return;
+        }
+        let mut request = AddressMessage::default();
+        request.header.family = AddressFamily::Inet6;
+        let mut bound = BTreeSet::new();
+        let listed = self.route.dump(&RouteNetlinkMessage::GetAddress(request), |answer| {
+            if let RouteNetlinkMessage::NewAddress(message) = answer
+                && message.header.index == device
+            {
+                bound.extend(address_of(&message).filter(|address| removed.contains(address)));
+            }
+        });
+        let deadline = Instant::now() + ROUTES_OF_ADDRESSES;
+        while listed.is_ok() && !bound.is_empty() && Instant::now() < deadline {
+            match routes::read_kernels_ipv6(&mut self.routes, device) {
+                Ok(routed) if !bound.is_subset(&routed) => std::thread::sleep(Duration::from_millis(1)),
+                _ => return,
+            }
+        }
+    }
+
     fn apply_addresses(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
         let Some(device) = self.device else {
             results.extend(operations.iter().map(|operation| Err(no_device(operation))));
             return;
         };
+        self.await_routes_of_addresses(operations, device);
         let requests = operations.iter().filter_map(|operation| address_message(operation, device));
         match self.route.batch(requests) {
             Ok(answers) => results.extend(

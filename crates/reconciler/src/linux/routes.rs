@@ -1,5 +1,6 @@
 //! Local routes to `kube-ipvs0` over rtnetlink: how they are identified, written and read.
 
+use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
 
 use ipnet::IpNet;
@@ -33,6 +34,8 @@ const RTA_OIF: u16 = 4;
 const RTA_PRIORITY: u16 = 6;
 const RTA_TABLE: u16 = 15;
 const RTN_LOCAL: u8 = 2;
+/// Of the routes that the kernel adds with an address.
+const RTPROT_KERNEL: u8 = 2;
 /// The table with local addresses, which is looked up first.
 const LOCAL_TABLE: u8 = 255;
 
@@ -95,18 +98,19 @@ pub(crate) struct Route {
     range: Option<IpNet>,
     device: u32,
     is_ours: bool,
+    /// Whether the kernel added it with an address.
+    is_kernels: bool,
 }
 
 impl NetlinkDeserializable for Route {
     type Error = DecodeError;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        let (range, device, is_ours) = (None, 0, false);
-        let mut route = Self { range, device, is_ours };
+        let mut route = Self { range: None, device: 0, is_ours: false, is_kernels: false };
         let Some(&[family, prefix, _, _, table, protocol, _, kind, ..]) = payload.get(..RTMSG_BYTES) else {
             return Err("a route is short".into());
         };
-        if header.message_type != RTM_NEWROUTE || protocol != PROTOCOL || kind != RTN_LOCAL {
+        if header.message_type != RTM_NEWROUTE || ![PROTOCOL, RTPROT_KERNEL].contains(&protocol) || kind != RTN_LOCAL {
             return Ok(route);
         }
         let (mut table, mut metric) = (u32::from(table), 0);
@@ -121,7 +125,9 @@ impl NetlinkDeserializable for Route {
                 _ => {}
             }
         }
-        route.is_ours = table == u32::from(LOCAL_TABLE) && metric == METRIC;
+        let is_local = table == u32::from(LOCAL_TABLE);
+        route.is_ours = is_local && protocol == PROTOCOL && metric == METRIC;
+        route.is_kernels = is_local && protocol == RTPROT_KERNEL;
         Ok(route)
     }
 }
@@ -142,16 +148,32 @@ pub(crate) fn open() -> Result<Socket, Error> {
     Ok(socket)
 }
 
+/// Reads for which IPv6 addresses of a device the kernel has added a local route.
+pub(crate) fn read_kernels_ipv6(socket: &mut Socket, device: u32) -> Result<BTreeSet<IpAddr>, Error> {
+    let mut addresses = BTreeSet::new();
+    socket.dump(&list(AddressFamily::Inet6, RouteProtocol::Kernel), |route: Route| {
+        if route.is_kernels && route.device == device {
+            addresses.extend(route.range.map(|range| range.addr()));
+        }
+    })?;
+    Ok(addresses)
+}
+
+/// The request for the local routes of a protocol.
+fn list(family: AddressFamily, protocol: RouteProtocol) -> RouteNetlinkMessage {
+    let mut wanted = RouteMessage::default();
+    wanted.header.address_family = family;
+    wanted.header.table = LOCAL_TABLE;
+    wanted.header.protocol = protocol;
+    wanted.header.kind = RouteType::Local;
+    RouteNetlinkMessage::GetRoute(wanted)
+}
+
 /// Reads the routes of this program to a device, of both families.
 pub(crate) fn read(socket: &mut Socket, device: u32) -> Result<Vec<IpNet>, Error> {
     let mut ranges = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-        let mut wanted = RouteMessage::default();
-        wanted.header.address_family = family;
-        wanted.header.table = LOCAL_TABLE;
-        wanted.header.protocol = RouteProtocol::Other(PROTOCOL);
-        wanted.header.kind = RouteType::Local;
-        socket.dump(&RouteNetlinkMessage::GetRoute(wanted), |route: Route| {
+        socket.dump(&list(family, RouteProtocol::Other(PROTOCOL)), |route: Route| {
             if route.is_ours && route.device == device {
                 ranges.extend(route.range);
             }
@@ -179,7 +201,7 @@ mod tests {
         for text in ["10.96.0.0/12", "203.0.113.1/32", "fd00:96::/112", "fd00::1/128"] {
             let range: IpNet = text.parse().unwrap();
             let ours = route(&range, 7);
-            assert_eq!(read(&ours), Route { range: Some(range), device: 7, is_ours: true });
+            assert_eq!(read(&ours), Route { range: Some(range), device: 7, is_ours: true, is_kernels: false });
             let change: [fn(&mut RouteMessage); 4] = [
                 |route| route.header.protocol = RouteProtocol::Kernel,
                 |route| route.header.kind = RouteType::Unicast,
