@@ -1,5 +1,5 @@
 //! The Linux kernel of this network namespace: IPVS over generic netlink, `kube-ipvs0` over rtnetlink, the packet filter and
-//! connection tracking over nfnetlink. [`read`] reads the state, [`apply`] carries out plans; this file has the sockets and what is done
+//! connection tracking over nfnetlink. `read` reads the state, `apply` carries out plans; this file has the sockets and what is done
 //! outside of plans.
 
 mod apply;
