@@ -12,7 +12,6 @@ use netlink_packet_route::address::{AddressAttribute, AddressMessage, AddressSco
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::errno::{EACCES, EADDRNOTAVAIL, EAFNOSUPPORT, EEXIST, EINVAL, ENETDOWN, ENODEV, EPERM, ESRCH};
-use super::read::address_of;
 use super::{LinuxKernel, conntrack, filter, refused, routes, unknown};
 use crate::kernel::{Cause, KernelError};
 use crate::plan::{Operation, Plan};
@@ -20,7 +19,7 @@ use crate::plan::{Operation, Plan};
 /// How many operations are encoded at a time: some full batches.
 const IPVS_OPERATIONS: usize = 8 * netlink_batch::BATCH_MESSAGES;
 
-/// How long the kernel may take to add the routes of IPv6 addresses. It takes about a millisecond.
+/// How long the kernel may take to add the route of an IPv6 address. It takes about a millisecond.
 const ROUTES_OF_ADDRESSES: Duration = Duration::from_secs(1);
 
 impl LinuxKernel {
@@ -111,38 +110,49 @@ impl LinuxKernel {
         }));
     }
 
-    /// Waits until the kernel has its own routes for the IPv6 addresses whose routes of ours are about to go.
+    /// Waits until the kernel has its own routes for the IPv6 addresses that were bound a moment ago, if routes of ours that cover
+    /// them are about to go.
     ///
-    /// It acknowledges a new address before it adds the local route, which a work queue does (`addrconf_dad_work`): without ours
-    /// there would be an instant with neither. Where the routes cannot be read, or do not come, it is as without this.
+    /// The kernel acknowledges a new address before it adds the local route, which a work queue does (`addrconf_dad_work`): without
+    /// our route there would be an instant with neither. If the routes cannot be read, or do not come, ours go all the same.
     fn await_routes_of_addresses(&mut self, operations: &[Operation], device: u32) {
-        let removed: BTreeSet<IpAddr> = operations
+        self.newly_bound.retain(|(_, since)| since.elapsed() < ROUTES_OF_ADDRESSES);
+        let removed: Vec<&IpNet> = operations
             .iter()
             .filter_map(|operation| match operation {
-                Operation::RemoveRoute(IpNet::V6(range)) if range.prefix_len() == 128 => Some(range.addr().into()),
+                Operation::RemoveRoute(range @ IpNet::V6(_)) => Some(range),
                 _ => None,
             })
             .collect();
-        if removed.is_empty() {
+        if removed.is_empty() || self.newly_bound.is_empty() {
             return;
         }
-        let mut request = AddressMessage::default();
-        request.header.family = AddressFamily::Inet6;
-        let mut bound = BTreeSet::new();
-        let listed = self.route.dump(&RouteNetlinkMessage::GetAddress(request), |answer| {
-            if let RouteNetlinkMessage::NewAddress(message) = answer
-                && message.header.index == device
-            {
-                bound.extend(address_of(&message).filter(|address| removed.contains(address)));
-            }
-        });
+        let single: BTreeSet<IpAddr> =
+            removed.iter().filter(|range| range.prefix_len() == 128).map(|range| range.addr()).collect();
+        // There are few ranges, but as many single addresses as VIPs.
+        let ranges: Vec<&IpNet> = removed.into_iter().filter(|range| range.prefix_len() < 128).collect();
+        let covered: BTreeSet<IpAddr> = self
+            .newly_bound
+            .iter()
+            .map(|(address, _)| *address)
+            .filter(|address| single.contains(address) || ranges.iter().any(|range| range.contains(address)))
+            .collect();
         let deadline = Instant::now() + ROUTES_OF_ADDRESSES;
-        while listed.is_ok() && !bound.is_empty() && Instant::now() < deadline {
+        while !covered.is_empty() && Instant::now() < deadline {
             match routes::read_kernels_ipv6(&mut self.routes, device) {
-                Ok(routed) if !bound.is_subset(&routed) => std::thread::sleep(Duration::from_millis(1)),
+                Ok(routed) if !covered.is_subset(&routed) => std::thread::sleep(Duration::from_millis(1)),
                 _ => return,
             }
         }
+    }
+
+    /// Remembers which IPv6 addresses were bound, since their routes come later.
+    fn remember_bound(&mut self, operations: &[Operation], results: &[Result<(), KernelError>]) {
+        let now = Instant::now();
+        self.newly_bound.extend(operations.iter().zip(results).filter_map(|(operation, result)| match operation {
+            Operation::BindAddress(address @ IpAddr::V6(_)) if result.is_ok() => Some((*address, now)),
+            _ => None,
+        }));
     }
 
     fn apply_addresses(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
@@ -153,12 +163,15 @@ impl LinuxKernel {
         self.await_routes_of_addresses(operations, device);
         let requests = operations.iter().filter_map(|operation| address_message(operation, device));
         match self.route.batch(requests) {
-            Ok(answers) => results.extend(
-                answers
+            Ok(answers) => {
+                let answers: Vec<_> = answers
                     .into_iter()
                     .zip(operations)
-                    .map(|(answer, operation)| answer.map_err(|refusal| address_error(operation, &refusal))),
-            ),
+                    .map(|(answer, operation)| answer.map_err(|refusal| address_error(operation, &refusal)))
+                    .collect();
+                self.remember_bound(operations, &answers);
+                results.extend(answers);
+            }
             Err(error) => {
                 self.is_broken = true;
                 let error = unknown(error.to_string());

@@ -11,6 +11,7 @@ pub mod interface_watch;
 mod read;
 pub(crate) mod routes;
 
+use std::net::IpAddr;
 use std::time::Instant;
 
 use ipvs_netlink::{Client, ErrorKind};
@@ -49,6 +50,8 @@ pub struct LinuxKernel {
     families: Families,
     /// The index of `kube-ipvs0`, if it is known.
     device: Option<u32>,
+    /// The IPv6 addresses that were bound to it within the last second, and when: the kernel adds their routes later.
+    newly_bound: Vec<(IpAddr, Instant)>,
     /// What was sent until statistics were last taken.
     sent_at_last_take: Sent,
     /// What was sent on sockets that have failed.
@@ -75,6 +78,7 @@ impl LinuxKernel {
             netfilter,
             families,
             device: None,
+            newly_bound: Vec::new(),
             sent_at_last_take: Sent::default(),
             sent_before: Sent::default(),
             conntrack_cleanups: Vec::new(),

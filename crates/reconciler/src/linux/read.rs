@@ -109,7 +109,7 @@ impl LinuxKernel {
 }
 
 /// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, or else `IFA_ADDRESS`.
-pub(super) fn address_of(message: &AddressMessage) -> Option<IpAddr> {
+fn address_of(message: &AddressMessage) -> Option<IpAddr> {
     let find = |wanted: fn(&AddressAttribute) -> Option<IpAddr>| message.attributes.iter().find_map(wanted);
     find(|attribute| match attribute {
         AddressAttribute::Local(address) => Some(*address),
