@@ -27,6 +27,9 @@ pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
     }
     check_vip_ranges(&mut kernel, &policy.binding)?;
     kernel.probe_filter(policy)?;
+    if policy.own_tables {
+        kernel.own_tables()?;
+    }
     kernel.ensure_device()?;
     match kernel.forward_drops() {
         Ok(chains) if chains.is_empty() => {}

@@ -18,6 +18,8 @@ use lab::netns::isolate;
 use test_apiserver::Server;
 
 const SYNC_PERIOD: &str = "--ipvs-sync-period=300ms";
+/// Otherwise nobody could change the tables, on kernels that have owners of tables.
+const OTHERS_MAY_WRITE: &str = "--own-tables=false";
 /// How many audits may pass until all is as it was. Some changes take away what others need.
 const AUDITS: usize = 3;
 const FOREIGN: &str = "-A -t 172.16.0.1:80 -s rr";
@@ -92,7 +94,7 @@ fn cluster() -> (Server, Agent, Manifests) {
     let kubeconfig = manifests.path().join("kubeconfig");
     Server::write_kubeconfig(&kubeconfig, server.listen_in_thread().unwrap());
     let kubeconfig = format!("--kubeconfig={}", kubeconfig.display());
-    let mut agent = Agent::start(&[&kubeconfig, SYNC_PERIOD, "--ipvs-min-sync-period=0s"]);
+    let mut agent = Agent::start(&[&kubeconfig, SYNC_PERIOD, "--ipvs-min-sync-period=0s", OTHERS_MAY_WRITE]);
     agent.says("audited");
     (server, agent, manifests)
 }

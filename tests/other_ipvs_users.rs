@@ -139,7 +139,7 @@ fn virtual_servers_of_keepalived_and_ipvsadm_are_never_changed() {
     let manifests = Manifests::new();
     let web = manifest(&[service("web", "10.96.0.10"), slice("web-1", "web", &["10.0.0.1"])]);
     manifests.write("web.json", &web);
-    let mut agent = manifests.agent(&["--ipvs-sync-period=200ms"]);
+    let mut agent = manifests.agent(&["--ipvs-sync-period=200ms", "--own-tables=false"]);
     agent.until("serve", |_| ipvs().iter().any(|line| line == "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1"));
     agent.says("kept virtual servers that belong to no Service");
     untouched("after the first start");

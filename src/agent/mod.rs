@@ -91,7 +91,10 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         .context("cannot start tokio")?;
 
     let (inputs, inbox) = mpsc::channel();
-    reconciler_thread::watch_interfaces(inputs.clone())?;
+    reconciler_thread::watch_interfaces(&policy.binding, inputs.clone())?;
+    if !kernel.owns_tables() {
+        reconciler_thread::watch_filter(kernel.watch_filter()?, inputs.clone())?;
+    }
     let events = EventPublisher::default();
     let (health_check_sender, health_check_updates) = channel::unbounded_channel();
     let observer = SyncObserver {

@@ -7,8 +7,10 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
+use reconciler::binding::VipBinding;
 use reconciler::kernel::KernelError;
 use reconciler::linux::LinuxKernel;
+use reconciler::linux::filter_watch::FilterWatch;
 use reconciler::linux::interface_watch::{InterfaceChanges, InterfaceWatch};
 use reconciler::policy::Families;
 use reconciler::report::{Failure, SyncReport};
@@ -23,6 +25,9 @@ use crate::http::health_check_node_ports::PortUpdate;
 use crate::metrics;
 use crate::mode::RunMode;
 use crate::sysctl::SysctlMonitor;
+
+/// The delay before a watch that failed is tried again.
+const WATCH_RETRY_DELAY: Duration = Duration::from_secs(1);
 
 /// What the reconciler returns when it ends, in a one-shot mode.
 pub(super) struct SyncResult {
@@ -89,18 +94,43 @@ impl Observer for SyncObserver {
     }
 }
 
-/// Starts the thread that tells the reconciler when the addresses of the node's interfaces change.
-pub(super) fn watch_interfaces(inputs: Sender<Input>) -> Result<()> {
-    let mut watch = InterfaceWatch::open().context("cannot watch the node's interfaces")?;
+/// Starts the thread that tells the reconciler when another program changes the tables of the packet filter.
+pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>) -> Result<()> {
+    let follow = move || {
+        loop {
+            let is_changed = watch.wait().unwrap_or_else(|error| {
+                warn!("cannot watch the packet filter, will try again: {error}");
+                thread::sleep(WATCH_RETRY_DELAY);
+                // Changes may have been missed.
+                true
+            });
+            if is_changed && inputs.send(Input::FilterChanged).is_err() {
+                return;
+            }
+        }
+    };
+    thread::Builder::new().name("packet-filter".to_owned()).spawn(follow).context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Starts the thread that tells the reconciler when the addresses of the node's interfaces change, and when something of
+/// `kube-ipvs0` is deleted.
+pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender<Input>) -> Result<()> {
+    let mut watch = InterfaceWatch::open(binding).context("cannot watch the node's interfaces")?;
     let follow = move || {
         loop {
             let changed = watch.wait().unwrap_or_else(|error| {
                 warn!("cannot watch the node's interfaces, will try again: {error}");
-                thread::sleep(Duration::from_secs(1));
+                thread::sleep(WATCH_RETRY_DELAY);
                 // Changes may have been missed, so the addresses are read again.
-                InterfaceChanges { addresses: true, device_lost: false }
+                InterfaceChanges { addresses: true, ..InterfaceChanges::default() }
             });
-            let events = [(changed.addresses, Input::InterfacesChanged), (changed.device_lost, Input::DeviceLost)];
+            let events = [
+                (changed.addresses, Input::InterfacesChanged),
+                (changed.device_lost, Input::DeviceLost),
+                (!changed.addresses_deleted.is_empty(), Input::AddressesDeleted(changed.addresses_deleted)),
+                (!changed.routes_deleted.is_empty(), Input::RoutesDeleted(changed.routes_deleted)),
+            ];
             for (_, input) in events.into_iter().filter(|(has_happened, _)| *has_happened) {
                 if inputs.send(input).is_err() {
                     return;

@@ -154,6 +154,7 @@ pub(crate) const FLAG_FIELDS: &[(&str, &str)] = &[
     ("vip-ranges", "kubeIPVS.vipRanges"),
     ("ipvs-estimation", "kubeIPVS.estimation"),
     ("confirm-disappearance", "kubeIPVS.confirmDisappearance"),
+    ("own-tables", "kubeIPVS.ownTables"),
 ];
 
 fn flag_for_field(field: &str) -> Option<&'static str> {

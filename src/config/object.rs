@@ -188,6 +188,9 @@ pub(crate) struct KubeIpvs {
     /// Whether a list that lacks most known objects is read again before it is used; `None` means yes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) confirm_disappearance: Option<bool>,
+    /// Whether other programs cannot change our tables of `nf_tables`, if the kernel can do that; `None` means yes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) own_tables: Option<bool>,
 }
 
 impl KubeIpvs {

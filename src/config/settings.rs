@@ -146,6 +146,7 @@ fn policy(c: &Configuration, host: &str, check: &mut Validator) -> Policy {
     let detect_local = detect_local(c, check);
     Policy {
         binding: vip_binding(c, &detect_local, check),
+        own_tables: c.kube_ipvs.own_tables.unwrap_or(true),
         scheduler,
         exclude: check.ranges("ipvs.excludeCIDRs", &c.ipvs.exclude_cidrs),
         node_port_addresses: node_port_addresses(c, check),

@@ -202,6 +202,7 @@ fn rows() -> Vec<Row> {
             .rejects("fe80::/64", json!(["fe80::/64"]), "fe80::/64 overlaps fe80::/10, whose addresses cannot be VIPs"),
         row("kubeIPVS.estimation", Value::Null, ("false", json!(false))).boolean(),
         row("kubeIPVS.confirmDisappearance", Value::Null, ("false", json!(false))).boolean(),
+        row("kubeIPVS.ownTables", Value::Null, ("false", json!(false))).boolean(),
     ]
 }
 

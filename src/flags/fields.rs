@@ -279,6 +279,11 @@ pub(super) struct FieldFlags {
     /// removed because of it [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     confirm_disappearance: Option<bool>,
+
+    /// Whether the tables of nf_tables belong to the agent while it runs, so that no other program can change or flush
+    /// them. It requires Linux 6.9; before, the agent repairs such changes [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
+    own_tables: Option<bool>,
 }
 
 impl FieldFlags {
@@ -300,6 +305,7 @@ impl FieldFlags {
             vip_ranges: self.vip_ranges,
             ipvs_estimation: self.ipvs_estimation,
             confirm_disappearance: self.confirm_disappearance,
+            own_tables: self.own_tables,
             ..Self::default()
         }
     }
@@ -379,6 +385,7 @@ impl FieldFlags {
         set(&mut c.kube_ipvs.vip_ranges, self.vip_ranges.map(without_empty));
         set_some(&mut c.kube_ipvs.estimation, self.ipvs_estimation);
         set_some(&mut c.kube_ipvs.confirm_disappearance, self.confirm_disappearance);
+        set_some(&mut c.kube_ipvs.own_tables, self.own_tables);
     }
 }
 

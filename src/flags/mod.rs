@@ -107,7 +107,7 @@ pub(crate) enum Command {
 }
 
 /// Flags with a field that have an effect even with `--config`. (Flags without a field always have.)
-const FLAGS_BESIDE_FILE: [&str; 15] = [
+const FLAGS_BESIDE_FILE: [&str; 16] = [
     "confirm-disappearance",
     "hostname-override",
     "ipvs-drain-timeout",
@@ -118,6 +118,7 @@ const FLAGS_BESIDE_FILE: [&str; 15] = [
     "log-text-info-buffer-size",
     "log-text-split-stream",
     "logging-format",
+    "own-tables",
     "v",
     "vip-binding",
     "vip-ranges",

@@ -220,7 +220,7 @@ pub fn eth0() {
 
 /// Our tables of the packet filter as the agent reads them: quickly, but rules by their fingerprints alone.
 pub fn observed_filter() -> ObservedFilter {
-    read::read(&mut Socket::open(NETLINK_NETFILTER).unwrap(), Families::BOTH).unwrap()
+    read::read(&mut Socket::open(NETLINK_NETFILTER).unwrap(), Families::BOTH, false).unwrap()
 }
 
 /// Whether there are tables of ours.

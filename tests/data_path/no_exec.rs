@@ -33,6 +33,8 @@ fn the_agent_runs_no_other_program() {
             .arg(&trace)
             .arg(env!("CARGO_BIN_EXE_kube-ipvs"))
             .args(["--hostname-override=node-a", "--ipvs-min-sync-period=0s", "--ipvs-sync-period=300ms", CLUSTER_CIDR])
+            // Otherwise nobody could delete a table.
+            .arg("--own-tables=false")
             .args(FLAGS)
             .arg(format!("--manifests={}", manifests.path().display())),
     );

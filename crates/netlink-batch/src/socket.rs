@@ -58,6 +58,13 @@ impl Socket {
         let _ = self.raw.set_netlink_get_strict_chk(true);
     }
 
+    /// The port id of this socket (`nl_pid`). Many notifications have the requester's in `nlmsg_pid`; see netlink(7).
+    pub fn port_id(&self) -> u32 {
+        let mut address = SocketAddr::new(0, 0);
+        // Cannot fail: the socket is open and bound. 0 is the kernel's own.
+        self.raw.get_address(&mut address).map_or(0, |()| address.port_number())
+    }
+
     /// Counters of what was sent so far.
     pub fn sent(&self) -> Sent {
         self.outgoing.sent()

@@ -12,7 +12,7 @@ use crate::front_end::{FrontEnd, ServerConfig};
 use crate::kernel::{Cause, Kernel, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
 use crate::mirror::Mirror;
 use crate::plan::{Operation, Plan};
-use crate::real_servers::real_server_address;
+use crate::real_servers::{RealServers, real_server_address};
 
 /// A real server in the model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -272,6 +272,12 @@ impl Kernel for FakeKernel {
             Scope::Servers(front_ends) => {
                 self.counts.servers_read += front_ends.len();
                 let servers = front_ends.iter().filter_map(|front_end| self.servers.get_key_value(front_end));
+                Observed { servers: servers.map(observe).collect(), ..Observed::default() }
+            }
+            Scope::ServerConfigs(front_ends) => {
+                let servers = front_ends.iter().filter_map(|it| Some((*it, self.servers.get(it)?.config)));
+                let observe =
+                    |(front_end, config)| ObservedServer { front_end, config, real_servers: RealServers::default() };
                 Observed { servers: servers.map(observe).collect(), ..Observed::default() }
             }
             Scope::Filter => Observed { filter: self.filter.clone(), ..Observed::default() },

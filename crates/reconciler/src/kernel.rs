@@ -23,6 +23,8 @@ pub enum Scope<'a> {
     All,
     /// These virtual servers with their real servers.
     Servers(&'a [FrontEnd]),
+    /// These virtual servers without their real servers.
+    ServerConfigs(&'a [FrontEnd]),
     /// The addresses of the node's interfaces.
     Interfaces,
     /// The packet filter.

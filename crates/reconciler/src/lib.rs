@@ -64,6 +64,7 @@ pub mod kernel;
 pub mod linux;
 
 // Driver.
+mod audit_requests;
 mod backoff;
 mod log;
 pub mod reconciler;

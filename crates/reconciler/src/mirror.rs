@@ -122,6 +122,11 @@ impl Mirror {
         self.real_server_count
     }
 
+    /// The front ends of all virtual servers, in no particular order.
+    pub fn front_ends(&self) -> impl Iterator<Item = &FrontEnd> {
+        self.servers.keys()
+    }
+
     /// The virtual server at a front end.
     pub fn server(&self, front_end: &FrontEnd) -> Option<&MirrorServer> {
         self.servers.get(front_end)

@@ -92,6 +92,8 @@ pub struct Policy {
     pub drain_timeout: Option<Duration>,
     /// How VIPs are bound to this node (`--vip-binding`, `--vip-ranges`).
     pub binding: VipBinding,
+    /// Whether no other program may change the tables of the packet filter, if the kernel can do that (`--own-tables`).
+    pub own_tables: bool,
 }
 
 impl Policy {
@@ -111,6 +113,7 @@ impl Policy {
             detect_local: DetectLocal::ClusterCidr(Vec::new()),
             drain_timeout: None,
             binding: VipBinding::Addresses,
+            own_tables: true,
         }
     }
 

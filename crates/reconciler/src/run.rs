@@ -1,11 +1,14 @@
 //! The main loop of the reconciler: it receives inputs from a channel and decides when to sync and when to audit.
 
+use std::net::IpAddr;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use service_watch::Change;
 use tracing::{error, info, warn};
 
+use crate::audit_requests::AuditRequests;
 use crate::kernel::{Kernel, KernelError};
 use crate::log;
 use crate::reconciler::Reconciler;
@@ -13,6 +16,9 @@ use crate::report::{Failure, SyncReport};
 
 /// The delay before the kernel is read again after an error, unless the minimum period is longer.
 const READ_RETRY_DELAY: Duration = Duration::from_secs(1);
+
+/// How often some virtual servers are read, to find out whether another program deleted them.
+const PROBE_PERIOD: Duration = Duration::from_millis(500);
 
 /// How long the first sync waits for the Node's data. kube-proxy waits as long for its addresses.
 const NODE_WAIT_MAX: Duration = Duration::from_secs(30);
@@ -27,8 +33,14 @@ pub enum Input {
     Change(Change, Instant),
     /// Addresses of the node's interfaces changed.
     InterfacesChanged,
-    /// Another program deleted `kube-ipvs0`.
+    /// Another program deleted `kube-ipvs0`, or what its routes require.
     DeviceLost,
+    /// These addresses were deleted from `kube-ipvs0`, by this program or another.
+    AddressesDeleted(Vec<IpAddr>),
+    /// These local routes to `kube-ipvs0` were deleted, by this program or another.
+    RoutesDeleted(Vec<IpNet>),
+    /// Another program changed a table of the packet filter.
+    FilterChanged,
 }
 
 /// Receives the reports. Its methods must not block: the kernel is not programmed meanwhile.
@@ -85,6 +97,7 @@ struct Schedule {
     /// No task starts before this.
     not_before: Option<Instant>,
     next_audit: Option<Instant>,
+    requests: AuditRequests,
     node: NodeWait,
 }
 
@@ -100,7 +113,13 @@ enum NodeWait {
 
 impl Schedule {
     fn new(periods: Periods) -> Self {
-        Self { periods, not_before: None, next_audit: None, node: NodeWait::NotStarted }
+        Self {
+            periods,
+            not_before: None,
+            next_audit: None,
+            requests: AuditRequests::default(),
+            node: NodeWait::NotStarted,
+        }
     }
 
     /// Until when the first sync waits for the Node's data; `None` if it does not wait.
@@ -145,18 +164,26 @@ impl Schedule {
             Some(sync) if sync < audit => (Task::Sync, sync),
             _ => (Task::Audit, audit),
         };
-        (task, self.not_before.map_or(at, |not_before| at.max(not_before)))
+        let at = self.not_before.map_or(at, |not_before| at.max(not_before));
+        match self.requests.due() {
+            // What others took away does not wait for the minimum period.
+            Some(due) if due <= at => (Task::Audit, due),
+            _ => (task, at),
+        }
     }
 
-    fn task_ended(&mut self, task: Task, is_success: bool, now: Instant) {
+    fn task_ended(&mut self, task: Task, is_success: bool, start: Instant, now: Instant) {
         if is_success {
             self.node = NodeWait::Over;
             self.not_before = Some(now + self.periods.min);
             if task == Task::Audit {
                 self.next_audit = Some(now + self.periods.audit);
+                self.requests.audited(start, now, self.periods.audit);
             }
         } else {
-            self.not_before = Some(now + self.periods.min.max(READ_RETRY_DELAY));
+            let retry = now + self.periods.min.max(READ_RETRY_DELAY);
+            self.not_before = Some(retry);
+            self.requests.put_off(retry);
         }
     }
 }
@@ -174,11 +201,12 @@ pub fn run<K: Kernel>(
     let mut failures = Vec::new();
     let mut read_error = None;
     let mut changes = ReceivedChanges::default();
+    let mut next_probe = Instant::now() + PROBE_PERIOD;
     loop {
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
             let (_, at) = schedule.due(reconciler, now);
-            at.saturating_duration_since(now)
+            at.min(next_probe).saturating_duration_since(now)
         });
         let received = match wait {
             Some(wait) => inputs.recv_timeout(wait),
@@ -201,7 +229,14 @@ pub fn run<K: Kernel>(
                             }
                         }
                         Input::InterfacesChanged => reconciler.interfaces_changed(),
-                        Input::DeviceLost => schedule.next_audit = None,
+                        Input::DeviceLost | Input::FilterChanged => schedule.requests.request(Instant::now()),
+                        Input::AddressesDeleted(addresses) if reconciler.has_bound_any(&addresses) => {
+                            schedule.requests.request(Instant::now());
+                        }
+                        Input::RoutesDeleted(ranges) if reconciler.has_routed_any(&ranges) => {
+                            schedule.requests.request(Instant::now());
+                        }
+                        Input::AddressesDeleted(_) | Input::RoutesDeleted(_) => {}
                     }
                 }
             }
@@ -213,6 +248,12 @@ pub fn run<K: Kernel>(
             continue;
         }
         let start = Instant::now();
+        if start >= next_probe {
+            if reconciler.probe() {
+                schedule.requests.request(start);
+            }
+            next_probe = start + PROBE_PERIOD;
+        }
         let (task, at) = schedule.due(reconciler, start);
         if at > start {
             continue;
@@ -239,7 +280,7 @@ pub fn run<K: Kernel>(
                 observer.read_failed(error);
             }
         }
-        schedule.task_ended(task, result.is_ok(), end);
+        schedule.task_ended(task, result.is_ok(), start, end);
         if once && result.is_ok() {
             return failures;
         }
@@ -284,7 +325,7 @@ mod tests {
     #[test]
     fn changes_within_the_minimum_period_wait_for_its_end() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start, start);
         let soon = start + MIN / 2;
         assert_eq!(schedule.next(true, None, soon), (Task::Sync, start + MIN));
         let late = start + MIN * 3;
@@ -294,9 +335,14 @@ mod tests {
     #[test]
     fn syncs_do_not_delay_the_audit() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start, start);
         for second in 1..30 {
-            schedule.task_ended(Task::Sync, true, start + Duration::from_secs(second));
+            schedule.task_ended(
+                Task::Sync,
+                true,
+                start + Duration::from_secs(second),
+                start + Duration::from_secs(second),
+            );
         }
         assert_eq!(schedule.next(false, None, start + AUDIT), (Task::Audit, start + AUDIT));
         assert_eq!(schedule.next(true, None, start + AUDIT * 2).0, Task::Audit);
@@ -314,7 +360,7 @@ mod tests {
         assert_eq!(schedule.wait_for_node(true, late + MIN), None);
 
         let mut schedule = self::schedule();
-        schedule.task_ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start, start);
         assert_eq!(
             schedule.wait_for_node(true, start + MIN),
             None,
@@ -325,7 +371,7 @@ mod tests {
     #[test]
     fn a_check_is_a_sync_when_it_is_due() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start);
+        schedule.task_ended(Task::Audit, true, start, start);
         let check = start + MIN * 5;
         assert_eq!(schedule.next(false, Some(check), start), (Task::Sync, check));
     }
@@ -333,7 +379,17 @@ mod tests {
     #[test]
     fn a_failed_dump_is_retried_after_a_delay() {
         let (mut schedule, start) = (Schedule::new(Periods { min: Duration::ZERO, audit: AUDIT }), Instant::now());
-        schedule.task_ended(Task::Audit, false, start);
+        schedule.task_ended(Task::Audit, false, start, start);
+        assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
+    }
+
+    #[test]
+    fn a_requested_audit_does_not_wait_for_the_minimum_period() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.requests.request(start);
+        assert_eq!(schedule.next(true, None, start), (Task::Audit, start));
+        schedule.task_ended(Task::Audit, false, start, start);
         assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
     }
 }

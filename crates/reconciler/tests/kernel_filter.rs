@@ -33,7 +33,7 @@ fn commit(socket: &mut Socket, transaction: Transaction) -> Result<(), usize> {
 }
 
 fn observe(socket: &mut Socket) -> ObservedFilter {
-    read::read(socket, Families::BOTH).unwrap()
+    read::read(socket, Families::BOTH, false).unwrap()
 }
 
 fn ruleset(family: Family, detect_local: DetectLocal) -> Ruleset {

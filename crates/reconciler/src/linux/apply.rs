@@ -89,7 +89,7 @@ impl LinuxKernel {
     }
 
     fn apply_filter(&mut self, operations: &[Operation], results: &mut Vec<Result<(), KernelError>>) {
-        match filter::client::apply(&mut self.netfilter, operations) {
+        match filter::client::apply(&mut self.netfilter, operations, self.owns_tables) {
             Ok(answers) => results.extend(answers),
             Err(error) => {
                 self.is_broken = true;

@@ -7,11 +7,14 @@ mod autoload;
 pub(crate) mod conntrack;
 mod errno;
 pub mod filter;
+pub mod filter_watch;
 pub mod interface_watch;
 mod read;
 pub(crate) mod routes;
 
 use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Instant;
 
 use ipvs_netlink::{Client, ErrorKind};
@@ -22,6 +25,7 @@ use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::link::{InfoKind, LinkAttribute, LinkInfo, LinkMessage};
 
 use self::errno::{EEXIST, EOPNOTSUPP, EPERM};
+use self::filter_watch::FilterWatch;
 #[cfg(fuzzing)]
 pub(crate) use self::read::fuzz;
 use crate::filter::ObservedFilter;
@@ -52,6 +56,12 @@ pub struct LinuxKernel {
     device: Option<u32>,
     /// The IPv6 addresses that were bound to it within the last second, and when: the kernel adds their routes later.
     newly_bound: Vec<(IpAddr, Instant)>,
+    /// Whether this program's tables belong to `netfilter`, so that no other program can change or flush them.
+    owns_tables: bool,
+    /// Whether the tables that an earlier agent left have been adopted.
+    has_adopted_tables: bool,
+    /// The port id of `netfilter`, for [`filter_watch`]: notifications name the socket that made a change.
+    filter_port: Arc<AtomicU32>,
     /// What was sent until statistics were last taken.
     sent_at_last_take: Sent,
     /// What was sent on sockets that have failed.
@@ -71,6 +81,7 @@ impl LinuxKernel {
         let route = Socket::open(NETLINK_ROUTE).map_err(|error| refused(error.to_string()))?;
         let routes = routes::open().map_err(|error| refused(error.to_string()))?;
         let netfilter = Socket::open(NETLINK_NETFILTER).map_err(|error| refused(error.to_string()))?;
+        let filter_port = Arc::new(AtomicU32::new(netfilter.port_id()));
         Ok(Self {
             ipvs,
             route,
@@ -79,6 +90,9 @@ impl LinuxKernel {
             families,
             device: None,
             newly_bound: Vec::new(),
+            owns_tables: false,
+            has_adopted_tables: false,
+            filter_port,
             sent_at_last_take: Sent::default(),
             sent_before: Sent::default(),
             conntrack_cleanups: Vec::new(),
@@ -92,9 +106,34 @@ impl LinuxKernel {
         self.sent_before + self.ipvs.sent() + self.route.sent() + self.routes.sent() + self.netfilter.sent()
     }
 
+    /// From now on makes its tables of the packet filter such that no other program can change or flush them, if the kernel can do
+    /// that (Linux 6.9). They outlive this program, and the next one can take possession of them. Returns whether it can.
+    pub fn own_tables(&mut self) -> Result<bool, KernelError> {
+        let supported = filter::client::supports_ownership(&mut self.netfilter);
+        self.owns_tables = supported
+            .map_err(|error| refused(format!("cannot find out whether the kernel has tables with owners: {error}")))?;
+        Ok(self.owns_tables)
+    }
+
+    /// Whether no other program can change or flush its tables of the packet filter.
+    pub fn owns_tables(&self) -> bool {
+        self.owns_tables
+    }
+
+    /// Watches for changes that other programs make to the tables of the packet filter, from now on.
+    pub fn watch_filter(&self) -> Result<FilterWatch, KernelError> {
+        FilterWatch::open(self.filter_port.clone())
+            .map_err(|error| refused(format!("cannot watch the packet filter: {error}")))
+    }
+
     /// Reads the packet filter only.
     pub fn filter(&mut self) -> Result<ObservedFilter, KernelError> {
-        filter::client::observe(&mut self.netfilter, self.families)
+        if self.owns_tables && !self.has_adopted_tables {
+            filter::client::adopt(&mut self.netfilter, self.families)
+                .map_err(|error| refused(format!("cannot own the tables of the packet filter: {error}")))?;
+            self.has_adopted_tables = true;
+        }
+        filter::client::observe(&mut self.netfilter, self.families, self.owns_tables)
     }
 
     /// The IPVS client, for what is not part of a plan: timeouts and the probing of schedulers.
@@ -175,12 +214,18 @@ impl Kernel for LinuxKernel {
         if self.is_broken {
             let (sent_before, sent_at_last_take, time_spent) = (self.sent(), self.sent_at_last_take, self.time_spent);
             let conntrack_cleanups = std::mem::take(&mut self.conntrack_cleanups);
+            let (owns_tables, filter_port) = (self.owns_tables, self.filter_port.clone());
+            let connected = Self::connect(self.families)?;
+            filter_port.store(connected.netfilter.port_id(), Ordering::Relaxed);
+            // The old sockets are closed here, so that the new one can adopt the tables.
             *self = Self {
+                owns_tables,
+                filter_port,
                 sent_at_last_take,
                 sent_before,
                 conntrack_cleanups,
                 time_spent,
-                ..Self::connect(self.families)?
+                ..connected
             };
         }
         let start = Instant::now();

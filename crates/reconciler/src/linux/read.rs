@@ -13,6 +13,7 @@ use super::errno::ENODEV;
 use super::{LinuxKernel, refused, routes};
 use crate::front_end::FrontEnd;
 use crate::kernel::{DEVICE, KernelError, Observed, ObservedDevice, ObservedServer, Scope};
+use crate::real_servers::RealServers;
 
 impl LinuxKernel {
     /// The index of `kube-ipvs0`, and whether it is up.
@@ -94,6 +95,19 @@ impl LinuxKernel {
             }
             Scope::Filter => observed.filter = self.filter()?,
             Scope::Interfaces => self.read_addresses(&mut observed)?,
+            Scope::ServerConfigs(front_ends) => {
+                for front_end in front_ends {
+                    match self.ipvs.virtual_server(&front_end.id()) {
+                        Ok(entry) => observed.servers.push(ObservedServer {
+                            front_end: *front_end,
+                            config: entry.server.into(),
+                            real_servers: RealServers::default(),
+                        }),
+                        Err(error) if error.kind() == ErrorKind::NotFound => {}
+                        Err(error) => return Err(refused(error.to_string())),
+                    }
+                }
+            }
             Scope::Servers(front_ends) => {
                 for front_end in front_ends {
                     match self.ipvs.virtual_server(&front_end.id()) {

@@ -93,7 +93,7 @@ pub(crate) fn remove(range: &IpNet, device: u32) -> Request<RouteNetlinkMessage>
 }
 
 /// A route as it was read. Few of its many attributes are decoded.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Route {
     range: Option<IpNet>,
     device: u32,
@@ -106,11 +106,23 @@ impl NetlinkDeserializable for Route {
     type Error = DecodeError;
 
     fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, DecodeError> {
-        let mut route = Self { range: None, device: 0, is_ours: false, is_kernels: false };
+        if header.message_type == RTM_NEWROUTE { Self::decode(payload) } else { Ok(Self::default()) }
+    }
+}
+
+/// The range of a route in a notification, if this program added it.
+pub(crate) fn own_range(payload: &[u8]) -> Result<Option<IpNet>, DecodeError> {
+    let route = Route::decode(payload)?;
+    Ok(route.range.filter(|_| route.is_ours))
+}
+
+impl Route {
+    fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
+        let mut route = Self::default();
         let Some(&[family, prefix, _, _, table, protocol, _, kind, ..]) = payload.get(..RTMSG_BYTES) else {
             return Err("a route is short".into());
         };
-        if header.message_type != RTM_NEWROUTE || ![PROTOCOL, RTPROT_KERNEL].contains(&protocol) || kind != RTN_LOCAL {
+        if ![PROTOCOL, RTPROT_KERNEL].contains(&protocol) || kind != RTN_LOCAL {
             return Ok(route);
         }
         let (mut table, mut metric) = (u32::from(table), 0);

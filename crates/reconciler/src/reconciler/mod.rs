@@ -6,6 +6,7 @@ mod bootstrap;
 mod draining;
 mod execute;
 mod guard;
+mod probe;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -74,6 +75,8 @@ pub struct Reconciler<K> {
     /// The trigger times of the EndpointSlices that changed since the last sync.
     trigger_times: Vec<(Family, SystemTime)>,
     bootstrap: Bootstrap,
+    /// The virtual servers that later probes read.
+    to_probe: Vec<FrontEnd>,
 }
 
 impl<K: Kernel> Reconciler<K> {
@@ -100,6 +103,7 @@ impl<K: Kernel> Reconciler<K> {
             drain_since: BTreeMap::new(),
             trigger_times: Vec::new(),
             bootstrap: Bootstrap::default(),
+            to_probe: Vec::new(),
         }
     }
 

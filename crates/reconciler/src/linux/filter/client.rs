@@ -1,11 +1,12 @@
 //! Carries out the packet filter's operations of plans, each run of operations as one transaction.
 
+use ipvs_netlink::Family;
 use netlink_batch::{Error, Refusal, Socket};
 
-use super::message::Transaction;
+use super::message::{OWNED, PERSIST, Transaction};
 use super::read;
 use crate::filter::ruleset::Ruleset;
-use crate::filter::{FrontEndElements, ObservedFilter, SetElement, TableContents};
+use crate::filter::{FrontEndElements, ObservedFilter, SetElement, TABLE, TableContents};
 use crate::kernel::{Cause, KernelError};
 use crate::linux::errno::{EBUSY, EEXIST, ENOENT, EPERM};
 use crate::node::NodeView;
@@ -23,8 +24,8 @@ const MODULES: &str = "it requires CAP_NET_ADMIN and the modules nf_tables nft_c
 type OperationResult = Result<(), KernelError>;
 
 /// Reads the tables of the families that the node serves.
-pub(crate) fn observe(socket: &mut Socket, families: Families) -> Result<ObservedFilter, KernelError> {
-    read::read(socket, families).map_err(|error| {
+pub(crate) fn observe(socket: &mut Socket, families: Families, owned: bool) -> Result<ObservedFilter, KernelError> {
+    read::read(socket, families, owned).map_err(|error| {
         let hint = error.refusal().map_or("", |refusal| hint(refusal.errno));
         KernelError { cause: Cause::Refused, text: format!("cannot read the packet filter: {error}{hint}") }
     })
@@ -41,10 +42,34 @@ pub(crate) fn probe(socket: &mut Socket, policy: &Policy) -> Result<(), KernelEr
     let mut transaction = Transaction::default();
     for family in missing {
         transaction.build(&Ruleset::new(family, policy, &NodeView::default()), false, &TableContents::default());
-        transaction.delete_table(family);
+        transaction.delete_table(family, TABLE);
     }
     let result = send(socket, transaction).map_err(|error| failed(&error))?;
     result.map_err(|refusal| failed(&refusal))
+}
+
+/// Whether the kernel lets a socket own tables that outlive it (Linux 6.9), found out by creating and deleting such a table in one
+/// transaction.
+pub(crate) fn supports_ownership(socket: &mut Socket) -> Result<bool, Error> {
+    let name = format!("{TABLE}-probe-{}", std::process::id());
+    let mut transaction = Transaction::new(true);
+    transaction.own_table(Family::Ipv4, &name);
+    transaction.delete_table(Family::Ipv4, &name);
+    Ok(send(socket, transaction)?.is_ok())
+}
+
+/// Takes possession of the tables that an agent left when it ended. A table that belongs to another socket stays as it is.
+pub(crate) fn adopt(socket: &mut Socket, families: Families) -> Result<(), Error> {
+    for (family, flags) in read::tables(socket, families.iter())? {
+        if flags & OWNED.bits() == PERSIST.bits() {
+            let mut transaction = Transaction::new(true);
+            transaction.own_table(family, TABLE);
+            if let Err(refusal) = send(socket, transaction)? {
+                tracing::debug!(%family, "cannot own the table {TABLE}: {refusal}");
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Deletes the tables of these families. Returns whether there was one.
@@ -56,25 +81,32 @@ pub(crate) fn delete(socket: &mut Socket, families: Families) -> Result<bool, Ke
     let tables = read::tables(socket, families.iter()).map_err(|error| failed(&error))?;
     let mut transaction = Transaction::default();
     for (family, _) in &tables {
-        transaction.delete_table(*family);
+        transaction.delete_table(*family, TABLE);
     }
     let result = send(socket, transaction).map_err(|error| failed(&error))?;
     result.map(|()| !tables.is_empty()).map_err(|refusal| failed(&refusal))
 }
 
 /// Carries out operations on the packet filter and returns a result for each. `Err` means that the socket failed.
-pub(crate) fn apply(socket: &mut Socket, operations: &[Operation]) -> Result<Vec<OperationResult>, Error> {
+///
+/// If `owned`, tables that are built belong to the socket and outlive it.
+pub(crate) fn apply(socket: &mut Socket, operations: &[Operation], owned: bool) -> Result<Vec<OperationResult>, Error> {
     let mut results = Vec::with_capacity(operations.len());
     for chunk in operations.chunks(TRANSACTION_OPERATIONS) {
-        commit(socket, chunk, &mut results)?;
+        commit(socket, chunk, owned, &mut results)?;
     }
     Ok(results)
 }
 
 /// Commits operations as one transaction. If it is refused, its halves are tried separately, down to the operation at fault, so that
 /// the others take effect.
-fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<OperationResult>) -> Result<(), Error> {
-    let mut transaction = Transaction::default();
+fn commit(
+    socket: &mut Socket,
+    operations: &[Operation],
+    owned: bool,
+    results: &mut Vec<OperationResult>,
+) -> Result<(), Error> {
+    let mut transaction = Transaction::new(owned);
     for operation in operations {
         add_to_transaction(operation, &mut transaction);
     }
@@ -83,8 +115,8 @@ fn commit(socket: &mut Socket, operations: &[Operation], results: &mut Vec<Opera
         (Err(refusal), [operation]) => results.push(Err(refused(operation, &refusal))),
         (Err(_), _) => {
             let (first, second) = operations.split_at(operations.len() / 2);
-            commit(socket, first, results)?;
-            commit(socket, second, results)?;
+            commit(socket, first, owned, results)?;
+            commit(socket, second, owned, results)?;
         }
     }
     Ok(())
@@ -127,7 +159,7 @@ fn refused(operation: &Operation, refusal: &Refusal) -> KernelError {
 
 fn hint(errno: i32) -> &'static str {
     match errno {
-        EPERM => ": it requires CAP_NET_ADMIN",
+        EPERM => ": it requires CAP_NET_ADMIN, and that no other program owns the table (`nft list table`)",
         _ => "",
     }
 }

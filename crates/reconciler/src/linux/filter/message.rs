@@ -11,7 +11,7 @@ use netlink_packet_core::{Emitable, NLA_HEADER_SIZE, NLM_F_APPEND, NLM_F_CREATE}
 use netlink_packet_netfilter::nftables::{
     ChainAttribute, ChainMessage, DataAttribute, Hook, HookNumber, ListAttribute, NfTablesMessage, RuleAttribute,
     RuleMessage, SetAttribute, SetElementAttribute, SetElementFlags, SetElementList, SetElementMessage, SetFlags,
-    SetMessage, TableAttribute, TableMessage,
+    SetMessage, TableAttribute, TableFlags, TableMessage,
 };
 use netlink_packet_netfilter::none::ControlMessage;
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
@@ -37,6 +37,11 @@ const ANONYMOUS: &str = "__set%d";
 const UDATA_COMMENT: u8 = 0;
 pub(crate) const UDATA_FINGERPRINT: u8 = 0x4b;
 
+/// The flags of a table that belongs to the socket which created or adopted it: others can neither change nor flush it
+/// (`NFT_TABLE_F_OWNER`, since Linux 5.12), and it outlives the socket, without an owner (`NFT_TABLE_F_PERSIST`, since 6.9).
+pub(crate) const OWNED: TableFlags = TableFlags::Owner.union(PERSIST);
+pub(crate) const PERSIST: TableFlags = TableFlags::from_bits_retain(4);
+
 /// An element of a set or map.
 type Element = Vec<SetElementAttribute>;
 
@@ -49,9 +54,23 @@ pub struct Transaction {
     added: BTreeMap<(Family, &'static str), Vec<Element>>,
     removed_source_ranges: Vec<Request<NetfilterMessage>>,
     last_set_id: u32,
+    /// The flags of tables that it creates.
+    table_flags: TableFlags,
 }
 
 impl Transaction {
+    /// A transaction whose tables belong to the socket that sends it, and outlive it, if `owned`.
+    pub fn new(owned: bool) -> Self {
+        let table_flags = if owned { OWNED } else { TableFlags::empty() };
+        Self { table_flags, ..Self::default() }
+    }
+
+    /// Takes possession of a table that belongs to no socket. Creates it if it does not exist.
+    pub fn own_table(&mut self, family: Family, name: &str) {
+        let attributes = vec![TableAttribute::Name(name.into()), TableAttribute::Flags(OWNED)];
+        self.tables.push(create(family, NfTablesMessage::NewTable(TableMessage { attributes })));
+    }
+
     /// The messages that begin and end a transaction.
     pub fn begin_and_end() -> (NetfilterMessage, NetfilterMessage) {
         let message =
@@ -77,12 +96,10 @@ impl Transaction {
     pub fn build(&mut self, ruleset: &Ruleset, exists: bool, contents: &TableContents) {
         let family = ruleset.family();
         if exists {
-            self.delete_table(family);
+            self.delete_table(family, TABLE);
         }
-        self.tables.push(create(
-            family,
-            NfTablesMessage::NewTable(TableMessage { attributes: vec![TableAttribute::Name(TABLE.into())] }),
-        ));
+        let attributes = vec![TableAttribute::Name(TABLE.into()), TableAttribute::Flags(self.table_flags)];
+        self.tables.push(create(family, NfTablesMessage::NewTable(TableMessage { attributes })));
         for set in ruleset.sets() {
             let id = self.next_set_id();
             self.tables.push(create(family, new_set(&set, id)));
@@ -115,8 +132,8 @@ impl Transaction {
     }
 
     /// Deletes a family's table.
-    pub fn delete_table(&mut self, family: Family) {
-        let attributes = vec![TableAttribute::Name(TABLE.into())];
+    pub fn delete_table(&mut self, family: Family, name: &str) {
+        let attributes = vec![TableAttribute::Name(name.into())];
         self.tables.push(request(family, NfTablesMessage::DeleteTable(TableMessage { attributes }), 0));
     }
 

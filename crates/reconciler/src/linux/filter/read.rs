@@ -16,7 +16,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
-use super::message::{UDATA_FINGERPRINT, header};
+use super::message::{OWNED, PERSIST, UDATA_FINGERPRINT, header};
 use crate::filter::expression::protocol_number;
 use crate::filter::inventory::Inventory;
 use crate::filter::ruleset::{HAIRPIN, HEALTH_CHECK_PORTS, SOURCE_RANGES, SOURCES_PREFIX, VIPS};
@@ -145,23 +145,31 @@ fn find_tables(
 }
 
 /// Reads the tables of these families in one generation of the ruleset; after several attempts, in more than one.
-pub fn read(socket: &mut Socket, families: Families) -> Result<ObservedFilter, Error> {
+///
+/// If `owned`, a table that cannot be adopted, since it was made without [`PERSIST`], differs from the desired one.
+pub fn read(socket: &mut Socket, families: Families, owned: bool) -> Result<ObservedFilter, Error> {
     let mut attempts = 0;
     loop {
         attempts += 1;
         let mut snapshot = Snapshot::default();
-        let observed = read_once(socket, families, &mut snapshot)?;
+        let observed = read_once(socket, families, owned, &mut snapshot)?;
         if !snapshot.is_inconsistent || attempts == ATTEMPTS {
             return Ok(observed);
         }
     }
 }
 
-fn read_once(socket: &mut Socket, families: Families, snapshot: &mut Snapshot) -> Result<ObservedFilter, Error> {
+fn read_once(
+    socket: &mut Socket,
+    families: Families,
+    owned: bool,
+    snapshot: &mut Snapshot,
+) -> Result<ObservedFilter, Error> {
     let mut observed = ObservedFilter::default();
     for (family, flags) in find_tables(socket, families.iter(), snapshot)? {
         let mut inventory = Inventory::default();
-        inventory.table(flags);
+        let is_lasting = !owned || flags & PERSIST.bits() != 0;
+        inventory.table(if is_lasting { flags & !OWNED.bits() } else { flags | PERSIST.bits() });
         read_sets(socket, family, &mut inventory, snapshot)?;
         read_chains(socket, family, &mut inventory, &mut observed, snapshot)?;
         read_elements(socket, family, &mut inventory, &mut observed, snapshot)?;
