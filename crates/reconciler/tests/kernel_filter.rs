@@ -6,10 +6,11 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::net::IpAddr;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ipnet::IpNet;
 use ipvs_netlink::Family;
-use lab::netns::isolate;
+use lab::netns::{Namespace, isolate};
 use netlink_batch::Socket;
 use netlink_batch::protocols::NETLINK_NETFILTER;
 use proptest::prelude::*;
@@ -291,6 +292,46 @@ fn nft_can_load_what_it_lists() {
         "nft list ruleset > first && nft flush ruleset && nft -f first && nft list ruleset > second && diff first second \
          && rm first second",
     );
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_table_that_vanishes_while_it_is_read_is_no_error() {
+    const EACH: usize = 100;
+    isolate().unwrap();
+    let namespace = Namespace::own().unwrap();
+    let (mut with_table, mut without) = (0, 0);
+    let is_over = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            namespace
+                .run(move || {
+                    let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+                    while !is_over.load(Ordering::Relaxed) {
+                        let mut built = Transaction::default();
+                        built.build(&ruleset(Family::Ipv4, DetectLocal::NodeCidr), false, &TableContents::default());
+                        commit(&mut socket, built).unwrap();
+                        let mut deleted = Transaction::default();
+                        deleted.delete_table(Family::Ipv4, "kube-ipvs");
+                        commit(&mut socket, deleted).unwrap();
+                    }
+                })
+                .unwrap();
+        });
+        let mut socket = Socket::open(NETLINK_NETFILTER).unwrap();
+        while with_table < EACH || without < EACH {
+            match read::read(&mut socket, Families::BOTH, false) {
+                Ok(observed) if observed.rulesets.is_empty() => without += 1,
+                Ok(_) => with_table += 1,
+                Err(error) => {
+                    is_over.store(true, Ordering::Relaxed);
+                    panic!("{error}");
+                }
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+    });
+    println!("{with_table} reads found the table, {without} did not");
 }
 
 #[test]

@@ -16,6 +16,7 @@ use netlink_packet_netfilter::nftables::{
 use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProtoFamily};
 use service_watch::{ObjectName, Protocol};
 
+use super::super::errno::ENOENT;
 use super::message::{OWNED, PERSIST, UDATA_FINGERPRINT, header};
 use crate::filter::expression::protocol_number;
 use crate::filter::inventory::Inventory;
@@ -152,9 +153,11 @@ pub fn read(socket: &mut Socket, families: Families, owned: bool) -> Result<Obse
     loop {
         attempts += 1;
         let mut snapshot = Snapshot::default();
-        let observed = read_once(socket, families, owned, &mut snapshot)?;
-        if !snapshot.is_inconsistent || attempts == ATTEMPTS {
-            return Ok(observed);
+        match read_once(socket, families, owned, &mut snapshot) {
+            // Another program deleted a table while it was read.
+            Err(error) if attempts < ATTEMPTS && error.refusal().is_some_and(|it| it.errno == ENOENT) => {}
+            Ok(_) if attempts < ATTEMPTS && snapshot.is_inconsistent => {}
+            result => return result,
         }
     }
 }
