@@ -8,67 +8,22 @@ mod common;
 use std::fs;
 use std::net::{TcpListener, TcpStream};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
+use common::cluster::Cluster;
 use common::{Agent, HEALTH, addresses, get, ipvs, metric, node, service, slice};
 use lab::link;
 use lab::netns::isolate;
 use lab::objects::with;
 use lab::wait::LIMIT;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use test_apiserver::{Server, Streaming, TlsListener};
+use test_apiserver::{Streaming, TlsListener};
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
 const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
 const WEB_2: &str = "-a -t 10.96.0.10:80 -r 10.0.0.2:8080 -m -w 1";
-
-/// An API server on the loopback device of this thread's namespace, and a kubeconfig for it.
-struct Cluster {
-    server: Server,
-    dir: TempDir,
-    /// Whether its agents take a tenth of the usual time for that of a watch, and for an outage. They need fault points.
-    is_impatient: bool,
-}
-
-impl Cluster {
-    fn new() -> Self {
-        let (server, dir) = (Server::new(), TempDir::new().unwrap());
-        let address = server.listen_in_thread().unwrap();
-        Server::write_kubeconfig(&dir.path().join("kubeconfig"), address);
-        Self { server, dir, is_impatient: false }
-    }
-
-    /// One with the Service `web` of two endpoints.
-    fn with_web() -> Self {
-        let cluster = Self::new();
-        cluster.apply(node()).apply(service("web", "10.96.0.10"));
-        cluster.apply(slice("web-1", "web", &["10.0.0.1", "10.0.0.2"]));
-        cluster
-    }
-
-    fn apply(&self, object: Value) -> &Self {
-        self.server.apply(object);
-        self
-    }
-
-    fn kubeconfig(&self) -> PathBuf {
-        self.dir.path().join("kubeconfig")
-    }
-
-    fn agent(&self, flags: &[&str]) -> Agent {
-        let kubeconfig = format!("--kubeconfig={}", self.kubeconfig().display());
-        let mut command = Agent::command();
-        command.args([&kubeconfig, "--ipvs-min-sync-period=0s"]).args(flags);
-        if self.is_impatient {
-            command.env("API_SERVER_PERIODS_DIVIDED_BY", "10");
-        }
-        Agent::start_command(&mut command)
-    }
-}
 
 #[test]
 #[ignore = "needs a kernel with IPVS: cargo xtask test"]

@@ -10,6 +10,8 @@
     reason = "helpers of tests, of which every test file uses a part"
 )]
 
+pub mod cluster;
+
 use std::net::IpAddr;
 use std::path::Path;
 use std::process::{Command, ExitStatus};

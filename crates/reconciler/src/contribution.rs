@@ -9,7 +9,7 @@ use ipvs_netlink::{Family, Persistence};
 use litemap::LiteMap;
 use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
-use crate::bootstrap::API_SERVER;
+use crate::bootstrap::{API_SERVER, CONTROL_PLANE_NAMESPACE};
 use crate::filter::{Access, FrontEndRule, Masquerade, SetElement, SourceRanges};
 use crate::front_end::{FrontEnd, ServerConfig};
 use crate::node::NodeView;
@@ -284,7 +284,7 @@ impl Vips {
             }
             // Services of the control plane may have the addresses of API servers.
             let (namespace, name) = (service.name.namespace(), service.name.name());
-            let is_privileged = namespace == "kube-system" || (namespace, name) == API_SERVER;
+            let is_privileged = namespace == CONTROL_PLANE_NAMESPACE || (namespace, name) == API_SERVER;
             (node.api_servers.contains(vip) && !is_privileged).then_some(AddressOwner::ApiServer)
         };
         let mut refused = Vec::new();

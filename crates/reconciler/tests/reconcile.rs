@@ -11,7 +11,7 @@ use reconciler::Policy;
 use reconciler::fake::FakeKernel;
 use reconciler::kernel::Cause;
 use reconciler::plan::{Key, Operation, Phase};
-use service_watch::{Change, Endpoint, Node, Protocol, Service, ServiceKind, TrafficPolicy};
+use service_watch::{Change, Endpoint, Node, ObjectName, Protocol, Service, ServiceKind, TrafficPolicy};
 
 fn weights(expected: &[(&str, u32)]) -> BTreeMap<String, u32> {
     expected.iter().map(|(address, weight)| ((*address).to_owned(), *weight)).collect()
@@ -571,12 +571,16 @@ fn operations_are_sorted_by_phase() {
 
 #[test]
 fn a_cold_start_programs_the_api_server_and_dns_first() {
-    let mut dns = service("dns", &["10.96.0.250"]);
+    let mut dns = Service { name: ObjectName::new("kube-system", "dns"), ..service("dns", &["10.96.0.250"]) };
     dns.ports[0].port = port(53);
+    // Whoever may write Services may use port 53 too.
+    let mut other = service("another", &["10.96.0.9"]);
+    other.ports[0].port = port(53);
     let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
     world.interfaces(ips(&[]));
     for change in [
         Change::Service(service("a", &["10.96.0.10"])),
+        Change::Service(other),
         Change::Service(dns),
         Change::Service(service("kubernetes", &["10.96.0.251"])),
         Change::Synced,
@@ -593,7 +597,7 @@ fn a_cold_start_programs_the_api_server_and_dns_first() {
             _ => None,
         })
         .collect();
-    assert_eq!(order, ["10.96.0.250", "10.96.0.251", "10.96.0.10"]);
+    assert_eq!(order, ["10.96.0.250", "10.96.0.251", "10.96.0.9", "10.96.0.10"]);
 }
 
 #[test]

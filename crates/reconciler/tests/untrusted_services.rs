@@ -188,3 +188,76 @@ fn policy_and_source_ranges_of_a_service_affect_no_other() {
     world.apply(Change::Slice(common::slice("hostile-2", "hostile", vec![endpoint("10.66.6.7")]))).settle();
     assert_eq!(world.kernel().filter.front_ends[&tcp("10.96.0.10", 80)], before);
 }
+
+/// A Service of port 53 that requests whatever a Service can request, with its slice.
+fn of_port_53(namespace: &str, name: &str, cluster_ip: &str, endpoint: &str) -> [Change; 2] {
+    let requested = [API_SERVER, "10.96.0.1", "10.96.0.10", "203.0.113.1"].map(ip);
+    let ports = vec![ServicePort { port: port(53), node_port: Some(port(30053)), ..hostile().ports.remove(0) }];
+    let service = Service {
+        name: ObjectName::new(namespace, name),
+        external_ips: requested.to_vec(),
+        load_balancer_ips: requested.to_vec(),
+        health_check_node_port: Some(port(30054)),
+        source_ranges: Some(vec![]),
+        external_policy: TrafficPolicy::Local,
+        ports,
+        ..service(name, &[cluster_ip])
+    };
+    let slice = service_watch::EndpointSlice {
+        name: ObjectName::new(namespace, name),
+        service: ObjectName::new(namespace, name),
+        ..ready(name, name, &[endpoint])
+    };
+    [Change::Service(Service { created: Some(1), kind: ServiceKind::LoadBalancer, ..service }), Change::Slice(slice)]
+}
+
+#[test]
+fn only_cluster_ips_of_the_control_plane_are_served_ahead() {
+    // The own Node, which comes before all Services, and what is served ahead of the rest of the list.
+    let ahead = |changes: &[[Change; 2]]| -> (Vec<String>, Vec<String>) {
+        let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
+        world.interfaces(ips(&["127.0.0.1", OWN]));
+        world.apply(Change::Node(Node { addresses: vec![ip(OWN)], ..Node::default() }));
+        for change in changes.iter().flatten() {
+            world.apply(change.clone());
+            world.reconciler.sync_bootstrap(world.now).unwrap();
+        }
+        let kernel = world.kernel();
+        assert!(kernel.filter.source_ranges.is_empty(), "{:?}", kernel.filter.source_ranges);
+        let bound = kernel.addresses.iter().flat_map(|addresses| addresses.keys().map(ToString::to_string)).collect();
+        (kernel.servers.keys().map(|front_end| format!("{}:{}", front_end.address, front_end.port)).collect(), bound)
+    };
+    let kubernetes = || {
+        let slice = Change::Slice(ready("kubernetes", "kubernetes", &[API_SERVER]));
+        [Change::Service(service("kubernetes", &["10.96.0.1"])), slice]
+    };
+    let none: Vec<String> = Vec::new();
+    for (namespace, name) in
+        [("default", "dns"), ("default", "kubernetes-2"), ("aaa", "kubernetes"), ("kube-system2", "kube-dns")]
+    {
+        let hostile = || of_port_53(namespace, name, "10.96.0.66", "10.66.6.6");
+        assert_eq!(ahead(&[hostile()]), (none.clone(), none.clone()), "{namespace}/{name}");
+        let expected = (vec!["10.96.0.1:80".to_owned()], vec!["10.96.0.1".to_owned()]);
+        assert_eq!(ahead(&[hostile(), kubernetes()]), expected, "{namespace}/{name}");
+        assert_eq!(ahead(&[kubernetes(), hostile()]), expected, "{namespace}/{name}");
+    }
+    // What those two request waits for the rest of the list too.
+    for (namespace, name) in [("kube-system", "kube-dns"), ("default", "kubernetes")] {
+        let own = of_port_53(namespace, name, "10.96.0.53", "10.0.0.53");
+        let expected = (vec!["10.96.0.53:53".to_owned()], vec!["10.96.0.53".to_owned()]);
+        assert_eq!(ahead(&[own]), expected, "{namespace}/{name}");
+    }
+}
+
+#[test]
+fn what_was_served_ahead_is_completed_with_the_list() {
+    let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
+    world.interfaces(ips(&["127.0.0.1", OWN]));
+    world.apply(Change::Node(Node { addresses: vec![ip(OWN)], ..Node::default() }));
+    world.apply_all(of_port_53("kube-system", "kube-dns", "10.96.0.53", "10.0.0.53").into());
+    world.reconciler.sync_bootstrap(world.now).unwrap();
+    world.apply(Change::Synced).settle();
+    for (address, number) in [("10.96.0.53", 53), ("203.0.113.1", 53), (OWN, 30053)] {
+        assert_eq!(world.weights(address, number), [("10.0.0.53:8080".to_owned(), 1)].into(), "{address}");
+    }
+}

@@ -6,7 +6,8 @@ use std::time::Instant;
 use service_watch::ObjectName;
 
 use super::{PlanReason, Reconciler};
-use crate::bootstrap::is_bootstrap_service;
+use crate::bootstrap::{allocated_part, is_bootstrap_service};
+use crate::contribution::Contribution;
 use crate::kernel::{Kernel, KernelError};
 use crate::plan::Key;
 use crate::report::{OperationCounts, SyncReport};
@@ -23,8 +24,9 @@ pub(super) struct Bootstrap {
 }
 
 impl<K: Kernel> Reconciler<K> {
-    /// Programs the API server and DNS while the initial list is incomplete, which takes its time in a large cluster. Nothing is
-    /// deleted, since what is missing may still be listed. `None` if there is nothing to do.
+    /// Programs the ClusterIPs of the API server and DNS while the initial list is incomplete, which takes its time in a large
+    /// cluster. Nothing is deleted, since what is missing may still be listed. Nothing that a Service requests is served, since who
+    /// owns it is not known yet. `None` if there is nothing to do.
     pub fn sync_bootstrap(&mut self, now: Instant) -> Result<Option<SyncReport>, KernelError> {
         if self.is_ready() || self.table.node().is_none() || self.is_missing_node_data() {
             return Ok(None);
@@ -48,7 +50,12 @@ impl<K: Kernel> Reconciler<K> {
             return Ok(None);
         }
         let mut report = SyncReport { applied: self.bootstrap.applied, ..SyncReport::default() };
-        self.recompute(&names, &mut report);
+        // The first audit computes them in full, because they are still among the Services that changed.
+        for name in &names {
+            let Some(part) = self.table.get(name).map(allocated_part) else { continue };
+            let contribution = Contribution::new(&part, &self.node, &self.policy);
+            self.contribute(name, part.service.as_deref(), contribution, &mut report);
+        }
         let mut keys = std::mem::take(&mut self.dirty_keys);
         keys.extend(self.table_keys().chain([Key::Device]).chain(self.range_keys()));
         self.execute(keys, PlanReason::Dump, now, &mut report);

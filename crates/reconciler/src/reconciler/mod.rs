@@ -15,7 +15,7 @@ use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use ipvs_netlink::Family;
-use service_watch::{Change, ObjectName};
+use service_watch::{Change, ObjectName, Service};
 
 use crate::backoff::Backoff;
 use crate::binding;
@@ -255,19 +255,29 @@ impl<K: Kernel> Reconciler<K> {
             let entry = self.table.get(name);
             let contribution =
                 entry.map(|entry| Contribution::new(entry, &self.node, &self.policy)).unwrap_or_default();
-            let service = entry.and_then(|entry| entry.service.as_deref());
-            // What has been reported before is not reported again.
-            let (refused, health_checks) = self
-                .desired
-                .contribution(name)
-                .map_or((&[][..], &[][..]), |before| (before.refused_vips.as_slice(), before.health_checks.as_slice()));
-            let new = contribution.refused_vips.iter().filter(|vip| !refused.contains(vip));
-            report.refused_vips.extend(new.map(|(vip, owner)| (name.clone(), *vip, *owner)));
-            if health_checks != contribution.health_checks {
-                report.health_checks.push((name.clone(), contribution.health_checks.clone()));
-            }
-            self.desired.update(name, service, contribution, &mut self.dirty_keys, &mut report.conflicts);
+            let service = entry.and_then(|entry| entry.service.clone());
+            self.contribute(name, service.as_deref(), contribution, report);
         }
+    }
+
+    /// Replaces a Service's contribution, and reports what has not been reported before.
+    fn contribute(
+        &mut self,
+        name: &ObjectName,
+        service: Option<&Service>,
+        contribution: Contribution,
+        report: &mut SyncReport,
+    ) {
+        let (refused, health_checks) = self
+            .desired
+            .contribution(name)
+            .map_or((&[][..], &[][..]), |before| (before.refused_vips.as_slice(), before.health_checks.as_slice()));
+        let new = contribution.refused_vips.iter().filter(|vip| !refused.contains(vip));
+        report.refused_vips.extend(new.map(|(vip, owner)| (name.clone(), *vip, *owner)));
+        if health_checks != contribution.health_checks {
+            report.health_checks.push((name.clone(), contribution.health_checks.clone()));
+        }
+        self.desired.update(name, service, contribution, &mut self.dirty_keys, &mut report.conflicts);
     }
 
     /// Derives the constant part of the packet filter anew, and returns whether it changed.

@@ -1,0 +1,144 @@
+//! What users request who may write Services in a namespace of their own, and a node with an API server beside it: the node keeps its
+//! API server, and every other Service keeps what is its own.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod common;
+
+use std::fs;
+use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use common::cluster::Cluster;
+use common::{Agent, addresses, ipvs};
+use lab::netns::{End, Namespace, isolate};
+use lab::objects::{self, port, with};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use test_apiserver::{Server, Streaming};
+
+/// The node, in the namespace of the test's thread.
+const NODE: &str = "192.168.50.1";
+/// The API server, in a namespace of its own.
+const API_SERVER: &str = "192.168.50.7";
+/// The name that agents know the API server by.
+const API_SERVER_NAME: &str = "control-plane.test";
+
+/// A node and an API server on one network.
+struct Network {
+    cluster: Cluster,
+    api_server: SocketAddr,
+    /// What the node resolves names with.
+    hosts: TempDir,
+    _control_plane: Namespace,
+}
+
+impl Network {
+    /// A cluster of this Node, `default/kubernetes` and DNS.
+    fn new() -> Self {
+        isolate().unwrap();
+        let control_plane = Namespace::new().unwrap();
+        Namespace::connect(
+            End { namespace: &Namespace::own().unwrap(), device: "eth0", addresses: &[&format!("{NODE}/24")] },
+            End { namespace: &control_plane, device: "eth0", addresses: &[&format!("{API_SERVER}/24")] },
+        )
+        .unwrap();
+        let server = Server::new();
+        let address: IpAddr = API_SERVER.parse().unwrap();
+        let api_server = control_plane.run(|| server.listen_in_thread_at(address)).unwrap().unwrap();
+        let cluster = Cluster { server, dir: TempDir::new().unwrap(), is_impatient: false };
+        Server::write_kubeconfig(&cluster.kubeconfig(), api_server);
+        cluster.apply(objects::node("node-a", &[NODE]));
+        let https = |number| [port("https", "TCP", number)];
+        cluster.apply(objects::service("kubernetes", &["10.96.0.1"], &https(443)));
+        cluster.apply(kubernetes(&[API_SERVER]));
+        let dns = [port("dns", "UDP", 53)];
+        cluster.apply(in_namespace("kube-system", objects::service("kube-dns", &["10.96.0.10"], &dns)));
+        let slice = objects::slice("kube-dns", "kube-dns", &dns, &objects::ready(["10.244.1.2"]));
+        cluster.apply(in_namespace("kube-system", slice));
+        let network = Self { cluster, api_server, hosts: TempDir::new().unwrap(), _control_plane: control_plane };
+        network.resolve(&[API_SERVER]);
+        network
+    }
+
+    /// From now on the API server's name has these addresses.
+    fn resolve(&self, addresses: &[&str]) {
+        let lines: Vec<String> = addresses.iter().map(|address| format!("{address} {API_SERVER_NAME}\n")).collect();
+        // In place, because the file is mounted.
+        fs::write(self.hosts_file(), lines.concat()).unwrap();
+    }
+
+    fn hosts_file(&self) -> impl AsRef<Path> {
+        self.hosts.path().join("hosts")
+    }
+
+    /// An agent that knows the API server by its name.
+    fn agent(&self, flags: &[&str]) -> Agent {
+        let mut command = Command::new("unshare");
+        let mount = "mount --bind \"$1\" /etc/hosts && shift && exec \"$@\"";
+        command.args(["--mount", "sh", "-c", mount, "sh"]).arg(self.hosts_file().as_ref());
+        command.arg(env!("CARGO_BIN_EXE_kube-ipvs")).args(["--hostname-override=node-a", "--ipvs-min-sync-period=0s"]);
+        command.arg(format!("--master=http://{API_SERVER_NAME}:{}", self.api_server.port()));
+        Agent::start_command(command.args(flags))
+    }
+
+    /// Whether the node reaches the API server itself.
+    fn reaches_api_server(&self) -> bool {
+        TcpStream::connect_timeout(&self.api_server, Duration::from_secs(1)).is_ok()
+    }
+}
+
+fn in_namespace(namespace: &str, object: Value) -> Value {
+    with(object, json!({"metadata": {"namespace": namespace}}))
+}
+
+/// The slice that API servers write of themselves.
+fn kubernetes(addresses: &[&str]) -> Value {
+    let slice = objects::slice("kubernetes", "kubernetes", &[port("https", "TCP", 6443)], &objects::ready(addresses));
+    with(slice, json!({"addressType": "IPv4"}))
+}
+
+/// A Service of a user, with one port, and its slice.
+fn of_user(namespace: &str, name: &str, cluster_ip: &str, number: u16, endpoint: &str) -> [Value; 2] {
+    let ports = [port("p", "TCP", number)];
+    [
+        in_namespace(namespace, objects::service(name, &[cluster_ip], &ports)),
+        in_namespace(namespace, objects::slice(name, name, &ports, &objects::ready([endpoint]))),
+    ]
+}
+
+/// The endpoints at a front end of TCP, as `ADDRESS:PORT`, that get new connections.
+fn endpoints(front_end: &str) -> Vec<String> {
+    let prefix = format!("-a -t {front_end} -r ");
+    let lines = ipvs().into_iter().filter(|line| !line.ends_with("-w 0"));
+    lines.filter_map(|line| Some(line.strip_prefix(&prefix)?.split(' ').next()?.to_owned())).collect()
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn nothing_requested_is_served_before_the_list_is_complete() {
+    let network = Network::new();
+    let requested = [API_SERVER, "10.96.0.1", "10.96.0.10", "203.0.113.1"];
+    // By name it comes before all others.
+    for object in of_user("aaa", "evil", "10.96.5.5", 53, "10.244.9.66") {
+        network.cluster.apply(with(object, json!({"spec": {"externalIPs": requested}})));
+    }
+    // The whole list arrives, but not its end.
+    network.cluster.server.streaming(Streaming::Unknown);
+    let mut agent = network.agent(&[]);
+    agent.binds(&["10.96.0.1/32", "10.96.0.10/32"]);
+    let served = ipvs();
+    assert!(!served.iter().any(|line| line.contains("10.244.9.66")), "{served:#?}");
+    assert!(network.reaches_api_server());
+    agent.kill();
+    // Whatever the first one left, the next one starts with.
+    let mut agent = network.agent(&[]);
+    agent.says("before all other Services");
+    network.cluster.server.end_watches();
+    agent.says("audited");
+    agent.binds(&["10.96.0.1/32", "10.96.0.10/32", "10.96.5.5/32", "203.0.113.1/32"]);
+    assert!(network.reaches_api_server());
+    assert_eq!(endpoints("203.0.113.1:53"), ["10.244.9.66:53"]);
+}
