@@ -12,9 +12,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::cluster::Cluster;
-use common::{Agent, addresses, ipvs};
+use common::{Agent, ipvs, observed_filter};
 use lab::netns::{End, Namespace, isolate};
-use lab::objects::{self, port, with};
+use lab::objects::{self, load_balancer, port, with};
+use reconciler::filter::SourceRangesElement;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use test_apiserver::{Server, Streaming};
@@ -141,4 +142,53 @@ fn nothing_requested_is_served_before_the_list_is_complete() {
     agent.binds(&["10.96.0.1/32", "10.96.0.10/32", "10.96.5.5/32", "203.0.113.1/32"]);
     assert!(network.reaches_api_server());
     assert_eq!(endpoints("203.0.113.1:53"), ["10.244.9.66:53"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn an_older_service_takes_no_address_of_a_load_balancer() {
+    const ADDRESS: &str = "203.0.113.7";
+    let network = Network::new();
+    let old = json!({"metadata": {"creationTimestamp": "2020-01-01T00:00:00Z"}});
+    for object in of_user("aaa", "old", "10.96.5.5", 443, "10.244.9.66") {
+        network.cluster.apply(with(object, old.clone()));
+    }
+    let restricted = json!({
+        "metadata": {"creationTimestamp": "2025-01-01T00:00:00Z"},
+        "spec": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["198.51.100.0/24"]},
+    });
+    let [bank, slice] = of_user("bank", "web", "10.96.6.6", 443, "10.244.1.2");
+    let bank = with(bank, restricted);
+    // It has no address yet, and the older Service writes the one that it will get.
+    network.cluster.apply(bank.clone());
+    network.cluster.apply(slice);
+    let [claims, _] = of_user("aaa", "old", "10.96.5.5", 443, "10.244.9.66");
+    network.cluster.apply(with(with(claims, old), json!({"spec": {"externalIPs": [ADDRESS]}})));
+    let mut agent = network.agent(&[]);
+    agent.says("audited");
+    agent.until("serve what nobody else has", |_| endpoints("203.0.113.7:443") == ["10.244.9.66:443"]);
+    network.cluster.apply(with(bank, json!({"status": load_balancer(&[ADDRESS])})));
+    agent.until("give it to whom the load balancer assigned it", |_| {
+        endpoints("203.0.113.7:443") == ["10.244.1.2:443"] && has_source_ranges(ADDRESS, "bank/web")
+    });
+    agent.says("203.0.113.7:443 belongs to Service bank/web");
+    agent.kill();
+    let mut agent = network.agent(&["--ipvs-sync-period=100ms"]);
+    agent.says("audited");
+    agent.audits(2);
+    assert_eq!(endpoints("203.0.113.7:443"), ["10.244.1.2:443"]);
+    assert!(has_source_ranges(ADDRESS, "bank/web"));
+}
+
+/// Whether only the source ranges of a Service may connect to an address.
+fn has_source_ranges(address: &str, service: &str) -> bool {
+    let address: IpAddr = address.parse().unwrap();
+    let (filter, mut names) = (observed_filter(), Vec::new());
+    for (_, elements) in filter.front_ends.iter().filter(|(front_end, _)| front_end.address == address) {
+        names.push(match &elements.source_ranges {
+            SourceRangesElement::Service(name) => name.to_string(),
+            other => format!("{other:?}"),
+        });
+    }
+    names == [service]
 }

@@ -11,7 +11,7 @@ use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort
 
 use crate::bootstrap::{API_SERVER, CONTROL_PLANE_NAMESPACE};
 use crate::filter::{Access, FrontEndRule, Masquerade, SetElement, SourceRanges};
-use crate::front_end::{FrontEnd, ServerConfig};
+use crate::front_end::{AddressOrigin, FrontEnd, ServerConfig};
 use crate::node::NodeView;
 use crate::policy::Policy;
 use crate::real_servers::RealServerAddress;
@@ -26,9 +26,8 @@ pub struct DesiredServer {
     pub real_servers: Arc<[RealServerAddress]>,
     /// What the packet filter does with connections to it.
     pub rule: FrontEndRule,
-    /// Whether its address is an external IP or a load-balancer IP. ClusterIPs and NodePorts are allocated by the cluster and
-    /// take precedence.
-    pub is_external_address: bool,
+    /// How the Service came to the address.
+    pub origin: AddressOrigin,
 }
 
 /// What a Service contributes to the desired state.
@@ -210,7 +209,7 @@ impl Contribution {
         let mut add = |address: IpAddr,
                        number: NonZeroU16,
                        (real_servers, rule): (&Arc<[RealServerAddress]>, FrontEndRule),
-                       is_external_address: bool| {
+                       origin: AddressOrigin| {
             let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
             let server = self.servers.entry(front_end).or_insert_with(|| DesiredServer {
                 config: ServerConfig {
@@ -222,8 +221,9 @@ impl Contribution {
                 },
                 real_servers: real_servers.clone(),
                 rule: rule.clone(),
-                is_external_address,
+                origin,
             });
+            server.origin = server.origin.min(origin);
             // An address may be both an external IP and a load-balancer IP. Then the source ranges apply.
             if rule.source_ranges.is_some() {
                 (server.rule.source_ranges, server.rule.is_closed_to_node) =
@@ -231,7 +231,7 @@ impl Contribution {
             }
         };
         if let Some(cluster_ip) = vips.cluster_ip {
-            add(cluster_ip, port.port, from_inside, false);
+            add(cluster_ip, port.port, from_inside, AddressOrigin::Cluster);
             self.vips.push(cluster_ip);
         }
         let mut restricted_rule = from_outside.1.clone();
@@ -240,9 +240,10 @@ impl Contribution {
             let node_ip = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
             restricted_rule.is_closed_to_node = !node_ip.is_some_and(|ip| ranges.contains(*ip));
         }
-        let external = vips.external.iter().map(|vip| (*vip, &from_outside.1));
-        for (vip, rule) in external.chain(vips.load_balancer.iter().map(|vip| (*vip, &restricted_rule))) {
-            add(vip, port.port, (from_outside.0, rule.clone()), true);
+        let external = vips.external.iter().map(|vip| (*vip, &from_outside.1, AddressOrigin::Request));
+        let load_balancer = vips.load_balancer.iter().map(|vip| (*vip, &restricted_rule, AddressOrigin::LoadBalancer));
+        for (vip, rule, origin) in external.chain(load_balancer) {
+            add(vip, port.port, (from_outside.0, rule.clone()), origin);
             // A VIP that another interface has is not bound again.
             if !node.interface_addresses.contains(&vip) {
                 self.vips.push(vip);
@@ -250,7 +251,7 @@ impl Contribution {
         }
         if let Some(node_port) = port.node_port {
             for address in node.node_port_addresses.iter().filter(|address| Family::of(**address) == vips.family) {
-                add(*address, node_port, from_outside.clone(), false);
+                add(*address, node_port, from_outside.clone(), AddressOrigin::Cluster);
             }
         }
     }

@@ -12,16 +12,16 @@ use service_watch::{ObjectName, Service};
 
 use crate::contribution::{Contribution, DesiredServer, TrafficDirection};
 use crate::filter::{SetElement, SourceRanges, TableContents};
-use crate::front_end::FrontEnd;
+use crate::front_end::{AddressOrigin, FrontEnd};
 use crate::plan::Key;
 use crate::real_servers::RealServerAddress;
 
-/// A Service's claim to a front end. The first in this order is the owner: addresses that the cluster allocated come before
-/// external ones, then the oldest Service, then the first by name. So a Service cannot take a ClusterIP by naming it among its
-/// external IPs before it is allocated.
+/// A Service's claim to a front end. The first in this order is the owner: by the origin of the address, then the oldest Service,
+/// then the first by name. So a Service cannot take a ClusterIP or a load balancer's address by naming it among its external IPs,
+/// whether before it is assigned or after.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Claim {
-    is_external_address: bool,
+    origin: AddressOrigin,
     /// Seconds since 1970. A Service without a creation time counts as the youngest.
     created: i64,
     service: ObjectName,
@@ -43,8 +43,8 @@ impl fmt::Display for FrontEndConflict {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} belongs to Service {}, to which it was assigned, or which is older or first by name: give one of the two another \
-             address or port",
+            "{} belongs to Service {}: an assigned ClusterIP or NodePort comes first, then an address that a load balancer assigned, \
+             then external IPs, and among equals the older Service, or the first by name; give one of the two another address or port",
             self.front_end, self.winner
         )
     }
@@ -93,8 +93,8 @@ impl DesiredState {
             if !same {
                 dirty.insert(Key::VirtualServer(*front_end));
             }
-            let is_external_address = contribution.servers.get(front_end).map(|it| it.is_external_address);
-            if created != before_created || is_external_address != Some(server.is_external_address) {
+            let origin = contribution.servers.get(front_end).map(|it| it.origin);
+            if created != before_created || origin != Some(server.origin) {
                 self.withdraw(*front_end, name);
             }
         }
@@ -103,9 +103,9 @@ impl DesiredState {
             if held != Some(server) {
                 dirty.insert(Key::VirtualServer(*front_end));
             }
-            let is_external_address = server.is_external_address;
-            if created != before_created || held.map(|it| it.is_external_address) != Some(is_external_address) {
-                self.claim(*front_end, Claim { is_external_address, created, service: name.clone() }, conflicts);
+            let origin = server.origin;
+            if created != before_created || held.map(|it| it.origin) != Some(origin) {
+                self.claim(*front_end, Claim { origin, created, service: name.clone() }, conflicts);
             }
         }
         let changed = replace_claims(&mut self.vips, name, &before.vips, &contribution.vips);

@@ -17,6 +17,17 @@ pub struct FrontEnd {
     pub protocol: Protocol,
 }
 
+/// How a Service came to a front end's address. Of Services with the same front end, the first in this order owns it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum AddressOrigin {
+    /// The cluster allocated it: a ClusterIP, or a NodePort of an address of the node.
+    Cluster,
+    /// A load balancer's controller assigned it (`status.loadBalancer`). Users cannot write the status of a Service.
+    LoadBalancer,
+    /// Whoever wrote the Service requested it (`spec.externalIPs`).
+    Request,
+}
+
 impl FrontEnd {
     /// The virtual server's id.
     pub fn id(&self) -> VirtualServerId {

@@ -7,6 +7,7 @@ use common::{NODE, World, endpoint, ip, ips, port, ready, service, tcp};
 use reconciler::Policy;
 use reconciler::contribution::AddressOwner;
 use reconciler::fake::FakeKernel;
+use reconciler::filter::SourceRangesElement;
 use service_watch::{Change, Node, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 const OWN: &str = "192.168.1.1";
@@ -259,5 +260,90 @@ fn what_was_served_ahead_is_completed_with_the_list() {
     world.apply(Change::Synced).settle();
     for (address, number) in [("10.96.0.53", 53), ("203.0.113.1", 53), (OWN, 30053)] {
         assert_eq!(world.weights(address, number), [("10.0.0.53:8080".to_owned(), 1)].into(), "{address}");
+    }
+}
+
+/// How a Service comes to an address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Origin {
+    ClusterIp,
+    LoadBalancer,
+    /// The same address by both.
+    LoadBalancerAndExternal,
+    External,
+}
+
+#[test]
+fn the_origin_of_an_address_decides_before_age_and_name() {
+    const SHARED: &str = "10.96.0.77";
+    let claim = |name: &str, number: u8, created: i64, origin: Origin| {
+        let cluster_ip = if origin == Origin::ClusterIp { SHARED.to_owned() } else { format!("10.96.1.{number}") };
+        let has = |origins: &[Origin]| if origins.contains(&origin) { vec![ip(SHARED)] } else { vec![] };
+        let service = Service {
+            created: Some(created),
+            kind: ServiceKind::LoadBalancer,
+            external_ips: has(&[Origin::External, Origin::LoadBalancerAndExternal]),
+            load_balancer_ips: has(&[Origin::LoadBalancer, Origin::LoadBalancerAndExternal]),
+            source_ranges: Some(vec!["198.51.100.0/24".parse().unwrap()]),
+            ..service(name, &[&cluster_ip])
+        };
+        let slice = ready(name, name, &[&format!("10.0.0.{number}")]);
+        [Change::Service(service), Change::Slice(slice)]
+    };
+    let all = [Origin::ClusterIp, Origin::LoadBalancer, Origin::LoadBalancerAndExternal, Origin::External];
+    let rank = |origin: Origin| match origin {
+        Origin::ClusterIp => 0,
+        Origin::LoadBalancer | Origin::LoadBalancerAndExternal => 1,
+        Origin::External => 2,
+    };
+    let pairs = all.iter().flat_map(|a| all.map(|b| (*a, b)));
+    for (strong, weak) in pairs.filter(|(strong, weak)| rank(*strong) <= rank(*weak)) {
+        // Among equals the older one, which is `weak`.
+        let weak_wins = rank(strong) == rank(weak);
+        for strong_is_first in [false, true] {
+            let mut world = cluster();
+            // The weak one is older and the first by name.
+            let mut changes = [claim("aaa", 1, 1, weak), claim("zzz", 2, 1000, strong)];
+            if strong_is_first {
+                changes.reverse();
+            }
+            let mut conflicts = Vec::new();
+            for change in changes {
+                world.apply_all(change.into());
+                conflicts.extend(world.sync().conflicts);
+                world.settle();
+            }
+            let what = format!("{strong:?} against {weak:?}, first: {strong_is_first}");
+            let (endpoint, winner, origin) =
+                if weak_wins { ("10.0.0.1", "aaa", weak) } else { ("10.0.0.2", "zzz", strong) };
+            assert_eq!(world.weights(SHARED, 80), [(format!("{endpoint}:8080"), 1)].into(), "{what}");
+            assert!(conflicts.iter().any(|it| it.winner.name() == winner), "{what}: {conflicts:?}");
+            // The source ranges are the owner's, or nobody's.
+            let restricted = rank(origin) == 1;
+            let expected = if restricted {
+                SourceRangesElement::Service(common::name(winner))
+            } else {
+                SourceRangesElement::Absent
+            };
+            let ranges = world.kernel().filter.front_ends[&tcp(SHARED, 80)].source_ranges.clone();
+            assert_eq!(ranges, expected, "{what}");
+            // The owner's deletion gives the front end to the other one, and nothing of the owner stays.
+            let loser = if weak_wins { "zzz" } else { "aaa" };
+            world.apply(Change::ServiceDeleted(common::name(winner))).settle();
+            assert_eq!(world.weights(SHARED, 80).len(), 1, "{what}: {loser}");
+            assert!(!world.weights(SHARED, 80).contains_key(&format!("{endpoint}:8080")), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_node_port_comes_before_addresses_of_load_balancers() {
+    for is_by_balancer in [false, true] {
+        let mut world = cluster();
+        let addresses = vec![ip(INTERFACE)];
+        let (external_ips, load_balancer_ips) = if is_by_balancer { (vec![], addresses) } else { (addresses, vec![]) };
+        let ports = vec![ServicePort { port: port(30080), ..hostile().ports.remove(0) }];
+        world.apply(Change::Service(Service { external_ips, load_balancer_ips, ports, ..hostile() })).settle();
+        assert_eq!(world.weights(INTERFACE, 30080), [("10.0.0.1:8080".to_owned(), 1)].into());
     }
 }
