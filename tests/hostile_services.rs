@@ -12,7 +12,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::cluster::Cluster;
-use common::{Agent, ipvs, observed_filter};
+use common::{Agent, HEALTH, addresses, get, ipvs, observed_filter};
+use lab::link;
 use lab::netns::{End, Namespace, isolate};
 use lab::objects::{self, load_balancer, port, with};
 use reconciler::filter::SourceRangesElement;
@@ -82,6 +83,8 @@ impl Network {
         command.args(["--mount", "sh", "-c", mount, "sh"]).arg(self.hosts_file().as_ref());
         command.arg(env!("CARGO_BIN_EXE_kube-ipvs")).args(["--hostname-override=node-a", "--ipvs-min-sync-period=0s"]);
         command.arg(format!("--master=http://{API_SERVER_NAME}:{}", self.api_server.port()));
+        // Look-ups of the name, with fault points.
+        command.env("API_SERVER_PERIODS_DIVIDED_BY", "10");
         Agent::start_command(command.args(flags))
     }
 
@@ -191,4 +194,86 @@ fn has_source_ranges(address: &str, service: &str) -> bool {
         });
     }
     names == [service]
+}
+
+/// Lets a user request external IPs, one of which nobody else has, and waits until that one is served.
+fn request(network: &Network, agent: &mut Agent, name: &str, number: u16, addresses: &[&str]) {
+    let index = name.bytes().map(u16::from).sum::<u16>() % 250;
+    let free = format!("203.0.114.{index}");
+    let requested = [addresses, &[free.as_str()]].concat();
+    for object in of_user("aaa", name, &format!("10.96.5.{index}"), number, "10.244.9.66") {
+        network.cluster.apply(with(object, json!({"spec": {"externalIPs": requested}})));
+    }
+    agent.until("serve what is nobody's", |_| !endpoints(&format!("{free}:{number}")).is_empty());
+}
+
+fn is_bound(address: &str) -> bool {
+    addresses().contains(&format!("{address}/32"))
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_api_servers_addresses_stay_its_own_whatever_names_them() {
+    const ENDPOINT: &str = "192.168.50.8";
+    const BY_NAME: &str = "192.168.50.9";
+    let network = Network::new();
+    // Only the name says where the node reaches it: there is a load balancer between them.
+    network.cluster.apply(kubernetes(&[ENDPOINT]));
+    let mut agent = network.agent(&[]);
+    agent.says("audited");
+    let port = network.api_server.port();
+    request(&network, &mut agent, "a", 8080, &[API_SERVER, ENDPOINT]);
+    request(&network, &mut agent, "b", port, &[API_SERVER, ENDPOINT]);
+    agent.says(&format!("{API_SERVER} is the address of the API server"));
+    agent.says(&format!("{ENDPOINT} is the address of the API server"));
+    // The only API server stops in order, and so takes its endpoint away.
+    network.cluster.apply(kubernetes(&[]));
+    request(&network, &mut agent, "c", 8080, &[ENDPOINT]);
+    network.cluster.server.delete("EndpointSlice", "default", "kubernetes");
+    request(&network, &mut agent, "d", 8080, &[ENDPOINT]);
+    assert!(!is_bound(ENDPOINT) && endpoints(&format!("{ENDPOINT}:8080")).is_empty());
+    assert!(!is_bound(API_SERVER) && network.reaches_api_server());
+    // Nobody has this address, until the name leads there.
+    request(&network, &mut agent, "e", 8080, &[BY_NAME]);
+    assert!(is_bound(BY_NAME));
+    network.resolve(&[API_SERVER, BY_NAME]);
+    agent.until("give it back", |_| !is_bound(BY_NAME) && endpoints(&format!("{BY_NAME}:8080")).is_empty());
+    agent.says(&format!("{BY_NAME} is the address of the API server"));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_bound_address_that_hides_the_api_server_is_released_at_the_start() {
+    let network = Network::new();
+    let mut agent = network.agent(&[]);
+    agent.says("audited");
+    agent.kill();
+    link::add_address("kube-ipvs0", &format!("{API_SERVER}/32")).unwrap();
+    assert!(!network.reaches_api_server());
+    let mut agent = network.agent(&[]);
+    agent.says("unbound an address of the API server").says("audited");
+    agent.binds(&["10.96.0.1/32", "10.96.0.10/32"]);
+    assert!(network.reaches_api_server());
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_nodes_ports_stay_its_own_without_a_node_object() {
+    let kubelet = format!("{NODE}:10250");
+    let network = Network::new();
+    let mut agent = network.agent(&[]);
+    agent.says("audited");
+    network.cluster.server.delete("Node", "", "node-a");
+    agent.says("this agent's Node has disappeared");
+    request(&network, &mut agent, "a", 10250, &[NODE]);
+    assert_eq!(endpoints(&kubelet), [""; 0]);
+    agent.until("treat the Node as deleted", |_| get(HEALTH, "/healthz").is_some_and(|answer| answer.status == 503));
+    request(&network, &mut agent, "b", 10250, &[NODE]);
+    agent.says(&format!("{NODE} is the address of a Node"));
+    assert_eq!(endpoints(&kubelet), [""; 0]);
+    agent.kill();
+    // This one has never seen the Node.
+    let mut agent = network.agent(&[]);
+    agent.says("audited").says(&format!("{NODE} is the address of a Node"));
+    assert_eq!(endpoints(&kubelet), [""; 0]);
 }

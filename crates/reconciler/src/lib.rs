@@ -66,6 +66,7 @@ pub mod linux;
 // Driver.
 mod audit_requests;
 mod backoff;
+mod last_known;
 mod log;
 pub mod reconciler;
 pub mod report;

@@ -289,6 +289,14 @@ pub fn run<K: Kernel>(
 
 /// Programs bootstrap Services before the initial list is complete.
 fn sync_bootstrap<K: Kernel>(reconciler: &mut Reconciler<K>, changes: &ReceivedChanges) {
+    match reconciler.release_api_server(Instant::now()) {
+        Ok(None) => {}
+        Ok(Some(report)) => {
+            info!("unbound an address of the API server, which this node could not reach because of it");
+            log::failures(&report);
+        }
+        Err(error) => warn!("cannot find out whether an address of the API server is bound to this node: {error}"),
+    }
     let last = changes.received_at.last();
     match reconciler.sync_bootstrap(Instant::now()) {
         Ok(None) => {}

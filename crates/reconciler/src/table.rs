@@ -1,7 +1,7 @@
 //! The Service table: every Service with its EndpointSlices. It says which Services a change affects.
 
 use std::collections::BTreeSet;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use foldhash::HashMap;
@@ -37,6 +37,8 @@ pub struct ServiceTable {
     node: Option<Node>,
     /// The addresses of the other Nodes that are known.
     peer_nodes: HashMap<Arc<str>, Vec<IpAddr>>,
+    /// Where this agent reaches the API server.
+    api_server_addresses: BTreeSet<SocketAddr>,
     synced: bool,
     is_incomplete: bool,
 }
@@ -97,6 +99,8 @@ impl ServiceTable {
                     return Dirty::Node;
                 }
             }
+            // Addresses that a Node lacks for a moment stay known: nobody else owns them.
+            Change::PeerNode(name, addresses) if addresses.is_empty() && self.peer_nodes.contains_key(&name) => {}
             Change::PeerNode(name, addresses) => {
                 if self.peer_nodes.get(&name) != Some(&addresses) {
                     self.peer_nodes.insert(name, addresses);
@@ -105,6 +109,12 @@ impl ServiceTable {
             }
             Change::PeerNodeDeleted(name) => {
                 if self.peer_nodes.remove(&name).is_some() {
+                    return Dirty::Node;
+                }
+            }
+            Change::ApiServerAddresses(addresses) => {
+                if self.api_server_addresses != addresses {
+                    self.api_server_addresses = addresses;
                     return Dirty::Node;
                 }
             }
@@ -138,6 +148,11 @@ impl ServiceTable {
     /// The addresses of all other Nodes that are known.
     pub fn peer_node_addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.peer_nodes.values().flatten().copied()
+    }
+
+    /// Where this agent reaches the API server; empty if Services do not come from one.
+    pub fn api_server_addresses(&self) -> &BTreeSet<SocketAddr> {
+        &self.api_server_addresses
     }
 
     /// Whether the initial list is complete.

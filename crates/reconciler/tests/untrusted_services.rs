@@ -347,3 +347,99 @@ fn a_node_port_comes_before_addresses_of_load_balancers() {
         assert_eq!(world.weights(INTERFACE, 30080), [("10.0.0.1:8080".to_owned(), 1)].into());
     }
 }
+
+/// The addresses of the API server as the source finds them.
+fn reached_at(addresses: &[&str]) -> Change {
+    Change::ApiServerAddresses(addresses.iter().map(|address| address.parse().unwrap()).collect())
+}
+
+fn is_bound(world: &mut World, address: &str) -> bool {
+    world.kernel().addresses.as_ref().is_some_and(|addresses| addresses.contains_key(&ip(address)))
+}
+
+/// Lets the hostile Service request an address; whether it is then bound or served.
+fn takes(world: &mut World, address: &str) -> bool {
+    world.apply(Change::Service(Service { external_ips: vec![ip(address)], ..hostile() })).settle();
+    let is_served = world.kernel().servers.contains_key(&tcp(address, 80));
+    assert!(is_served || !is_bound(world, address));
+    is_served
+}
+
+#[test]
+fn where_the_api_server_is_reached_is_its_own() {
+    let mut world = cluster();
+    assert!(takes(&mut world, "203.0.113.7"), "nothing is known of it");
+    world.apply(reached_at(&["203.0.113.7:6443", "[fd00::7]:6443"])).settle();
+    assert!(!is_bound(&mut world, "203.0.113.7"), "what was taken is given back");
+    assert!(!world.kernel().servers.contains_key(&tcp("203.0.113.7", 80)));
+    world.apply(reached_at(&["203.0.113.8:6443", "203.0.113.7:6443"])).settle();
+    assert!(!takes(&mut world, "203.0.113.7") && !takes(&mut world, "203.0.113.8"));
+}
+
+#[test]
+fn endpoints_of_the_api_server_stay_its_own_while_they_are_missing() {
+    for (missing, name) in [
+        (Change::Slice(ready("kubernetes", "kubernetes", &[])), "no endpoint"),
+        (Change::SliceDeleted(common::name("kubernetes")), "no slice"),
+        (Change::ServiceDeleted(common::name("kubernetes")), "no Service"),
+        (Change::Slice(ready("kubernetes", "victim", &[API_SERVER])), "the slice of another Service"),
+    ] {
+        let mut world = cluster();
+        world.apply(missing).settle();
+        assert!(!takes(&mut world, API_SERVER), "{name}");
+        world.apply(Change::Slice(ready("kubernetes", "kubernetes", &["192.168.1.8"]))).settle();
+        assert!(!takes(&mut world, "192.168.1.8"), "{name}");
+        assert!(takes(&mut world, API_SERVER), "{name}: another has taken its place");
+    }
+}
+
+#[test]
+fn addresses_of_nodes_stay_theirs_while_they_are_missing() {
+    for (missing, address) in [
+        (Change::NodeDeleted, OWN),
+        (Change::Node(Node::default()), OWN),
+        (Change::PeerNode("node-b".into(), vec![]), OTHER_NODE),
+    ] {
+        let mut world = cluster();
+        world.apply(missing.clone()).settle();
+        assert!(!takes(&mut world, address), "{missing:?}");
+    }
+    let mut world = cluster();
+    world.apply(Change::Node(Node { addresses: vec![ip("192.168.1.3")], ..Node::default() })).settle();
+    assert!(takes(&mut world, OWN), "the Node has another address");
+}
+
+#[test]
+fn without_a_node_object_no_address_of_an_interface_is_taken() {
+    let mut world = World::unsynced(FakeKernel::default(), Policy::new(NODE));
+    world.interfaces(ips(&["127.0.0.1", OWN, "10.96.0.66"]));
+    world.apply_all(vec![reached_at(&["192.0.2.1:6443"]), Change::Synced]).settle();
+    assert!(!takes(&mut world, OWN));
+    assert!(world.kernel().servers.contains_key(&tcp("10.96.0.66", 80)), "ClusterIPs are served all the same");
+    world.apply(Change::Node(Node { addresses: vec![ip("192.168.1.3")], ..Node::default() })).settle();
+    assert!(takes(&mut world, OWN), "it is no address of the Node");
+}
+
+#[test]
+fn an_address_that_hides_the_api_server_is_unbound_before_the_list() {
+    const ADDRESS: &str = "203.0.113.7";
+    for (reached, port_of_service, is_released) in [
+        ("203.0.113.7:6443", 80, true),
+        ("203.0.113.7:80", 80, false),
+        ("203.0.113.8:6443", 80, false),
+        ("10.96.0.1:443", 443, false),
+    ] {
+        let mut world = World::new();
+        let ports = vec![ServicePort { port: port(port_of_service), ..hostile().ports.remove(0) }];
+        let service = Service { external_ips: vec![ip(ADDRESS)], ports, ..service("hostile", &["10.96.0.1"]) };
+        world.apply_all(vec![Change::Service(service), Change::Slice(ready("h", "hostile", &["10.66.6.6"]))]).settle();
+        let mut world = World::unsynced(world.kill(), Policy::new(NODE));
+        assert_eq!(world.reconciler.release_api_server(world.now).unwrap(), None);
+        world.apply(reached_at(&[reached]));
+        let report = world.reconciler.release_api_server(world.now).unwrap();
+        assert_eq!(report.is_some(), is_released, "{reached}");
+        assert_eq!(is_bound(&mut world, ADDRESS), !is_released, "{reached}");
+        assert!(is_bound(&mut world, "10.96.0.1"), "{reached}");
+        assert_eq!(world.reconciler.release_api_server(world.now).unwrap(), None, "once is enough");
+    }
+}

@@ -5,8 +5,9 @@
 //! `Change`; the source reports it.
 
 use std::cmp::Ordering;
+use std::collections::BTreeSet;
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZeroU16;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -224,6 +225,9 @@ pub enum Change {
     PeerNode(Arc<str>, Vec<IpAddr>),
     /// Another Node was deleted.
     PeerNodeDeleted(Arc<str>),
+    /// Where this agent reaches the API server: addresses of the server's name, and peers of the agent's connections. Includes those
+    /// of before. Sent before the objects of a response from a new address.
+    ApiServerAddresses(BTreeSet<SocketAddr>),
     /// Whether there is input that never could be parsed, such as an invalid file at the start. While there is, missing
     /// objects may be in it, so nothing may be treated as deleted. Sent before `Synced` and when it changes; initially
     /// false.

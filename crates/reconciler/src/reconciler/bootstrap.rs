@@ -1,13 +1,16 @@
 //! Bootstrap Services, which are programmed before the initial list of Services is complete.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::time::Instant;
 
-use service_watch::ObjectName;
+use service_watch::{ObjectName, Protocol};
 
 use super::{PlanReason, Reconciler};
+use crate::binding;
 use crate::bootstrap::{allocated_part, is_bootstrap_service};
 use crate::contribution::Contribution;
+use crate::front_end::FrontEnd;
 use crate::kernel::{Kernel, KernelError};
 use crate::plan::Key;
 use crate::report::{OperationCounts, SyncReport};
@@ -17,6 +20,8 @@ use crate::report::{OperationCounts, SyncReport};
 pub(super) struct Bootstrap {
     /// Bootstrap Services that changed.
     changed: BTreeSet<ObjectName>,
+    /// The addresses of the API server that were last looked at.
+    released: BTreeSet<SocketAddr>,
     /// Whether everything was read from the kernel. The first audit then compares with that dump.
     pub(super) is_read: bool,
     /// The operations that were carried out.
@@ -59,6 +64,36 @@ impl<K: Kernel> Reconciler<K> {
         let mut keys = std::mem::take(&mut self.dirty_keys);
         keys.extend(self.table_keys().chain([Key::Device]).chain(self.range_keys()));
         self.execute(keys, PlanReason::Dump, now, &mut report);
+        self.bootstrap.applied = report.applied;
+        Ok(Some(report))
+    }
+
+    /// Unbinds addresses of the API server at whose port there is no virtual server, while the initial list is incomplete. An address
+    /// that was bound for another port cuts this node off from the API server, so the list would never arrive. `None` if there is
+    /// nothing to do.
+    pub fn release_api_server(&mut self, now: Instant) -> Result<Option<SyncReport>, KernelError> {
+        if self.is_ready() || self.bootstrap.released == *self.table.api_server_addresses() {
+            return Ok(None);
+        }
+        if self.mirror.is_none() {
+            self.read_all()?;
+            self.bootstrap.is_read = true;
+        }
+        self.bootstrap.released.clone_from(self.table.api_server_addresses());
+        let Some(mirror) = &self.mirror else { return Ok(None) };
+        let is_cut_off = |address: &&SocketAddr| {
+            let (ip, port) = (address.ip(), address.port());
+            let is_bound = mirror.has_host_address(ip) || mirror.has_route(&binding::host_range(ip));
+            let server = FrontEnd { address: ip, port, protocol: Protocol::Tcp };
+            is_bound && mirror.server(&server).is_none() && !self.desired.wants_vip(ip)
+        };
+        let addresses = self.bootstrap.released.iter().filter(is_cut_off);
+        let keys: BTreeSet<Key> = addresses.map(|address| Key::Vip(address.ip())).collect();
+        if keys.is_empty() {
+            return Ok(None);
+        }
+        let mut report = SyncReport { applied: self.bootstrap.applied, ..SyncReport::default() };
+        self.execute(keys, PlanReason::Change, now, &mut report);
         self.bootstrap.applied = report.applied;
         Ok(Some(report))
     }

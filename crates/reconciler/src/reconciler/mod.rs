@@ -26,6 +26,7 @@ use crate::diff::Retention;
 use crate::filter::ruleset::Ruleset;
 use crate::front_end::FrontEnd;
 use crate::kernel::{Kernel, KernelError, Scope};
+use crate::last_known::LastKnown;
 use crate::mirror::Mirror;
 use crate::node::NodeView;
 use crate::plan::Key;
@@ -58,6 +59,7 @@ pub struct Reconciler<K> {
     /// Whether they have changed since then.
     are_interfaces_stale: bool,
     node: NodeView,
+    last_known: LastKnown,
     /// The constant part of each family's table of the packet filter.
     rulesets: Vec<Arc<Ruleset>>,
     /// Ranges that have a route and should not have one. The packet filter guards them until the route is deleted.
@@ -93,6 +95,7 @@ impl<K: Kernel> Reconciler<K> {
             interfaces: BTreeSet::new(),
             are_interfaces_stale: false,
             node,
+            last_known: LastKnown::default(),
             desired: DesiredState::default(),
             mirror: None,
             dirty_services: BTreeSet::new(),
@@ -237,9 +240,17 @@ impl<K: Kernel> Reconciler<K> {
         // Only the slice that the API servers write themselves counts, since they overwrite it regularly: otherwise whoever may
         // write slices in that namespace could declare any address an API server's.
         let kubernetes = self.table.get(&self.api_server).and_then(|entry| entry.slices.get(&self.api_server));
-        let api_servers = kubernetes.into_iter().flat_map(|slice| slice.endpoints.iter().map(|it| it.address));
+        let endpoints = kubernetes.into_iter().flat_map(|slice| slice.endpoints.iter().map(|it| it.address));
+        let endpoints = self.last_known.api_servers(endpoints).iter().copied();
+        let connections = self.table.api_server_addresses();
+        let api_servers = endpoints.chain(connections.iter().map(SocketAddr::ip));
         let peers = self.table.peer_node_addresses();
-        let node = NodeView::new(self.table.node(), peers, api_servers, &self.interfaces, &self.policy);
+        let mut node = NodeView::new(self.table.node(), peers, api_servers, &self.interfaces, &self.policy);
+        node.node_addresses.extend(self.last_known.node(self.table.node()));
+        if node.node_addresses.is_empty() && !connections.is_empty() {
+            // There is a Node, of which the API server says nothing (yet): its addresses are among these. ClusterIPs stay served.
+            node.peer_node_addresses.extend(&self.interfaces);
+        }
         if node == self.node {
             return false;
         }

@@ -103,3 +103,28 @@ fn url(master: &str, scheme: &str) -> Result<Uri, Error> {
         _ => Err(bad("it needs http or https and a host".into())),
     }
 }
+
+/// The host and the port of a server's URL.
+pub(super) fn host_and_port(server: &str) -> Option<(String, u16)> {
+    let uri: Uri = server.parse().ok()?;
+    let port = uri.port_u16().unwrap_or(if uri.scheme_str() == Some("http") { 80 } else { 443 });
+    Some((uri.host()?.trim_matches(['[', ']']).to_owned(), port))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::host_and_port;
+
+    #[test]
+    fn host_and_port_of_a_url() {
+        for (server, host, port) in [
+            ("https://control-plane.test:6443", "control-plane.test", 6443),
+            ("https://control-plane.test/path", "control-plane.test", 443),
+            ("http://192.0.2.1", "192.0.2.1", 80),
+            ("https://[fd00::1]:6443", "fd00::1", 6443),
+        ] {
+            assert_eq!(host_and_port(server), Some((host.to_owned(), port)), "{server}");
+        }
+        assert_eq!(host_and_port("/"), None);
+    }
+}

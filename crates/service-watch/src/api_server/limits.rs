@@ -14,6 +14,8 @@ use kube::client::Body;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use super::addresses::ServerAddresses;
+
 /// The timeout for the head of a response. (The reflector has one for the body.)
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(50);
 /// The minimum time between the starts of two watches. `watcher` restarts a watch that ended without a delay, so a
@@ -50,17 +52,18 @@ impl ResponseTooLarge {
 #[error("no response within {} s", REQUEST_TIMEOUT.as_secs())]
 pub(super) struct RequestTimeout;
 
-/// Wraps `client` with these limits. The receiver is notified of each successful response.
-pub(super) fn limited_client(client: Client) -> (Client, watch::Receiver<()>) {
+/// Wraps `client` with these limits. The receiver is notified of each successful response. The peers of the connections are
+/// recorded in `addresses`.
+pub(super) fn limited_client(client: Client, addresses: ServerAddresses) -> (Client, watch::Receiver<()>) {
     let (responded, responses) = watch::channel(());
-    let shared = Arc::new((responded, Mutex::default()));
+    let shared = Arc::new((responded, Mutex::default(), addresses));
     let namespace = client.default_namespace().to_owned();
     let service = tower::service_fn(move |request| send(client.clone(), shared.clone(), request));
     (Client::new(service, namespace), responses)
 }
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
-type Shared = (watch::Sender<()>, Mutex<Throttle>);
+type Shared = (watch::Sender<()>, Mutex<Throttle>, ServerAddresses);
 
 /// State shared by the requests of a client.
 #[derive(Clone, Copy, Debug, Default)]
@@ -76,7 +79,7 @@ async fn send(
     shared: Arc<Shared>,
     request: Request<Body>,
 ) -> Result<Response<UnsyncBoxBody<Bytes, BoxError>>, BoxError> {
-    let (responded, throttle) = &*shared;
+    let (responded, throttle, addresses) = &*shared;
     let update = |update: &dyn Fn(&mut Throttle)| {
         if let Ok(mut throttle) = throttle.lock() {
             update(&mut throttle);
@@ -91,6 +94,7 @@ async fn send(
         sleep_until(last + MIN_WATCH_INTERVAL).await;
     }
     let response = timeout(REQUEST_TIMEOUT, client.send(request)).await.map_err(|_| RequestTimeout)??;
+    addresses.record_peer(response.extensions());
     if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {
         let after = response.headers().get(header::RETRY_AFTER).and_then(|after| after.to_str().ok()?.parse().ok());
         if let Some(seconds) = after.map(|seconds: u64| seconds.min(MAX_RETRY_AFTER_SECONDS)) {

@@ -1,5 +1,6 @@
-//! Confirmation of a mass deletion: a list that lacks most of the known objects is read a second time before they are
-//! deleted. An API server that was restored from an old backup, or whose storage fails, may return such a list.
+//! Confirmation of deletions: a list that lacks most of the known objects is read a second time before they are
+//! deleted. An API server that was restored from an old backup, or whose storage fails, may return such a list. The own
+//! Node is confirmed too, since it is not deleted while its node runs.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -29,8 +30,10 @@ pub(super) struct MassDeletionCheck {
     before: usize,
     /// How many entries the current list has.
     listed: usize,
-    /// The last list needed a confirmation: this one is accepted.
+    /// The last list, or a deletion, needed a confirmation: this list is accepted.
     is_confirming: bool,
+    /// Whether the node serves anything before the first list.
+    has_existing_state: bool,
     relist_requested: Arc<AtomicBool>,
 }
 
@@ -45,6 +48,11 @@ impl MassDeletionCheck {
     /// `before` is the number of entries that the node had before the first list.
     pub(super) fn new(before: usize) -> Self {
         Self { enabled: true, before, ..Self::default() }
+    }
+
+    /// For Nodes. What the node serves does not say how many there are, but that it has been one of them.
+    pub(super) fn for_nodes(existing: ExistingState) -> Self {
+        Self { has_existing_state: existing.vips > 0, ..Self::new(0) }
     }
 
     /// Set when the list must be read again.
@@ -64,6 +72,24 @@ impl MassDeletionCheck {
             Change::Slice(it) => it.endpoints.len(),
             _ => 0,
         };
+    }
+
+    /// Whether the deletion of an object that is never deleted in ordinary operation needs a confirmation. If so, a list is read
+    /// soon.
+    pub(super) fn doubts_deletion(&mut self) -> bool {
+        self.is_confirming = self.enabled;
+        self.relist_requested.store(self.enabled, Ordering::Relaxed);
+        self.enabled
+    }
+
+    /// Called at the end of a list that lacks an object that is never deleted in ordinary operation. Whether nothing must be deleted
+    /// before another list confirms it.
+    pub(super) fn doubts_absence(&mut self, has_been_there: bool) -> bool {
+        let has_existing_state = std::mem::take(&mut self.has_existing_state);
+        if self.is_confirming || !(has_been_there || has_existing_state) {
+            return false;
+        }
+        self.doubts_deletion()
     }
 
     /// Called at the end of a list that lacks `deleted` of `known` objects; before the first list, `known` is 0. If
@@ -99,6 +125,28 @@ mod tests {
             );
         }
         assert_eq!(MassDeletionCheck::default().finish(1000, 1000), None, "it is off by default");
+    }
+
+    #[test]
+    fn the_absence_of_the_own_node_is_confirmed_once() {
+        let existing = |vips| MassDeletionCheck::for_nodes(ExistingState { vips });
+        for (mut check, has_been_there, is_doubted) in [
+            (existing(0), true, true),
+            (existing(0), false, false),
+            (existing(1), false, true),
+            (MassDeletionCheck::default(), true, false),
+        ] {
+            assert_eq!(check.doubts_absence(has_been_there), is_doubted);
+            assert_eq!(check.relist_requested().load(Ordering::Relaxed), is_doubted);
+            assert!(!check.doubts_absence(false), "the second list is accepted");
+            assert_eq!(check.finish(0, 0), None);
+            assert!(!check.doubts_absence(false), "what the node served at its start counts once");
+        }
+        let mut check = existing(0);
+        assert!(check.doubts_deletion() && !check.doubts_absence(true));
+        assert_eq!(check.finish(1, 1), None);
+        assert!(check.doubts_absence(true), "the next one needs a confirmation again");
+        assert!(!MassDeletionCheck::default().doubts_deletion());
     }
 
     #[test]

@@ -3,21 +3,25 @@
 //! A [`Reflector`] for each kind lists and watches; here its events become changes, and objects that a new list lacks
 //! become deletions.
 
+mod addresses;
 mod connect;
 mod events;
 mod limits;
 mod mass_deletion;
 mod reflector;
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::fmt;
+use std::net::SocketAddr;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use futures_util::stream::{self, StreamExt as _};
 use kube::runtime::watcher::{self, Config};
 use kube::{Api, Client};
+use tokio::sync::watch;
 
+use self::addresses::ServerAddresses;
 pub use self::connect::Connection;
 pub use self::events::{Event, EventObject, EventRecorder, EventType};
 pub use self::mass_deletion::ExistingState;
@@ -33,6 +37,8 @@ use crate::wire;
 pub struct ApiServer {
     client: Client,
     server: String,
+    /// The host and the port of the server's URL, to be looked up.
+    name: Option<(String, u16)>,
     node: Arc<str>,
     all_nodes: bool,
     /// What the node already serves; `None` if mass deletions need no confirmation.
@@ -52,7 +58,8 @@ impl ApiServer {
     /// Reads files but sends no request: an unreachable server is reported and retried while the source runs.
     pub async fn connect(connection: &Connection, node: impl Into<Arc<str>>) -> Result<Self, Error> {
         let (client, server) = connect::client(connection).await?;
-        Ok(Self::with_client(client, server, node))
+        let name = connect::host_and_port(&server);
+        Ok(Self { name, ..Self::with_client(client, server, node) })
     }
 
     /// An API server reached through `client`; messages call it `server`.
@@ -60,6 +67,7 @@ impl ApiServer {
         Self {
             client,
             server: server.into(),
+            name: None,
             node: node.into(),
             all_nodes: false,
             existing: None,
@@ -105,14 +113,28 @@ impl ApiServer {
 
     /// As [`Source::run`](crate::Source::run). No error ends it.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
-        let Self { client, server, node, all_nodes, existing, counters } = self;
+        let Self { client, server, name, node, all_nodes, existing, counters } = self;
         let mut emitter = Emitter::new(sink, counters);
         let mut converter = Converter::new(node.clone());
         let mass_deletion =
             || existing.map_or_else(MassDeletionCheck::default, |existing| MassDeletionCheck::new(existing.vips));
         let mut services = Tracker { mass_deletion: mass_deletion(), ..Tracker::default() };
         let mut slices = Tracker { mass_deletion: mass_deletion(), ..Tracker::default() };
-        let mut nodes = Tracker { only_name: (!all_nodes).then(|| node.clone()), ..Tracker::default() };
+        let mut nodes = Tracker {
+            only_name: (!all_nodes).then(|| node.clone()),
+            own_name: Some(node.clone()),
+            mass_deletion: existing.map_or_else(MassDeletionCheck::default, MassDeletionCheck::for_nodes),
+            ..Tracker::default()
+        };
+        let addresses = ServerAddresses::default();
+        let mut new_addresses = addresses.subscribe();
+        let lookups = addresses.clone();
+        let mut lookups = std::pin::pin!(async move {
+            match name {
+                Some((host, port)) => lookups.follow_name(host, port).await,
+                None => std::future::pending().await,
+            }
+        });
 
         // kube-proxy's selectors: no Services of other proxies, no headless ones.
         let services_config =
@@ -121,16 +143,30 @@ impl ApiServer {
         let nodes_config =
             if all_nodes { Config::default() } else { Config::default().fields(&format!("metadata.name={node}")) };
         let events = stream::select(
-            reflect(&client, &server, services_config, &services).map(SourceEvent::Service),
+            reflect(&client, &server, &addresses, services_config, &services).map(SourceEvent::Service),
             stream::select(
-                reflect(&client, &server, slices_config, &slices).map(SourceEvent::Slice),
-                reflect(&client, &server, nodes_config, &nodes).map(SourceEvent::Node),
+                reflect(&client, &server, &addresses, slices_config, &slices).map(SourceEvent::Slice),
+                reflect(&client, &server, &addresses, nodes_config, &nodes).map(SourceEvent::Node),
             ),
         );
         let mut events = std::pin::pin!(events);
         let mut synced = false;
         while !emitter.is_closed() {
-            match events.next().await {
+            let event = tokio::select! {
+                // A new address is told before the objects that come from it.
+                biased;
+                Ok(()) = new_addresses.changed() => {
+                    emitter.change(addresses_change(&mut new_addresses));
+                    continue;
+                }
+                event = events.next() => event,
+                () = &mut lookups => continue,
+            };
+            // The connection may have been made while the select waited for this event.
+            if new_addresses.has_changed().unwrap_or(false) {
+                emitter.change(addresses_change(&mut new_addresses));
+            }
+            match event {
                 Some(SourceEvent::Service(event)) => services.handle(event, &mut converter, &mut emitter),
                 Some(SourceEvent::Slice(event)) => slices.handle(event, &mut converter, &mut emitter),
                 Some(SourceEvent::Node(event)) => nodes.handle(event, &mut converter, &mut emitter),
@@ -146,6 +182,10 @@ impl ApiServer {
     }
 }
 
+fn addresses_change(addresses: &mut watch::Receiver<VecDeque<SocketAddr>>) -> Change {
+    Change::ApiServerAddresses(addresses.borrow_and_update().iter().copied().collect())
+}
+
 /// An event of one of the reflectors.
 #[expect(clippy::large_enum_variant, reason = "there is one at a time")]
 enum SourceEvent {
@@ -157,10 +197,11 @@ enum SourceEvent {
 fn reflect<K: Object>(
     client: &Client,
     server: &str,
+    addresses: &ServerAddresses,
     config: Config,
     tracker: &Tracker,
 ) -> impl stream::Stream<Item = ReflectorEvent<K>> + use<K> {
-    let (client, responses) = limits::limited_client(client.clone());
+    let (client, responses) = limits::limited_client(client.clone(), addresses.clone());
     let reflector = Reflector::new(
         Api::<K>::all(client),
         server.to_owned(),
@@ -186,6 +227,8 @@ struct Tracker {
     has_synced: bool,
     /// If set, objects of other names are ignored.
     only_name: Option<Arc<str>>,
+    /// If set, the object of this name is not deleted in ordinary operation.
+    own_name: Option<Arc<str>>,
     mass_deletion: MassDeletionCheck,
 }
 
@@ -210,11 +253,20 @@ impl Tracker {
             }
             ReflectorEvent::Event(watcher::Event::Delete(object)) => {
                 if let Some(name) = Converter::object_name(object.meta()) {
+                    if self.is_own(&name) && self.known.contains(&name) && self.mass_deletion.doubts_deletion() {
+                        return emitter.error(watch, own_node_missing("the API server says that it was deleted"));
+                    }
                     self.delete(K::KIND, &name, converter, emitter);
                 }
             }
             ReflectorEvent::Event(watcher::Event::InitDone) => {
                 let seen = self.current_list.take().unwrap_or_default();
+                if self.own_name.is_some() && !seen.iter().any(|name| self.is_own(name)) {
+                    let has_been_there = self.known.iter().any(|name| self.is_own(name));
+                    if self.mass_deletion.doubts_absence(has_been_there) {
+                        return emitter.error(watch, own_node_missing("the list lacks it"));
+                    }
+                }
                 let deleted: Vec<ObjectName> = self.known.difference(&seen).cloned().collect();
                 let known_before = if self.has_synced { self.known.len() } else { 0 };
                 if let Some(MassDeletion { before, remaining }) = self.mass_deletion.finish(known_before, deleted.len())
@@ -243,6 +295,10 @@ impl Tracker {
             }
         }
         emitter.resolve(watch);
+    }
+
+    fn is_own(&self, name: &ObjectName) -> bool {
+        self.own_name.as_ref().is_some_and(|own| **own == *name.name())
     }
 
     fn apply<K: Object, F: FnMut(Message) -> ControlFlow<()>>(
@@ -296,4 +352,13 @@ impl Tracker {
         }
         emitter.resolve(subject);
     }
+}
+
+/// The problem to report if the Node of this agent disappears while the agent runs on it.
+fn own_node_missing(how: &str) -> String {
+    let again = CONFIRMATION_DELAY.as_secs();
+    format!(
+        "this agent's Node has disappeared, {how}: the list is read again in {again} s before the Node is treated as deleted; check that \
+         the kubelet registers it, and that --hostname-override is its name"
+    )
 }

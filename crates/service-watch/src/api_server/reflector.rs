@@ -35,13 +35,13 @@ const RELIST_AFTER_OUTAGE: Duration = Duration::from_secs(30);
 
 /// A period of the connection, as it is.
 #[cfg(not(feature = "fault-points"))]
-const fn period(period: Duration) -> Duration {
+pub(super) const fn period(period: Duration) -> Duration {
     period
 }
 
 /// A period of the connection, divided by what the environment says, so that tests need not wait for it.
 #[cfg(feature = "fault-points")]
-fn period(period: Duration) -> Duration {
+pub(super) fn period(period: Duration) -> Duration {
     static DIVISOR: std::sync::LazyLock<Option<u32>> =
         std::sync::LazyLock::new(|| std::env::var("API_SERVER_PERIODS_DIVIDED_BY").ok()?.parse().ok());
     DIVISOR.and_then(|divisor| period.checked_div(divisor)).unwrap_or(period)

@@ -108,6 +108,7 @@ pub(crate) fn short(change: &Change) -> String {
         Change::NodeDeleted => "-node".into(),
         Change::PeerNode(name, _) => format!("peer {name}"),
         Change::PeerNodeDeleted(name) => format!("-peer {name}"),
+        Change::ApiServerAddresses(addresses) => format!("at {addresses:?}"),
         Change::Incomplete(incomplete) => if *incomplete { "incomplete" } else { "complete" }.into(),
         Change::Synced => "synced".into(),
     }

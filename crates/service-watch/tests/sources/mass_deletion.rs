@@ -116,3 +116,55 @@ async fn a_few_deletions_need_no_confirmation() {
     server.delete("Service", "default", "s00");
     assert_eq!(listener.change().await, "-s00");
 }
+
+/// How the own Node disappears: by an event of the watch, or from the list.
+async fn lose_own_node(server: &Server, by_list: bool) -> Listener {
+    server.apply(node("node-a", "z"));
+    server.apply(node("node-b", "z"));
+    let mut listener = listen(source(server, Some(ExistingState::default())));
+    listener.synced().await;
+    if by_list {
+        server.refuse();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+    server.delete("Node", "", "node-a");
+    if by_list {
+        server.compact();
+        server.recover();
+    }
+    listener
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_own_node_stays_if_it_is_back_at_the_second_look() {
+    for by_list in [false, true] {
+        let server = Server::new();
+        let mut listener = lose_own_node(&server, by_list).await;
+        while !listener.report().await.problems.iter().any(|it| it.contains("this agent's Node has disappeared")) {}
+        server.apply(node("node-a", "y"));
+        assert_eq!(listener.change().await, "node y", "{by_list}");
+        listener.unchanged(Duration::from_secs(20)).await;
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_own_node_is_gone_if_the_second_look_finds_none() {
+    for by_list in [false, true] {
+        let server = Server::new();
+        let start = Instant::now();
+        let mut listener = lose_own_node(&server, by_list).await;
+        assert_eq!(listener.change().await, "-node", "{by_list}");
+        assert!(start.elapsed() >= Duration::from_secs(5), "{:?}", start.elapsed());
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_first_list_without_the_own_node_is_confirmed_on_a_serving_node() {
+    for (vips, delay) in [(0, 0), (1, 5)] {
+        let server = Server::new();
+        let start = Instant::now();
+        let mut listener = listen(source(&server, Some(ExistingState { vips })));
+        assert!(listener.synced().await.is_empty());
+        assert_eq!(start.elapsed().as_secs(), delay, "{vips}");
+    }
+}
