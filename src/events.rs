@@ -40,6 +40,7 @@ pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
         let reason = match owner {
             AddressOwner::Node => "AddressIsANodes",
             AddressOwner::ApiServer => "AddressIsTheApiServers",
+            AddressOwner::Pod => "AddressIsAPods",
         };
         events.push(warning(Some(service), reason, "RefuseAddress", owner.refusal(*vip)));
     }

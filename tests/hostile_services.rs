@@ -6,7 +6,7 @@
 mod common;
 
 use std::fs;
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -276,4 +276,42 @@ fn the_nodes_ports_stay_its_own_without_a_node_object() {
     let mut agent = network.agent(&[]);
     agent.says("audited").says(&format!("{NODE} is the address of a Node"));
     assert_eq!(endpoints(&kubelet), [""; 0]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_pods_address_stays_the_pods_and_is_refused_with_an_event() {
+    const POD: &str = "10.244.1.2";
+    const OTHER_POD: &str = "10.244.2.2";
+    const BY_ENDPOINT: &str = "10.245.0.2";
+    let network = Network::new();
+    let pod = Namespace::new().unwrap();
+    Namespace::connect(
+        End { namespace: &Namespace::own().unwrap(), device: "pod0", addresses: &["10.244.1.1/24"] },
+        End { namespace: &pod, device: "eth0", addresses: &[&format!("{POD}/24")] },
+    )
+    .unwrap();
+    let listener = pod.run(|| TcpListener::bind((POD, 8080))).unwrap().unwrap();
+    let reaches_pod = || TcpStream::connect_timeout(&listener.local_addr().unwrap(), Duration::from_secs(10)).is_ok();
+    let node = with(objects::node("node-a", &[NODE]), json!({"spec": {"podCIDRs": ["10.244.1.0/24"]}}));
+    network.cluster.apply(node);
+    let [web, slice] = of_user("bank", "web", "10.96.6.6", 80, BY_ENDPOINT);
+    let endpoints_of_web = json!([{"addresses": [BY_ENDPOINT], "nodeName": "node-b"}]);
+    network.cluster.apply(web).apply(with(slice, json!({"endpoints": endpoints_of_web})));
+    let mut agent = network.agent(&["--cluster-cidr=10.244.0.0/16"]);
+    agent.says("audited");
+    let pods = [POD, OTHER_POD, BY_ENDPOINT];
+    request(&network, &mut agent, "evil", 443, &pods);
+    agent.until("post an Event", |_| {
+        network.cluster.server.events().iter().any(|event| event["reason"] == "AddressIsAPods")
+    });
+    for pod in pods {
+        agent.says(&format!("{pod} is the address of a pod"));
+        assert!(!is_bound(pod) && endpoints(&format!("{pod}:443")).is_empty(), "{pod}");
+    }
+    assert!(reaches_pod());
+    agent.kill();
+    let mut agent = network.agent(&["--cluster-cidr=10.244.0.0/16", "--allow-pod-addresses"]);
+    agent.says("audited");
+    agent.until("serve them if that is allowed", |_| pods.iter().all(|pod| is_bound(pod)));
 }

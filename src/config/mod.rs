@@ -150,6 +150,7 @@ pub(crate) const FLAG_FIELDS: &[(&str, &str)] = &[
     ("log-json-info-buffer-size", "logging.options.json.infoBufferSize"),
     ("ipvs-drain-timeout", "kubeIPVS.drainTimeout"),
     ("watch-all-nodes", "kubeIPVS.watchAllNodes"),
+    ("allow-pod-addresses", "kubeIPVS.allowPodAddresses"),
     ("vip-binding", "kubeIPVS.vipBinding"),
     ("vip-ranges", "kubeIPVS.vipRanges"),
     ("ipvs-estimation", "kubeIPVS.estimation"),

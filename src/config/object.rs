@@ -176,6 +176,8 @@ pub(crate) struct KubeIpvs {
     pub(crate) drain_timeout: go_syntax::Duration,
     /// Whether to watch all Nodes, to know their addresses.
     pub(crate) watch_all_nodes: bool,
+    /// Whether addresses of pods are served as external and load-balancer IPs.
+    pub(crate) allow_pod_addresses: bool,
     /// How VIPs are bound to this node: `address` or `route`; empty means `address`.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub(crate) vip_binding: String,

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, Timeouts};
 use reconciler::Policy;
 use reconciler::binding::{self, VipBinding, VipRanges};
-use reconciler::policy::{DetectLocal, NodePortAddresses};
+use reconciler::policy::{DetectLocal, NodePortAddresses, PodAddresses};
 use reconciler::run::Periods;
 use service_watch::{parse_ip, parse_range};
 
@@ -151,6 +151,7 @@ fn policy(c: &Configuration, host: &str, check: &mut Validator) -> Policy {
         exclude: check.ranges("ipvs.excludeCIDRs", &c.ipvs.exclude_cidrs),
         node_port_addresses: node_port_addresses(c, check),
         bind_address: bind_address.filter(|address| !address.is_unspecified()),
+        pod_addresses: pod_addresses(c),
         external_ips: c.feature_gates.get(EXTERNAL_IPS_GATE).copied().unwrap_or(true),
         // As in kube-proxy, the masquerade fields are those of `iptables`, whatever the mode is.
         masquerade_all: c.iptables.masquerade_all,
@@ -265,6 +266,14 @@ fn detect_local(c: &Configuration, check: &mut Validator) -> DetectLocal {
             DetectLocal::ClusterCidr(Vec::new())
         }
     }
+}
+
+/// Whether addresses of pods are served. Invalid ranges are reported by [`detect_local`], if its mode uses them.
+fn pod_addresses(c: &Configuration) -> PodAddresses {
+    if c.kube_ipvs.allow_pod_addresses {
+        return PodAddresses::Allowed;
+    }
+    PodAddresses::Refused(c.cluster_cidr.split(',').filter_map(|text| parse_range(text.trim())).collect())
 }
 
 /// Collects the errors of all fields. For an invalid value a placeholder of its type is returned; the settings are then

@@ -181,6 +181,7 @@ fn rows() -> Vec<Row> {
         row("windowsRunAsService", json!(false), ("", json!(true))),
         row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).non_negative_duration(),
         row("kubeIPVS.watchAllNodes", Value::Null, yes()).boolean(),
+        row("kubeIPVS.allowPodAddresses", Value::Null, yes()).boolean(),
         row("kubeIPVS.vipBinding", Value::Null, ("route", json!("route"))).rejects(
             "routes",
             "routes",

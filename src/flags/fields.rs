@@ -259,6 +259,11 @@ pub(super) struct FieldFlags {
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     watch_all_nodes: Option<bool>,
 
+    /// Serve external and load-balancer IPs that are addresses of pods: in the Node's podCIDRs, in --cluster-cidr, or of
+    /// an endpoint of another Service. Otherwise they are refused, since this node could no longer reach the pod
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
+    allow_pod_addresses: Option<bool>,
+
     /// How VIPs are bound to this node: `address`, an address on kube-ipvs0 for each, or `route`, a local route for
     /// each, which costs less with thousands of VIPs [default: address]
     #[arg(long, value_name = "address|route", help_heading = "What kube-proxy does not have")]
@@ -301,6 +306,7 @@ impl FieldFlags {
             log_json_info_buffer_size: self.log_json_info_buffer_size,
             ipvs_drain_timeout: self.ipvs_drain_timeout,
             watch_all_nodes: self.watch_all_nodes,
+            allow_pod_addresses: self.allow_pod_addresses,
             vip_binding: self.vip_binding,
             vip_ranges: self.vip_ranges,
             ipvs_estimation: self.ipvs_estimation,
@@ -381,6 +387,7 @@ impl FieldFlags {
         set(&mut c.iptables.min_sync_period, self.iptables_min_sync_period);
         set(&mut c.kube_ipvs.drain_timeout, self.ipvs_drain_timeout);
         set(&mut c.kube_ipvs.watch_all_nodes, self.watch_all_nodes);
+        set(&mut c.kube_ipvs.allow_pod_addresses, self.allow_pod_addresses);
         set(&mut c.kube_ipvs.vip_binding, self.vip_binding);
         set(&mut c.kube_ipvs.vip_ranges, self.vip_ranges.map(without_empty));
         set_some(&mut c.kube_ipvs.estimation, self.ipvs_estimation);

@@ -107,7 +107,8 @@ pub(crate) enum Command {
 }
 
 /// Flags with a field that have an effect even with `--config`. (Flags without a field always have.)
-const FLAGS_BESIDE_FILE: [&str; 16] = [
+const FLAGS_BESIDE_FILE: [&str; 17] = [
+    "allow-pod-addresses",
     "confirm-disappearance",
     "hostname-override",
     "ipvs-drain-timeout",

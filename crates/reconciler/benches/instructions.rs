@@ -73,7 +73,7 @@ fn contribution(slices: u32, endpoints: u32) -> Work {
 
 fn entry(slices: Vec<EndpointSlice>) -> ServiceEntry {
     let slices = slices.into_iter().map(|slice| (slice.name.clone(), slice));
-    ServiceEntry { service: Some(Arc::new(service(0))), slices: slices.collect() }
+    ServiceEntry { service: Some(Arc::new(service(0))), slices: slices.collect(), ..ServiceEntry::default() }
 }
 
 /// What is desired, and a kernel that has it.
@@ -122,7 +122,7 @@ fn wanted(number: u32, endpoints: u32) -> Contribution {
     let slice = slice(number, endpoints);
     let slices = [(slice.name.clone(), slice)].into_iter().collect();
     Contribution::new(
-        &ServiceEntry { service: Some(Arc::new(service(number))), slices },
+        &ServiceEntry { service: Some(Arc::new(service(number))), slices, ..ServiceEntry::default() },
         &NodeView::default(),
         &policy(),
     )

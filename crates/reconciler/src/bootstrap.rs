@@ -37,5 +37,5 @@ pub(crate) fn allocated_part(entry: &ServiceEntry) -> ServiceEntry {
         };
         service.into()
     });
-    ServiceEntry { service, slices: entry.slices.clone() }
+    ServiceEntry { service, slices: entry.slices.clone(), ..ServiceEntry::default() }
 }

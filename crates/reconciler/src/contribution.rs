@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use ipnet::IpNet;
 use ipvs_netlink::{Family, Persistence};
 use litemap::LiteMap;
 use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
@@ -13,7 +14,7 @@ use crate::bootstrap::{API_SERVER, CONTROL_PLANE_NAMESPACE};
 use crate::filter::{Access, FrontEndRule, Masquerade, SetElement, SourceRanges};
 use crate::front_end::{AddressOrigin, FrontEnd, ServerConfig};
 use crate::node::NodeView;
-use crate::policy::Policy;
+use crate::policy::{PodAddresses, Policy};
 use crate::real_servers::RealServerAddress;
 use crate::table::ServiceEntry;
 
@@ -56,6 +57,8 @@ pub enum AddressOwner {
     Node,
     /// The API server. Otherwise a Service could feed this node with Services.
     ApiServer,
+    /// A pod. Bound here, its address would cut this node off from the pod, or give its connections to another.
+    Pod,
 }
 
 impl AddressOwner {
@@ -64,14 +67,19 @@ impl AddressOwner {
         match self {
             Self::Node => "a Node",
             Self::ApiServer => "the API server",
+            Self::Pod => "a pod, or in a range of pods",
         }
     }
 
     /// Why a VIP with this owner is not served, and what to do. For the log and for the Event on the Service.
     pub fn refusal(self, vip: IpAddr) -> String {
+        let setting = match self {
+            Self::Node | Self::ApiServer => "",
+            Self::Pod => ", or set kubeIPVS.allowPodAddresses (--allow-pod-addresses)",
+        };
         format!(
             "{vip} is the address of {} and is not served as a VIP, since nodes could no longer reach that: remove it from \
-             spec.externalIPs, or have the load balancer assign another address",
+             spec.externalIPs, or have the load balancer assign another address{setting}",
             self.description()
         )
     }
@@ -106,7 +114,7 @@ impl Contribution {
         if let Some(service) = &entry.service {
             // The families are independent: each has its own front ends, endpoints, hints and fallbacks.
             for family in policy.families.iter() {
-                let vips = Vips::new(service, family, node, policy);
+                let vips = Vips::new(service, &entry.other_pods, family, node, policy);
                 let Some(vips) = vips else { continue };
                 contribution.refused_vips.extend(&vips.refused);
                 let ranges = service.source_ranges.as_ref().and_then(|ranges| SourceRanges::of_family(ranges, family));
@@ -271,7 +279,7 @@ struct Vips {
 
 impl Vips {
     /// `None` without a ClusterIP of the family: then the Service is not served in this family.
-    fn new(service: &Service, family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
+    fn new(service: &Service, other_pods: &[IpAddr], family: Family, node: &NodeView, policy: &Policy) -> Option<Self> {
         let of_family = |addresses: &[IpAddr]| -> Vec<IpAddr> {
             addresses.iter().copied().filter(|address| Family::of(*address) == family).collect()
         };
@@ -279,19 +287,23 @@ impl Vips {
         let mut external = if policy.external_ips { of_family(&service.external_ips) } else { Vec::new() };
         let mut load_balancer = of_family(&service.load_balancer_ips);
         let is_external = !external.is_empty() || !load_balancer.is_empty();
-        let owner = |vip: &IpAddr| {
+        let owner = |vip: &IpAddr, origin: AddressOrigin| {
             if node.node_addresses.contains(vip) || node.peer_node_addresses.contains(vip) {
                 return Some(AddressOwner::Node);
             }
             // Services of the control plane may have the addresses of API servers.
             let (namespace, name) = (service.name.namespace(), service.name.name());
             let is_privileged = namespace == CONTROL_PLANE_NAMESPACE || (namespace, name) == API_SERVER;
-            (node.api_servers.contains(vip) && !is_privileged).then_some(AddressOwner::ApiServer)
+            if node.api_servers.contains(vip) && !is_privileged {
+                return Some(AddressOwner::ApiServer);
+            }
+            is_pod_address(*vip, origin, other_pods, node, policy).then_some(AddressOwner::Pod)
         };
         let mut refused = Vec::new();
-        for vips in [&mut external, &mut load_balancer] {
+        let origins = [(&mut external, AddressOrigin::Request), (&mut load_balancer, AddressOrigin::LoadBalancer)];
+        for (vips, origin) in origins {
             vips.retain(|vip| {
-                let owner = owner(vip);
+                let owner = owner(vip, origin);
                 refused.extend(owner.map(|owner| (*vip, owner)));
                 owner.is_none()
             });
@@ -303,6 +315,20 @@ impl Vips {
         let cluster_ip = (!is_node_address).then_some(cluster_ip);
         Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
     }
+}
+
+/// Whether an external or load-balancer IP is an address of a pod: in a range of pods, or that of an endpoint of another Service that
+/// names a node.
+///
+/// Users may write such endpoints. They do not count against an address that a load balancer assigned if the ranges of pods of
+/// its family are known: otherwise a slice could take the address from its Service.
+fn is_pod_address(vip: IpAddr, origin: AddressOrigin, other_pods: &[IpAddr], node: &NodeView, policy: &Policy) -> bool {
+    let PodAddresses::Refused(ranges) = &policy.pod_addresses else { return false };
+    // A range of all addresses says nothing about pods.
+    let is_in = |range: &IpNet| range.prefix_len() > 0 && range.contains(&vip);
+    let knows_ranges = || ranges.iter().any(|range| Family::of(range.addr()) == Family::of(vip));
+    let is_endpoint = || other_pods.contains(&vip) && (origin == AddressOrigin::Request || !knows_ranges());
+    node.pod_cidrs.iter().chain(ranges).any(is_in) || is_endpoint()
 }
 
 /// `externalTrafficPolicy` applies only if the Service is reachable from outside, in whichever family.

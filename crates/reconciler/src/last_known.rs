@@ -7,16 +7,25 @@ use std::net::IpAddr;
 use service_watch::Node;
 
 /// The last known addresses.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct LastKnown {
     api_servers: Vec<IpAddr>,
     node: Vec<IpAddr>,
 }
 
 impl LastKnown {
-    /// Records the endpoints of API servers, and returns them with those of before whose place no other has taken: an address is
-    /// forgotten once there are as many others.
-    pub(crate) fn api_servers(&mut self, endpoints: impl Iterator<Item = IpAddr>) -> &[IpAddr] {
+    /// The endpoints of API servers, with those of before whose place no other has taken.
+    pub(crate) fn api_servers(&self) -> &[IpAddr] {
+        &self.api_servers
+    }
+
+    /// The addresses of this Node; those of before while it has none.
+    pub(crate) fn node(&self) -> &[IpAddr] {
+        &self.node
+    }
+
+    /// Records the endpoints of API servers. One of before is forgotten once there are as many others.
+    pub(crate) fn set_api_servers(&mut self, endpoints: impl Iterator<Item = IpAddr>) {
         let mut current: Vec<IpAddr> = endpoints.collect();
         current.sort_unstable();
         current.dedup();
@@ -24,15 +33,13 @@ impl LastKnown {
         let former = self.api_servers.iter().copied().filter(|address| current.binary_search(address).is_err());
         let former: Vec<IpAddr> = former.take(vacant).collect();
         self.api_servers = [current, former].concat();
-        &self.api_servers
     }
 
-    /// Records the addresses of this Node, and returns them; those of before while it has none.
-    pub(crate) fn node(&mut self, node: Option<&Node>) -> &[IpAddr] {
-        if let Some(node) = node.filter(|node| !node.addresses.is_empty()) {
+    /// Records the addresses of this Node.
+    pub(crate) fn set_node(&mut self, node: &Node) {
+        if !node.addresses.is_empty() {
             self.node.clone_from(&node.addresses);
         }
-        &self.node
     }
 }
 
@@ -57,7 +64,8 @@ mod tests {
             (&[6, 7, 8, 9], &[6, 7, 8, 9]),
         ] {
             let expected: Vec<IpAddr> = expected.iter().copied().map(ip).collect();
-            assert_eq!(known.api_servers(endpoints.iter().copied().map(ip)), expected, "{endpoints:?}");
+            known.set_api_servers(endpoints.iter().copied().map(ip));
+            assert_eq!(known.api_servers(), expected, "{endpoints:?}");
         }
     }
 
@@ -65,10 +73,9 @@ mod tests {
     fn addresses_of_the_node_stay_known_while_it_has_none() {
         let mut known = LastKnown::default();
         let node = |last: &[u8]| Node { addresses: last.iter().copied().map(ip).collect(), ..Node::default() };
-        assert!(known.node(None).is_empty());
-        assert_eq!(known.node(Some(&node(&[1, 2]))), [ip(1), ip(2)]);
-        assert_eq!(known.node(Some(&node(&[]))), [ip(1), ip(2)]);
-        assert_eq!(known.node(None), [ip(1), ip(2)]);
-        assert_eq!(known.node(Some(&node(&[3]))), [ip(3)]);
+        for (addresses, expected) in [(&[][..], &[][..]), (&[1, 2], &[1, 2]), (&[], &[1, 2]), (&[3], &[3])] {
+            known.set_node(&node(addresses));
+            assert_eq!(known.node(), node(expected).addresses);
+        }
     }
 }

@@ -70,6 +70,7 @@ mod last_known;
 mod log;
 pub mod reconciler;
 pub mod report;
+mod requested;
 pub mod run;
 
 pub use policy::Policy;

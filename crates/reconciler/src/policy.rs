@@ -62,6 +62,22 @@ pub enum DetectLocal {
     InterfaceNamePrefix(String),
 }
 
+/// Whether external and load-balancer IPs may be addresses of pods.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PodAddresses {
+    /// They are refused. Pods have addresses in these ranges (`--cluster-cidr`, whichever way local pods are recognized); there are
+    /// none if the ranges are not known.
+    Refused(Vec<IpNet>),
+    /// They are served.
+    Allowed,
+}
+
+impl Default for PodAddresses {
+    fn default() -> Self {
+        Self::Refused(Vec::new())
+    }
+}
+
 /// The operator's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Policy {
@@ -77,6 +93,8 @@ pub struct Policy {
     pub bind_address: Option<IpAddr>,
     /// The addresses of API servers that the configuration names.
     pub api_servers: Vec<IpAddr>,
+    /// Whether external and load-balancer IPs may be addresses of pods (`--allow-pod-addresses`).
+    pub pod_addresses: PodAddresses,
     /// Whether `spec.externalIPs` are served (feature gate `AllowServiceExternalIPs`).
     pub external_ips: bool,
     /// The families the node can serve.
@@ -106,6 +124,7 @@ impl Policy {
             node_port_addresses: NodePortAddresses::All,
             bind_address: None,
             api_servers: Vec::new(),
+            pod_addresses: PodAddresses::default(),
             external_ips: true,
             families: Families::BOTH,
             masquerade_all: false,

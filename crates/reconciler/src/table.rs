@@ -8,6 +8,10 @@ use foldhash::HashMap;
 use litemap::LiteMap;
 use service_watch::{Change, EndpointSlice, Node, ObjectName, Service};
 
+use crate::bootstrap::API_SERVER;
+use crate::last_known::LastKnown;
+use crate::requested::RequestedAddresses;
+
 /// A Service and its EndpointSlices, which may arrive in any order.
 #[derive(Clone, Debug, Default)]
 pub struct ServiceEntry {
@@ -15,6 +19,8 @@ pub struct ServiceEntry {
     pub service: Option<Arc<Service>>,
     /// Its slices by name, so that the result does not depend on the order in which they arrived.
     pub slices: LiteMap<ObjectName, EndpointSlice>,
+    /// Those of the Service's external and load-balancer IPs that are addresses of pods of other Services.
+    pub other_pods: Box<[IpAddr]>,
 }
 
 /// What must be recomputed after a change.
@@ -39,6 +45,8 @@ pub struct ServiceTable {
     peer_nodes: HashMap<Arc<str>, Vec<IpAddr>>,
     /// Where this agent reaches the API server.
     api_server_addresses: BTreeSet<SocketAddr>,
+    last_known: LastKnown,
+    requested: RequestedAddresses,
     synced: bool,
     is_incomplete: bool,
 }
@@ -52,19 +60,27 @@ impl ServiceTable {
                 let entry = self.entries.entry(service.name.clone()).or_default();
                 if entry.service.as_deref() != Some(&service) {
                     dirty.insert(service.name.clone());
+                    self.requested.service_changed(&service.name, entry.service.as_deref(), Some(&service));
                     entry.service = Some(Arc::new(service));
                 }
             }
             Change::ServiceDeleted(name) => {
                 if let Some(entry) = self.entries.get_mut(&name)
-                    && entry.service.take().is_some()
+                    && let Some(service) = entry.service.take()
                 {
+                    entry.other_pods = Box::default();
+                    self.requested.service_changed(&name, Some(&service), None);
                     self.remove_if_empty(&name);
                     dirty.insert(name);
                 }
             }
             Change::Slice(slice) => {
                 let owner = slice.service.clone();
+                if is_api_server(&slice.name) {
+                    let is_owner = is_api_server(&owner);
+                    let endpoints = slice.endpoints.iter().filter(|_| is_owner);
+                    self.last_known.set_api_servers(endpoints.map(|endpoint| endpoint.address));
+                }
                 if let Some(before) = self.owners.insert(slice.name.clone(), owner.clone())
                     && before != owner
                 {
@@ -72,7 +88,9 @@ impl ServiceTable {
                     dirty.insert(before);
                 }
                 let slices = &mut self.entries.entry(owner.clone()).or_default().slices;
-                if slices.get(&slice.name) != Some(&slice) {
+                let before = slices.get(&slice.name);
+                if before != Some(&slice) {
+                    before.into_iter().chain([&slice]).for_each(|slice| self.requested.slice_changed(slice));
                     if slices.is_empty() {
                         // Mostly there is one slice. A vector would allocate room for four.
                         *slices = LiteMap::with_capacity(1);
@@ -89,11 +107,13 @@ impl ServiceTable {
             }
             Change::Node(node) => {
                 if self.node.as_ref() != Some(&node) {
+                    self.last_known.set_node(&node);
                     self.node = Some(node);
                     return Dirty::Node;
                 }
             }
-            // As if it had never been known: what is programmed follows from the objects in the API, not from their history.
+            // As if it had never been known, but for the owner of its addresses: what is programmed follows from the objects in
+            // the API, not from their history.
             Change::NodeDeleted => {
                 if self.node.take().is_some() {
                     return Dirty::Node;
@@ -130,6 +150,21 @@ impl ServiceTable {
         Dirty::Services(dirty.into_iter().collect())
     }
 
+    /// Looks for pods at the external and load-balancer IPs of Services. Returns the Services of which the result has changed.
+    pub fn refresh_pods(&mut self) -> Vec<ObjectName> {
+        let mut changed = Vec::new();
+        for name in self.requested.refresh(self.entries.iter()) {
+            let Some(entry) = self.entries.get_mut(&name) else { continue };
+            let service = entry.service.as_deref();
+            let other_pods = service.map(|service| self.requested.of_other_pods(service)).unwrap_or_default();
+            if entry.other_pods != other_pods {
+                entry.other_pods = other_pods;
+                changed.push(name);
+            }
+        }
+        changed
+    }
+
     /// A Service and its slices.
     pub fn get(&self, name: &ObjectName) -> Option<&ServiceEntry> {
         self.entries.get(name)
@@ -143,6 +178,11 @@ impl ServiceTable {
     /// This Node, once it is known.
     pub fn node(&self) -> Option<&Node> {
         self.node.as_ref()
+    }
+
+    /// The addresses of this Node and of API servers, as they were known last.
+    pub(crate) fn last_known(&self) -> &LastKnown {
+        &self.last_known
     }
 
     /// The addresses of all other Nodes that are known.
@@ -167,7 +207,9 @@ impl ServiceTable {
 
     fn remove_slice(&mut self, owner: &ObjectName, slice: &ObjectName) {
         if let Some(entry) = self.entries.get_mut(owner) {
-            entry.slices.remove(slice);
+            if let Some(slice) = entry.slices.remove(slice) {
+                self.requested.slice_changed(&slice);
+            }
             self.remove_if_empty(owner);
         }
     }
@@ -177,4 +219,10 @@ impl ServiceTable {
             self.entries.remove(name);
         }
     }
+}
+
+/// Whether this is the name of the API server's Service, and of the slice that the API servers write themselves. Only that one counts,
+/// since they overwrite it regularly: otherwise whoever may write slices in that namespace could declare any address an API server's.
+fn is_api_server(name: &ObjectName) -> bool {
+    (name.namespace(), name.name()) == API_SERVER
 }

@@ -108,7 +108,11 @@ fn parse(text: &str) -> Endpoint {
 
 fn entry(service: Service, endpoints: &str) -> ServiceEntry {
     let slice = slice("web-1", "web", endpoints.split_whitespace().map(parse).collect());
-    ServiceEntry { service: Some(service.into()), slices: [(slice.name.clone(), slice)].into_iter().collect() }
+    ServiceEntry {
+        service: Some(service.into()),
+        slices: [(slice.name.clone(), slice)].into_iter().collect(),
+        ..ServiceEntry::default()
+    }
 }
 
 fn octets(contribution: &Contribution, front_end: &FrontEnd) -> Vec<u8> {
@@ -152,6 +156,7 @@ fn families_select_endpoints_independently() {
     let entry = ServiceEntry {
         service: Some(service("web", &["10.96.0.10", "fd96::10"]).into()),
         slices: [(slice.name.clone(), slice)].into_iter().collect(),
+        ..ServiceEntry::default()
     };
     let node = NodeView { zone: Some("1".into()), ..NodeView::default() };
     let contribution = Contribution::new(&entry, &node, &Policy::new(NODE));
@@ -167,6 +172,7 @@ fn of_duplicate_endpoints_the_one_not_terminating_is_used() {
         let entry = ServiceEntry {
             service: Some(service("web", &["10.96.0.10"]).into()),
             slices: [draining, fresh].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
+            ..ServiceEntry::default()
         };
         let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
         assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [1], "{order:?}");
@@ -183,6 +189,7 @@ fn a_port_is_served_by_slice_ports_of_its_name_and_protocol() {
     let entry = ServiceEntry {
         service: Some(service("web", &["10.96.0.10"]).into()),
         slices: [other_name, other_protocol, same].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
+        ..ServiceEntry::default()
     };
     let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
     assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [3]);

@@ -30,7 +30,8 @@ const SERVICES: [&str; 4] = ["a", "b", "c", "d"];
 const SLICES: [&str; 5] = ["s1", "s2", "s3", "s4", "s5"];
 const PORT_NAMES: [&str; 2] = ["http", "dns"];
 /// Few addresses, so that Services clash, share VIPs, and have VIPs that the node has too.
-const VIPS: [&str; 6] = ["203.0.113.1", "203.0.113.2", "192.168.1.1", "fd03::1", "fd03::2", "fd01::1"];
+/// One is a pod's sometimes.
+const VIPS: [&str; 7] = ["203.0.113.1", "203.0.113.2", "192.168.1.1", "10.0.0.3", "fd03::1", "fd03::2", "fd01::1"];
 const ENDPOINTS: [&str; 6] = ["10.0.0.1", "10.0.0.2", "10.0.0.3", "fd00::1", "fd00::2", "fd00::3"];
 const RANGES: [&str; 5] = ["10.0.0.0/8", "10.1.2.3/16", "0.0.0.0/0", "fd00::/8", "192.168.1.1/32"];
 const INTERFACES: [&str; 5] = ["127.0.0.1", "192.168.1.1", "192.168.1.2", "fd01::1", "fe80::1"];
@@ -63,6 +64,8 @@ struct Objects {
     services: BTreeMap<ObjectName, Service>,
     slices: BTreeMap<ObjectName, EndpointSlice>,
     node: Option<Node>,
+    /// The last Node that had addresses. They stay its own while it has none.
+    former_node: Option<Node>,
     peer_nodes: BTreeMap<Arc<str>, Vec<IpAddr>>,
     interfaces: BTreeSet<IpAddr>,
 }
@@ -82,15 +85,23 @@ impl Objects {
             Event::Change(Change::SliceDeleted(name)) => {
                 self.slices.remove(&name);
             }
-            Event::Change(Change::Node(node)) => self.node = Some(node),
+            Event::Change(Change::Node(node)) => {
+                if !node.addresses.is_empty() {
+                    self.former_node = Some(node.clone());
+                }
+                self.node = Some(node);
+            }
             Event::Change(Change::NodeDeleted) => self.node = None,
+            // The former addresses stay its own.
+            Event::Change(Change::PeerNode(name, addresses))
+                if addresses.is_empty() && self.peer_nodes.contains_key(&name) => {}
             Event::Change(Change::PeerNode(name, addresses)) => {
                 self.peer_nodes.insert(name, addresses);
             }
             Event::Change(Change::PeerNodeDeleted(name)) => {
                 self.peer_nodes.remove(&name);
             }
-            Event::Change(Change::Synced | Change::Incomplete(_)) | Event::Audit => {}
+            Event::Change(Change::Synced | Change::Incomplete(_) | Change::ApiServerAddresses(_)) | Event::Audit => {}
             Event::Interfaces(addresses) => self.interfaces = addresses,
         }
     }
@@ -101,7 +112,9 @@ impl Objects {
         let services = self.services.values().rev().cloned().map(Change::Service);
         let peer_nodes = self.peer_nodes.clone().into_iter();
         let peer_nodes = peer_nodes.map(|(name, addresses)| Change::PeerNode(name, addresses));
-        slices.chain(services).chain(self.node.clone().map(Change::Node)).chain(peer_nodes).collect()
+        let node = self.node.clone().map_or(Change::NodeDeleted, Change::Node);
+        let former = self.former_node.clone().map(Change::Node);
+        former.into_iter().chain(slices).chain(services).chain([node]).chain(peer_nodes).collect()
     }
 
     /// A kernel that an agent has filled that never knew anything else.

@@ -3,12 +3,13 @@
 
 mod common;
 
-use common::{NODE, World, endpoint, ip, ips, port, ready, service, tcp};
+use common::{NODE, World, endpoint, ip, ips, port, reached_at, ready, service, tcp};
 use reconciler::Policy;
 use reconciler::contribution::AddressOwner;
 use reconciler::fake::FakeKernel;
 use reconciler::filter::SourceRangesElement;
-use service_watch::{Change, Node, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
+use reconciler::policy::PodAddresses;
+use service_watch::{Change, Endpoint, Node, ObjectName, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 const OWN: &str = "192.168.1.1";
 const OTHER_NODE: &str = "192.168.1.2";
@@ -171,7 +172,9 @@ fn a_new_api_server_address_is_taken_from_other_services() {
 fn only_the_api_servers_own_slice_defines_api_servers() {
     let mut world = cluster();
     world.apply(Change::Service(Service { external_ips: vec![ip("203.0.113.1")], ..hostile() })).settle();
-    world.apply(Change::Slice(ready("kubernetes-2", "kubernetes", &["203.0.113.1"]))).settle();
+    // An endpoint that names a node would be a pod's.
+    let anybody = Endpoint { node: None, ..endpoint("203.0.113.1") };
+    world.apply(Change::Slice(common::slice("kubernetes-2", "kubernetes", vec![anybody]))).settle();
     assert!(world.kernel().servers.contains_key(&tcp("203.0.113.1", 80)));
 }
 
@@ -348,11 +351,6 @@ fn a_node_port_comes_before_addresses_of_load_balancers() {
     }
 }
 
-/// The addresses of the API server as the source finds them.
-fn reached_at(addresses: &[&str]) -> Change {
-    Change::ApiServerAddresses(addresses.iter().map(|address| address.parse().unwrap()).collect())
-}
-
 fn is_bound(world: &mut World, address: &str) -> bool {
     world.kernel().addresses.as_ref().is_some_and(|addresses| addresses.contains_key(&ip(address)))
 }
@@ -441,5 +439,85 @@ fn an_address_that_hides_the_api_server_is_unbound_before_the_list() {
         assert_eq!(is_bound(&mut world, ADDRESS), !is_released, "{reached}");
         assert!(is_bound(&mut world, "10.96.0.1"), "{reached}");
         assert_eq!(world.reconciler.release_api_server(world.now).unwrap(), None, "once is enough");
+    }
+}
+
+/// An endpoint of a pod on another node.
+const POD: &str = "10.0.0.9";
+
+#[test]
+fn addresses_of_pods_are_refused_unless_they_are_allowed() {
+    // The address, who has an endpoint there that names a node, the ranges of all pods, and whether it is refused as an external IP
+    // and as a load balancer's.
+    type Case = (&'static str, Option<&'static str>, &'static [&'static str], [bool; 2]);
+    let range = |text: &str| text.parse().unwrap();
+    let cases: [Case; 9] = [
+        ("10.244.1.9", None, &[], [true, true]),
+        ("10.244.7.9", None, &[], [false, false]),
+        ("10.244.7.9", None, &["10.244.0.0/16"], [true, true]),
+        ("10.244.7.9", None, &["fd00::/8", "10.244.0.0/16"], [true, true]),
+        ("203.0.113.9", None, &["0.0.0.0/0"], [false, false]),
+        (POD, Some("other"), &[], [true, true]),
+        (POD, Some("hostile"), &[], [false, false]),
+        // A slice of a user takes no address that a load balancer assigned.
+        (POD, Some("other"), &["10.244.0.0/16"], [true, false]),
+        (POD, Some("other"), &["fd00::/8"], [true, true]),
+    ];
+    for (address, pod_of, ranges, expected) in cases {
+        for (is_by_balancer, is_refused) in [false, true].into_iter().zip(expected) {
+            for allows_pod_addresses in [false, true] {
+                let ranges_of_pods = ranges.iter().map(|text| range(text)).collect();
+                let pod_addresses =
+                    if allows_pod_addresses { PodAddresses::Allowed } else { PodAddresses::Refused(ranges_of_pods) };
+                let policy = Policy { pod_addresses, ..Policy::new(NODE) };
+                let mut world = World::with(FakeKernel::default(), policy, vec![]);
+                let pod_cidrs = vec![range("10.244.1.0/24")];
+                world.apply(Change::Node(Node { addresses: vec![ip(OWN)], pod_cidrs, ..Node::default() }));
+                if let Some(service) = pod_of {
+                    world.apply(Change::Slice(ready("pods", service, &["10.0.0.8", POD])));
+                }
+                let (external_ips, load_balancer_ips) =
+                    if is_by_balancer { (vec![], vec![ip(address)]) } else { (vec![ip(address)], vec![]) };
+                world.apply(Change::Service(Service { external_ips, load_balancer_ips, ..hostile() }));
+                let report = world.sync();
+                world.settle();
+                let is_refused = is_refused && !allows_pod_addresses;
+                let what = format!("{address} of {pod_of:?}, {ranges:?}, {is_by_balancer} {allows_pod_addresses}");
+                let expected: Vec<_> =
+                    is_refused.then(|| (common::name("hostile"), ip(address), AddressOwner::Pod)).into_iter().collect();
+                assert_eq!(report.refused_vips, expected, "{what}");
+                assert_eq!(is_bound(&mut world, address), !is_refused, "{what}");
+                assert_eq!(world.kernel().servers.contains_key(&tcp(address, 80)), !is_refused, "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn an_address_is_given_to_the_pod_and_back_as_endpoints_change() {
+    let without_node = || common::slice("pods", "other", vec![Endpoint { node: None, ..endpoint(POD) }]);
+    let mut world = cluster();
+    assert!(takes(&mut world, POD));
+    for (change, is_taken) in [
+        (Change::Slice(without_node()), true),
+        (Change::Slice(ready("pods", "other", &[POD])), false),
+        (Change::Slice(ready("pods", "hostile", &[POD])), true),
+        (Change::Slice(ready("pods", "other", &["10.0.0.8", POD])), false),
+        (Change::Slice(ready("more", "third", &[POD])), false),
+        (Change::Slice(ready("pods", "other", &["10.0.0.8"])), false),
+        (Change::SliceDeleted(common::name("more")), true),
+        (Change::Slice(ready("pods", "other", &[POD])), false),
+        // Without the address and with it again.
+        (Change::Service(hostile()), false),
+        (Change::SliceDeleted(common::name("pods")), false),
+        (Change::Service(Service { load_balancer_ips: vec![ip(POD)], ..hostile() }), true),
+        (Change::Slice(ready("pods", "other", &[POD])), false),
+        (Change::ServiceDeleted(common::name("hostile")), false),
+        (Change::Service(Service { external_ips: vec![ip(POD)], ..hostile() }), false),
+        (Change::SliceDeleted(common::name("pods")), true),
+    ] {
+        world.apply(change.clone()).settle();
+        assert_eq!(is_bound(&mut world, POD), is_taken, "{change:?}");
+        assert_eq!(world.kernel().servers.contains_key(&tcp(POD, 80)), is_taken, "{change:?}");
     }
 }

@@ -26,11 +26,10 @@ use crate::diff::Retention;
 use crate::filter::ruleset::Ruleset;
 use crate::front_end::FrontEnd;
 use crate::kernel::{Kernel, KernelError, Scope};
-use crate::last_known::LastKnown;
 use crate::mirror::Mirror;
 use crate::node::NodeView;
 use crate::plan::Key;
-use crate::policy::{DetectLocal, NodePortAddresses, Policy};
+use crate::policy::{DetectLocal, NodePortAddresses, PodAddresses, Policy};
 use crate::report::SyncReport;
 use crate::table::{Dirty, ServiceTable};
 use bootstrap::Bootstrap;
@@ -59,7 +58,6 @@ pub struct Reconciler<K> {
     /// Whether they have changed since then.
     are_interfaces_stale: bool,
     node: NodeView,
-    last_known: LastKnown,
     /// The constant part of each family's table of the packet filter.
     rulesets: Vec<Arc<Ruleset>>,
     /// Ranges that have a route and should not have one. The packet filter guards them until the route is deleted.
@@ -95,7 +93,6 @@ impl<K: Kernel> Reconciler<K> {
             interfaces: BTreeSet::new(),
             are_interfaces_stale: false,
             node,
-            last_known: LastKnown::default(),
             desired: DesiredState::default(),
             mirror: None,
             dirty_services: BTreeSet::new(),
@@ -224,6 +221,9 @@ impl<K: Kernel> Reconciler<K> {
 
     /// Recomputes the contributions of the Services that changed; of all Services if the node did.
     fn recompute_changed(&mut self, report: &mut SyncReport) {
+        if self.policy.pod_addresses != PodAddresses::Allowed {
+            self.dirty_services.extend(self.table.refresh_pods());
+        }
         let mut names = std::mem::take(&mut self.dirty_services);
         if self.update_node() {
             // In addition to those that were deleted from the table.
@@ -237,16 +237,11 @@ impl<K: Kernel> Reconciler<K> {
         if !std::mem::take(&mut self.is_node_dirty) {
             return false;
         }
-        // Only the slice that the API servers write themselves counts, since they overwrite it regularly: otherwise whoever may
-        // write slices in that namespace could declare any address an API server's.
-        let kubernetes = self.table.get(&self.api_server).and_then(|entry| entry.slices.get(&self.api_server));
-        let endpoints = kubernetes.into_iter().flat_map(|slice| slice.endpoints.iter().map(|it| it.address));
-        let endpoints = self.last_known.api_servers(endpoints).iter().copied();
-        let connections = self.table.api_server_addresses();
-        let api_servers = endpoints.chain(connections.iter().map(SocketAddr::ip));
+        let (known, connections) = (self.table.last_known(), self.table.api_server_addresses());
+        let api_servers = known.api_servers().iter().copied().chain(connections.iter().map(SocketAddr::ip));
         let peers = self.table.peer_node_addresses();
         let mut node = NodeView::new(self.table.node(), peers, api_servers, &self.interfaces, &self.policy);
-        node.node_addresses.extend(self.last_known.node(self.table.node()));
+        node.node_addresses.extend(known.node());
         if node.node_addresses.is_empty() && !connections.is_empty() {
             // There is a Node, of which the API server says nothing (yet): its addresses are among these. ClusterIPs stay served.
             node.peer_node_addresses.extend(&self.interfaces);

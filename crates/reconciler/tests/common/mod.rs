@@ -98,6 +98,11 @@ pub fn tcp(address: &str, port: u16) -> FrontEnd {
     FrontEnd { address: ip(address), port, protocol: Protocol::Tcp }
 }
 
+/// The addresses of the API server as the source finds them.
+pub fn reached_at(addresses: &[&str]) -> Change {
+    Change::ApiServerAddresses(addresses.iter().map(|address| address.parse().unwrap()).collect())
+}
+
 /// A reconciler on a model of the kernel, and a clock that only tests move.
 pub struct World {
     pub reconciler: Reconciler<FakeKernel>,
