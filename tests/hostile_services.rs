@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use common::cluster::Cluster;
-use common::{Agent, HEALTH, addresses, get, ipvs, observed_filter};
+use common::{Agent, HEALTH, Manifests, addresses, get, ipvs, observed_filter};
 use lab::link;
 use lab::netns::{End, Namespace, isolate};
 use lab::objects::{self, load_balancer, port, with};
@@ -314,4 +314,41 @@ fn a_pods_address_stays_the_pods_and_is_refused_with_an_event() {
     let mut agent = network.agent(&["--cluster-cidr=10.244.0.0/16", "--allow-pod-addresses"]);
     agent.says("audited");
     agent.until("serve them if that is allowed", |_| pods.iter().all(|pod| is_bound(pod)));
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn long_names_have_their_source_ranges_or_no_load_balancer_ips() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let restricted = |namespace: usize, name: usize, number: u16| {
+        let [service, slice] = of_user(
+            &"n".repeat(namespace),
+            &"s".repeat(name),
+            &format!("10.96.5.{number}"),
+            80,
+            &format!("10.244.9.{number}"),
+        );
+        let patch = json!({
+            "spec": {"type": "LoadBalancer", "loadBalancerSourceRanges": ["198.51.100.0/24"]},
+            "status": load_balancer(&[format!("203.0.113.{number}")]),
+        });
+        objects::manifest(&[with(service, patch), slice])
+    };
+    let cases = [(63, 63, true), (120, 126, true), (121, 126, false), (253, 252, false), (253, 253, false)];
+    for (number, (namespace, name, _)) in (1..).zip(cases) {
+        manifests.write(&format!("{number}.json"), &restricted(namespace, name, number));
+    }
+    let mut agent = manifests.agent(&["--ipvs-sync-period=100ms"]);
+    agent.says("audited").says("give it a shorter name");
+    agent.audits(2);
+    for (number, (namespace, name, is_served)) in (1..).zip(cases) {
+        let endpoint = format!("10.244.9.{number}:80");
+        assert_eq!(endpoints(&format!("10.96.5.{number}:80")), [endpoint.as_str()], "{number}");
+        let of_balancer = endpoints(&format!("203.0.113.{number}:80"));
+        assert_eq!(of_balancer, if is_served { vec![endpoint] } else { vec![] }, "{number}");
+        let service = format!("{}/{}", "n".repeat(namespace), "s".repeat(name));
+        assert_eq!(has_source_ranges(&format!("203.0.113.{number}"), &service), is_served, "{number}");
+    }
+    assert!(!agent.log().contains("will try again"), "{}", agent.log());
 }

@@ -14,6 +14,11 @@ use crate::wire;
 /// A Service with this label, whatever its value, is for another proxy.
 const SERVICE_PROXY_NAME: &str = "service.kubernetes.io/service-proxy-name";
 const ADDRESS_SKIPPED: &str = "not served on this address";
+const NOT_ON_LOAD_BALANCERS: &str = "not served on any address of a load balancer";
+/// The longest `NAMESPACE/NAME`, in bytes, of a Service with source ranges. They become a chain of `nf_tables`, named after the
+/// Service; the kernel allows 255 bytes (`NFT_CHAIN_MAXNAMELEN`) with the prefix `sources-`. An API server allows 63 bytes for each part,
+/// but manifests may have longer ones.
+const MAX_NAME_WITH_RANGES: usize = 247;
 /// The API's default timeout for `sessionAffinity: ClientIP`: three hours.
 const DEFAULT_AFFINITY_SECONDS: u32 = 10_800;
 
@@ -53,18 +58,30 @@ impl Converter {
             Ok(ClusterIps::Unset) => return self.no_cluster_ip(problems),
             Err(InvalidField) => return Conversion::Invalid,
         };
+        let mut external_ips: Vec<IpAddr> = problems
+            .items(&spec.external_ips, "spec.externalIPs", ADDRESS_SKIPPED)
+            .filter_map(|(at, ip)| problems.usable_ip(problems.value(ip, at, ADDRESS_SKIPPED)?, at, ADDRESS_SKIPPED))
+            .collect();
+        let mut load_balancer_ips = load_balancer_ips(object, problems);
+        let source_ranges = source_ranges(spec, problems);
+        let length = name.namespace().len() + 1 + name.name().len();
+        if source_ranges.is_some() && !load_balancer_ips.is_empty() && length > MAX_NAME_WITH_RANGES {
+            // Without the ranges they would be open to everybody, also as external IPs.
+            external_ips.retain(|address| !load_balancer_ips.contains(address));
+            load_balancer_ips.clear();
+            problems.add(format_args!(
+                "its namespace and name have {length} bytes, with which the kernel cannot restrict clients to \
+                 spec.loadBalancerSourceRanges: {NOT_ON_LOAD_BALANCERS}; give it a shorter name, at most {MAX_NAME_WITH_RANGES} \
+                 bytes with its namespace"
+            ));
+        }
         Conversion::Serve(Service {
             name: name.clone(),
             created: object.metadata.creation_timestamp.as_ref().map(|time| time.0.as_second()),
             kind,
             cluster_ips,
-            external_ips: problems
-                .items(&spec.external_ips, "spec.externalIPs", ADDRESS_SKIPPED)
-                .filter_map(|(at, ip)| {
-                    problems.usable_ip(problems.value(ip, at, ADDRESS_SKIPPED)?, at, ADDRESS_SKIPPED)
-                })
-                .collect(),
-            load_balancer_ips: load_balancer_ips(object, problems),
+            external_ips,
+            load_balancer_ips,
             ports: collect_exact(
                 problems
                     .items(&spec.ports, "spec.ports", "no port is served")
@@ -73,7 +90,7 @@ impl Converter {
             affinity_seconds: affinity(spec, problems),
             internal_policy: policy(&spec.internal_traffic_policy, "spec.internalTrafficPolicy", problems),
             external_policy: policy(&spec.external_traffic_policy, "spec.externalTrafficPolicy", problems),
-            source_ranges: source_ranges(spec, problems),
+            source_ranges,
             health_check_node_port: health_check_node_port(spec, problems),
         })
     }
@@ -167,13 +184,12 @@ fn cluster_ips(spec: &wire::ServiceSpec, problems: &Problems) -> Result<ClusterI
 }
 
 fn load_balancer_ips(object: &wire::Service, problems: &Problems) -> Vec<IpAddr> {
-    const NONE: &str = "not served on any address of a load balancer";
     let balancer = problems
-        .value(&object.status, "status", NONE)
-        .and_then(|status| problems.value(&status.load_balancer, "status.loadBalancer", NONE));
+        .value(&object.status, "status", NOT_ON_LOAD_BALANCERS)
+        .and_then(|status| problems.value(&status.load_balancer, "status.loadBalancer", NOT_ON_LOAD_BALANCERS));
     let Some(balancer) = balancer else { return Vec::new() };
     problems
-        .items(&balancer.ingress, "status.loadBalancer.ingress", NONE)
+        .items(&balancer.ingress, "status.loadBalancer.ingress", NOT_ON_LOAD_BALANCERS)
         .filter_map(|(at, ingress)| {
             let ingress = problems.value(ingress, at, ADDRESS_SKIPPED)?;
             let mode = problems.field(&ingress.ip_mode, Child(at, "ipMode"), ADDRESS_SKIPPED).ok()?;

@@ -336,3 +336,35 @@ fn unused_fields_may_have_any_type() {
     }));
     assert_eq!(service.created, None);
 }
+
+#[test]
+fn a_name_that_is_too_long_for_source_ranges_closes_load_balancer_ips() {
+    let restricted = |namespace: usize, name: usize, ranges: Option<&str>| {
+        let patch = json!({
+            "metadata": { "namespace": "n".repeat(namespace), "name": "s".repeat(name) },
+            "spec": {
+                "type": "LoadBalancer", "loadBalancerSourceRanges": ranges.map(|range| vec![range]),
+                "externalIPs": ["203.0.113.1", "203.0.113.2"],
+            },
+            "status": { "loadBalancer": { "ingress": [{ "ip": "203.0.113.1" }] } },
+        });
+        let (service, problems) = service(&patch);
+        let service = service.unwrap();
+        assert_eq!(ips(&service.cluster_ips), ["10.96.0.10"], "{namespace} {name}");
+        let external = if service.load_balancer_ips.is_empty() { 1..2 } else { 0..2 };
+        assert_eq!(ips(&service.external_ips), ["203.0.113.1", "203.0.113.2"][external], "{namespace} {name}");
+        (service.load_balancer_ips.len(), problems)
+    };
+    for (namespace, name) in [(63, 63), (120, 126), (1, 245), (245, 1)] {
+        assert_eq!(restricted(namespace, name, Some("10.0.0.0/8")), (1, vec![]), "{namespace} {name}");
+    }
+    for (namespace, name) in [(121, 126), (253, 253), (1, 246), (246, 1)] {
+        assert_eq!(restricted(namespace, name, None), (1, vec![]), "{namespace} {name}: nothing restricts it");
+        // An invalid range allows nobody: that is a restriction too.
+        for ranges in ["10.0.0.0/8", "x"] {
+            let (count, problems) = restricted(namespace, name, Some(ranges));
+            let told = problems.iter().any(|problem| problem.contains("give it a shorter name, at most 247 bytes"));
+            assert!(count == 0 && told, "{namespace} {name}: {problems:?}");
+        }
+    }
+}
