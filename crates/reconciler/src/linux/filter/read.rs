@@ -147,7 +147,7 @@ fn find_tables(
 
 /// Reads the tables of these families in one generation of the ruleset; after several attempts, in more than one.
 ///
-/// If `owned`, a table that cannot be adopted, since it was made without [`PERSIST`], differs from the desired one.
+/// If `owned`, a table that cannot be adopted, since it was made without `NFT_TABLE_F_PERSIST`, differs from the desired one.
 pub fn read(socket: &mut Socket, families: Families, owned: bool) -> Result<ObservedFilter, Error> {
     let mut attempts = 0;
     loop {
