@@ -17,11 +17,10 @@ use service_watch::Protocol;
 use tracing::{error, info};
 
 use crate::instance_lock::InstanceLock;
-use crate::mode::ExitReason;
 use crate::takeover;
 
 /// Removes everything of ours. If an operation fails the others are done all the same, and an error is returned.
-pub(crate) fn run() -> Result<ExitReason> {
+pub(crate) fn run() -> Result<()> {
     let _lock = InstanceLock::acquire()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let observed = kernel.dump(Scope::All)?;
@@ -47,7 +46,7 @@ pub(crate) fn run() -> Result<ExitReason> {
         bail!("{failed} objects could not be removed: see above, and run it again");
     }
     info!(done, "{}", if done == 0 { "there was nothing to remove" } else { "removed everything of kube-ipvs" });
-    Ok(ExitReason::Completed)
+    Ok(())
 }
 
 /// How much was done, and how much failed.
@@ -93,7 +92,7 @@ fn carry_out(kernel: &mut LinuxKernel, plan: &Plan) -> Tally {
 
 /// Removes only the tables of the packet filter, and before them our routes. kube-proxy, which serves the VIPs by then,
 /// binds them as addresses and filters traffic to them, but it does not know our routes.
-pub(crate) fn remove_packet_filter() -> Result<ExitReason> {
+pub(crate) fn remove_packet_filter() -> Result<()> {
     let _lock = InstanceLock::acquire()?;
     let mut kernel = LinuxKernel::connect(Families::BOTH)?;
     let routes = kernel.dump(Scope::All)?.device.unwrap_or_default().routes;
@@ -106,11 +105,11 @@ pub(crate) fn remove_packet_filter() -> Result<ExitReason> {
         false if done == 0 => info!("there was nothing to remove"),
         false => {}
     }
-    Ok(ExitReason::Completed)
+    Ok(())
 }
 
 /// `--cleanup`: removes what is ours, and what kube-proxy left. An error in one does not prevent the other.
-pub(crate) fn run_with_kube_proxy() -> Result<ExitReason> {
+pub(crate) fn run_with_kube_proxy() -> Result<()> {
     let own = run();
     let remaining = takeover::remove_leftovers();
     if remaining > 0 {

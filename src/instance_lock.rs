@@ -1,61 +1,61 @@
 //! The instance lock: one agent for each network namespace. Two agents would each repair what the other writes, for
 //! ever.
 //!
-//! The lock is a socket with a name in the abstract namespace of `AF_UNIX` (`unix(7)`). Such names are per network
-//! namespace, as is everything that the agent programs; a name that is in use cannot be bound again; and the kernel
-//! releases it when the process ends, in whichever way.
+//! [`reconciler::linux::instance`] says what the lock is: something that belongs to a netlink socket of this process, and
+//! takes `CAP_NET_ADMIN`. When the agent executes itself, it passes the socket on as standard input, which it does not
+//! use otherwise: so the lock is held all the time, and no child process inherits it.
 
-use std::io::ErrorKind;
-use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixListener};
+use std::fs::File;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
-use rustix::process::geteuid;
-use tokio::net::UnixStream;
-use tokio::net::unix::UCred;
+use anyhow::{Result, bail};
+use reconciler::linux::instance::{self, Claim, LOG_GROUP, TABLE};
+use rustix::stdio::dup2_stdin;
 use tracing::warn;
-
-const SOCKET_NAME: &str = "kube-ipvs";
 
 /// The right to program this network namespace. It is held until this value is dropped.
 #[derive(Debug)]
-pub(crate) struct InstanceLock(#[expect(dead_code, reason = "it is held, not read")] Option<UnixListener>);
+pub(crate) struct InstanceLock(Option<OwnedFd>);
 
 impl InstanceLock {
     /// Fails if another agent holds the lock.
     pub(crate) fn acquire() -> Result<Self> {
-        let name = SocketAddr::from_abstract_name(SOCKET_NAME).context("cannot name a socket")?;
-        match UnixListener::bind_addr(&name) {
-            Ok(listener) => Ok(Self(Some(listener))),
-            Err(error) if error.kind() == ErrorKind::AddrInUse && may_be_agent(&name) => bail!(
-                "another kube-ipvs programs this network namespace (`ss -xlp` shows it as @{SOCKET_NAME}): stop that one first, or \
-                 leave the node to it. Nothing was changed"
-            ),
-            Err(error) if error.kind() == ErrorKind::AddrInUse => {
-                warn!(
-                    "a process without an agent's privileges has the name @{SOCKET_NAME} (`ss -xlp`): another kube-ipvs would not \
-                     be noticed"
-                );
-                Ok(Self(None))
+        match instance::claim(inherited()) {
+            Claim::Ours(socket) => Ok(Self(Some(socket))),
+            Claim::Taken { port } => {
+                let port = port.map_or_else(String::new, |port| format!(" with the netlink port {port}"));
+                bail!(
+                    "another kube-ipvs programs this network namespace: a process{port} (`ss -f netlink -p` shows it) owns the table \
+                     `ip {TABLE}` of nf_tables or the group {LOG_GROUP} of nfnetlink_log. Stop that one first, or leave the node to \
+                     it. Nothing was changed"
+                )
             }
-            Err(error) => {
-                warn!("cannot find out whether another kube-ipvs runs here: {error}");
+            Claim::Unknown(problem) => {
+                warn!("cannot find out whether another kube-ipvs programs this network namespace: {problem}");
                 Ok(Self(None))
             }
         }
     }
+
+    /// Replaces this process with the same program and arguments, which gets the lock. Returns only if that fails.
+    ///
+    /// kubelet would restart a container that exits too, but with an increasing delay.
+    pub(crate) fn exec_self(self) -> std::io::Error {
+        let mut arguments = std::env::args_os();
+        let name = arguments.next().unwrap_or_default();
+        let stdin = self.0.map_or_else(Stdio::null, Stdio::from);
+        Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(stdin).exec()
+    }
 }
 
-/// Whether the process that listens on the name may be an agent: it has our user id, or its user id cannot be read. Any
-/// user can bind the name, and must not be able to prevent an agent from starting. Tokio reads the credentials, because
-/// the standard library's `peer_cred` is not stable, and rustix cannot represent process id 0, which a peer in another
-/// PID namespace has.
-fn may_be_agent(name: &SocketAddr) -> bool {
-    let peer = || -> std::io::Result<UCred> {
-        let stream = std::os::unix::net::UnixStream::connect_addr(name)?;
-        stream.set_nonblocking(true)?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
-        runtime.block_on(async { UnixStream::from_std(stream)?.peer_cred() })
-    };
-    peer().map_or(true, |peer| peer.uid() == geteuid().as_raw())
+/// The socket that the program passed on to itself, if it did.
+fn inherited() -> Option<OwnedFd> {
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().ok()?;
+    instance::port(&socket)?;
+    // The duplicate is closed at an exec; standard input would be inherited by every child process.
+    let null = File::open("/dev/null").ok()?;
+    dup2_stdin(&null).ok()?;
+    Some(socket)
 }

@@ -36,15 +36,15 @@ mod preflight;
 mod sysctl;
 mod takeover;
 
-use std::os::unix::process::CommandExt as _;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tracing::{debug, error, info, warn};
 
 use crate::agent::AgentOptions;
 use crate::config::object::Logging;
 use crate::flags::{Command, EffectiveConfig, Flags};
+use crate::instance_lock::InstanceLock;
 use crate::mode::{ExitReason, RunMode};
 
 fn main() -> ExitCode {
@@ -58,11 +58,7 @@ fn main() -> ExitCode {
         }
     };
     match run(flags) {
-        Ok(ExitReason::Completed | ExitReason::Stopped) => ExitCode::SUCCESS,
-        Ok(ExitReason::Restart) => {
-            error!("cannot restart: {}", exec_self());
-            ExitCode::FAILURE
-        }
+        Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{}", logging::error_chain(&error));
             ExitCode::FAILURE
@@ -70,7 +66,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(flags: Flags) -> Result<ExitReason> {
+fn run(flags: Flags) -> Result<()> {
     // `cleanup` needs no configuration, and must not fail because of a bad one.
     if let Some(Command::Cleanup { filter_only }) = flags.command {
         logging::init(&Logging::default());
@@ -94,7 +90,7 @@ fn run(flags: Flags) -> Result<ExitReason> {
         let text = configuration.to_yaml()?;
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
         info!(file = %path.display(), "wrote the configuration");
-        return Ok(ExitReason::Completed);
+        return Ok(());
     }
     if flags.cleanup {
         return cleanup::run_with_kube_proxy();
@@ -107,20 +103,15 @@ fn run(flags: Flags) -> Result<ExitReason> {
         _ if flags.once => RunMode::Once,
         _ => RunMode::Serve,
     };
+    let lock = InstanceLock::acquire()?;
     let reason = agent::run(AgentOptions { flags, configuration, settings, verbosity, mode })?;
+    if reason == ExitReason::Restart {
+        bail!("cannot restart: {}", lock.exec_self());
+    }
     // kube-proxy's rules are removed only after our own are in place, so not where the sync failed or was stopped.
     if mode == RunMode::Takeover && reason == ExitReason::Completed {
         // What cannot be removed is logged. It must not keep the agent, which starts next, from the node.
         takeover::remove_leftovers();
     }
-    Ok(reason)
-}
-
-/// Replaces this process with the same program and arguments. Returns only if that fails.
-///
-/// kubelet would restart a container that exits too, but with an increasing delay.
-fn exec_self() -> std::io::Error {
-    let mut arguments = std::env::args_os();
-    let name = arguments.next().unwrap_or_default();
-    std::process::Command::new("/proc/self/exe").arg0(name).args(arguments).exec()
+    Ok(())
 }

@@ -5,8 +5,6 @@
 mod common;
 
 use std::fs;
-use std::os::linux::net::SocketAddrExt as _;
-use std::os::unix::net::{SocketAddr, UnixListener};
 use std::process::Command;
 
 use common::{
@@ -182,50 +180,4 @@ fn two_writers_of_one_table_affect_only_that_table() {
         let words = listed_filter();
         words.iter().any(|it| it.contains("10.96.0.10")) && !words.iter().any(|it| it.contains("counter packets"))
     });
-}
-
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn a_second_agent_exits_and_the_first_continues() {
-    let (server, mut agent, manifests) = cluster();
-    let before = Kernel::read();
-    // With nothing to serve, which would take away everything.
-    for flags in [&[][..], &["--once"], &["cleanup"]] {
-        let empty = Manifests::new();
-        let directory = format!("--manifests={}", empty.path().display());
-        let mut command = Agent::command();
-        command.args(flags);
-        if flags != ["cleanup"] {
-            command.arg(directory);
-        }
-        let mut second = Agent::start_command(&mut command);
-        assert!(!second.ends().success(), "{flags:?}: {}", second.log());
-        assert!(second.log().contains("another kube-ipvs programs this network namespace"), "{}", second.log());
-    }
-    assert_eq!(Kernel::read(), before);
-    server.apply(slice("web-1", "web", &["10.0.0.9"]));
-    agent.until("go on", |_| ipvs().iter().any(|line| line.contains("10.0.0.9:8080")));
-    // Once the first is gone, however that was, the next may start.
-    agent.kill();
-    let mut next = manifests.agent(&["--once"]);
-    assert!(next.ends().success(), "{}", next.log());
-}
-
-/// Anybody on the node can take a name; nobody keeps an agent from starting by that who may not be one.
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn an_unprivileged_holder_of_the_lock_does_not_stop_the_start() {
-    isolate().unwrap();
-    let holder = std::thread::spawn(|| {
-        // Of this thread alone.
-        rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65_534)).unwrap();
-        UnixListener::bind_addr(&SocketAddr::from_abstract_name("kube-ipvs").unwrap()).unwrap()
-    });
-    let _listener = holder.join().unwrap();
-    let manifests = Manifests::new();
-    manifests.write("web.yaml", &service("web", "10.96.0.10"));
-    let mut agent = manifests.agent(&["--once"]);
-    assert!(agent.ends().success(), "{}", agent.log());
-    assert!(agent.log().contains("a process without an agent's privileges has the name @kube-ipvs"), "{}", agent.log());
-    assert_eq!(ipvs(), ["-A -t 10.96.0.10:80 -s rr"]);
 }

@@ -30,7 +30,6 @@ use crate::config::{Configuration, Settings};
 use crate::events::EventPublisher;
 use crate::flags::Flags;
 use crate::health::Health;
-use crate::instance_lock::InstanceLock;
 use crate::logging::VerbosityHandle;
 use crate::mode::{ExitReason, RunMode};
 use crate::sysctl::SysctlMonitor;
@@ -58,10 +57,10 @@ fn prepare(settings: &mut Settings) -> Result<(reconciler::linux::LinuxKernel, S
 }
 
 /// `--init-only`: does everything that requires more than `CAP_NET_ADMIN`, so that the agent itself needs no more.
-pub(crate) fn init(mut settings: Settings) -> Result<ExitReason> {
+pub(crate) fn init(mut settings: Settings) -> Result<()> {
     prepare(&mut settings)?;
     info!("the kernel is prepared: an agent that starts from now on needs only CAP_NET_ADMIN");
-    Ok(ExitReason::Completed)
+    Ok(())
 }
 
 /// Runs until a signal or a change of the configuration, or in a one-shot mode until the first sync has ended.
@@ -72,7 +71,6 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         version = env!("CARGO_PKG_VERSION"), node = settings.policy.node_name, scheduler = %settings.policy.scheduler,
         "starting"
     );
-    let _lock = InstanceLock::acquire()?;
     preflight::raise_file_limit();
     let metrics_handle = metrics::install_recorder().context("cannot record metrics")?;
     let (mut kernel, sysctls) = prepare(&mut settings)?;

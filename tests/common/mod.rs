@@ -124,6 +124,11 @@ impl Agent {
         });
     }
 
+    /// The process.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// How many lines it has logged so far.
     pub fn lines(&self) -> usize {
         self.0.line_count()

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use netlink_packet_core::{NetlinkDeserializable, NetlinkSerializable};
@@ -229,6 +230,13 @@ impl Socket {
         crate::fault::end(number);
         self.outgoing.count(bytes);
         Ok(())
+    }
+}
+
+/// To duplicate the socket, which keeps what the kernel bound to it, such as a table of `nf_tables` with an owner.
+impl AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.raw.as_fd()
     }
 }
 

@@ -8,6 +8,7 @@ pub(crate) mod conntrack;
 mod errno;
 pub mod filter;
 pub mod filter_watch;
+pub mod instance;
 pub mod interface_watch;
 mod read;
 pub(crate) mod routes;

@@ -27,7 +27,7 @@ use crate::policy::Families;
 
 /// An undecoded message of nfnetlink.
 #[derive(Debug)]
-struct RawMessage {
+pub(in crate::linux) struct RawMessage {
     /// The generation of the ruleset (`res_id` of `nfgenmsg`): the low half of a number that each transaction increments.
     generation: u16,
     attributes: Vec<u8>,
@@ -51,7 +51,7 @@ impl RawMessage {
         parse_string(self.attribute(kind)?).ok()
     }
 
-    fn number(&self, kind: u16) -> Option<u32> {
+    pub(in crate::linux) fn number(&self, kind: u16) -> Option<u32> {
         parse_u32_be(self.attribute(kind)?).ok()
     }
 }
