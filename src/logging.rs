@@ -34,6 +34,7 @@ pub(crate) fn init(logging: &Logging) -> VerbosityHandle {
     } else {
         registry.with(format).init();
     }
+    crate::panics::install_hook();
     VerbosityHandle(handle)
 }
 

@@ -14,6 +14,7 @@
 //! | How are the threads and tasks connected? | `agent/` |
 //! | What is served over HTTP? | `http/`; whether the node is healthy: `health.rs` |
 //! | What do `cleanup` and `takeover` do? | `cleanup.rs`, `takeover.rs` |
+//! | What happens after a panic? | `panics.rs` |
 //! | Why does a second agent not start? | `instance_lock.rs` |
 //!
 //! What is programmed for a Service is decided in the crate `reconciler`; Services are read by the crate
@@ -32,6 +33,7 @@ mod instance_lock;
 mod logging;
 mod metrics;
 mod mode;
+mod panics;
 mod preflight;
 mod sysctl;
 mod takeover;

@@ -23,6 +23,7 @@ use service_watch::Message;
 use tokio::sync::mpsc as channel;
 use tracing::info;
 
+use self::exit::Failures;
 use self::reconciler_thread::SyncObserver;
 use self::servers::Servers;
 use self::source::{SourceCounters, SourceTask};
@@ -32,6 +33,7 @@ use crate::flags::Flags;
 use crate::health::Health;
 use crate::logging::VerbosityHandle;
 use crate::mode::{ExitReason, RunMode};
+use crate::panics::Supervisor;
 use crate::sysctl::SysctlMonitor;
 use crate::{metrics, preflight, sysctl};
 
@@ -65,7 +67,7 @@ pub(crate) fn init(mut settings: Settings) -> Result<()> {
 
 /// Runs until a signal or a change of the configuration, or in a one-shot mode until the first sync has ended.
 pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
-    let started = SystemTime::now();
+    let (started, started_at) = (SystemTime::now(), Instant::now());
     let AgentOptions { flags, configuration, mut settings, verbosity, mode } = options;
     info!(
         version = env!("CARGO_PKG_VERSION"), node = settings.policy.node_name, scheduler = %settings.policy.scheduler,
@@ -89,9 +91,10 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         .context("cannot start tokio")?;
 
     let (inputs, inbox) = mpsc::channel();
-    reconciler_thread::watch_interfaces(&policy.binding, inputs.clone())?;
+    let (supervisor, defects) = Supervisor::new();
+    reconciler_thread::watch_interfaces(&policy.binding, inputs.clone(), supervisor.clone())?;
     if !kernel.owns_tables() {
-        reconciler_thread::watch_filter(kernel.watch_filter()?, inputs.clone())?;
+        reconciler_thread::watch_filter(kernel.watch_filter()?, inputs.clone(), supervisor.clone())?;
     }
     let events = EventPublisher::default();
     let (health_check_sender, health_check_updates) = channel::unbounded_channel();
@@ -110,6 +113,7 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
     if !mode.is_one_shot() {
         let servers = Servers {
             runtime: &runtime,
+            supervisor: &supervisor,
             health: &health,
             events: &events,
             counters: &counters,
@@ -141,7 +145,8 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
             () = restart::credentials_changed(credentials) => {}
         }
     };
-    let result = runtime.block_on(exit::wait(reconciler_ended, mode, source.run(sink), restart, fatal));
+    let failures = Failures { fatal, defects, started: started_at };
+    let result = runtime.block_on(exit::wait(reconciler_ended, mode, source.run(sink), restart, failures));
     // Does not wait for requests that are still running.
     runtime.shutdown_background();
     result

@@ -24,6 +24,7 @@ use crate::health::Health;
 use crate::http::health_check_node_ports::PortUpdate;
 use crate::metrics;
 use crate::mode::RunMode;
+use crate::panics::Supervisor;
 use crate::sysctl::SysctlMonitor;
 
 /// The delay before a watch that failed is tried again.
@@ -95,7 +96,7 @@ impl Observer for SyncObserver {
 }
 
 /// Starts the thread that tells the reconciler when another program changes the tables of the packet filter.
-pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>) -> Result<()> {
+pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>, supervisor: Supervisor) -> Result<()> {
     let follow = move || {
         loop {
             let is_changed = watch.wait().unwrap_or_else(|error| {
@@ -109,13 +110,14 @@ pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>) -> Res
             }
         }
     };
-    thread::Builder::new().name("packet-filter".to_owned()).spawn(follow).context("cannot start a thread")?;
+    let run = move || supervisor.run("the watch of the packet filter", follow);
+    thread::Builder::new().name("packet-filter".to_owned()).spawn(run).context("cannot start a thread")?;
     Ok(())
 }
 
 /// Starts the thread that tells the reconciler when the addresses of the node's interfaces change, and when something of
 /// `kube-ipvs0` is deleted.
-pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender<Input>) -> Result<()> {
+pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender<Input>, supervisor: Supervisor) -> Result<()> {
     let mut watch = InterfaceWatch::open(binding).context("cannot watch the node's interfaces")?;
     let follow = move || {
         loop {
@@ -138,6 +140,7 @@ pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender<Input>) -> R
             }
         }
     };
-    thread::Builder::new().name("interfaces".to_owned()).spawn(follow).context("cannot start a thread")?;
+    let run = move || supervisor.run("the watch of the node's interfaces", follow);
+    thread::Builder::new().name("interfaces".to_owned()).spawn(run).context("cannot start a thread")?;
     Ok(())
 }

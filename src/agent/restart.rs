@@ -4,6 +4,7 @@
 
 use anyhow::Context as _;
 use service_watch::ApiServer;
+use service_watch::panics::caught;
 use tracing::{error, info};
 
 use super::prepare;
@@ -19,7 +20,8 @@ pub(super) async fn configuration_changed(flags: &Flags, configuration: &Configu
     let mut watcher = FileWatcher::new(vec![path.clone()]);
     // The first comparison is made at once, because the file may have changed since the start.
     loop {
-        match flags.effective() {
+        let effective = caught(|| flags.effective()).map_err(|panic| panic.to_string());
+        match effective.and_then(|effective| effective.map_err(|error| error.to_string())) {
             Ok(read) if read.configuration == *configuration => {}
             // Prepares the kernel as the start does, to restart only if that will succeed.
             Ok(mut read) => {

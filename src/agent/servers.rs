@@ -18,6 +18,7 @@ use crate::http::metrics_port::MetricsPages;
 use crate::http::{agent_ports, health_port, metrics_port};
 use crate::logging::VerbosityHandle;
 use crate::metrics;
+use crate::panics::Supervisor;
 
 /// How often recorded values are put into their histograms. The exporter keeps every single value until then.
 const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
@@ -25,6 +26,7 @@ const UPKEEP_INTERVAL: Duration = Duration::from_secs(5);
 /// What the servers need.
 pub(super) struct Servers<'a> {
     pub(super) runtime: &'a Runtime,
+    pub(super) supervisor: &'a Supervisor,
     pub(super) health: &'a Arc<Health>,
     pub(super) events: &'a EventPublisher,
     pub(super) counters: &'a SourceCounters,
@@ -44,27 +46,24 @@ impl Servers<'_> {
         health_checks: UnboundedReceiver<PortUpdate>,
     ) -> Result<()> {
         let events = self.events.clone();
-        self.runtime.spawn(health_check_node_ports::run(
-            health_checks,
-            self.health.clone(),
-            move |service, problem| {
-                warn!(%service, "{problem}");
-                events.publish(events::health_check_port_failed(service, problem));
-            },
-        ));
+        let ports = health_check_node_ports::run(health_checks, self.health.clone(), move |service, problem| {
+            warn!(%service, "{problem}");
+            events.publish(events::health_check_port_failed(service, problem));
+        });
+        self.supervisor.spawn(self.runtime, "the task of health-check node ports", ports);
         let (events, hard_failure) = (self.events.clone(), self.hard_failure);
-        let (runtime, health) = (self.runtime, self.health.clone());
+        let (runtime, supervisor, health) = (self.runtime, self.supervisor, self.health.clone());
         let ports = [
             (settings.healthz, health_port::handler(health), "FailedToStartProxierHealthcheck"),
             (settings.metrics, metrics_port::handler(self.metrics_pages(configuration)?), "FailedToStartMetricServer"),
         ];
-        agent_ports::listen_on(runtime, ports, hard_failure, move |event| events.publish(event));
+        agent_ports::listen_on(runtime, supervisor, ports, hard_failure, move |event| events.publish(event));
         Ok(())
     }
 
     fn metrics_pages(self, configuration: &Configuration) -> Result<MetricsPages> {
         let upkeep = self.metrics.clone();
-        self.runtime.spawn(async move {
+        self.supervisor.spawn(self.runtime, "the task of metrics", async move {
             loop {
                 tokio::time::sleep(UPKEEP_INTERVAL).await;
                 upkeep.run_upkeep();

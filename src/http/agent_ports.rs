@@ -12,6 +12,7 @@ use tracing::{debug, error, warn};
 
 use super::{ConnectionLimit, Handler, ListenFamilies, listen, serve};
 use crate::events;
+use crate::panics::Supervisor;
 
 /// How many connections one port serves at a time.
 const MAX_CONNECTIONS: usize = 64;
@@ -21,6 +22,7 @@ const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 /// Opens the agent's ports. If that fails it is tried again, or reported once to `hard_failure` if that is given.
 pub(crate) fn listen_on(
     runtime: &Runtime,
+    supervisor: &Supervisor,
     ports: [(Option<SocketAddr>, Handler, &'static str); 2],
     hard_failure: Option<&Sender<anyhow::Error>>,
     post_event: impl Fn(Event) + Clone + Send + 'static,
@@ -28,7 +30,7 @@ pub(crate) fn listen_on(
     for (address, handler, reason) in ports {
         let Some(address) = address else { continue };
         let (hard_failure, post_event) = (hard_failure.cloned(), post_event.clone());
-        runtime.spawn(async move {
+        supervisor.spawn(runtime, "the task of the health or metrics port", async move {
             let mut is_logged = false;
             let listener = loop {
                 let problem = match listen(address, ListenFamilies::Both) {

@@ -30,6 +30,7 @@ use hyper::{Method, StatusCode};
 use hyper_util::rt::TokioIo;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use service_watch::panics::point;
 use tokio::task::{AbortHandle, JoinSet};
 use tracing::debug;
 
@@ -162,6 +163,7 @@ pub(crate) async fn serve(listener: TcpListener, connections: ConnectionLimit, h
 
 async fn respond(request: hyper::Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
     let (parts, body) = request.into_parts();
+    point("http", &parts.uri.path());
     let Ok(body) = Limited::new(body, MAX_BODY_BYTES).collect().await else {
         return Ok(text(StatusCode::BAD_REQUEST, "the body is too long or incomplete\n"));
     };

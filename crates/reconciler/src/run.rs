@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
 use service_watch::Change;
+use service_watch::panics::point;
 use tracing::{error, info, warn};
 
 use crate::audit_requests::AuditRequests;
@@ -247,6 +248,7 @@ pub fn run<K: Kernel>(
             sync_bootstrap(reconciler, &changes);
             continue;
         }
+        point("sync", &"now");
         let start = Instant::now();
         if start >= next_probe {
             if reconciler.probe() {

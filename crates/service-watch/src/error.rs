@@ -41,6 +41,16 @@ pub enum Error {
         /// What is wrong.
         problem: String,
     },
+    /// The client stopped for good while it ran.
+    #[error(
+        "the client of the API server {server} has stopped: {problem}; start this program again, and please report it"
+    )]
+    ClientGone {
+        /// The server's address.
+        server: String,
+        /// What is wrong.
+        problem: String,
+    },
     /// The directory of manifests cannot be read.
     #[error("cannot read the directory of manifests {}: {source}; check that it exists, is a directory, and can be read by this user", path.display())]
     Directory {

@@ -20,6 +20,7 @@
 #![forbid(unsafe_code)]
 
 mod model;
+pub mod panics;
 mod reserved;
 
 #[cfg(feature = "sources")]

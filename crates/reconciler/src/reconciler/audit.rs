@@ -77,7 +77,7 @@ impl<K: Kernel> Reconciler<K> {
         let (mut keys, mut drifted_keys) = (Vec::new(), BTreeSet::new());
         let Some(mirror) = &self.mirror else { return (BTreeSet::new(), Vec::new()) };
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
-        let retention = retention(PlanReason::Dump, &self.table, &self.policy);
+        let retention = retention(PlanReason::Dump, &self.table, &self.undetermined, &self.policy);
         let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
         let context = DiffContext { retention, rulesets, binding, is_overdue: &is_overdue };
         let mut operations = Vec::new();

@@ -9,7 +9,6 @@ use service_watch::{ObjectName, Protocol};
 use super::{PlanReason, Reconciler};
 use crate::binding;
 use crate::bootstrap::{allocated_part, is_bootstrap_service};
-use crate::contribution::Contribution;
 use crate::front_end::FrontEnd;
 use crate::kernel::{Kernel, KernelError};
 use crate::plan::Key;
@@ -58,7 +57,7 @@ impl<K: Kernel> Reconciler<K> {
         // The first audit computes them in full, because they are still among the Services that changed.
         for name in &names {
             let Some(part) = self.table.get(name).map(allocated_part) else { continue };
-            let contribution = Contribution::new(&part, &self.node, &self.policy);
+            let Some(contribution) = self.compute(name, &part) else { continue };
             self.contribute(name, part.service.as_deref(), contribution, &mut report);
         }
         let mut keys = std::mem::take(&mut self.dirty_keys);

@@ -180,7 +180,7 @@ impl<K: Kernel> Reconciler<K> {
         let mut operations = Vec::new();
         let mut drains = Vec::new();
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
-        let retention = retention(reason, &self.table, &self.policy);
+        let retention = retention(reason, &self.table, &self.undetermined, &self.policy);
         let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
         let context = DiffContext { retention, rulesets, binding, is_overdue: &is_overdue };
         for key in &*keys {

@@ -15,7 +15,9 @@ use std::time::{Instant, SystemTime};
 
 use ipnet::IpNet;
 use ipvs_netlink::Family;
+use service_watch::panics::{caught, point};
 use service_watch::{Change, ObjectName, Service};
+use tracing::error;
 
 use crate::backoff::Backoff;
 use crate::binding;
@@ -31,7 +33,7 @@ use crate::node::NodeView;
 use crate::plan::Key;
 use crate::policy::{DetectLocal, NodePortAddresses, PodAddresses, Policy};
 use crate::report::SyncReport;
-use crate::table::{Dirty, ServiceTable};
+use crate::table::{Dirty, ServiceEntry, ServiceTable};
 use bootstrap::Bootstrap;
 use draining::Draining;
 
@@ -63,6 +65,8 @@ pub struct Reconciler<K> {
     /// Ranges that have a route and should not have one. The packet filter guards them until the route is deleted.
     stray_ranges: Vec<IpNet>,
     desired: DesiredState,
+    /// Services whose contribution is not known, because computing it panicked.
+    undetermined: BTreeSet<ObjectName>,
     /// `None` before the first dump, and after an error that leaves the state of the kernel unknown.
     mirror: Option<Mirror>,
     dirty_services: BTreeSet<ObjectName>,
@@ -94,6 +98,7 @@ impl<K: Kernel> Reconciler<K> {
             are_interfaces_stale: false,
             node,
             desired: DesiredState::default(),
+            undetermined: BTreeSet::new(),
             mirror: None,
             dirty_services: BTreeSet::new(),
             is_node_dirty: true,
@@ -259,11 +264,32 @@ impl<K: Kernel> Reconciler<K> {
     fn recompute(&mut self, names: &BTreeSet<ObjectName>, report: &mut SyncReport) {
         for name in names {
             let entry = self.table.get(name);
-            let contribution =
-                entry.map(|entry| Contribution::new(entry, &self.node, &self.policy)).unwrap_or_default();
             let service = entry.and_then(|entry| entry.service.clone());
-            self.contribute(name, service.as_deref(), contribution, report);
+            let contribution = match entry {
+                Some(entry) => self.compute(name, entry),
+                None => Some(Contribution::default()),
+            };
+            match contribution {
+                Some(contribution) => {
+                    self.undetermined.remove(name);
+                    self.contribute(name, service.as_deref(), contribution, report);
+                }
+                None => {
+                    self.undetermined.insert(name.clone());
+                }
+            }
         }
+    }
+
+    /// The contribution of a Service; `None` if computing it panics: a defect that one Service meets harms no other.
+    fn compute(&self, name: &ObjectName, entry: &ServiceEntry) -> Option<Contribution> {
+        let contribution = caught(|| {
+            point("contribution", name);
+            Contribution::new(entry, &self.node, &self.policy)
+        });
+        contribution
+            .inspect_err(|panic| error!(service = %name, "{panic}; this Service stays as it is in the kernel"))
+            .ok()
     }
 
     /// Replaces a Service's contribution, and reports what has not been reported before.
@@ -336,11 +362,18 @@ enum PlanReason {
 }
 
 /// What is retained although no Service wants it. While the source has objects that it cannot parse, or has not listed everything,
-/// state that was merely found in the kernel may belong to one of the missing objects. What a change removes is known to be
-/// unwanted.
-fn retention<'a>(reason: PlanReason, table: &ServiceTable, policy: &'a Policy) -> Retention<'a> {
+/// state that was merely found in the kernel may belong to one of the missing objects, or to a Service that is `undetermined`. What a
+/// change removes is known to be unwanted.
+fn retention<'a>(
+    reason: PlanReason,
+    table: &ServiceTable,
+    undetermined: &BTreeSet<ObjectName>,
+    policy: &'a Policy,
+) -> Retention<'a> {
     match reason {
-        PlanReason::Dump if table.is_incomplete() || !table.is_synced() => Retention::Everything,
+        PlanReason::Dump if table.is_incomplete() || !table.is_synced() || !undetermined.is_empty() => {
+            Retention::Everything
+        }
         PlanReason::Dump | PlanReason::Change => Retention::ExcludedRanges(&policy.exclude),
     }
 }

@@ -4,11 +4,13 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use http::{HeaderValue, Uri, header};
-use kube::config::{KubeConfigOptions, Kubeconfig};
+use kube::config::{AuthInfo, KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
+use secrecy::ExposeSecret;
 
 use crate::address::parse_ip;
 use crate::error::{Error, chain};
+use crate::panics::{caught, point};
 
 /// How to reach an API server, as kube-proxy's flags `--kubeconfig` and `--master` define it.
 #[derive(Clone, Debug, Default)]
@@ -89,9 +91,31 @@ pub(super) async fn client(connection: &Connection) -> Result<(Client, String), 
         config.headers.push((header::USER_AGENT, agent));
     }
     let server = config.cluster_url.to_string().trim_end_matches('/').to_owned();
-    let client =
-        Client::try_from(config).map_err(|error| Error::Client { server: server.clone(), problem: chain(&error) })?;
+    let unusable = |problem| Error::Client { server: server.clone(), problem };
+    check_credentials(&config.auth_info).map_err(unusable)?;
+    // The library panics on a token that is no header, which may also come from a program that the kubeconfig names.
+    let client = caught(|| {
+        point("connect", &server);
+        Client::try_from(config)
+    });
+    let client = client.map_err(|panic| unusable(panic.to_string()))?.map_err(|error| unusable(chain(&error)))?;
     Ok((client, server))
+}
+
+/// Finds what cannot be in the header of a request, without naming the secret itself.
+fn check_credentials(user: &AuthInfo) -> Result<(), String> {
+    let token = user.token.as_ref().map(ExposeSecret::expose_secret);
+    let provided = user.auth_provider.iter().flat_map(|provider| &provider.config);
+    let provided = provided.filter(|(key, _)| ["id-token", "access-token"].contains(&key.as_str()));
+    let all =
+        token.map(|token| ("token", token)).into_iter().chain(provided.map(|(key, token)| (key.as_str(), &**token)));
+    for (field, token) in all {
+        if HeaderValue::from_str(token).is_err() {
+            let end = if token.ends_with(['\n', '\r']) { ", such as the line break at its end" } else { "" };
+            return Err(format!("the user's {field} has characters that no token has{end}: remove them"));
+        }
+    }
+    Ok(())
 }
 
 fn url(master: &str, scheme: &str) -> Result<Uri, Error> {

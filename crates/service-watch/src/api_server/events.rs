@@ -4,10 +4,12 @@
 //! are queued, or the API server does not accept one, it is dropped and counted.
 
 use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use kube::api::{ListParams, ObjectMeta};
 use kube::runtime::events::{self, EventType as ApiEventType, Recorder, Reporter};
 use kube::{Api, Client, Resource};
@@ -18,6 +20,7 @@ use tracing::{debug, warn};
 use crate::error::chain;
 use crate::lenient::Truncated;
 use crate::model::ObjectName;
+use crate::panics::Panic;
 use crate::wire;
 
 const CONTROLLER: &str = "kube-ipvs";
@@ -161,7 +164,8 @@ impl Poster {
         let mut limiter = RateLimiter { tokens: BURST, refilled_at: Instant::now() };
         while let Some(event) = waiting.recv().await {
             limiter.wait().await;
-            match self.post_with_retries(&event).await {
+            let posted = AssertUnwindSafe(self.post_with_retries(&event)).catch_unwind().await;
+            match posted.unwrap_or_else(|payload| Err(Panic::from_payload(&*payload).to_string())) {
                 Ok(()) => self.warned_reasons.clear(),
                 Err(problem) => {
                     self.history.count_dropped();

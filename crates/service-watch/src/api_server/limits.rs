@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::addresses::ServerAddresses;
+use crate::panics::point;
 
 /// The timeout for the head of a response. (The reflector has one for the body.)
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(50);
@@ -93,6 +94,7 @@ async fn send(
     if let Some(last) = current.last_watch.filter(|_| is_watch) {
         sleep_until(last + MIN_WATCH_INTERVAL).await;
     }
+    point("client", &request.uri().path());
     let response = timeout(REQUEST_TIMEOUT, client.send(request)).await.map_err(|_| RequestTimeout)??;
     addresses.record_peer(response.extensions());
     if matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE) {

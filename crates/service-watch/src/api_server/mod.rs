@@ -111,7 +111,7 @@ impl ApiServer {
         self.counters.clone()
     }
 
-    /// As [`Source::run`](crate::Source::run). No error ends it.
+    /// As [`Source::run`](crate::Source::run). Only a defect of the client library ends it.
     pub async fn run(self, sink: impl FnMut(Message) -> ControlFlow<()>) -> Result<(), Error> {
         let Self { client, server, name, node, all_nodes, existing, counters } = self;
         let mut emitter = Emitter::new(sink, counters);
@@ -167,6 +167,11 @@ impl ApiServer {
                 emitter.change(addresses_change(&mut new_addresses));
             }
             match event {
+                Some(
+                    SourceEvent::Service(ReflectorEvent::ClientGone(problem))
+                    | SourceEvent::Slice(ReflectorEvent::ClientGone(problem))
+                    | SourceEvent::Node(ReflectorEvent::ClientGone(problem)),
+                ) => return Err(Error::ClientGone { server, problem }),
                 Some(SourceEvent::Service(event)) => services.handle(event, &mut converter, &mut emitter),
                 Some(SourceEvent::Slice(event)) => slices.handle(event, &mut converter, &mut emitter),
                 Some(SourceEvent::Node(event)) => nodes.handle(event, &mut converter, &mut emitter),
@@ -247,7 +252,7 @@ impl Tracker {
                 self.mass_deletion.begin_list();
                 return;
             }
-            ReflectorEvent::Recovered => {}
+            ReflectorEvent::Recovered | ReflectorEvent::ClientGone(_) => {}
             ReflectorEvent::Event(watcher::Event::InitApply(object) | watcher::Event::Apply(object)) => {
                 self.apply(&object, converter, emitter);
             }

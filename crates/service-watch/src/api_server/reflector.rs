@@ -3,6 +3,7 @@
 //! [`watcher()`] of `kube` lists, watches, and resumes a watch that ended. This module decides whether it may resume or must list again
 //! (`can_resume`), and handles servers without streaming lists, idle timeouts, and the backoff between attempts.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -20,6 +21,7 @@ use super::mass_deletion::CONFIRMATION_DELAY;
 use crate::convert::Object;
 use crate::error::chain;
 use crate::lenient::Truncated;
+use crate::panics::{Panic, point};
 
 /// The `timeoutSeconds` of a watch. `watcher` ends a silent watch 5 seconds after that.
 const WATCH_TIMEOUT: Duration = Duration::from_secs(50);
@@ -79,6 +81,8 @@ pub(super) enum ReflectorEvent<K> {
     Event(Event<K>),
     /// A request failed; it is retried.
     Failed(String),
+    /// The client has stopped for good, because it panicked in a task of its own.
+    ClientGone(String),
     /// The server responds again after a failure.
     Recovered,
 }
@@ -125,6 +129,7 @@ impl<K: Object> Reflector<K> {
             }
             let stream = self.stream.get_or_insert_with(|| watcher(self.api.clone(), self.config.clone()).boxed());
             let event = async {
+                point("request", &K::plural(&()));
                 if self.phase == Phase::Watching {
                     // `watcher` has the idle timeout of a watch, since it hides bookmarks.
                     Ok(stream.next().await)
@@ -136,20 +141,26 @@ impl<K: Object> Reflector<K> {
                 }
             };
             let event = tokio::select! {
-                event = event => event,
+                event = AssertUnwindSafe(event).catch_unwind() => event,
                 Ok(()) = self.responses.changed(), if self.failures > 0 && self.phase == Phase::Watching => {
                     self.reset_backoff();
                     return ReflectorEvent::Recovered;
                 }
             };
             let step = match event {
-                Ok(Some(Ok(event))) => self.event(event),
-                Ok(Some(Err(error))) => self.error(&error),
-                Ok(None) => {
+                Ok(Ok(Some(Ok(event)))) => self.event(event),
+                Ok(Ok(Some(Err(error)))) if is_client_gone(&error) => return ReflectorEvent::ClientGone(chain(&error)),
+                Ok(Ok(Some(Err(error)))) => self.error(&error),
+                Ok(Ok(None)) => {
                     self.relist();
                     None
                 }
-                Err(_) => {
+                // The client library, or decoding.
+                Err(payload) => {
+                    self.relist();
+                    Some(self.failed(&Panic::from_payload(&*payload).to_string()))
+                }
+                Ok(Err(_)) => {
                     let silent = LIST_IDLE_TIMEOUT.as_secs();
                     let text = format!("no data received for {silent} s; check the network to the server and its load");
                     self.relist();
@@ -261,6 +272,18 @@ fn status_code(error: &watcher::Error) -> Option<u16> {
         | watcher::Error::WatchError(status) => Some(status.code),
         _ => None,
     }
+}
+
+/// Whether the task that sends the client's requests has ended. It ends only if it panics, and answers nothing from then on.
+fn is_client_gone(error: &watcher::Error) -> bool {
+    let mut cause: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if error.is::<tower::buffer::error::Closed>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
 }
 
 /// Whether `watcher` can resume without losing changes.

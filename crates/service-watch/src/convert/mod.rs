@@ -19,6 +19,7 @@ use self::node::peer_node;
 use self::problems::{Child, Index, Interner, Problems};
 use crate::lenient::Lenient;
 use crate::model::{Change, EndpointSlice, Node, ObjectName, Protocol, Service};
+use crate::panics::{caught, point};
 use crate::report::{Kind, Subject};
 use crate::wire;
 
@@ -33,13 +34,24 @@ pub(crate) trait Object:
 {
     const KIND: Kind;
 
-    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change>;
+    /// The conversion itself.
+    fn convert_unguarded(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change>;
+
+    /// What becomes of the object. One that the conversion panics on is invalid.
+    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+        let converted = caught(|| {
+            point("convert", name);
+            self.convert_unguarded(name, converter)
+        });
+        converted
+            .unwrap_or_else(|panic| Converted { conversion: Conversion::Invalid, problems: vec![panic.to_string()] })
+    }
 }
 
 impl Object for wire::Service {
     const KIND: Kind = Kind::Service;
 
-    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+    fn convert_unguarded(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
         converter.service(name, self).map(Change::Service)
     }
 }
@@ -47,7 +59,7 @@ impl Object for wire::Service {
 impl Object for wire::EndpointSlice {
     const KIND: Kind = Kind::EndpointSlice;
 
-    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+    fn convert_unguarded(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
         converter.slice(name, self).map(Change::Slice)
     }
 }
@@ -55,7 +67,7 @@ impl Object for wire::EndpointSlice {
 impl Object for wire::Node {
     const KIND: Kind = Kind::Node;
 
-    fn convert(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
+    fn convert_unguarded(&self, name: &ObjectName, converter: &mut Converter) -> Converted<Change> {
         if name.name() == &*converter.node_name {
             converter.node(self).map(Change::Node)
         } else {

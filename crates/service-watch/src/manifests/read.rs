@@ -11,6 +11,7 @@ use tracing::debug;
 use crate::convert::{Conversion, Converted, Converter, Object};
 use crate::lenient::Truncated;
 use crate::model::Change;
+use crate::panics::{caught, point};
 use crate::report::{Kind, Subject};
 use crate::wire;
 
@@ -78,7 +79,13 @@ pub(super) fn read_file(path: &Path, converter: &mut Converter) -> (FileContent,
         Err(error) => return (FileContent::Failed(format!("cannot be read: {error}; check its permissions")), None),
     };
     match fs::read_to_string(path) {
-        Ok(text) => (read_text(&text, path, converter), Some(stamp)),
+        Ok(text) => {
+            let content = caught(|| {
+                point("parse", &path.display());
+                read_text(&text, path, converter)
+            });
+            (content.unwrap_or_else(|panic| FileContent::Failed(format!("cannot be parsed: {panic}"))), Some(stamp))
+        }
         Err(error) if error.kind() == ErrorKind::NotFound => (FileContent::Absent, None),
         Err(error) => {
             (FileContent::Failed(format!("cannot be read: {error}; check its permissions and encoding")), None)
