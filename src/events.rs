@@ -36,16 +36,14 @@ impl EventPublisher {
 /// The Events of a sync or an audit.
 pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
     let mut events = Vec::new();
-    for (service, vip, owner) in &report.refused_vips {
-        let reason = match owner {
-            AddressOwner::Node => "AddressIsANodes",
-            AddressOwner::ApiServer => "AddressIsTheApiServers",
-            AddressOwner::Pod => "AddressIsAPods",
+    for claim in report.refused_claims() {
+        let (reason, action) = match claim.owner {
+            Some(AddressOwner::Node) => ("AddressIsANodes", "RefuseAddress"),
+            Some(AddressOwner::ApiServer) => ("AddressIsTheApiServers", "RefuseAddress"),
+            Some(AddressOwner::Pod) => ("AddressIsAPods", "RefuseAddress"),
+            None => ("FrontEndTaken", "LeaveFrontEnd"),
         };
-        events.push(warning(Some(service), reason, "RefuseAddress", owner.refusal(*vip)));
-    }
-    for conflict in &report.conflicts {
-        events.push(warning(Some(&conflict.loser), "FrontEndTaken", "LeaveFrontEnd", conflict.to_string()));
+        events.push(warning(Some(claim.service), reason, action, claim.to_string()));
     }
     if let Some(first) = report.drifted_keys.first() {
         // Without their number, so that the same drift gives the same note.

@@ -6,21 +6,21 @@ use tracing::{debug, info, warn};
 
 use crate::report::SyncReport;
 
+/// How many warnings of a kind one sync logs. Users decide how many Services clash.
+const MAX_WARNINGS: usize = 20;
+
 /// Logs one line for a sync that changed anything, and one for each new problem.
 /// `latency` is the time since the first of its changes was received.
 pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
-    for conflict in &report.conflicts {
-        warn!(
-            service = %conflict.loser, front_end = %conflict.front_end,
-            "{conflict}"
-        );
+    let claims = report.refused_claims();
+    for (index, claim) in claims.iter().enumerate() {
+        if index < MAX_WARNINGS {
+            warn!(service = %claim.service, "{claim}");
+        } else {
+            debug!(service = %claim.service, "{claim}");
+        }
     }
-    for (service, vip, owner) in &report.refused_vips {
-        warn!(
-            %service, %vip,
-            "{}", owner.refusal(*vip)
-        );
-    }
+    warn_of_more(claims.len(), "addresses and front ends of more Services are refused");
     if !report.drifted_keys.is_empty() {
         let first = report.drifted_keys.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
         warn!(count = report.drifted_keys.len(), "somebody else changed what this agent manages: {first}");
@@ -61,16 +61,29 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
     }
 }
 
+/// Warns of what is logged at debug level only.
+fn warn_of_more(count: usize, what: &str) {
+    if let Some(more) = count.checked_sub(MAX_WARNINGS).filter(|more| *more > 0) {
+        warn!(more, "{what}: with -v=4 each has a line");
+    }
+}
+
 /// Logs one line for each new failure.
 pub(crate) fn failures(report: &SyncReport) {
+    let mut warnings = 0;
     for failure in &report.failures {
         let service = failure.service.as_ref().map(tracing::field::display);
         if failure.is_repeated {
             debug!(service, "still fails: {}", failure.error);
-        } else {
+        } else if warnings < MAX_WARNINGS {
+            warnings += 1;
             warn!(service, "{}; will try again", failure.error);
+        } else {
+            warnings += 1;
+            debug!(service, "{}; will try again", failure.error);
         }
     }
+    warn_of_more(warnings, "more operations failed and will be tried again");
 }
 
 /// The numbers of added, changed and deleted objects, as in `+2 -1`; `None` if all are 0.

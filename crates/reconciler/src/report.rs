@@ -1,6 +1,7 @@
 //! The report of a sync: operations carried out and refused, drift found, and what operators should know.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime};
 
@@ -57,6 +58,53 @@ pub struct SyncReport {
     pub is_audit: bool,
     /// Whether it was the first audit, or the first after an error that left the state of the kernel unknown.
     pub is_first_audit: bool,
+}
+
+impl SyncReport {
+    /// What is told about addresses and front ends that Services ask for in vain: one sentence for each Service and reason,
+    /// however many there are.
+    pub fn refused_claims(&self) -> Vec<RefusedClaim<'_>> {
+        let mut claims: BTreeMap<(&ObjectName, Option<AddressOwner>), RefusedClaim<'_>> = BTreeMap::new();
+        let refused =
+            self.refused_vips.iter().map(|(service, vip, owner)| (service, Some(*owner), owner.refusal(*vip)));
+        let conflicts = self.conflicts.iter().map(|conflict| (&conflict.loser, None, conflict));
+        for (service, owner, text) in refused {
+            let claim = claims.entry((service, owner));
+            claim.and_modify(|claim| claim.more += 1).or_insert(RefusedClaim { service, owner, text, more: 0 });
+        }
+        for (service, owner, conflict) in conflicts {
+            let claim = claims.entry((service, owner));
+            claim.and_modify(|claim| claim.more += 1).or_insert_with(|| {
+                let text = conflict.to_string();
+                RefusedClaim { service, owner, text, more: 0 }
+            });
+        }
+        claims.into_values().collect()
+    }
+}
+
+/// Addresses or front ends that a Service asks for in vain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedClaim<'a> {
+    /// The Service.
+    pub service: &'a ObjectName,
+    /// Whose the addresses are; `None` if front ends belong to another Service.
+    pub owner: Option<AddressOwner>,
+    /// What is said of the first of them.
+    pub text: String,
+    /// How many more there are.
+    pub more: usize,
+}
+
+/// For the log and for the Event on the Service.
+impl fmt::Display for RefusedClaim<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)?;
+        match self.more {
+            0 => Ok(()),
+            more => write!(f, "; and so for {more} more of this Service"),
+        }
+    }
 }
 
 /// Totals after a sync.
