@@ -15,6 +15,8 @@ use reconciler::linux::instance::{self, Claim, LOG_GROUP, TABLE};
 use rustix::stdio::dup2_stdin;
 use tracing::warn;
 
+use crate::logging;
+
 /// The right to program this network namespace. It is held until this value is dropped.
 #[derive(Debug)]
 pub(crate) struct InstanceLock(Option<OwnedFd>);
@@ -45,6 +47,8 @@ impl InstanceLock {
     pub(crate) fn exec_self(self) -> std::io::Error {
         let mut arguments = std::env::args_os();
         let name = arguments.next().unwrap_or_default();
+        // What waits in the log would be lost.
+        logging::flush();
         let stdin = self.0.map_or_else(Stdio::null, Stdio::from);
         Command::new("/proc/self/exe").arg0(name).args(arguments).stdin(stdin).exec()
     }

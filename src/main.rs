@@ -38,6 +38,7 @@ mod preflight;
 mod sysctl;
 mod takeover;
 
+use std::io::{IsTerminal as _, Write as _};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
@@ -55,17 +56,32 @@ fn main() -> ExitCode {
         Err(error) => {
             // clap returns the texts of --help and --version as errors too.
             let is_error = error.use_stderr();
+            if is_error {
+                print_error(&error);
+                return ExitCode::FAILURE;
+            }
             let _ = error.print();
-            return if is_error { ExitCode::FAILURE } else { ExitCode::SUCCESS };
+            return ExitCode::SUCCESS;
         }
     };
-    match run(flags) {
+    let code = match run(flags) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{}", logging::error_chain(&error));
             ExitCode::FAILURE
         }
-    }
+    };
+    logging::flush();
+    code
+}
+
+/// Prints an error about the command line, which may repeat any argument.
+fn print_error(error: &clap::Error) {
+    let mut stderr = std::io::stderr();
+    let text = error.render();
+    let text = if stderr.is_terminal() { text.ansi().to_string() } else { text.to_string() };
+    // Nobody may be there to read it.
+    let _ = stderr.write_all(logging::escape_lines(&text).as_bytes());
 }
 
 fn run(flags: Flags) -> Result<()> {

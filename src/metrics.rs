@@ -16,7 +16,7 @@ use reconciler::run::ReceivedChanges;
 use service_watch::{Change, Counters};
 
 use crate::health::family_name;
-use crate::panics;
+use crate::{logging, panics};
 
 /// A metric.
 pub(crate) struct Metric {
@@ -99,6 +99,7 @@ const WATCH_ERRORS: &str = "kube_ipvs_watch_errors_total";
 const PROBLEMS: &str = "kube_ipvs_object_problems_total";
 const EVENTS_DROPPED: &str = "kube_ipvs_events_dropped_total";
 const PANICS: &str = "kube_ipvs_internal_errors_total";
+const LOG_DROPPED: &str = "kube_ipvs_log_lines_dropped_total";
 const PROCESS_CPU: &str = "process_cpu_seconds_total";
 const PROCESS_MEMORY: &str = "process_resident_memory_bytes";
 const PROCESS_FILES: &str = "process_open_fds";
@@ -154,6 +155,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     PROBLEMS MetricKind::Counter, [], "Objects and fields that could not be used, counted each time one was read";
     EVENTS_DROPPED MetricKind::Counter, [], "Events that were not sent: too many at once, or refused by the API server";
     PANICS MetricKind::Counter, [], "Panics: each is a defect, and is logged with its place";
+    LOG_DROPPED MetricKind::Counter, [], "Lines of the log that were dropped because nobody read standard error";
     PROCESS_CPU MetricKind::Counter, [], "Processor time of the agent, in seconds";
     PROCESS_MEMORY MetricKind::Gauge, [], "Memory of the agent, in bytes";
     PROCESS_FILES MetricKind::Gauge, [], "Open files of the agent";
@@ -321,6 +323,7 @@ pub(crate) fn collect(source: Option<(&Counters, u64)>, events_dropped: u64) {
     }
     counter!(EVENTS_DROPPED).absolute(events_dropped);
     counter!(PANICS).absolute(panics::count());
+    counter!(LOG_DROPPED).absolute(logging::dropped_lines());
     if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
         gauge!(PROCESS_FILES).set(to_f64(files.count()));
     }
