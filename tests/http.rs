@@ -5,9 +5,12 @@
 
 mod common;
 
+use std::collections::VecDeque;
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -303,6 +306,98 @@ fn idle_clients_do_not_block_others() {
         start.elapsed() < CONNECTION_TIMEOUT
     })
     .unwrap();
+}
+
+/// What a client of a flood does with its connection.
+#[derive(Clone, Copy, Debug)]
+enum Flood {
+    SaysNothing,
+    BeginsARequest,
+    AsksAndNeverReads,
+    ClosesAtOnce,
+}
+
+/// Opens connections to the health port, at a rate that a port of 64 connections would not stand, until it is told to stop.
+fn flood(kind: Flood, stop: &AtomicBool) -> usize {
+    const RATE: u32 = 400;
+    let (mut held, mut opened, start) = (VecDeque::new(), 0, Instant::now());
+    while !stop.load(Ordering::Relaxed) {
+        while start + Duration::from_secs(1) * u32::try_from(opened).unwrap() / RATE <= Instant::now() {
+            opened += 1;
+            let Ok(mut stream) = TcpStream::connect(HEALTH) else { continue };
+            let request = match kind {
+                Flood::SaysNothing | Flood::ClosesAtOnce => "",
+                Flood::BeginsARequest => "GET /hea",
+                Flood::AsksAndNeverReads => "GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+            };
+            // The agent may have closed it.
+            let _ = stream.write_all(request.as_bytes());
+            if !matches!(kind, Flood::ClosesAtOnce) {
+                held.push_back(stream);
+            }
+            if held.len() > 400 {
+                held.pop_front();
+            }
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+    opened
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_flood_of_connections_keeps_no_probe_from_its_answer() {
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let mut agent = serving(&manifests, &[]);
+    for kind in [Flood::SaysNothing, Flood::BeginsARequest, Flood::AsksAndNeverReads, Flood::ClosesAtOnce] {
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let flooding = scope.spawn(|| flood(kind, &stop));
+            for _ in 0..10 {
+                // Its request comes later than its connection, as over a slow network.
+                let mut probe = TcpStream::connect(HEALTH).unwrap();
+                thread::sleep(Duration::from_millis(50));
+                probe.write_all(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+                let mut answer = String::new();
+                probe.read_to_string(&mut answer).unwrap();
+                assert!(answer.starts_with("HTTP/1.1 200"), "{kind:?}: {answer}");
+            }
+            stop.store(true, Ordering::Relaxed);
+            assert!(flooding.join().unwrap() > 10, "{kind:?}");
+        });
+    }
+    // Services are served meanwhile.
+    manifests.write("web.yaml", &service("web", "10.96.0.10"));
+    agent.has(&["-A -t 10.96.0.10:80 -s rr"]);
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn a_flood_of_connections_leaves_the_agent_file_descriptors() {
+    const LIMIT: usize = 200;
+    isolate().unwrap();
+    let manifests = Manifests::new();
+    let mut command = Command::new("sh");
+    let agent = format!("exec {} --hostname-override=node-a -v=4", env!("CARGO_BIN_EXE_kube-ipvs"));
+    command.args(["-c", &format!("ulimit -n {LIMIT}; {agent} --manifests={}", manifests.path().display())]);
+    let mut agent = Agent::start_command(&mut command);
+    agent.says("audited");
+    agent.until("listen", |_| get(HEALTH, "/livez").is_some());
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let flooding = scope.spawn(|| flood(Flood::SaysNothing, &stop));
+        let files = format!("/proc/{}/fd", agent.id());
+        for _ in 0..30 {
+            let open = fs::read_dir(&files).unwrap().count();
+            assert!(open < LIMIT / 2, "{open}");
+            thread::sleep(Duration::from_millis(50));
+        }
+        stop.store(true, Ordering::Relaxed);
+        flooding.join().unwrap();
+    });
+    agent.until("answer again", |_| get(HEALTH, "/livez").is_some());
+    assert!(!agent.log().contains("cannot accept"), "{}", agent.log());
 }
 
 /// A line of Prometheus's text format: the name of the sample, its labels in order, and the value.

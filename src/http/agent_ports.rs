@@ -10,12 +10,13 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc::Sender;
 use tracing::{debug, error, warn};
 
-use super::{ConnectionLimit, Handler, ListenFamilies, listen, serve};
+use super::connections::{ConnectionLimit, serve};
+use super::{Handler, ListenFamilies, listen};
 use crate::events;
 use crate::panics::Supervisor;
 
-/// How many connections one port serves at a time.
-const MAX_CONNECTIONS: usize = 64;
+/// How many connections one port has at a time: some 4 KiB each, for a second, if its client says nothing.
+const MAX_CONNECTIONS: usize = 4096;
 /// The interval of attempts to listen on a port.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 

@@ -17,11 +17,12 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
 use tracing::{debug, warn};
 
-use super::{ConnectionLimit, ListenFamilies, Request, Response, listen, serve};
+use super::connections::{ConnectionLimit, serve};
+use super::{ListenFamilies, Request, Response, listen};
 use crate::health::Health;
 
-/// How many connections all ports together serve at a time.
-const MAX_CONNECTIONS: usize = 256;
+/// How many connections all ports together have at a time.
+const MAX_CONNECTIONS: usize = 2048;
 /// The interval of attempts to listen on a port.
 const RETRY_INTERVAL: Duration = Duration::from_secs(5);
 

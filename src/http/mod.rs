@@ -5,37 +5,31 @@
 //! * `health_check_node_ports`: `spec.healthCheckNodePort` of Services.
 //! * `agent_ports`: opens the health port and the metrics port.
 //!
-//! This file has what they share: listening, limits and responses. Plain HTTP/1, as in kube-proxy. A handler is a
+//! * `connections`: accepts and limits connections.
+//!
+//! This file has what else they share: listening and responses. Plain HTTP/1, as in kube-proxy. A handler is a
 //! function that does not block.
 
 pub(crate) mod agent_ports;
+mod connections;
 pub(crate) mod health_check_node_ports;
 pub(crate) mod health_port;
 pub(crate) mod metrics_port;
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
 use hyper::{Method, StatusCode};
-use hyper_util::rt::TokioIo;
 use rustix::net::sockopt::{set_ipv6_v6only, set_socket_reuseaddr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use service_watch::panics::point;
-use tokio::task::{AbortHandle, JoinSet};
-use tracing::debug;
 
-/// How long a connection may last, from accepting it to the end of the response.
-const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The longest body of a request. Only the PUT to `/debug/flags/v` needs one.
 const MAX_BODY_BYTES: usize = 1024;
 const NOSNIFF: (HeaderName, HeaderValue) =
@@ -93,7 +87,8 @@ pub(crate) fn listen(address: SocketAddr, families: ListenFamilies) -> io::Resul
 }
 
 fn open(address: SocketAddr, families: ListenFamilies) -> io::Result<TcpListener> {
-    const BACKLOG: i32 = 1024;
+    // The kernel has a limit of its own, net.core.somaxconn.
+    const BACKLOG: i32 = 4096;
     let family = if address.is_ipv6() { AddressFamily::INET6 } else { AddressFamily::INET };
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
@@ -105,60 +100,6 @@ fn open(address: SocketAddr, families: ListenFamilies) -> io::Result<TcpListener
     rustix::net::bind(&socket, &address)?;
     rustix::net::listen(&socket, BACKLOG)?;
     Ok(TcpListener::from(socket))
-}
-
-/// Limits the connections of one or several ports. Beyond the limit the oldest is closed, so that clients which hold
-/// idle connections cannot lock out others.
-#[derive(Clone)]
-pub(crate) struct ConnectionLimit(Arc<Mutex<VecDeque<AbortHandle>>>, usize);
-
-impl ConnectionLimit {
-    /// Allows `max` connections at a time.
-    pub(crate) fn new(max: usize) -> Self {
-        Self(Arc::default(), max)
-    }
-
-    fn add(&self, connection: AbortHandle) {
-        let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        open.retain(|connection| !connection.is_finished());
-        while open.len() >= self.1 {
-            open.pop_front().inspect(AbortHandle::abort);
-        }
-        open.push_back(connection);
-    }
-}
-
-/// Serves until the task is dropped. Returns only an error.
-pub(crate) async fn serve(listener: TcpListener, connections: ConnectionLimit, handler: Handler) -> io::Error {
-    let listener = match tokio::net::TcpListener::from_std(listener) {
-        Ok(listener) => listener,
-        Err(error) => return error,
-    };
-    // Connections are closed together with the port.
-    let mut tasks = JoinSet::new();
-    loop {
-        while tasks.try_join_next().is_some() {}
-        let stream = match listener.accept().await {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                // Too many open files, or a client that closed the connection: neither is permanent.
-                debug!("cannot accept a connection: {error}");
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            }
-        };
-        let handler = handler.clone();
-        connections.add(tasks.spawn(async move {
-            let service = service_fn(|request| respond(request, &handler));
-            // One request for each connection: clients are few, and idle connections would use up the limit.
-            let connection = http1::Builder::new().keep_alive(false).serve_connection(TokioIo::new(stream), service);
-            match tokio::time::timeout(CONNECTION_TIMEOUT, connection).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!("a connection ended: {error}"),
-                Err(_) => debug!("a connection took too long"),
-            }
-        }));
-    }
 }
 
 async fn respond(request: hyper::Request<Incoming>, handler: &Handler) -> Result<Response, Infallible> {
