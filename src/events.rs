@@ -45,6 +45,9 @@ pub(crate) fn of_sync(report: &SyncReport) -> Vec<Event> {
         };
         events.push(warning(Some(claim.service), reason, action, claim.to_string()));
     }
+    for (service, left_out) in &report.over_budget {
+        events.push(warning(Some(service), "ServiceBudgetExceeded", "LimitService", left_out.to_string()));
+    }
     if let Some(first) = report.drifted_keys.first() {
         // Without their number, so that the same drift gives the same note.
         let result = if report.unrepaired.is_empty() { "it is repaired" } else { "not all of it can be repaired yet" };

@@ -92,6 +92,7 @@ const BATCHES: &str = "kube_ipvs_netlink_batches_total";
 const MESSAGES: &str = "kube_ipvs_netlink_messages_total";
 const BYTES: &str = "kube_ipvs_netlink_sent_bytes_total";
 const CHANGE: &str = "kube_ipvs_change_duration_seconds";
+const OVER_BUDGET: &str = "kube_ipvs_services_over_budget";
 const CLASHES: &str = "kube_ipvs_front_end_clashes_total";
 const REFUSED: &str = "kube_ipvs_refused_vips_total";
 const WATCH_RESTARTS: &str = "kube_ipvs_watch_restarts_total";
@@ -144,6 +145,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     REAL_SERVERS MetricKind::Gauge, [], "Real servers in the kernel, including those that drain";
     DRAINING MetricKind::Gauge, [], "Real servers that get no new connections and keep those they have";
     VIPS MetricKind::Gauge, [], "VIPs in the desired state";
+    OVER_BUDGET MetricKind::Gauge, [], "Services that exceed kubeIPVS.serviceBudget, so that a part of them is not served";
     BATCHES MetricKind::Counter, [], "Datagrams sent to the kernel: batches, transactions, dumps, requests";
     MESSAGES MetricKind::Counter, [], "Netlink messages sent to the kernel";
     BYTES MetricKind::Counter, [], "Bytes sent to the kernel";
@@ -279,6 +281,7 @@ pub(crate) fn sync_ended(report: &SyncReport, received: &ReceivedChanges, famili
         (REAL_SERVERS, totals.real_servers),
         (DRAINING, totals.draining),
         (VIPS, totals.vips),
+        (OVER_BUDGET, totals.over_budget),
         (FAILING, totals.failing),
     ] {
         gauge!(name).set(to_f64(number));

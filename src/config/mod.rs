@@ -156,6 +156,8 @@ pub(crate) const FLAG_FIELDS: &[(&str, &str)] = &[
     ("ipvs-estimation", "kubeIPVS.estimation"),
     ("confirm-disappearance", "kubeIPVS.confirmDisappearance"),
     ("own-tables", "kubeIPVS.ownTables"),
+    ("service-budget-front-ends", "kubeIPVS.serviceBudget.frontEnds"),
+    ("service-budget-real-servers", "kubeIPVS.serviceBudget.realServers"),
 ];
 
 fn flag_for_field(field: &str) -> Option<&'static str> {

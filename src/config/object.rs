@@ -193,6 +193,27 @@ pub(crate) struct KubeIpvs {
     /// Whether other programs cannot change our tables of `nf_tables`, if the kernel can do that; `None` means yes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) own_tables: Option<bool>,
+    /// How much one Service may have on this node.
+    #[serde(skip_serializing_if = "ServiceBudget::is_default")]
+    pub(crate) service_budget: ServiceBudget,
+}
+
+/// How much one Service may have on this node; `None` means the default.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub(crate) struct ServiceBudget {
+    /// Virtual servers.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) front_ends: Option<i32>,
+    /// Real servers of all its virtual servers together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) real_servers: Option<i32>,
+}
+
+impl ServiceBudget {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl KubeIpvs {

@@ -9,6 +9,7 @@ use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, Timeouts};
 use reconciler::Policy;
 use reconciler::binding::{self, VipBinding, VipRanges};
+use reconciler::budget::ServiceBudget;
 use reconciler::policy::{DetectLocal, NodePortAddresses, PodAddresses};
 use reconciler::run::Periods;
 use service_watch::{parse_ip, parse_range};
@@ -157,8 +158,21 @@ fn policy(c: &Configuration, host: &str, check: &mut Validator) -> Policy {
         masquerade_all: c.iptables.masquerade_all,
         masquerade_bit: check.integer_in("iptables.masqueradeBit", c.iptables.masquerade_bit, 0..=31),
         detect_local,
+        service_budget: service_budget(c, check),
         drain_timeout: Some(drain_timeout).filter(|timeout| !timeout.is_zero()),
         ..Policy::new(name.trim().to_lowercase())
+    }
+}
+
+fn service_budget(c: &Configuration, check: &mut Validator) -> ServiceBudget {
+    let (given, default) = (&c.kube_ipvs.service_budget, ServiceBudget::default());
+    let mut limit = |path: &str, given: Option<i32>, default: usize| {
+        let given = given.map(|given| check.integer_in(path, given, 1..=i32::MAX));
+        given.and_then(|given| usize::try_from(given).ok()).unwrap_or(default)
+    };
+    ServiceBudget {
+        front_ends: limit("kubeIPVS.serviceBudget.frontEnds", given.front_ends, default.front_ends),
+        real_servers: limit("kubeIPVS.serviceBudget.realServers", given.real_servers, default.real_servers),
     }
 }
 

@@ -182,6 +182,12 @@ fn rows() -> Vec<Row> {
         row("kubeIPVS.drainTimeout", Value::Null, ("5m0s", json!("5m0s"))).non_negative_duration(),
         row("kubeIPVS.watchAllNodes", Value::Null, yes()).boolean(),
         row("kubeIPVS.allowPodAddresses", Value::Null, yes()).boolean(),
+        row("kubeIPVS.serviceBudget.frontEnds", Value::Null, ("1000", json!(1000)))
+            .rejects("0", 0, "0: must not be less than 1")
+            .rejects("many", "many", ""),
+        row("kubeIPVS.serviceBudget.realServers", Value::Null, ("1000", json!(1000)))
+            .rejects("0", 0, "0: must not be less than 1")
+            .rejects("many", "many", ""),
         row("kubeIPVS.vipBinding", Value::Null, ("route", json!("route"))).rejects(
             "routes",
             "routes",

@@ -289,6 +289,15 @@ pub(super) struct FieldFlags {
     /// them. It requires Linux 6.9; before, the agent repairs such changes [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true", value_parser = go_syntax::parse_bool, help_heading = "What kube-proxy does not have")]
     own_tables: Option<bool>,
+
+    /// How many virtual servers one Service may have on this node. Beyond that the rest of the Service is not served,
+    /// and an Event says so [default: 100000]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "What kube-proxy does not have")]
+    service_budget_front_ends: Option<i32>,
+
+    /// How many real servers all virtual servers of one Service may have together on this node [default: 500000]
+    #[arg(long, value_name = "NUMBER", allow_negative_numbers = true, help_heading = "What kube-proxy does not have")]
+    service_budget_real_servers: Option<i32>,
 }
 
 impl FieldFlags {
@@ -310,6 +319,8 @@ impl FieldFlags {
             vip_binding: self.vip_binding,
             vip_ranges: self.vip_ranges,
             ipvs_estimation: self.ipvs_estimation,
+            service_budget_front_ends: self.service_budget_front_ends,
+            service_budget_real_servers: self.service_budget_real_servers,
             confirm_disappearance: self.confirm_disappearance,
             own_tables: self.own_tables,
             ..Self::default()
@@ -391,6 +402,8 @@ impl FieldFlags {
         set(&mut c.kube_ipvs.vip_binding, self.vip_binding);
         set(&mut c.kube_ipvs.vip_ranges, self.vip_ranges.map(without_empty));
         set_some(&mut c.kube_ipvs.estimation, self.ipvs_estimation);
+        set_some(&mut c.kube_ipvs.service_budget.front_ends, self.service_budget_front_ends);
+        set_some(&mut c.kube_ipvs.service_budget.real_servers, self.service_budget_real_servers);
         set_some(&mut c.kube_ipvs.confirm_disappearance, self.confirm_disappearance);
         set_some(&mut c.kube_ipvs.own_tables, self.own_tables);
     }

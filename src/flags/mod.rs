@@ -107,7 +107,7 @@ pub(crate) enum Command {
 }
 
 /// Flags with a field that have an effect even with `--config`. (Flags without a field always have.)
-const FLAGS_BESIDE_FILE: [&str; 17] = [
+const FLAGS_BESIDE_FILE: [&str; 19] = [
     "allow-pod-addresses",
     "confirm-disappearance",
     "hostname-override",
@@ -120,6 +120,8 @@ const FLAGS_BESIDE_FILE: [&str; 17] = [
     "log-text-split-stream",
     "logging-format",
     "own-tables",
+    "service-budget-front-ends",
+    "service-budget-real-servers",
     "v",
     "vip-binding",
     "vip-ranges",

@@ -5,12 +5,14 @@ use std::net::IpAddr;
 use std::num::NonZeroU16;
 use std::sync::Arc;
 
+use foldhash::HashMap;
 use ipnet::IpNet;
 use ipvs_netlink::{Family, Persistence};
 use litemap::LiteMap;
-use service_watch::{Endpoint, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
+use service_watch::{Endpoint, EndpointSlice, Hints, Protocol, Service, ServiceKind, ServicePort, TrafficPolicy};
 
 use crate::bootstrap::{API_SERVER, CONTROL_PLANE_NAMESPACE};
+use crate::budget::{LeftOut, Spending};
 use crate::filter::{Access, FrontEndRule, Masquerade, SetElement, SourceRanges};
 use crate::front_end::{AddressOrigin, FrontEnd, ServerConfig};
 use crate::node::NodeView;
@@ -48,6 +50,10 @@ pub struct Contribution {
     pub health_checks: Vec<HealthCheck>,
     /// The traffic policies `Local`, by family, that find no local endpoint although there are others.
     pub without_local: BTreeSet<(TrafficDirection, Family)>,
+    /// What the budget leaves out.
+    pub left_out: Option<LeftOut>,
+    /// About how many operations it takes to write all of it: front ends, their real servers, and elements.
+    pub size: usize,
 }
 
 /// The owner of an address that is not served as a VIP.
@@ -107,66 +113,206 @@ pub enum TrafficDirection {
     External,
 }
 
+impl AddressKind {
+    fn origin(self) -> AddressOrigin {
+        match self {
+            Self::ClusterIp | Self::NodePort => AddressOrigin::Cluster,
+            Self::LoadBalancer => AddressOrigin::LoadBalancer,
+            Self::External => AddressOrigin::Request,
+        }
+    }
+}
+
 impl Contribution {
-    /// Computes the contribution. It is empty while the Service itself is not known.
+    /// Computes the contribution. It is empty while the Service itself is not known. It takes time and memory in proportion to the
+    /// objects and the Service's budget, whatever their ports, addresses and endpoints multiply to.
     pub fn new(entry: &ServiceEntry, node: &NodeView, policy: &Policy) -> Self {
         let mut contribution = Self::default();
-        if let Some(service) = &entry.service {
-            // The families are independent: each has its own front ends, endpoints, hints and fallbacks.
-            for family in policy.families.iter() {
-                let vips = Vips::new(service, &entry.other_pods, family, node, policy);
-                let Some(vips) = vips else { continue };
-                contribution.refused_vips.extend(&vips.refused);
-                let ranges = service.source_ranges.as_ref().and_then(|ranges| SourceRanges::of_family(ranges, family));
-                for port in &service.ports {
-                    let endpoints = endpoints(entry, port, family, policy);
-                    contribution.add_port(service, port, &vips, &endpoints, ranges.as_ref(), node, policy);
+        let Some(service) = &entry.service else { return contribution };
+        let mut spending = Spending::new(policy.service_budget);
+        let slices = SlicesByPort::new(entry, service.ports.len());
+        // The families are independent: each has its own front ends, endpoints, hints and fallbacks.
+        let mut families = Vec::with_capacity(1);
+        for family in policy.families.iter() {
+            let Some(vips) = Vips::new(service, &entry.other_pods, family, node, policy) else { continue };
+            contribution.refused_vips.extend(&vips.refused);
+            let ranges = service.source_ranges.as_ref().and_then(|ranges| SourceRanges::of_family(ranges, family));
+            let node_ip = node.node_ips.iter().find(|ip| Family::of(**ip) == family);
+            let is_closed_to_node =
+                ranges.as_ref().is_some_and(|ranges| !node_ip.is_some_and(|ip| ranges.contains(*ip)));
+            let mut ports = Vec::with_capacity(service.ports.len());
+            for port in &service.ports {
+                let endpoints = endpoints(slices.of(port), family, policy, &mut spending);
+                ports.push(endpoints.map(|endpoints| {
+                    contribution.count_without_local(service, port, &vips, &endpoints);
                     let local = endpoints.iter().filter(|candidate| candidate.is_local);
-                    contribution.elements.extend(local.map(|it| SetElement::Hairpin(it.address.into(), port.protocol)));
-                }
-                if !vips.load_balancer.is_empty()
-                    && let Some(ranges) = ranges
-                {
-                    contribution.source_ranges.insert(family, ranges);
-                }
-                if service.kind == ServiceKind::LoadBalancer
-                    && external_policy_is_local(service)
-                    && let Some(port) = service.health_check_node_port
-                {
-                    contribution.elements.push(SetElement::HealthCheckPort(family, port.get()));
-                    contribution.health_checks.push(HealthCheck {
-                        family,
-                        port,
-                        addresses: node.health_check_addresses.get(&family).cloned(),
-                        local_endpoints: count_local_ready(entry, family, policy),
-                    });
-                }
+                    let hairpins = local.map(|it| SetElement::Hairpin(it.address.into(), port.protocol));
+                    contribution.elements.extend(hairpins);
+                    PortServers::new(service, port, &vips, &endpoints, node, policy)
+                }));
             }
+            if service.kind == ServiceKind::LoadBalancer
+                && external_policy_is_local(service)
+                && let Some(port) = service.health_check_node_port
+            {
+                contribution.elements.push(SetElement::HealthCheckPort(family, port.get()));
+                contribution.health_checks.push(HealthCheck {
+                    family,
+                    port,
+                    addresses: node.health_check_addresses.get(&family).cloned(),
+                    local_endpoints: count_local_ready(entry, family, policy),
+                });
+            }
+            let restriction = ranges.is_some().then_some(is_closed_to_node);
+            if !vips.load_balancer.is_empty()
+                && let Some(ranges) = ranges
+            {
+                contribution.source_ranges.insert(family, ranges);
+            }
+            families.push(FamilyServers { vips, ports, restriction });
         }
+        contribution.add_front_ends(service, &families, node, policy, &mut spending);
         contribution.vips.sort_unstable();
         contribution.vips.dedup();
         contribution.elements.sort_unstable();
         contribution.elements.dedup();
+        contribution.size = spending.spent() + contribution.elements.len();
+        contribution.left_out = spending.left_out();
         // It is stored until the Service changes, so no memory is left unused.
-        let mut servers = std::mem::take(&mut contribution.servers).into_tuple_vec();
-        servers.shrink_to_fit();
-        contribution.servers = LiteMap::from_sorted_store_unchecked(servers);
         contribution.vips.shrink_to_fit();
         contribution.elements.shrink_to_fit();
         contribution
     }
 
-    #[expect(clippy::too_many_arguments, reason = "all that a port's front ends depend on")]
-    fn add_port(
+    /// Adds the front ends of all ports, as far as the budget reaches: first those that the cluster allocated.
+    fn add_front_ends(
+        &mut self,
+        service: &Service,
+        families: &[FamilyServers],
+        node: &NodeView,
+        policy: &Policy,
+        spending: &mut Spending,
+    ) {
+        // Many Services have as many as this, and the others not much less.
+        let addresses = families.iter().map(|family| family.vips.len()).sum::<usize>();
+        let mut servers = Vec::with_capacity(spending.front_ends_left().min(addresses.saturating_mul(service.ports.len())));
+        for kind in [AddressKind::ClusterIp, AddressKind::NodePort, AddressKind::LoadBalancer, AddressKind::External] {
+            for family in families {
+                let addresses = family.vips.of_kind(kind);
+                if addresses.is_empty() {
+                    continue;
+                }
+                let config = ServerConfig {
+                    scheduler: policy.scheduler,
+                    scheduler_flags: policy.scheduler_flags(),
+                    persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, family.vips.family)),
+                    engine: None,
+                    one_packet: false,
+                };
+                for (port, of_port) in service.ports.iter().zip(&family.ports) {
+                    let number = if kind == AddressKind::NodePort { port.node_port } else { Some(port.port) };
+                    let Some(number) = number else { continue };
+                    let Some(of_port) = of_port else {
+                        spending.leave_out(addresses.len());
+                        continue;
+                    };
+                    let (wanted, rule) =
+                        if kind == AddressKind::ClusterIp { &of_port.inside } else { &of_port.outside };
+                    let mut rule = rule.clone();
+                    if kind == AddressKind::LoadBalancer
+                        && let Some(is_closed_to_node) = family.restriction
+                    {
+                        rule.source_ranges = Some(service.name.clone());
+                        rule.is_closed_to_node = is_closed_to_node;
+                    }
+                    for (index, address) in addresses.iter().enumerate() {
+                        let Some(real_servers) = spending.spend(wanted) else {
+                            spending.leave_out(addresses.len() - index);
+                            break;
+                        };
+                        let front_end = FrontEnd { address: *address, port: number.get(), protocol: port.protocol };
+                        let (origin, rule) = (kind.origin(), rule.clone());
+                        servers.push((front_end, DesiredServer { config, real_servers, rule, origin }));
+                        // A VIP that another interface has is not bound again.
+                        if kind == AddressKind::ClusterIp
+                            || (origin != AddressOrigin::Cluster && !node.interface_addresses.contains(address))
+                        {
+                            self.vips.push(*address);
+                        }
+                    }
+                }
+            }
+        }
+        // To sort all of them at once is linear where they are sorted, and to insert them one by one is not.
+        servers.sort_by_key(|(front_end, _)| *front_end);
+        servers.dedup_by(|(later, server), (first, held)| {
+            let is_same = later == first;
+            // The first is of the origin that takes precedence.
+            // An address may be both an external IP and a load-balancer IP. Then the source ranges apply.
+            if is_same && server.rule.source_ranges.is_some() {
+                held.rule.source_ranges = server.rule.source_ranges.take();
+                held.rule.is_closed_to_node = server.rule.is_closed_to_node;
+            }
+            is_same
+        });
+        servers.shrink_to_fit();
+        self.servers = LiteMap::from_sorted_store_unchecked(servers);
+    }
+
+    /// Records the traffic policies `Local` of a port that find no local endpoint although there are others.
+    fn count_without_local(
         &mut self,
         service: &Service,
         port: &ServicePort,
         vips: &Vips,
         endpoints: &[Candidate<'_>],
-        ranges: Option<&SourceRanges>,
+    ) {
+        let internal_local = service.internal_policy == TrafficPolicy::Local;
+        let external_local = external_policy_is_local(service);
+        // As in kube-proxy, a Service counts if it has a virtual server with the policy Local.
+        let has_external = || {
+            !vips.external.is_empty()
+                || !vips.load_balancer.is_empty()
+                || (port.node_port.is_some() && !vips.node_port_addresses.is_empty())
+        };
+        let is_counted = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
+        if is_counted
+            && local_endpoints(endpoints).is_empty()
+            && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it))
+        {
+            let local = [(internal_local, TrafficDirection::Internal), (external_local, TrafficDirection::External)];
+            let local = local.into_iter().filter(|(is_local, _)| *is_local);
+            self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
+        }
+    }
+}
+
+/// What a Service has of one family.
+struct FamilyServers {
+    vips: Vips,
+    /// The real servers of each port of the Service; `None` if the budget did not reach so far.
+    ports: Vec<Option<PortServers>>,
+    /// Whether there are source ranges, and then whether they exclude the node.
+    restriction: Option<bool>,
+}
+
+/// The real servers of a Service port with the rule of the front ends that have them.
+struct PortServers {
+    /// Those of the ClusterIP.
+    inside: (Arc<[RealServerAddress]>, FrontEndRule),
+    /// Those of all other addresses.
+    outside: (Arc<[RealServerAddress]>, FrontEndRule),
+}
+
+impl PortServers {
+    fn new(
+        service: &Service,
+        port: &ServicePort,
+        vips: &Vips,
+        endpoints: &[Candidate<'_>],
         node: &NodeView,
         policy: &Policy,
-    ) {
+    ) -> Self {
         let is_external = vips.is_external || port.node_port.is_some();
         let internal_local = service.internal_policy == TrafficPolicy::Local;
         let external_local = external_policy_is_local(service);
@@ -178,19 +324,6 @@ impl Contribution {
         // Without a local endpoint the policy Local falls back to the endpoints of the policy Cluster.
         let local = uses_local.then(|| local_endpoints(endpoints)).filter(|local| !local.is_empty());
         let has_local = local.is_some();
-        // As in kube-proxy, a Service counts if it has a virtual server with the policy Local.
-        let has_external = || {
-            let has_node_ports = || node.node_port_addresses.iter().any(|address| Family::of(*address) == vips.family);
-            !vips.external.is_empty()
-                || !vips.load_balancer.is_empty()
-                || (port.node_port.is_some() && has_node_ports())
-        };
-        let is_counted = (internal_local && vips.cluster_ip.is_some()) || (external_local && has_external());
-        if !has_local && is_counted && endpoints.iter().any(|it| it.endpoint.ready || is_draining(it)) {
-            let local = [(internal_local, TrafficDirection::Internal), (external_local, TrafficDirection::External)];
-            let local = local.into_iter().filter(|(is_local, _)| *is_local);
-            self.without_local.extend(local.map(|(_, direction)| (direction, vips.family)));
-        }
         let local: Arc<[RealServerAddress]> = local.map_or_else(|| cluster.clone(), Into::into);
 
         let rule = |masquerade, access, is_empty: bool| match (is_empty, port.protocol) {
@@ -201,75 +334,38 @@ impl Contribution {
                 ..FrontEndRule::OPEN
             },
         };
-        let from_inside = {
-            let real_servers = if internal_local { &local } else { &cluster };
-            (real_servers, rule(Masquerade::Outsiders, Access::Open, real_servers.is_empty()))
+        let inside = if internal_local { local.clone() } else { cluster.clone() };
+        let outside = if external_local { local } else { cluster };
+        let (masquerade, access) = match (external_local, has_local) {
+            (false, _) => (Masquerade::Everybody, Access::Open),
+            (true, true) => (Masquerade::Nobody, Access::Open),
+            (true, false) => (Masquerade::Node, Access::Insiders),
         };
-        let from_outside = {
-            let real_servers = if external_local { &local } else { &cluster };
-            let (masquerade, access) = match (external_local, has_local) {
-                (false, _) => (Masquerade::Everybody, Access::Open),
-                (true, true) => (Masquerade::Nobody, Access::Open),
-                (true, false) => (Masquerade::Node, Access::Insiders),
-            };
-            (real_servers, rule(masquerade, access, real_servers.is_empty()))
-        };
-        let mut add = |address: IpAddr,
-                       number: NonZeroU16,
-                       (real_servers, rule): (&Arc<[RealServerAddress]>, FrontEndRule),
-                       origin: AddressOrigin| {
-            let front_end = FrontEnd { address, port: number.get(), protocol: port.protocol };
-            let server = self.servers.entry(front_end).or_insert_with(|| DesiredServer {
-                config: ServerConfig {
-                    scheduler: policy.scheduler,
-                    scheduler_flags: policy.scheduler_flags(),
-                    persistence: service.affinity_seconds.map(|timeout| Persistence::new(timeout, vips.family)),
-                    engine: None,
-                    one_packet: false,
-                },
-                real_servers: real_servers.clone(),
-                rule: rule.clone(),
-                origin,
-            });
-            server.origin = server.origin.min(origin);
-            // An address may be both an external IP and a load-balancer IP. Then the source ranges apply.
-            if rule.source_ranges.is_some() {
-                (server.rule.source_ranges, server.rule.is_closed_to_node) =
-                    (rule.source_ranges, rule.is_closed_to_node);
-            }
-        };
-        if let Some(cluster_ip) = vips.cluster_ip {
-            add(cluster_ip, port.port, from_inside, AddressOrigin::Cluster);
-            self.vips.push(cluster_ip);
-        }
-        let mut restricted_rule = from_outside.1.clone();
-        if let Some(ranges) = ranges {
-            restricted_rule.source_ranges = Some(service.name.clone());
-            let node_ip = node.node_ips.iter().find(|ip| Family::of(**ip) == vips.family);
-            restricted_rule.is_closed_to_node = !node_ip.is_some_and(|ip| ranges.contains(*ip));
-        }
-        let external = vips.external.iter().map(|vip| (*vip, &from_outside.1, AddressOrigin::Request));
-        let load_balancer = vips.load_balancer.iter().map(|vip| (*vip, &restricted_rule, AddressOrigin::LoadBalancer));
-        for (vip, rule, origin) in external.chain(load_balancer) {
-            add(vip, port.port, (from_outside.0, rule.clone()), origin);
-            // A VIP that another interface has is not bound again.
-            if !node.interface_addresses.contains(&vip) {
-                self.vips.push(vip);
-            }
-        }
-        if let Some(node_port) = port.node_port {
-            for address in node.node_port_addresses.iter().filter(|address| Family::of(**address) == vips.family) {
-                add(*address, node_port, from_outside.clone(), AddressOrigin::Cluster);
-            }
-        }
+        let inside_rule = rule(Masquerade::Outsiders, Access::Open, inside.is_empty());
+        let outside_rule = rule(masquerade, access, outside.is_empty());
+        Self { inside: (inside, inside_rule), outside: (outside, outside_rule) }
     }
+}
+
+/// The addresses of front ends by where they come from, in the order in which the budget is spent on them.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum AddressKind {
+    ClusterIp,
+    NodePort,
+    LoadBalancer,
+    External,
 }
 
 /// The VIPs of a Service in one family.
 struct Vips {
     family: Family,
+    /// The ClusterIP, if it is served.
     cluster_ip: Option<IpAddr>,
+    /// The addresses of the node on which NodePorts listen: no VIPs, but addresses of front ends too.
+    node_port_addresses: Vec<IpAddr>,
+    /// Sorted, without duplicates.
     external: Vec<IpAddr>,
+    /// Sorted, without duplicates.
     load_balancer: Vec<IpAddr>,
     /// Whether the Service has external or load-balancer IPs, served or refused.
     is_external: bool,
@@ -307,13 +403,37 @@ impl Vips {
                 refused.extend(owner.map(|owner| (*vip, owner)));
                 owner.is_none()
             });
+            // A list may name an address many times.
+            vips.sort_unstable();
+            vips.dedup();
         }
         // ClusterIPs are allocated by the cluster, whereas the addresses of other Nodes are reported by their kubelets. No kubelet
         // may disable a ClusterIP, so only the addresses of this Node count.
         let is_node_address = node.node_addresses.contains(&cluster_ip);
         refused.extend(is_node_address.then_some((cluster_ip, AddressOwner::Node)));
         let cluster_ip = (!is_node_address).then_some(cluster_ip);
-        Some(Self { family, cluster_ip, external, load_balancer, is_external, refused })
+        let has_node_ports = service.ports.iter().any(|port| port.node_port.is_some());
+        let node_port_addresses = node.node_port_addresses.iter().copied();
+        let node_port_addresses =
+            node_port_addresses.filter(|address| has_node_ports && Family::of(*address) == family).collect();
+        Some(Self { family, cluster_ip, node_port_addresses, external, load_balancer, is_external, refused })
+    }
+
+    /// How many addresses there are of all kinds.
+    fn len(&self) -> usize {
+        usize::from(self.cluster_ip.is_some())
+            + self.node_port_addresses.len()
+            + self.load_balancer.len()
+            + self.external.len()
+    }
+
+    fn of_kind(&self, kind: AddressKind) -> &[IpAddr] {
+        match kind {
+            AddressKind::ClusterIp => self.cluster_ip.as_slice(),
+            AddressKind::NodePort => &self.node_port_addresses,
+            AddressKind::LoadBalancer => &self.load_balancer,
+            AddressKind::External => &self.external,
+        }
     }
 }
 
@@ -327,7 +447,7 @@ fn is_pod_address(vip: IpAddr, origin: AddressOrigin, other_pods: &[IpAddr], nod
     // A range of all addresses says nothing about pods.
     let is_in = |range: &IpNet| range.prefix_len() > 0 && range.contains(&vip);
     let knows_ranges = || ranges.iter().any(|range| Family::of(range.addr()) == Family::of(vip));
-    let is_endpoint = || other_pods.contains(&vip) && (origin == AddressOrigin::Request || !knows_ranges());
+    let is_endpoint = || other_pods.binary_search(&vip).is_ok() && (origin == AddressOrigin::Request || !knows_ranges());
     node.pod_cidrs.iter().chain(ranges).any(is_in) || is_endpoint()
 }
 
@@ -338,41 +458,89 @@ fn external_policy_is_local(service: &Service) -> bool {
 }
 
 /// An endpoint of one Service port.
+#[derive(Clone, Copy)]
 struct Candidate<'a> {
     address: RealServerAddress,
     endpoint: &'a Endpoint,
     is_local: bool,
 }
 
-/// The endpoints of a Service port from all slices: those of the slice ports with the same name and protocol, sorted.
+/// The slices of a Service, each with the port on which its endpoints serve a Service port.
+enum SlicesByPort<'a> {
+    /// A few ports look at all slices.
+    Few(&'a ServiceEntry),
+    /// Many ports have an index, since each would look at all ports of all slices.
+    Many(HashMap<(&'a str, Protocol), Vec<(&'a EndpointSlice, NonZeroU16)>>),
+}
+
+impl<'a> SlicesByPort<'a> {
+    fn new(entry: &'a ServiceEntry, ports: usize) -> Self {
+        const FEW: usize = 4;
+        if ports <= FEW {
+            return Self::Few(entry);
+        }
+        let mut by_port: HashMap<_, Vec<_>> = HashMap::default();
+        for slice in entry.slices.values() {
+            for port in &slice.ports {
+                by_port.entry((&*port.name, port.protocol)).or_default().push((slice, port.port));
+            }
+        }
+        Self::Many(by_port)
+    }
+
+    /// The slices with a port of the same name and protocol, in the order of their names.
+    fn of<'b>(&'b self, port: &'b ServicePort) -> impl Iterator<Item = (&'a EndpointSlice, NonZeroU16)> + use<'a, 'b> {
+        let (few, many) = match self {
+            Self::Few(entry) => (Some(*entry), None),
+            Self::Many(by_port) => (None, by_port.get(&(&*port.name, port.protocol))),
+        };
+        let few = few.into_iter().flat_map(|entry| entry.slices.values()).flat_map(move |slice| {
+            let same = slice.ports.iter().filter(move |it| it.name == port.name && it.protocol == port.protocol);
+            same.map(move |it| (slice, it.port))
+        });
+        few.chain(many.into_iter().flatten().copied())
+    }
+}
+
+/// The endpoints of a Service port from all slices: those of the slice ports with the same name and protocol, sorted. `None` if
+/// the budget is spent.
 ///
 /// If several slices have the same address, an endpoint that is not terminating takes precedence; among equals the last slice
 /// by name.
-fn endpoints<'a>(entry: &'a ServiceEntry, port: &ServicePort, family: Family, policy: &Policy) -> Vec<Candidate<'a>> {
-    let mut merged: BTreeMap<RealServerAddress, &Endpoint> = BTreeMap::new();
-    for slice in entry.slices.values() {
-        for slice_port in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
-            for endpoint in slice.endpoints.iter().filter(|endpoint| Family::of(endpoint.address) == family) {
-                let address = (endpoint.address, slice_port.port.get());
-                merged
-                    .entry(address)
-                    .and_modify(|held| {
-                        if !endpoint.terminating {
-                            *held = endpoint;
-                        }
-                    })
-                    .or_insert(endpoint);
-            }
+fn endpoints<'a>(
+    slices: impl Iterator<Item = (&'a EndpointSlice, NonZeroU16)>,
+    family: Family,
+    policy: &Policy,
+    spending: &mut Spending,
+) -> Option<Vec<Candidate<'a>>> {
+    let mut merged = Vec::new();
+    for (slice, port) in slices {
+        let considered = spending.consider(slice.endpoints.len());
+        if considered == 0 && !slice.endpoints.is_empty() && merged.is_empty() {
+            return None;
         }
-    }
-    merged
-        .into_iter()
-        .map(|(address, endpoint)| Candidate {
-            address,
+        let of_family =
+            slice.endpoints[..considered].iter().filter(|endpoint| Family::of(endpoint.address) == family);
+        merged.reserve(considered);
+        merged.extend(of_family.map(|endpoint| Candidate {
+            address: (endpoint.address, port.get()),
             endpoint,
             is_local: endpoint.node.as_deref() == Some(policy.node_name.as_str()),
-        })
-        .collect()
+        }));
+        if considered < slice.endpoints.len() {
+            spending.leave_out(1);
+            break;
+        }
+    }
+    merged.sort_by_key(|candidate| candidate.address);
+    merged.dedup_by(|later, held| {
+        let is_same = later.address == held.address;
+        if is_same && !later.endpoint.terminating {
+            *held = *later;
+        }
+        is_same
+    });
+    Some(merged)
 }
 
 /// The endpoints for the policy Cluster: ready ones, selected by hints; if none is ready, those that serve while terminating.

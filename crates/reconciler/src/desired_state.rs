@@ -69,6 +69,8 @@ pub struct DesiredState {
     elements: HashMap<SetElement, Vec<ObjectName>>,
     /// How many Services have a policy Local that finds no local endpoint although there are others.
     without_local: BTreeMap<(TrafficDirection, Family), usize>,
+    /// How many Services exceed their budget.
+    over_budget: usize,
 }
 
 impl DesiredState {
@@ -118,6 +120,8 @@ impl DesiredState {
         for it in contribution.without_local.difference(&before.without_local) {
             *self.without_local.entry(*it).or_default() += 1;
         }
+        self.over_budget += usize::from(contribution.left_out.is_some());
+        self.over_budget -= usize::from(before.left_out.is_some());
         for family in [Family::Ipv4, Family::Ipv6] {
             if before.source_ranges.get(&family) != contribution.source_ranges.get(&family) {
                 dirty.insert(Key::SourceRanges(name.clone(), family));
@@ -231,6 +235,11 @@ impl DesiredState {
     /// How many Services have this policy Local and no local endpoint, although they have others.
     pub fn without_local(&self, direction: TrafficDirection, family: Family) -> usize {
         self.without_local.get(&(direction, family)).copied().unwrap_or(0)
+    }
+
+    /// How many Services exceed their budget.
+    pub fn over_budget_count(&self) -> usize {
+        self.over_budget
     }
 
     fn claim(&mut self, front_end: FrontEnd, claim: Claim, conflicts: &mut Vec<FrontEndConflict>) {

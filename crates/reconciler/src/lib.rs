@@ -13,6 +13,7 @@
 //!
 //! Pure core:
 //! * [`contribution`]: a pure function of a Service, its endpoints, the node and the policy to what the Service needs.
+//! * [`budget`]: how much one Service may have on a node.
 //! * [`desired_state`]: the sum of all contributions, with one owner for each front end.
 //! * [`front_end`]: what clients connect to; [`real_servers`]: the real servers behind it.
 //! * [`filter`]: who may connect to a front end, and which connections are masqueraded.
@@ -45,6 +46,7 @@ pub mod table;
 // Pure core.
 pub mod binding;
 mod bootstrap;
+pub mod budget;
 pub mod contribution;
 pub mod desired_state;
 pub mod filter;

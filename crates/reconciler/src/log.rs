@@ -21,6 +21,14 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
         }
     }
     warn_of_more(claims.len(), "addresses and front ends of more Services are refused");
+    for (index, (service, left_out)) in report.over_budget.iter().enumerate() {
+        if index < MAX_WARNINGS {
+            warn!(%service, "{left_out}");
+        } else {
+            debug!(%service, "{left_out}");
+        }
+    }
+    warn_of_more(report.over_budget.len(), "more Services exceed their budget");
     if !report.drifted_keys.is_empty() {
         let first = report.drifted_keys.iter().take(5).map(ToString::to_string).collect::<Vec<_>>().join(", ");
         warn!(count = report.drifted_keys.len(), "somebody else changed what this agent manages: {first}");

@@ -7,6 +7,7 @@ use ipnet::IpNet;
 use ipvs_netlink::{Family, Scheduler, SchedulerFlags};
 
 use crate::binding::VipBinding;
+use crate::budget::ServiceBudget;
 
 /// The addresses of the node on which NodePorts listen (`--nodeport-addresses`).
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -112,6 +113,8 @@ pub struct Policy {
     pub binding: VipBinding,
     /// Whether no other program may change the tables of the packet filter, if the kernel can do that (`--own-tables`).
     pub own_tables: bool,
+    /// How much one Service may have on this node (`kubeIPVS.serviceBudget`).
+    pub service_budget: ServiceBudget,
 }
 
 impl Policy {
@@ -133,6 +136,7 @@ impl Policy {
             drain_timeout: None,
             binding: VipBinding::Addresses,
             own_tables: true,
+            service_budget: ServiceBudget::default(),
         }
     }
 

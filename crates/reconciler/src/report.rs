@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use ipvs_netlink::Family;
 use service_watch::ObjectName;
 
+use crate::budget::LeftOut;
 use crate::contribution::{AddressOwner, HealthCheck};
 use crate::desired_state::FrontEndConflict;
 use crate::kernel::{KernelError, KernelStats};
@@ -41,6 +42,8 @@ pub struct SyncReport {
     pub foreign_servers: usize,
     /// VIPs that are refused since this sync, each with its Service and the owner of the address.
     pub refused_vips: Vec<(ObjectName, IpAddr, AddressOwner)>,
+    /// Services that exceed their budget since this sync, or by another number of front ends.
+    pub over_budget: Vec<(ObjectName, LeftOut)>,
     /// Services whose health checks of load balancers have changed. An empty list ends them.
     pub health_checks: Vec<(ObjectName, Vec<HealthCheck>)>,
     /// The trigger times of the EndpointSlices that changed (annotation `endpoints.kubernetes.io/last-change-trigger-time`).
@@ -118,6 +121,8 @@ pub struct Totals {
     pub real_servers: usize,
     /// VIPs that are desired.
     pub vips: usize,
+    /// Services that exceed their budget.
+    pub over_budget: usize,
     /// Real servers that drain.
     pub draining: usize,
     /// Keys whose last operation failed.

@@ -129,6 +129,7 @@ impl<K: Kernel> Reconciler<K> {
             virtual_servers: self.desired.server_count(),
             real_servers: self.mirror.as_ref().map_or(0, Mirror::real_server_count),
             vips: self.desired.vip_count(),
+            over_budget: self.desired.over_budget_count(),
             draining,
             failing: self.retries.len(),
             internal_without_local: without_local(TrafficDirection::Internal),

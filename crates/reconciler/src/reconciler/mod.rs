@@ -300,13 +300,18 @@ impl<K: Kernel> Reconciler<K> {
         contribution: Contribution,
         report: &mut SyncReport,
     ) {
-        let (refused, health_checks) = self
-            .desired
-            .contribution(name)
-            .map_or((&[][..], &[][..]), |before| (before.refused_vips.as_slice(), before.health_checks.as_slice()));
-        let new = contribution.refused_vips.iter().filter(|vip| !refused.contains(vip));
-        report.refused_vips.extend(new.map(|(vip, owner)| (name.clone(), *vip, *owner)));
-        if health_checks != contribution.health_checks {
+        let before = self.desired.contribution(name);
+        if !contribution.refused_vips.is_empty() {
+            let refused: BTreeSet<_> = before.iter().flat_map(|before| &before.refused_vips).collect();
+            let new = contribution.refused_vips.iter().filter(|vip| !refused.contains(vip));
+            report.refused_vips.extend(new.map(|(vip, owner)| (name.clone(), *vip, *owner)));
+        }
+        if let Some(left_out) = contribution.left_out
+            && before.and_then(|before| before.left_out) != Some(left_out)
+        {
+            report.over_budget.push((name.clone(), left_out));
+        }
+        if before.map_or(&[][..], |before| before.health_checks.as_slice()) != contribution.health_checks {
             report.health_checks.push((name.clone(), contribution.health_checks.clone()));
         }
         self.desired.update(name, service, contribution, &mut self.dirty_keys, &mut report.conflicts);
