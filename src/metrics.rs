@@ -92,6 +92,7 @@ const BATCHES: &str = "kube_ipvs_netlink_batches_total";
 const MESSAGES: &str = "kube_ipvs_netlink_messages_total";
 const BYTES: &str = "kube_ipvs_netlink_sent_bytes_total";
 const CHANGE: &str = "kube_ipvs_change_duration_seconds";
+const LEFT: &str = "kube_ipvs_keys_left";
 const OVER_BUDGET: &str = "kube_ipvs_services_over_budget";
 const CLASHES: &str = "kube_ipvs_front_end_clashes_total";
 const REFUSED: &str = "kube_ipvs_refused_vips_total";
@@ -145,6 +146,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     REAL_SERVERS MetricKind::Gauge, [], "Real servers in the kernel, including those that drain";
     DRAINING MetricKind::Gauge, [], "Real servers that get no new connections and keep those they have";
     VIPS MetricKind::Gauge, [], "VIPs in the desired state";
+    LEFT MetricKind::Gauge, [], "Objects of large Services that are not in the kernel yet, and Services that are not computed yet";
     OVER_BUDGET MetricKind::Gauge, [], "Services that exceed kubeIPVS.serviceBudget, so that a part of them is not served";
     BATCHES MetricKind::Counter, [], "Datagrams sent to the kernel: batches, transactions, dumps, requests";
     MESSAGES MetricKind::Counter, [], "Netlink messages sent to the kernel";
@@ -281,6 +283,7 @@ pub(crate) fn sync_ended(report: &SyncReport, received: &ReceivedChanges, famili
         (REAL_SERVERS, totals.real_servers),
         (DRAINING, totals.draining),
         (VIPS, totals.vips),
+        (LEFT, report.left),
         (OVER_BUDGET, totals.over_budget),
         (FAILING, totals.failing),
     ] {

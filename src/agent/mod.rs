@@ -14,10 +14,11 @@ mod servers;
 mod source;
 
 use std::ops::ControlFlow;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
+use reconciler::inbox;
 use reconciler::run::Input;
 use service_watch::Message;
 use tokio::sync::mpsc as channel;
@@ -90,7 +91,7 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         .build()
         .context("cannot start tokio")?;
 
-    let (inputs, inbox) = mpsc::channel();
+    let (inputs, inbox) = inbox::channel();
     let (supervisor, defects) = Supervisor::new();
     reconciler_thread::watch_interfaces(&policy.binding, inputs.clone(), supervisor.clone())?;
     if !kernel.owns_tables() {

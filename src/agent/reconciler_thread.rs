@@ -2,12 +2,12 @@
 //! checks. Also the thread that tells the reconciler about changes of the node's interfaces.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender};
 use std::thread;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use reconciler::binding::VipBinding;
+use reconciler::inbox::{Inbox, Sender};
 use reconciler::kernel::KernelError;
 use reconciler::linux::LinuxKernel;
 use reconciler::linux::filter_watch::FilterWatch;
@@ -41,7 +41,7 @@ pub(super) struct SyncResult {
 pub(super) fn spawn(
     kernel: LinuxKernel,
     policy: Policy,
-    inbox: Receiver<Input>,
+    inbox: Inbox,
     periods: Periods,
     mode: RunMode,
     mut observer: SyncObserver,
@@ -96,7 +96,7 @@ impl Observer for SyncObserver {
 }
 
 /// Starts the thread that tells the reconciler when another program changes the tables of the packet filter.
-pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>, supervisor: Supervisor) -> Result<()> {
+pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender, supervisor: Supervisor) -> Result<()> {
     let follow = move || {
         loop {
             let is_changed = watch.wait().unwrap_or_else(|error| {
@@ -117,7 +117,7 @@ pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender<Input>, superv
 
 /// Starts the thread that tells the reconciler when the addresses of the node's interfaces change, and when something of
 /// `kube-ipvs0` is deleted.
-pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender<Input>, supervisor: Supervisor) -> Result<()> {
+pub(super) fn watch_interfaces(binding: &VipBinding, inputs: Sender, supervisor: Supervisor) -> Result<()> {
     let mut watch = InterfaceWatch::open(binding).context("cannot watch the node's interfaces")?;
     let follow = move || {
         loop {

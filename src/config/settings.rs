@@ -167,8 +167,8 @@ fn policy(c: &Configuration, host: &str, check: &mut Validator) -> Policy {
 fn service_budget(c: &Configuration, check: &mut Validator) -> ServiceBudget {
     let (given, default) = (&c.kube_ipvs.service_budget, ServiceBudget::default());
     let mut limit = |path: &str, given: Option<i32>, default: usize| {
-        let given = given.map(|given| check.integer_in(path, given, 1..=i32::MAX));
-        given.and_then(|given| usize::try_from(given).ok()).unwrap_or(default)
+        let Some(given) = given else { return default };
+        check.integer_in::<u32>(path, Some(given), 1..=i32::MAX).try_into().unwrap_or(default)
     };
     ServiceBudget {
         front_ends: limit("kubeIPVS.serviceBudget.frontEnds", given.front_ends, default.front_ends),

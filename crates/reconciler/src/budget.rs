@@ -8,6 +8,10 @@ use std::sync::Arc;
 
 use crate::real_servers::RealServerAddress;
 
+/// About how many operations are written before the changes of other Services get their turn. A Service of more is large: it is written
+/// in parts.
+pub(crate) const PART_OPERATIONS: usize = 4000;
+
 /// How much one Service may have on this node (`kubeIPVS.serviceBudget`). What exceeds it is left out: first external IPs, then
 /// load-balancer IPs, then NodePorts, then ClusterIPs, and of each the last ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -10,6 +10,7 @@ use foldhash::HashMap;
 use ipvs_netlink::Family;
 use service_watch::{ObjectName, Service};
 
+use crate::budget::PART_OPERATIONS;
 use crate::contribution::{Contribution, DesiredServer, TrafficDirection};
 use crate::filter::{SetElement, SourceRanges, TableContents};
 use crate::front_end::{AddressOrigin, FrontEnd};
@@ -71,6 +72,8 @@ pub struct DesiredState {
     without_local: BTreeMap<(TrafficDirection, Family), usize>,
     /// How many Services exceed their budget.
     over_budget: usize,
+    /// How many Services take more than one part to write.
+    large: usize,
 }
 
 impl DesiredState {
@@ -120,6 +123,8 @@ impl DesiredState {
         for it in contribution.without_local.difference(&before.without_local) {
             *self.without_local.entry(*it).or_default() += 1;
         }
+        self.large += usize::from(contribution.size > PART_OPERATIONS);
+        self.large -= usize::from(before.size > PART_OPERATIONS);
         self.over_budget += usize::from(contribution.left_out.is_some());
         self.over_budget -= usize::from(before.left_out.is_some());
         for family in [Family::Ipv4, Family::Ipv6] {
@@ -235,6 +240,22 @@ impl DesiredState {
     /// How many Services have this policy Local and no local endpoint, although they have others.
     pub fn without_local(&self, direction: TrafficDirection, family: Family) -> usize {
         self.without_local.get(&(direction, family)).copied().unwrap_or(0)
+    }
+
+    /// Whether any Service takes more than one part to write.
+    pub(crate) fn has_large_services(&self) -> bool {
+        self.large > 0
+    }
+
+    /// The Service that a key is for; one of them if there are several.
+    pub(crate) fn owner_of<'a>(&'a self, key: &'a Key) -> Option<&'a ObjectName> {
+        match key {
+            Key::Table(_) | Key::Device | Key::VipRange(_) => None,
+            Key::SourceRanges(service, _) => Some(service),
+            Key::VirtualServer(front_end) | Key::Flows(front_end) => self.owner(front_end),
+            Key::Vip(address) => self.claimants(*address).next(),
+            Key::SetElement(element) => self.elements.get(element)?.first(),
+        }
     }
 
     /// How many Services exceed their budget.

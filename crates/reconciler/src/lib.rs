@@ -31,7 +31,7 @@
 //!
 //! Driver:
 //! * [`reconciler`]: composes all of these; it is synchronous and reads no clock.
-//! * [`run`]: the main loop around it; [`report`]: what each sync reports.
+//! * [`inbox`]: the queue of its inputs; [`run`]: the main loop around it; [`report`]: what each sync reports.
 //!
 //! Everything up to `plan` is free of I/O and clocks. The kernel is the database: nothing that matters is stored only in this process, so
 //! an agent that is killed at any instant continues from a dump.
@@ -68,6 +68,7 @@ pub mod linux;
 // Driver.
 mod audit_requests;
 mod backoff;
+pub mod inbox;
 mod last_known;
 mod log;
 pub mod reconciler;

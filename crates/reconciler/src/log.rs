@@ -59,6 +59,7 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
             routes = counts(done.routes_added, 0, done.routes_removed),
             filter = counts(done.filter_added, 0, done.filter_removed),
             failed = (!report.failures.is_empty()).then_some(report.failures.len()),
+            left = (report.left > 0).then_some(report.left),
             total = report.totals.virtual_servers,
             took = ?report.duration,
             latency = latency.filter(|_| !report.is_first_audit).map(tracing::field::debug),

@@ -51,6 +51,8 @@ pub struct SyncReport {
     /// Families in which something differs from the desired state and could not be repaired: the packet filter, the device, or what
     /// another program changed.
     pub unrepaired: BTreeSet<Family>,
+    /// How many keys and Services are left for the next parts, since they belong to large changes.
+    pub left: usize,
     /// Totals after the sync.
     pub totals: Totals,
     /// The duration of the sync.

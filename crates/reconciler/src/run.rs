@@ -1,7 +1,6 @@
 //! The main loop of the reconciler: it receives inputs from a channel and decides when to sync and when to audit.
 
 use std::net::IpAddr;
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
@@ -10,6 +9,7 @@ use service_watch::panics::point;
 use tracing::{error, info, warn};
 
 use crate::audit_requests::AuditRequests;
+use crate::inbox::{Inbox, Nothing};
 use crate::kernel::{Kernel, KernelError};
 use crate::log;
 use crate::reconciler::Reconciler;
@@ -65,10 +65,10 @@ pub struct ReceivedChanges {
 }
 
 impl ReceivedChanges {
-    fn count(&mut self, change: &Change) {
+    fn count(&mut self, change: &Change, count: usize) {
         match change {
-            Change::Service(_) | Change::ServiceDeleted(_) => self.services += 1,
-            Change::Slice(_) | Change::SliceDeleted(_) => self.slices += 1,
+            Change::Service(_) | Change::ServiceDeleted(_) => self.services += count,
+            Change::Slice(_) | Change::SliceDeleted(_) => self.slices += count,
             _ => {}
         }
     }
@@ -173,10 +173,11 @@ impl Schedule {
         }
     }
 
-    fn task_ended(&mut self, task: Task, is_success: bool, start: Instant, now: Instant) {
+    /// `is_unfinished` is whether parts of large changes are left. They continue without a delay.
+    fn task_ended(&mut self, task: Task, is_success: bool, is_unfinished: bool, start: Instant, now: Instant) {
         if is_success {
             self.node = NodeWait::Over;
-            self.not_before = Some(now + self.periods.min);
+            self.not_before = (!is_unfinished).then(|| now + self.periods.min);
             if task == Task::Audit {
                 self.next_audit = Some(now + self.periods.audit);
                 self.requests.audited(start, now, self.periods.audit);
@@ -193,7 +194,7 @@ impl Schedule {
 /// sync.
 pub fn run<K: Kernel>(
     reconciler: &mut Reconciler<K>,
-    inputs: &Receiver<Input>,
+    inputs: &Inbox,
     periods: Periods,
     once: bool,
     observer: &mut impl Observer,
@@ -203,26 +204,26 @@ pub fn run<K: Kernel>(
     let mut read_error = None;
     let mut changes = ReceivedChanges::default();
     let mut next_probe = Instant::now() + PROBE_PERIOD;
+    let mut is_started = false;
+    // Whether parts of large changes are left.
+    let mut is_unfinished = false;
     loop {
         let wait = reconciler.is_ready().then(|| {
             let now = Instant::now();
             let (_, at) = schedule.due(reconciler, now);
             at.min(next_probe).saturating_duration_since(now)
         });
-        let received = match wait {
-            Some(wait) => inputs.recv_timeout(wait),
-            None => inputs.recv().map_err(|_| RecvTimeoutError::Disconnected),
-        };
-        match received {
-            Ok(input) => {
-                if !reconciler.is_ready() {
-                    std::thread::sleep(BATCH_DELAY);
-                }
+        if !reconciler.is_ready() && is_started {
+            std::thread::sleep(BATCH_DELAY);
+        }
+        match inputs.receive(wait) {
+            Ok(received) => {
+                is_started = true;
                 // All inputs that have arrived by now are applied before the next sync.
-                for input in std::iter::once(input).chain(inputs.try_iter()) {
-                    match input {
+                for received in received {
+                    match received.input {
                         Input::Change(change, since) => {
-                            changes.count(&change);
+                            changes.count(&change, received.count);
                             reconciler.apply(change);
                             // A change that alters nothing does not wait for a sync.
                             if reconciler.is_dirty() {
@@ -241,8 +242,8 @@ pub fn run<K: Kernel>(
                     }
                 }
             }
-            Err(RecvTimeoutError::Timeout) => {}
-            Err(RecvTimeoutError::Disconnected) => return failures,
+            Err(Nothing::Timeout) => {}
+            Err(Nothing::Disconnected) => return failures,
         }
         if !reconciler.is_ready() {
             sync_bootstrap(reconciler, &changes);
@@ -261,14 +262,18 @@ pub fn run<K: Kernel>(
             continue;
         }
         let mut result = match task {
-            Task::Sync => reconciler.sync(start),
-            Task::Audit => reconciler.audit(start),
+            Task::Sync => reconciler.sync_part(start),
+            Task::Audit => reconciler.audit_part(start),
         };
         let end = Instant::now();
+        let was_unfinished = std::mem::replace(&mut is_unfinished, reconciler.is_dirty());
         match &mut result {
             Ok(report) => {
                 report.duration = end - start;
-                failures.clone_from(&report.failures);
+                if !was_unfinished {
+                    failures.clear();
+                }
+                failures.extend_from_slice(&report.failures);
                 read_error = None;
                 log::report(report, changes.received_at.first().map(|first| end - *first));
                 observer.synced(report, start, &changes);
@@ -282,8 +287,8 @@ pub fn run<K: Kernel>(
                 observer.read_failed(error);
             }
         }
-        schedule.task_ended(task, result.is_ok(), start, end);
-        if once && result.is_ok() {
+        schedule.task_ended(task, result.is_ok(), is_unfinished, start, end);
+        if once && result.is_ok() && !is_unfinished {
             return failures;
         }
     }
@@ -335,7 +340,7 @@ mod tests {
     #[test]
     fn changes_within_the_minimum_period_wait_for_its_end() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.task_ended(Task::Audit, true, false, start, start);
         let soon = start + MIN / 2;
         assert_eq!(schedule.next(true, None, soon), (Task::Sync, start + MIN));
         let late = start + MIN * 3;
@@ -343,13 +348,22 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_large_changes_follow_without_delay() {
+        let (mut schedule, start) = (schedule(), Instant::now());
+        schedule.task_ended(Task::Audit, true, true, start, start);
+        assert_eq!(schedule.next(true, None, start), (Task::Sync, start));
+        schedule.task_ended(Task::Sync, true, false, start, start);
+        assert_eq!(schedule.next(true, None, start), (Task::Sync, start + MIN));
+    }
+
+    #[test]
     fn syncs_do_not_delay_the_audit() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.task_ended(Task::Audit, true, false, start, start);
         for second in 1..30 {
             schedule.task_ended(
                 Task::Sync,
-                true,
+                true, false,
                 start + Duration::from_secs(second),
                 start + Duration::from_secs(second),
             );
@@ -370,7 +384,7 @@ mod tests {
         assert_eq!(schedule.wait_for_node(true, late + MIN), None);
 
         let mut schedule = self::schedule();
-        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.task_ended(Task::Audit, true, false, start, start);
         assert_eq!(
             schedule.wait_for_node(true, start + MIN),
             None,
@@ -381,7 +395,7 @@ mod tests {
     #[test]
     fn a_check_is_a_sync_when_it_is_due() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.task_ended(Task::Audit, true, false, start, start);
         let check = start + MIN * 5;
         assert_eq!(schedule.next(false, Some(check), start), (Task::Sync, check));
     }
@@ -389,17 +403,17 @@ mod tests {
     #[test]
     fn a_failed_dump_is_retried_after_a_delay() {
         let (mut schedule, start) = (Schedule::new(Periods { min: Duration::ZERO, audit: AUDIT }), Instant::now());
-        schedule.task_ended(Task::Audit, false, start, start);
+        schedule.task_ended(Task::Audit, false, false, start, start);
         assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
     }
 
     #[test]
     fn a_requested_audit_does_not_wait_for_the_minimum_period() {
         let (mut schedule, start) = (schedule(), Instant::now());
-        schedule.task_ended(Task::Audit, true, start, start);
+        schedule.task_ended(Task::Audit, true, false, start, start);
         schedule.requests.request(start);
         assert_eq!(schedule.next(true, None, start), (Task::Audit, start));
-        schedule.task_ended(Task::Audit, false, start, start);
+        schedule.task_ended(Task::Audit, false, false, start, start);
         assert_eq!(schedule.next(true, None, start), (Task::Audit, start + READ_RETRY_DELAY));
     }
 }

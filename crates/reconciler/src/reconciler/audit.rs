@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
+use foldhash::HashSet;
 use ipvs_netlink::Family;
 use service_watch::Protocol;
 
@@ -16,8 +17,23 @@ use crate::plan::Key;
 use crate::report::{SyncReport, Totals};
 
 impl<K: Kernel> Reconciler<K> {
-    /// Reads everything from the kernel and repairs what differs from the desired state.
+    /// Reads everything from the kernel and repairs what differs from the desired state. Large changes are carried out to their end;
+    /// [`Reconciler::audit_part`] returns before.
     pub fn audit(&mut self, now: Instant) -> Result<SyncReport, KernelError> {
+        let mut report = self.audit_without_report(now)?;
+        self.finish_parts(now, &mut report)?;
+        self.finish_report(&mut report);
+        Ok(report)
+    }
+
+    /// The same, but what large Services need is left for [`Reconciler::sync_part`].
+    pub fn audit_part(&mut self, now: Instant) -> Result<SyncReport, KernelError> {
+        let mut report = self.audit_without_report(now)?;
+        self.finish_report(&mut report);
+        Ok(report)
+    }
+
+    fn audit_without_report(&mut self, now: Instant) -> Result<SyncReport, KernelError> {
         // The bootstrap sync may have read everything; that dump is as old as the initial list took to arrive.
         let is_read = std::mem::take(&mut self.bootstrap.is_read) && self.mirror.is_some();
         let is_first_audit = is_read || self.mirror.is_none();
@@ -29,11 +45,15 @@ impl<K: Kernel> Reconciler<K> {
             let observed = self.kernel.dump(Scope::Interfaces)?;
             self.set_interfaces(observed.interfaces);
         }
-        self.recompute_changed(&mut report);
-        let mut changed = std::mem::take(&mut self.dirty_keys);
         if is_first_audit {
-            changed.clear();
+            // What a Service contributes that is not computed yet would count as unwanted.
+            self.recompute_all_changed(&mut report);
+            self.dirty_keys.clear();
+            self.backlog.clear();
+        } else {
+            self.recompute_changed(&mut report);
         }
+        let changed = std::mem::take(&mut self.dirty_keys);
         let (mut keys, drifted_keys) = self.keys_to_repair(&changed, now);
         let first = if is_first_audit {
             let unowned = self.mirror.iter().flat_map(Mirror::unowned);
@@ -51,6 +71,7 @@ impl<K: Kernel> Reconciler<K> {
         self.execute(first.0, first.1, now, &mut report);
         // After a failed socket nothing is known of the kernel: the rest waits for the next dump.
         if self.mirror.is_some() {
+            let keys = self.defer_large(keys, PlanReason::Dump);
             self.execute(keys, PlanReason::Dump, now, &mut report);
         }
         for key in &report.drifted_keys {
@@ -58,7 +79,6 @@ impl<K: Kernel> Reconciler<K> {
                 retry.is_drift = true;
             }
         }
-        self.finish_report(&mut report);
         Ok(report)
     }
 
@@ -87,8 +107,9 @@ impl<K: Kernel> Reconciler<K> {
         let draining = self.draining.front_ends().copied().map(Key::VirtualServer);
         // If a table, the device or a range changes, what the other keys need is known only afterwards.
         let mut needs_all = false;
+        let deferred: HashSet<&Key> = self.backlog.keys().collect();
         for key in node_wide.chain(self.desired.keys()).chain(surplus).chain(draining) {
-            if changed.contains(&key) {
+            if changed.contains(&key) || deferred.contains(&key) {
                 continue;
             }
             let is_node_wide = key.is_node_wide();
@@ -110,7 +131,12 @@ impl<K: Kernel> Reconciler<K> {
 
     /// Completes the report after everything was carried out.
     pub(super) fn finish_report(&mut self, report: &mut SyncReport) {
-        report.trigger_times = std::mem::take(&mut self.trigger_times);
+        report.left = self.left();
+        let times = std::mem::take(&mut self.trigger_times);
+        let (pending, programmed): (Vec<_>, Vec<_>) =
+            times.into_iter().partition(|(service, ..)| report.left > 0 && self.is_pending(service));
+        self.trigger_times = pending;
+        report.trigger_times = programmed.into_iter().map(|(_, family, at)| (family, at)).collect();
         report.kernel_stats = self.kernel.take_stats();
         for (key, retry) in &self.retries {
             if key.is_node_wide() || retry.is_drift {
@@ -118,9 +144,10 @@ impl<K: Kernel> Reconciler<K> {
             }
         }
         let draining = if self.mirror.is_some() { self.draining.count() } else { 0 };
-        debug_assert_eq!(
-            draining,
-            self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum::<usize>()
+        debug_assert!(
+            report.left > 0
+                || draining
+                    == self.draining.front_ends().map(|front_end| self.unwanted_count(front_end)).sum::<usize>()
         );
         let without_local =
             |direction| [Family::Ipv4, Family::Ipv6].map(|family| self.desired.without_local(direction, family));

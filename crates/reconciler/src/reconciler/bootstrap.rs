@@ -58,7 +58,7 @@ impl<K: Kernel> Reconciler<K> {
         for name in &names {
             let Some(part) = self.table.get(name).map(allocated_part) else { continue };
             let Some(contribution) = self.compute(name, &part) else { continue };
-            self.contribute(name, part.service.as_deref(), contribution, &mut report);
+            self.contribute(name, part.service.as_deref(), contribution, false, &mut report);
         }
         let mut keys = std::mem::take(&mut self.dirty_keys);
         keys.extend(self.table_keys().chain([Key::Device]).chain(self.range_keys()));
@@ -114,7 +114,7 @@ impl<K: Kernel> Reconciler<K> {
         })
     }
 
-    fn is_bootstrap_name(&self, name: &ObjectName) -> bool {
+    pub(super) fn is_bootstrap_name(&self, name: &ObjectName) -> bool {
         let service = self.table.get(name).and_then(|entry| entry.service.as_ref());
         service.is_some_and(|service| is_bootstrap_service(service))
     }

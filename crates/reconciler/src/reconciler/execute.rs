@@ -9,6 +9,7 @@ use service_watch::Protocol;
 use tracing::debug;
 
 use super::guard::{Guard, PlanPart, PlanParts};
+use super::parts::cut;
 use super::{PlanReason, Reconciler, Retry, retention};
 use crate::backoff::Backoff;
 use crate::diff::{DiffContext, diff};
@@ -36,17 +37,23 @@ impl<K: Kernel> Reconciler<K> {
     ) {
         for is_last_attempt in [false, true] {
             let mut errors = self.execute_once(keys, reason, now, report);
+            if !self.unfinished_keys.is_empty() {
+                for key in errors.failed.keys().chain(errors.stale.keys()) {
+                    self.unfinished_keys.retain(|(unfinished, _)| unfinished != key);
+                }
+            }
             if is_last_attempt {
                 errors.failed.append(&mut errors.stale);
             }
             for (key, error) in std::mem::take(&mut errors.failed) {
                 self.record_failure(key, error.text, now, report);
             }
+            self.defer_unfinished();
             if errors.stale.is_empty() || self.mirror.is_none() {
                 return;
             }
             match self.reread_stale(errors) {
-                Ok(reread) => keys = reread,
+                Ok(reread) => keys = self.defer_large(reread, reason),
                 Err((stale, error)) => {
                     for key in stale {
                         self.record_failure(key, error.text.clone(), now, report);
@@ -183,10 +190,16 @@ impl<K: Kernel> Reconciler<K> {
         let retention = retention(reason, &self.table, &self.undetermined, &self.policy);
         let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
         let context = DiffContext { retention, rulesets, binding, is_overdue: &is_overdue };
+        let mut unfinished = Vec::new();
         for key in &*keys {
             let start = operations.len();
             let is_draining = diff(key, mirror, &self.desired, context, &mut operations);
             if let Key::VirtualServer(front_end) = key {
+                let held = || mirror.server(front_end).map_or(0, |held| held.real_servers.len());
+                let wanted = || self.desired.server(front_end).map_or(0, |wanted| wanted.real_servers.len());
+                if cut(&mut operations, start, || held().max(wanted())) {
+                    unfinished.push((key.clone(), reason));
+                }
                 let has_begun = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));
                 drains.push((*front_end, is_draining, has_begun));
                 let live = || self.desired.real_servers(front_end);
@@ -197,6 +210,17 @@ impl<K: Kernel> Reconciler<K> {
                 }
             }
         }
+        if !self.unfinished_vips.is_empty() {
+            operations.retain(|operation| {
+                let is_binding = matches!(
+                    operation,
+                    Operation::BindAddress(_) | Operation::AddRoute(_) | Operation::AddRoutedVip(_)
+                );
+                !is_binding
+                    || !matches!(operation.key(), Key::Vip(address) if self.unfinished_vips.contains(&address))
+            });
+        }
+        self.unfinished_keys.append(&mut unfinished);
         for (front_end, is_draining, has_begun) in drains {
             self.schedule_drain_check(front_end, is_draining, has_begun, now);
         }

@@ -2,10 +2,12 @@
 //! clock: the caller passes the time.
 
 mod audit;
+mod backlog;
 mod bootstrap;
 mod draining;
 mod execute;
 mod guard;
+mod parts;
 mod probe;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -22,6 +24,7 @@ use tracing::error;
 use crate::backoff::Backoff;
 use crate::binding;
 use crate::bootstrap::API_SERVER;
+use crate::budget::PART_OPERATIONS;
 use crate::contribution::Contribution;
 use crate::desired_state::DesiredState;
 use crate::diff::Retention;
@@ -34,8 +37,12 @@ use crate::plan::Key;
 use crate::policy::{DetectLocal, NodePortAddresses, PodAddresses, Policy};
 use crate::report::SyncReport;
 use crate::table::{Dirty, ServiceEntry, ServiceTable};
+use backlog::Backlog;
 use bootstrap::Bootstrap;
 use draining::Draining;
+
+/// How many trigger times are kept at most while their changes wait.
+const MAX_TRIGGER_TIMES: usize = 10_000;
 
 /// When a key whose last operation failed is planned again.
 #[derive(Clone, Debug)]
@@ -72,12 +79,18 @@ pub struct Reconciler<K> {
     dirty_services: BTreeSet<ObjectName>,
     is_node_dirty: bool,
     dirty_keys: BTreeSet<Key>,
+    /// The keys of large changes.
+    backlog: Backlog,
+    /// VIPs that are not bound yet in the plan that is being carried out, since it lacks some of their front ends.
+    unfinished_vips: BTreeSet<IpAddr>,
+    /// Keys of which a plan has carried out only a part, and why they were planned.
+    unfinished_keys: Vec<(Key, PlanReason)>,
     retries: BTreeMap<Key, Retry>,
     draining: Draining,
     /// Since when real servers drain, if there is a drain timeout. After a restart the time starts again.
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
-    /// The trigger times of the EndpointSlices that changed since the last sync.
-    trigger_times: Vec<(Family, SystemTime)>,
+    /// The trigger times of the EndpointSlices whose change is not in the kernel yet, each with its Service.
+    trigger_times: Vec<(ObjectName, Family, SystemTime)>,
     bootstrap: Bootstrap,
     /// The virtual servers that later probes read.
     to_probe: Vec<FrontEnd>,
@@ -103,6 +116,9 @@ impl<K: Kernel> Reconciler<K> {
             dirty_services: BTreeSet::new(),
             is_node_dirty: true,
             dirty_keys: BTreeSet::new(),
+            backlog: Backlog::default(),
+            unfinished_vips: BTreeSet::new(),
+            unfinished_keys: Vec::new(),
             retries: BTreeMap::new(),
             draining: Draining::default(),
             drain_since: BTreeMap::new(),
@@ -117,13 +133,14 @@ impl<K: Kernel> Reconciler<K> {
         let trigger_time = match &change {
             Change::Slice(slice) => {
                 let family = if slice.is_ipv6 { Family::Ipv6 } else { Family::Ipv4 };
-                slice.trigger_time.map(|at| (family, at))
+                slice.trigger_time.map(|at| (slice.service.clone(), family, at))
             }
             _ => None,
         };
         match self.table.apply(change) {
             Dirty::Services(names) => {
-                self.trigger_times.extend(trigger_time.filter(|_| !names.is_empty()));
+                let is_measured = !names.is_empty() && self.trigger_times.len() < MAX_TRIGGER_TIMES;
+                self.trigger_times.extend(trigger_time.filter(|_| is_measured));
                 if !self.table.is_synced() {
                     self.note_bootstrap_services(&names);
                 }
@@ -159,6 +176,7 @@ impl<K: Kernel> Reconciler<K> {
             || self.are_interfaces_stale
             || !self.dirty_services.is_empty()
             || !self.dirty_keys.is_empty()
+            || !self.backlog.is_empty()
     }
 
     /// When the next failed operation is retried, or the next draining real server is checked.
@@ -183,37 +201,65 @@ impl<K: Kernel> Reconciler<K> {
     }
 
     /// Programs what changed, retries what failed and is due, and deletes what has drained. It reads only the virtual servers
-    /// that drain. The first sync is an audit.
+    /// that drain. The first sync is an audit. Large changes are carried out to their end; [`Reconciler::sync_part`] returns in
+    /// between.
     pub fn sync(&mut self, now: Instant) -> Result<SyncReport, KernelError> {
         if self.mirror.is_none() || self.bootstrap.is_read {
             return self.audit(now);
         }
         let mut report = SyncReport::default();
+        self.sync_into(now, &mut report)?;
+        self.finish_parts(now, &mut report)?;
+        self.finish_report(&mut report);
+        Ok(report)
+    }
+
+    /// The same, but of large changes only a part: while [`Reconciler::is_dirty`] holds there are more parts. Small changes come first,
+    /// so that a Service does not wait for larger ones.
+    pub fn sync_part(&mut self, now: Instant) -> Result<SyncReport, KernelError> {
+        if self.mirror.is_none() || self.bootstrap.is_read {
+            return self.audit_part(now);
+        }
+        let mut report = SyncReport::default();
+        self.sync_into(now, &mut report)?;
+        self.finish_report(&mut report);
+        Ok(report)
+    }
+
+    fn sync_into(&mut self, now: Instant, report: &mut SyncReport) -> Result<(), KernelError> {
         if self.are_interfaces_stale {
             let observed = self.kernel.dump(Scope::Interfaces)?;
             self.set_interfaces(observed.interfaces);
         }
-        self.recompute_changed(&mut report);
+        self.recompute_changed(report);
         let mut keys = std::mem::take(&mut self.dirty_keys);
-        keys.extend(self.retries.iter().filter(|(_, retry)| retry.backoff.due <= now).map(|(key, _)| key.clone()));
+        keys.extend(self.due_retries(now));
+        let part = self.next_part();
         // A draining virtual server is read before it is planned: when its check is due, and when anything else about it is.
-        let planned = keys.iter().filter_map(|key| match key {
+        let in_part = part.iter().flat_map(|part| &part.keys);
+        let planned = keys.iter().chain(in_part).filter_map(|key| match key {
             Key::VirtualServer(front_end) if self.draining.contains(front_end) => Some(*front_end),
             _ => None,
         });
-        let mut draining: Vec<FrontEnd> = planned.chain(self.draining.due(now)).collect();
+        let due = self.due_draining(now);
+        let mut draining: Vec<FrontEnd> = planned.chain(due.iter().copied()).collect();
         draining.sort_unstable();
         draining.dedup();
         let read = self.reread_servers(&draining);
-        keys.extend(draining.into_iter().map(Key::VirtualServer));
+        keys.extend(due.into_iter().map(Key::VirtualServer));
         if let Err(error) = read {
             // Otherwise they would be planned from a stale mirror.
             self.dirty_keys = keys;
+            if let Some(part) = part {
+                self.defer(None, part.reason, part.keys);
+            }
             return Err(error);
         }
-        self.execute(keys, PlanReason::Change, now, &mut report);
-        self.finish_report(&mut report);
-        Ok(report)
+        self.execute(keys, PlanReason::Change, now, report);
+        if let Some(part) = part {
+            self.execute_part(part, now, report);
+        }
+        Ok(())
     }
 
     fn set_interfaces(&mut self, interfaces: BTreeSet<IpAddr>) {
@@ -224,17 +270,29 @@ impl<K: Kernel> Reconciler<K> {
         }
     }
 
-    /// Recomputes the contributions of the Services that changed; of all Services if the node did.
+    /// Recomputes the contributions of Services that changed, the smallest first, until a part is full; of all Services if the node
+    /// changed.
     fn recompute_changed(&mut self, report: &mut SyncReport) {
+        self.note_changed_node();
+        let names = self.take_dirty_services();
+        self.recompute(&names, Extent::Part, report);
+    }
+
+    /// Recomputes the contributions of all Services that changed.
+    fn recompute_all_changed(&mut self, report: &mut SyncReport) {
+        self.note_changed_node();
+        let names = std::mem::take(&mut self.dirty_services);
+        self.recompute(&names, Extent::Everything, report);
+    }
+
+    fn note_changed_node(&mut self) {
         if self.policy.pod_addresses != PodAddresses::Allowed {
             self.dirty_services.extend(self.table.refresh_pods());
         }
-        let mut names = std::mem::take(&mut self.dirty_services);
         if self.update_node() {
             // In addition to those that were deleted from the table.
-            names.extend(self.table.names().cloned());
+            self.dirty_services.extend(self.table.names().cloned());
         }
-        self.recompute(&names, report);
     }
 
     /// Derives the view of the node anew, and returns whether it changed.
@@ -261,7 +319,8 @@ impl<K: Kernel> Reconciler<K> {
         true
     }
 
-    fn recompute(&mut self, names: &BTreeSet<ObjectName>, report: &mut SyncReport) {
+    fn recompute(&mut self, names: &BTreeSet<ObjectName>, extent: Extent, report: &mut SyncReport) {
+        let mut size = 0;
         for name in names {
             let entry = self.table.get(name);
             let service = entry.and_then(|entry| entry.service.clone());
@@ -272,7 +331,12 @@ impl<K: Kernel> Reconciler<K> {
             match contribution {
                 Some(contribution) => {
                     self.undetermined.remove(name);
-                    self.contribute(name, service.as_deref(), contribution, report);
+                    let before = self.desired.contribution(name).map_or(0, |before| before.size);
+                    let own = contribution.size.max(before);
+                    let is_deferred =
+                        extent == Extent::Part && (size + own > PART_OPERATIONS || self.backlog.has_job(name));
+                    size += if is_deferred { 0 } else { own };
+                    self.contribute(name, service.as_deref(), contribution, is_deferred, report);
                 }
                 None => {
                     self.undetermined.insert(name.clone());
@@ -292,12 +356,13 @@ impl<K: Kernel> Reconciler<K> {
             .ok()
     }
 
-    /// Replaces a Service's contribution, and reports what has not been reported before.
+    /// Replaces a Service's contribution, and reports what has not been reported before. Its keys are written next, or deferred.
     fn contribute(
         &mut self,
         name: &ObjectName,
         service: Option<&Service>,
         contribution: Contribution,
+        is_deferred: bool,
         report: &mut SyncReport,
     ) {
         let before = self.desired.contribution(name);
@@ -314,7 +379,12 @@ impl<K: Kernel> Reconciler<K> {
         if before.map_or(&[][..], |before| before.health_checks.as_slice()) != contribution.health_checks {
             report.health_checks.push((name.clone(), contribution.health_checks.clone()));
         }
-        self.desired.update(name, service, contribution, &mut self.dirty_keys, &mut report.conflicts);
+        let mut deferred = BTreeSet::new();
+        let keys = if is_deferred { &mut deferred } else { &mut self.dirty_keys };
+        self.desired.update(name, service, contribution, keys, &mut report.conflicts);
+        if is_deferred {
+            self.defer(Some(name.clone()), PlanReason::Change, deferred);
+        }
     }
 
     /// Derives the constant part of the packet filter anew, and returns whether it changed.
@@ -357,8 +427,16 @@ impl<K: Kernel> Reconciler<K> {
     }
 }
 
-/// Why keys are planned.
+/// How much is computed at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Extent {
+    /// What fits into a part; the keys of what does not are deferred.
+    Part,
+    Everything,
+}
+
+/// Why keys are planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum PlanReason {
     /// A change concerned them.
     Change,
