@@ -86,9 +86,8 @@ impl Meanwhile {
     fn while_it_programs(&mut self, what: &str, virtual_servers: usize) {
         let wanted = f64::from(u32::try_from(virtual_servers + 1).unwrap());
         let (start, mut slowest, mut changes) = (Instant::now(), Duration::ZERO, 0);
-        let is_done = || {
-            metric("kube_ipvs_virtual_servers") == Some(wanted) && metric("kube_ipvs_keys_left") == Some(0.0)
-        };
+        let is_done =
+            || metric("kube_ipvs_virtual_servers") == Some(wanted) && metric("kube_ipvs_keys_left") == Some(0.0);
         // The change has not been noticed yet.
         let mut was_busy = false;
         loop {
@@ -111,16 +110,30 @@ impl Meanwhile {
         assert!(memory < MEMORY_LIMIT, "{what}: {memory} bytes");
     }
 
+    /// Each object is a file: a file is read as a whole before its changes are known.
     fn write(&mut self, objects: &[Value]) {
-        self.manifests.write("large.json", &objects::manifest(objects));
+        for object in objects {
+            self.manifests.write(&file_of(object), object);
+        }
     }
+
+    fn remove(&mut self, objects: &[Value]) {
+        for object in objects {
+            self.manifests.remove(&file_of(object));
+        }
+    }
+}
+
+fn file_of(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap().to_lowercase();
+    format!("{}-{}.json", text(&object["kind"]), text(&object["metadata"]["name"]))
 }
 
 fn check(what: &str, flags: &[&str], objects: &[Value], virtual_servers: usize) {
     let mut meanwhile = Meanwhile::new(flags);
     meanwhile.write(objects);
     meanwhile.while_it_programs(what, virtual_servers);
-    meanwhile.manifests.remove("large.json");
+    meanwhile.remove(objects);
     meanwhile.while_it_programs(&format!("{what}: deleted"), 0);
 }
 

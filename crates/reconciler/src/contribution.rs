@@ -195,7 +195,8 @@ impl Contribution {
     ) {
         // Many Services have as many as this, and the others not much less.
         let addresses = families.iter().map(|family| family.vips.len()).sum::<usize>();
-        let mut servers = Vec::with_capacity(spending.front_ends_left().min(addresses.saturating_mul(service.ports.len())));
+        let mut servers =
+            Vec::with_capacity(spending.front_ends_left().min(addresses.saturating_mul(service.ports.len())));
         for kind in [AddressKind::ClusterIp, AddressKind::NodePort, AddressKind::LoadBalancer, AddressKind::External] {
             for family in families {
                 let addresses = family.vips.of_kind(kind);
@@ -260,13 +261,7 @@ impl Contribution {
     }
 
     /// Records the traffic policies `Local` of a port that find no local endpoint although there are others.
-    fn count_without_local(
-        &mut self,
-        service: &Service,
-        port: &ServicePort,
-        vips: &Vips,
-        endpoints: &[Candidate<'_>],
-    ) {
+    fn count_without_local(&mut self, service: &Service, port: &ServicePort, vips: &Vips, endpoints: &[Candidate<'_>]) {
         let internal_local = service.internal_policy == TrafficPolicy::Local;
         let external_local = external_policy_is_local(service);
         // As in kube-proxy, a Service counts if it has a virtual server with the policy Local.
@@ -519,8 +514,7 @@ fn endpoints<'a>(
         if considered == 0 && !slice.endpoints.is_empty() && merged.is_empty() {
             return None;
         }
-        let of_family =
-            slice.endpoints[..considered].iter().filter(|endpoint| Family::of(endpoint.address) == family);
+        let of_family = slice.endpoints[..considered].iter().filter(|endpoint| Family::of(endpoint.address) == family);
         merged.reserve(considered);
         merged.extend(of_family.map(|endpoint| Candidate {
             address: (endpoint.address, port.get()),

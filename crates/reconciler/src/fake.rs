@@ -256,7 +256,15 @@ impl Kernel for FakeKernel {
             real_servers: server.real_servers.values().map(|held| (held.server, held.connections == 0)).collect(),
         };
         Ok(match scope {
-            Scope::All => {
+            Scope::All | Scope::WithoutRealServers => {
+                let is_all = scope == Scope::All;
+                let observe = |server| {
+                    let mut observed = observe(server);
+                    if !is_all {
+                        observed.real_servers = RealServers::default();
+                    }
+                    observed
+                };
                 self.counts.full_dumps += 1;
                 Observed {
                     interfaces: self.interfaces.clone(),

@@ -166,9 +166,7 @@ impl Inbox {
             queue = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
                 None => self.0.has_changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
                 Some(Duration::ZERO) => return Err(Nothing::Timeout),
-                Some(rest) => {
-                    self.0.has_changed.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0
-                }
+                Some(rest) => self.0.has_changed.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0,
             };
         }
         queue.indices.clear();
@@ -261,8 +259,7 @@ mod tests {
 
     #[test]
     fn what_came_before_the_end_of_the_list_stays_before_it() {
-        let changes =
-            vec![service("web", Some(1)), Change::Synced, service("web", Some(2)), service("late", Some(3))];
+        let changes = vec![service("web", Some(1)), Change::Synced, service("web", Some(2)), service("late", Some(3))];
         let expected = [(service("web", Some(2)), 2), (Change::Synced, 1), (service("late", Some(3)), 1)];
         assert_eq!(received(changes), expected);
     }

@@ -21,6 +21,8 @@ pub const DEVICE: &str = "kube-ipvs0";
 pub enum Scope<'a> {
     /// Everything.
     All,
+    /// Everything except real servers.
+    WithoutRealServers,
     /// These virtual servers with their real servers.
     Servers(&'a [FrontEnd]),
     /// These virtual servers without their real servers.

@@ -67,6 +67,25 @@ impl Mirror {
         mirror
     }
 
+    /// Takes over what another mirror knows of the real servers, after a dump without them. Returns the front ends that it does not
+    /// know.
+    pub(crate) fn take_real_servers(&mut self, mut other: Self) -> Vec<FrontEnd> {
+        let mut unknown = Vec::new();
+        for (front_end, server) in &mut self.servers {
+            match other.servers.remove(front_end) {
+                Some(known) => server.real_servers = known.real_servers,
+                None => unknown.push(*front_end),
+            }
+            self.real_server_count += server.real_servers.len();
+        }
+        unknown
+    }
+
+    /// The front ends of all virtual servers.
+    pub(crate) fn front_ends(&self) -> impl Iterator<Item = &FrontEnd> {
+        self.servers.keys()
+    }
+
     /// Updates the mirror from a dump of some virtual servers. Requested servers that are not in the dump do not exist.
     pub fn refresh(&mut self, requested: &[FrontEnd], observed: Observed) {
         for front_end in requested {

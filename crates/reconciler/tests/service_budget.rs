@@ -38,8 +38,7 @@ fn ports(count: usize) -> Vec<ServicePort> {
 }
 
 fn slice_ports(count: usize) -> Vec<SlicePort> {
-    let of =
-        |it| SlicePort { name: format!("p{it}").into(), protocol: Protocol::Tcp, port: port(number(it)) };
+    let of = |it| SlicePort { name: format!("p{it}").into(), protocol: Protocol::Tcp, port: port(number(it)) };
     (1..=count).map(of).collect()
 }
 
@@ -203,10 +202,8 @@ fn a_service_over_its_budget_is_reported_once_and_counted() {
 fn a_service_within_its_budget_is_served_as_without() {
     let service = || Service { affinity_seconds: Some(10), ..large(7, 3) };
     let contribution = |budget| contribution(service(), slices(5, 20), budget);
-    let (without, exactly) = (
-        contribution(ServiceBudget::default()),
-        contribution(ServiceBudget { front_ends: 28, real_servers: 400 }),
-    );
+    let (without, exactly) =
+        (contribution(ServiceBudget::default()), contribution(ServiceBudget { front_ends: 28, real_servers: 400 }));
     assert_eq!(without, exactly);
     let by_address = without.servers.keys().fold(BTreeMap::new(), |mut counts: BTreeMap<_, usize>, it| {
         *counts.entry(it.address).or_default() += 1;

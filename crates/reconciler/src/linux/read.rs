@@ -82,7 +82,7 @@ impl LinuxKernel {
     pub(super) fn read(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
         let mut observed = Observed::default();
         match scope {
-            Scope::All => {
+            Scope::All | Scope::WithoutRealServers => {
                 self.read_addresses(&mut observed)?;
                 if let Some((index, device)) = self.device.zip(observed.device.as_mut()) {
                     device.routes = routes::read(&mut self.routes, index)
@@ -90,7 +90,15 @@ impl LinuxKernel {
                 }
                 observed.filter = self.filter()?;
                 for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
-                    observed.servers.extend(self.observe(entry.server)?);
+                    let observed_server = match (scope, FrontEnd::from_id(&entry.server.id)) {
+                        (Scope::WithoutRealServers, Some(front_end)) => Some(ObservedServer {
+                            front_end,
+                            config: entry.server.into(),
+                            real_servers: RealServers::default(),
+                        }),
+                        _ => self.observe(entry.server)?,
+                    };
+                    observed.servers.extend(observed_server);
                 }
             }
             Scope::Filter => observed.filter = self.filter()?,

@@ -8,6 +8,7 @@ use ipvs_netlink::Family;
 use service_watch::Protocol;
 
 use super::{PlanReason, Reconciler, retention};
+use crate::budget::PART_OPERATIONS;
 use crate::contribution::TrafficDirection;
 use crate::diff::{DiffContext, diff};
 use crate::front_end::FrontEnd;
@@ -15,6 +16,9 @@ use crate::kernel::{Kernel, KernelError, Scope};
 use crate::mirror::Mirror;
 use crate::plan::Key;
 use crate::report::{SyncReport, Totals};
+
+/// So many virtual servers are read at once, which takes a fraction of a second. If there are more, audits read them in parts.
+const READ_AT_ONCE: usize = 30_000;
 
 impl<K: Kernel> Reconciler<K> {
     /// Reads everything from the kernel and repairs what differs from the desired state. Large changes are carried out to their end;
@@ -39,7 +43,9 @@ impl<K: Kernel> Reconciler<K> {
         let is_first_audit = is_read || self.mirror.is_none();
         let applied = std::mem::take(&mut self.bootstrap).applied;
         let mut report = SyncReport { is_audit: true, is_first_audit, applied, ..SyncReport::default() };
-        if !is_read {
+        if !is_first_audit && self.is_audit_large() {
+            self.read_without_real_servers()?;
+        } else if !is_read {
             self.read_all()?;
         } else if self.are_interfaces_stale {
             let observed = self.kernel.dump(Scope::Interfaces)?;
@@ -54,7 +60,7 @@ impl<K: Kernel> Reconciler<K> {
             self.recompute_changed(&mut report);
         }
         let changed = std::mem::take(&mut self.dirty_keys);
-        let (mut keys, drifted_keys) = self.keys_to_repair(&changed, now);
+        let (mut keys, drifted_keys) = self.keys_to_repair(self.all_keys(), &changed, now);
         let first = if is_first_audit {
             let unowned = self.mirror.iter().flat_map(Mirror::unowned);
             report.foreign_servers = unowned.filter(|front_end| self.desired.owner(front_end).is_none()).count();
@@ -74,12 +80,56 @@ impl<K: Kernel> Reconciler<K> {
             let keys = self.defer_large(keys, PlanReason::Dump);
             self.execute(keys, PlanReason::Dump, now, &mut report);
         }
-        for key in &report.drifted_keys {
+        self.note_drift(&report.drifted_keys);
+        Ok(report)
+    }
+
+    fn note_drift(&mut self, drifted_keys: &[Key]) {
+        for key in drifted_keys {
             if let Some(retry) = self.retries.get_mut(key) {
                 retry.is_drift = true;
             }
         }
-        Ok(report)
+    }
+
+    /// Whether to read everything at once would keep changes waiting for too long.
+    fn is_audit_large(&self) -> bool {
+        let Some(mirror) = &self.mirror else { return false };
+        mirror.front_ends().count() + mirror.real_server_count() / 32 > READ_AT_ONCE
+    }
+
+    /// Reads everything from the kernel except real servers. These are read in parts, between which changes are synced; until then
+    /// the mirror has what was known of them.
+    fn read_without_real_servers(&mut self) -> Result<(), KernelError> {
+        let mut observed = self.kernel.dump(Scope::WithoutRealServers)?;
+        self.set_interfaces(std::mem::take(&mut observed.interfaces));
+        let mut mirror = Mirror::from_dump(observed);
+        let unknown = self.mirror.take().map(|before| mirror.take_real_servers(before)).unwrap_or_default();
+        self.unread = mirror.front_ends().copied().collect();
+        self.mirror = Some(mirror);
+        self.find_stray_ranges();
+        self.reread_servers(&unknown)
+    }
+
+    /// Reads the real servers of some virtual servers that the audit has left, and repairs what differs.
+    pub(super) fn audit_real_servers(&mut self, now: Instant, report: &mut SyncReport) -> Result<(), KernelError> {
+        let mut cost = 0;
+        let mut front_ends = Vec::new();
+        while cost < PART_OPERATIONS
+            && let Some(front_end) = self.unread.pop()
+        {
+            let held = self.mirror.as_ref().and_then(|mirror| mirror.server(&front_end));
+            cost += 4 + held.map_or(0, |held| held.real_servers.len() / 8);
+            front_ends.push(front_end);
+        }
+        self.reread_servers(&front_ends)?;
+        let keys = front_ends.into_iter().map(Key::VirtualServer);
+        let (keys, drifted_keys) = self.keys_to_repair(keys, &BTreeSet::new(), now);
+        let keys = self.defer_large(keys, PlanReason::Dump);
+        self.execute(keys, PlanReason::Dump, now, report);
+        self.note_drift(&drifted_keys);
+        report.drifted_keys.extend(drifted_keys);
+        Ok(())
     }
 
     /// Reads everything from the kernel.
@@ -87,13 +137,29 @@ impl<K: Kernel> Reconciler<K> {
         let mut observed = self.kernel.dump(Scope::All)?;
         self.set_interfaces(std::mem::take(&mut observed.interfaces));
         self.mirror = Some(Mirror::from_dump(observed));
+        self.unread.clear();
         self.find_stray_ranges();
         Ok(())
     }
 
-    /// All keys, held or desired, that need operations or must be planned in any case; and those among them that need
-    /// operations although neither a change nor a retry explains it.
-    fn keys_to_repair(&self, changed: &BTreeSet<Key>, now: Instant) -> (BTreeSet<Key>, Vec<Key>) {
+    /// All keys, held or desired.
+    fn all_keys(&self) -> impl Iterator<Item = Key> + '_ {
+        let node_wide = self.table_keys().chain([Key::Device]).chain(self.range_keys());
+        let held = self.mirror.iter().flat_map(Mirror::keys);
+        let surplus = held.filter(|key| !self.desired.wants(key));
+        // A draining virtual server may be neither held nor desired any more.
+        let draining = self.draining.front_ends().copied().map(Key::VirtualServer);
+        node_wide.chain(self.desired.keys()).chain(surplus).chain(draining)
+    }
+
+    /// The keys that need operations or must be planned in any case; and those among them that need operations although neither a
+    /// change nor a retry explains it.
+    fn keys_to_repair(
+        &self,
+        all: impl Iterator<Item = Key>,
+        changed: &BTreeSet<Key>,
+        now: Instant,
+    ) -> (BTreeSet<Key>, Vec<Key>) {
         let (mut keys, mut drifted_keys) = (Vec::new(), BTreeSet::new());
         let Some(mirror) = &self.mirror else { return (BTreeSet::new(), Vec::new()) };
         let is_overdue = |front_end: &FrontEnd, address| self.is_overdue(front_end, address, now);
@@ -101,14 +167,10 @@ impl<K: Kernel> Reconciler<K> {
         let (rulesets, binding) = (&self.rulesets, &self.policy.binding);
         let context = DiffContext { retention, rulesets, binding, is_overdue: &is_overdue };
         let mut operations = Vec::new();
-        let node_wide = self.table_keys().chain([Key::Device]).chain(self.range_keys());
-        let surplus = mirror.keys().filter(|key| !self.desired.wants(key));
-        // A draining virtual server may be neither held nor desired any more.
-        let draining = self.draining.front_ends().copied().map(Key::VirtualServer);
         // If a table, the device or a range changes, what the other keys need is known only afterwards.
         let mut needs_all = false;
         let deferred: HashSet<&Key> = self.backlog.keys().collect();
-        for key in node_wide.chain(self.desired.keys()).chain(surplus).chain(draining) {
+        for key in all {
             if changed.contains(&key) || deferred.contains(&key) {
                 continue;
             }

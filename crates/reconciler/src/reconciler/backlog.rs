@@ -94,12 +94,7 @@ impl Backlog {
     }
 
     /// Adds keys to a job, each with its cost in operations and whether it is wanted.
-    pub(super) fn push(
-        &mut self,
-        name: JobName,
-        is_urgent: bool,
-        keys: impl IntoIterator<Item = (Key, usize, bool)>,
-    ) {
+    pub(super) fn push(&mut self, name: JobName, is_urgent: bool, keys: impl IntoIterator<Item = (Key, usize, bool)>) {
         let held = self.ranks.remove(&name).and_then(|rank| Some((rank, self.jobs.remove(&rank)?)));
         let (mut rank, mut job) = held.unwrap_or_else(|| {
             self.next_number += 1;

@@ -216,8 +216,7 @@ impl<K: Kernel> Reconciler<K> {
                     operation,
                     Operation::BindAddress(_) | Operation::AddRoute(_) | Operation::AddRoutedVip(_)
                 );
-                !is_binding
-                    || !matches!(operation.key(), Key::Vip(address) if self.unfinished_vips.contains(&address))
+                !is_binding || !matches!(operation.key(), Key::Vip(address) if self.unfinished_vips.contains(&address))
             });
         }
         self.unfinished_keys.append(&mut unfinished);

@@ -81,6 +81,8 @@ pub struct Reconciler<K> {
     dirty_keys: BTreeSet<Key>,
     /// The keys of large changes.
     backlog: Backlog,
+    /// Virtual servers whose real servers the audit has not read yet.
+    unread: Vec<FrontEnd>,
     /// VIPs that are not bound yet in the plan that is being carried out, since it lacks some of their front ends.
     unfinished_vips: BTreeSet<IpAddr>,
     /// Keys of which a plan has carried out only a part, and why they were planned.
@@ -117,6 +119,7 @@ impl<K: Kernel> Reconciler<K> {
             is_node_dirty: true,
             dirty_keys: BTreeSet::new(),
             backlog: Backlog::default(),
+            unread: Vec::new(),
             unfinished_vips: BTreeSet::new(),
             unfinished_keys: Vec::new(),
             retries: BTreeMap::new(),
@@ -177,6 +180,7 @@ impl<K: Kernel> Reconciler<K> {
             || !self.dirty_services.is_empty()
             || !self.dirty_keys.is_empty()
             || !self.backlog.is_empty()
+            || !self.unread.is_empty()
     }
 
     /// When the next failed operation is retried, or the next draining real server is checked.
@@ -258,6 +262,9 @@ impl<K: Kernel> Reconciler<K> {
         self.execute(keys, PlanReason::Change, now, report);
         if let Some(part) = part {
             self.execute_part(part, now, report);
+        }
+        if !self.unread.is_empty() && self.mirror.is_some() {
+            self.audit_real_servers(now, report)?;
         }
         Ok(())
     }
