@@ -81,11 +81,6 @@ impl Mirror {
         unknown
     }
 
-    /// The front ends of all virtual servers.
-    pub(crate) fn front_ends(&self) -> impl Iterator<Item = &FrontEnd> {
-        self.servers.keys()
-    }
-
     /// Updates the mirror from a dump of some virtual servers. Requested servers that are not in the dump do not exist.
     pub fn refresh(&mut self, requested: &[FrontEnd], observed: Observed) {
         for front_end in requested {

@@ -363,7 +363,8 @@ mod tests {
         for second in 1..30 {
             schedule.task_ended(
                 Task::Sync,
-                true, false,
+                true,
+                false,
                 start + Duration::from_secs(second),
                 start + Duration::from_secs(second),
             );
