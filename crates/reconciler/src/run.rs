@@ -270,6 +270,7 @@ pub fn run<K: Kernel>(
         match &mut result {
             Ok(report) => {
                 report.duration = end - start;
+                reconciler.note_duration(report.duration);
                 if !was_unfinished {
                     failures.clear();
                 }

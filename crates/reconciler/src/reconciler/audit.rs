@@ -8,7 +8,6 @@ use ipvs_netlink::Family;
 use service_watch::Protocol;
 
 use super::{PlanReason, Reconciler, retention};
-use crate::budget::PART_OPERATIONS;
 use crate::contribution::TrafficDirection;
 use crate::diff::{DiffContext, diff};
 use crate::front_end::FrontEnd;
@@ -115,7 +114,7 @@ impl<K: Kernel> Reconciler<K> {
     pub(super) fn audit_real_servers(&mut self, now: Instant, report: &mut SyncReport) -> Result<(), KernelError> {
         let mut cost = 0;
         let mut front_ends = Vec::new();
-        while cost < PART_OPERATIONS
+        while cost < self.part_operations
             && let Some(front_end) = self.unread.pop()
         {
             let held = self.mirror.as_ref().and_then(|mirror| mirror.server(&front_end));

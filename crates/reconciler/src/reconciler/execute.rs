@@ -197,7 +197,7 @@ impl<K: Kernel> Reconciler<K> {
             if let Key::VirtualServer(front_end) = key {
                 let held = || mirror.server(front_end).map_or(0, |held| held.real_servers.len());
                 let wanted = || self.desired.server(front_end).map_or(0, |wanted| wanted.real_servers.len());
-                if cut(&mut operations, start, || held().max(wanted())) {
+                if cut(&mut operations, start, self.part_operations, || held().max(wanted())) {
                     unfinished.push((key.clone(), reason));
                 }
                 let has_begun = operations[start..].iter().any(|o| matches!(o, Operation::DrainRealServer(..)));

@@ -83,6 +83,8 @@ pub struct Reconciler<K> {
     backlog: Backlog,
     /// Virtual servers whose real servers the audit has not read yet.
     unread: Vec<FrontEnd>,
+    /// About how many operations the next part has.
+    part_operations: usize,
     /// VIPs that are not bound yet in the plan that is being carried out, since it lacks some of their front ends.
     unfinished_vips: BTreeSet<IpAddr>,
     /// Keys of which a plan has carried out only a part, and why they were planned.
@@ -120,6 +122,7 @@ impl<K: Kernel> Reconciler<K> {
             dirty_keys: BTreeSet::new(),
             backlog: Backlog::default(),
             unread: Vec::new(),
+            part_operations: PART_OPERATIONS,
             unfinished_vips: BTreeSet::new(),
             unfinished_keys: Vec::new(),
             retries: BTreeMap::new(),

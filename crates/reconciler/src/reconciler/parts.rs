@@ -3,7 +3,7 @@
 //! A part takes a fraction of a second. Between two of them the main loop receives changes, and the smallest of these come first.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use foldhash::HashMap;
 use service_watch::ObjectName;
@@ -26,18 +26,26 @@ const MANY_REAL_SERVERS: usize = 4000;
 /// At least this many operations on one virtual server are carried out at once.
 const MIN_OPERATIONS: usize = 64;
 
-/// How many operations on a virtual server with so many real servers are carried out at once.
-fn operations_at_once(real_servers: usize) -> usize {
-    (PART_OPERATIONS / (1 + real_servers / MANY_REAL_SERVERS)).max(MIN_OPERATIONS)
+/// A part that took longer than this is followed by smaller ones.
+const PART_DURATION_MAX: Duration = Duration::from_millis(200);
+
+/// How many operations on a virtual server with so many real servers are carried out at once, if a part has so many.
+fn operations_at_once(part: usize, real_servers: usize) -> usize {
+    (part / (1 + real_servers / MANY_REAL_SERVERS)).max(MIN_OPERATIONS)
 }
 
 /// Cuts off the operations on a virtual server that are too many for one plan: those of the last phases. Returns whether there are
 /// any.
-pub(super) fn cut(operations: &mut Vec<Operation>, start: usize, real_servers: impl FnOnce() -> usize) -> bool {
+pub(super) fn cut(
+    operations: &mut Vec<Operation>,
+    start: usize,
+    part: usize,
+    real_servers: impl FnOnce() -> usize,
+) -> bool {
     if operations.len() - start <= MIN_OPERATIONS {
         return false;
     }
-    let limit = operations_at_once(real_servers());
+    let limit = operations_at_once(part, real_servers());
     if operations.len() - start <= limit {
         return false;
     }
@@ -47,6 +55,13 @@ pub(super) fn cut(operations: &mut Vec<Operation>, start: usize, real_servers: i
 }
 
 impl<K: Kernel> Reconciler<K> {
+    /// Makes the next parts smaller if one took long, and larger again otherwise. What the kernel needs for an operation depends on
+    /// much: it goes through 50,000 recently deleted real servers before it adds one (`ip_vs_trash_get_dest`).
+    pub(crate) fn note_duration(&mut self, took: Duration) {
+        let next = if took > PART_DURATION_MAX { self.part_operations / 2 } else { self.part_operations * 2 };
+        self.part_operations = next.clamp(MIN_OPERATIONS, PART_OPERATIONS);
+    }
+
     /// Takes the Services that are computed next: bootstrap Services, then the smallest.
     pub(super) fn take_dirty_services(&mut self) -> BTreeSet<ObjectName> {
         let names = std::mem::take(&mut self.dirty_services);
@@ -88,7 +103,7 @@ impl<K: Kernel> Reconciler<K> {
                 let wanted = wanted.map_or(0, |wanted| wanted.real_servers.len());
                 let real_servers = held.map_or(0, |held| held.real_servers.len()).max(wanted);
                 let effort = 1 + real_servers / MANY_REAL_SERVERS;
-                2 + (real_servers * effort).min(operations_at_once(real_servers) * effort)
+                2 + (real_servers * effort).min(operations_at_once(PART_OPERATIONS, real_servers) * effort)
             }
         }
     }
@@ -143,7 +158,7 @@ impl<K: Kernel> Reconciler<K> {
         let mut cost = 0;
         let due = self.retries.iter().filter(|(_, retry)| retry.backoff.due <= now).map(|(key, _)| key);
         let fits = |key: &&Key| {
-            let is_first = cost < PART_OPERATIONS;
+            let is_first = cost < self.part_operations;
             cost += self.cost(key);
             is_first
         };
@@ -154,9 +169,10 @@ impl<K: Kernel> Reconciler<K> {
     pub(super) fn due_draining(&self, now: Instant) -> Vec<FrontEnd> {
         let mut cost = 0;
         let fits = |front_end: &FrontEnd| {
-            let is_first = cost < PART_OPERATIONS;
+            let is_first = cost < self.part_operations;
             let held = self.mirror.as_ref().and_then(|mirror| mirror.server(front_end));
             cost += 4 + held.map_or(0, |held| held.real_servers.len() / 8);
+            cost += self.cost(&Key::VirtualServer(*front_end));
             is_first
         };
         self.draining.due(now).take_while(fits).collect()
@@ -168,7 +184,7 @@ impl<K: Kernel> Reconciler<K> {
             return None;
         }
         let mut backlog = std::mem::take(&mut self.backlog);
-        let part = backlog.take(PART_OPERATIONS, |key| self.cost(key));
+        let part = backlog.take(self.part_operations, |key| self.cost(key));
         self.backlog = backlog;
         part
     }
