@@ -112,18 +112,15 @@ impl Sender {
         }
         let Queue { inputs, indices, others, .. } = &mut *queue;
         match input {
-            Input::Change(change, since) => match indices.get(&Subject::of(&change)) {
-                Some(index) => {
-                    if let Some(Received { input: Input::Change(held, _), count }) = inputs.get_mut(*index) {
-                        *held = change;
-                        *count += 1;
-                    }
-                }
-                None => {
-                    indices.insert(Subject::of(&change), inputs.len());
+            Input::Change(change, since) => {
+                let index = *indices.entry(Subject::of(&change)).or_insert(inputs.len());
+                if let Some(Received { input: Input::Change(held, _), count }) = inputs.get_mut(index) {
+                    *held = change;
+                    *count += 1;
+                } else {
                     inputs.push_back(Received { input: Input::Change(change, since), count: 1 });
                 }
-            },
+            }
             other => {
                 let is_same = |held: &&mut Input| mem::discriminant(*held) == mem::discriminant(&other);
                 match (others.iter_mut().find(is_same), other) {
