@@ -442,7 +442,8 @@ fn is_pod_address(vip: IpAddr, origin: AddressOrigin, other_pods: &[IpAddr], nod
     // A range of all addresses says nothing about pods.
     let is_in = |range: &IpNet| range.prefix_len() > 0 && range.contains(&vip);
     let knows_ranges = || ranges.iter().any(|range| Family::of(range.addr()) == Family::of(vip));
-    let is_endpoint = || other_pods.binary_search(&vip).is_ok() && (origin == AddressOrigin::Request || !knows_ranges());
+    let is_endpoint =
+        || other_pods.binary_search(&vip).is_ok() && (origin == AddressOrigin::Request || !knows_ranges());
     node.pod_cidrs.iter().chain(ranges).any(is_in) || is_endpoint()
 }
 

@@ -67,7 +67,7 @@ fn slices(ports: usize, endpoints: usize) -> Vec<EndpointSlice> {
 
 fn contribution(service: Service, slices: Vec<EndpointSlice>, budget: ServiceBudget) -> Contribution {
     let slices = slices.into_iter().map(|slice| (slice.name.clone(), slice)).collect();
-    let entry = ServiceEntry { service: Some(Arc::new(service)), slices };
+    let entry = ServiceEntry { service: Some(Arc::new(service)), slices, ..ServiceEntry::default() };
     let node = NodeView { node_port_addresses: [ip("192.168.1.1")].into(), ..NodeView::default() };
     Contribution::new(&entry, &node, &Policy { service_budget: budget, ..Policy::new(NODE) })
 }
