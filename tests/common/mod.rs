@@ -264,10 +264,13 @@ pub fn listed_filter() -> Vec<String> {
     let mut words = Vec::new();
     let mut is_ours = false;
     for line in run("nft list ruleset").lines() {
-        if line.starts_with("table ") {
-            is_ours = line.ends_with(" kube-ipvs {");
+        // A table with an owner has the owner's name after its own, and a line of flags, both only while the owner runs.
+        let is_head = line.starts_with("table ");
+        if is_head {
+            is_ours = line.split_whitespace().nth(2) == Some("kube-ipvs");
         }
-        if is_ours {
+        let line = if is_head { line.split('#').next().unwrap_or_default() } else { line };
+        if is_ours && !line.starts_with("\tflags ") {
             let all = line.split([',', '{', '}']).map(|word| word.trim().to_owned());
             words.extend(all.filter(|word| !word.is_empty()));
         }
