@@ -84,7 +84,7 @@ fn commented_settings_of_the_configuration_are_valid() {
     let shown = |line: &str| {
         line.trim_start().strip_prefix('#').is_some_and(|rest| !rest.starts_with(' ') || rest.starts_with("  "))
     };
-    assert_eq!(text.lines().filter(|line| shown(line)).count(), 8);
+    assert_eq!(text.lines().filter(|line| shown(line)).count(), 14);
     let lines = text.lines().map(|line| if shown(line) { line.replacen('#', "", 1) } else { line.to_owned() });
     files["config.conf"] = lines.collect::<Vec<_>>().join("\n").into();
     let log = says(&["--config=/x/config.conf"], &files);
