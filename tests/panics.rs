@@ -192,7 +192,7 @@ fn a_kubeconfig_that_the_client_panics_on_is_refused() {
         plugin.display()
     );
     let provider = r#"{auth-provider: {name: oidc, config: {id-token: "a\u0000b"}}}"#;
-    let bad = [r#"{token: "secret\n"}"#, r#"{token: "a\tb\u007f"}"#, provider, &exec];
+    let bad = [r#"{token: "secret\nsecret"}"#, r#"{token: "a\tb\u007f"}"#, provider, &exec];
     with_user("{token: good}");
     let flag = format!("--kubeconfig={}", kubeconfig.display());
     let mut agent = Agent::start(&[&flag, "--ipvs-min-sync-period=0s"]);
@@ -206,7 +206,8 @@ fn a_kubeconfig_that_the_client_panics_on_is_refused() {
     agent.has(&[WEB, OTHER]);
     assert!(!agent.log().contains("secret"), "{}", agent.log());
     agent.kill();
-    for user in bad {
+    // A program may do better at the next request.
+    for user in bad.into_iter().filter(|user| *user != exec) {
         with_user(user);
         let mut agent = Agent::start(&[&flag]);
         assert_eq!(agent.ends().code(), Some(1), "{user}: {}", agent.log());

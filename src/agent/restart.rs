@@ -53,8 +53,8 @@ pub(super) async fn credentials_changed(location: SourceLocation) {
     let mut watcher = FileWatcher::new(connection.files());
     loop {
         watcher.changed().await;
-        match ApiServer::connect(&connection, "").await {
-            Ok(_) => {
+        match ApiServer::check(&connection).await {
+            Ok(()) => {
                 info!("the kubeconfig or a certificate of the API server has changed: restarting with it");
                 return;
             }

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 pub use self::answer::Body;
 use self::answer::Watch;
 use self::store::Store;
-pub use self::tls::TlsListener;
+pub use self::tls::{ServerCertificate, TlsListener};
 
 /// A test API server.
 #[derive(Clone, Debug, Default)]

@@ -57,9 +57,15 @@ impl ApiServer {
     ///
     /// Reads files but sends no request: an unreachable server is reported and retried while the source runs.
     pub async fn connect(connection: &Connection, node: impl Into<Arc<str>>) -> Result<Self, Error> {
-        let (client, server) = connect::client(connection).await?;
+        let (client, server) = connect::client(connection, false).await?;
         let name = connect::host_and_port(&server);
         Ok(Self { name, ..Self::with_client(client, server, node) })
+    }
+
+    /// Whether [`connect`](Self::connect) would succeed and there would be credentials: if the kubeconfig names a program
+    /// for them, it is run.
+    pub async fn check(connection: &Connection) -> Result<(), Error> {
+        connect::client(connection, true).await.map(drop)
     }
 
     /// An API server reached through `client`; messages call it `server`.

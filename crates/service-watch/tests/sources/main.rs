@@ -5,6 +5,7 @@ mod api_server;
 mod common;
 mod connect;
 mod events;
+mod kubeconfigs;
 mod manifests;
 mod mass_deletion;
 mod misbehaviour;
