@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
@@ -19,30 +20,46 @@ pub(crate) struct ParsedFile {
     pub(crate) errors: Vec<FieldError>,
 }
 
+/// The version that kube-proxy may have next (KEP-784), with other fields.
+const NEXT_API_VERSION: &str = "kubeproxy.config.k8s.io/v1alpha2";
+/// Up to here a float has every whole number: 2⁵³.
+const MAX_EXACT: f64 = 9_007_199_254_740_992.0;
+/// How many documents after the first are named.
+const MAX_IGNORED_DOCUMENTS: usize = 10;
+
 /// Parses YAML, and so JSON, which is a subset of it.
 pub(super) fn parse(text: &str) -> Result<ParsedFile, Vec<FieldError>> {
-    let duplicates = RefCell::new(Vec::new());
     let options = serde_saphyr::options! {
         duplicate_keys: serde_saphyr::options::DuplicateKeyPolicy::LastWins,
         with_snippet: false,
     };
-    let root = ValueSeed { path: String::new(), duplicates: &duplicates };
-    let tree = serde_saphyr::with_deserializer_from_str_with_options(text, options, |deserializer| {
-        root.deserialize(deserializer)
-    });
+    let mut bytes = text.as_bytes();
+    let mut documents = serde_saphyr::read_with_options::<_, Document>(&mut bytes, options);
+    // As for kube-proxy, the first document counts, and what follows it need not even be YAML.
+    let first = documents.next();
+    let others: Vec<Result<Document, _>> = documents.take(MAX_IGNORED_DOCUMENTS).collect();
     let whole_file = |message: String| vec![FieldError::new("", message)];
-    let mut tree = match tree {
-        Ok(Value::Object(tree)) => tree,
-        Ok(_) => return Err(whole_file("this is not an object: it must begin with apiVersion and kind".to_owned())),
-        Err(error) => return Err(whole_file(format!("this is neither YAML nor JSON: {error}"))),
+    let (mut tree, mut warnings) = match first {
+        Some(Ok(Document { value: Value::Object(tree), duplicates })) => (tree, duplicates),
+        None | Some(Ok(_)) => {
+            return Err(whole_file("this is not an object: it must begin with apiVersion and kind".to_owned()));
+        }
+        Some(Err(error)) => return Err(whole_file(format!("this is neither YAML nor JSON: {error}"))),
     };
+    warnings.extend(others.iter().filter_map(ignored_document));
     // Checked before the fields: another kind has other fields.
     let is = |field: &str, wanted: &str| tree.get(field).and_then(Value::as_str) == Some(wanted);
+    if is("apiVersion", NEXT_API_VERSION) {
+        return Err(whole_file(format!(
+            "this is of apiVersion {NEXT_API_VERSION}, which is not read: write {API_VERSION} with its fields, such as ipvs.syncPeriod \
+             for syncPeriod, conntrack and oomScoreAdj for those of linux, bindAddress for nodeIPOverride, and healthzBindAddress and \
+             metricsBindAddress with a port"
+        )));
+    }
     if !is("apiVersion", API_VERSION) || !is("kind", KIND) {
         return Err(whole_file(format!("this is not of apiVersion {API_VERSION} and kind {KIND}")));
     }
 
-    let mut warnings: Vec<String> = duplicates.into_inner();
     let mut errors = Vec::new();
     loop {
         let mut unknown = Vec::new();
@@ -63,6 +80,31 @@ pub(super) fn parse(text: &str) -> Result<ParsedFile, Vec<FieldError>> {
             }
         }
     }
+}
+
+/// A document of the file.
+struct Document {
+    value: Value,
+    /// Warnings about duplicate fields.
+    duplicates: Vec<String>,
+}
+
+impl<'de> Deserialize<'de> for Document {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let duplicates = RefCell::default();
+        let value = ValueSeed { path: String::new(), duplicates: &duplicates }.deserialize(deserializer)?;
+        Ok(Self { value, duplicates: duplicates.into_inner() })
+    }
+}
+
+/// The warning about a document after the first; `None` if it is empty.
+fn ignored_document<E>(document: &Result<Document, E>) -> Option<String> {
+    let what = match document {
+        Ok(Document { value: Value::Null, .. }) => return None,
+        Ok(Document { value, .. }) => value.get("kind").and_then(Value::as_str).map(|kind| format!(" ({kind})")),
+        Err(_) => None,
+    };
+    Some(format!("only the first document counts: another{} after `---` is ignored", what.unwrap_or_default()))
 }
 
 /// Removes the field at a path, and returns whether it was there. An element of a list goes with its list.
@@ -114,8 +156,14 @@ impl<'de> Visitor<'de> for ValueSeed<'_> {
         Ok(value.into())
     }
 
-    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-        Ok(value.into())
+    /// Helm writes large numbers as `1.048576e+06`.
+    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
+        if !value.is_finite() {
+            return Err(E::custom("a number is infinite or none"));
+        }
+        #[expect(clippy::cast_possible_truncation, reason = "it is whole, and within the range of exact numbers")]
+        let whole = (value.fract() == 0.0 && value.abs() < MAX_EXACT).then_some(value as i64);
+        Ok(whole.map_or_else(|| value.into(), Value::from))
     }
 
     fn visit_str<E>(self, value: &str) -> Result<Value, E> {

@@ -25,6 +25,10 @@ const MAX_INTERFACE_NAME: usize = 15;
 const MAX_SCALED_CONNECTIONS: u64 = 1 << 20;
 /// The only feature gate that has an effect here.
 const EXTERNAL_IPS_GATE: &str = "AllowServiceExternalIPs";
+/// The gate of kube-proxy's ipvs mode, which is always on here.
+const IPVS_GATE: &str = "KubeProxyIPVS";
+/// An item of `nodePortAddresses`: the loopback addresses.
+const LOCALHOST: &str = "localhost";
 
 /// The settings of a valid configuration.
 #[derive(Clone, Debug, PartialEq)]
@@ -125,7 +129,12 @@ impl Settings {
             oom_score_adj: check.integer_in("oomScoreAdj", c.oom_score_adj, -1000..=1000),
             kubeconfig: Some(&c.client_connection.kubeconfig).filter(|path| !path.is_empty()).map(PathBuf::from),
             watch_all_nodes: c.kube_ipvs.watch_all_nodes,
-            ignored_gates: c.feature_gates.keys().filter(|name| *name != EXTERNAL_IPS_GATE).cloned().collect(),
+            ignored_gates: c
+                .feature_gates
+                .keys()
+                .filter(|name| ![EXTERNAL_IPS_GATE, IPVS_GATE].contains(&name.as_str()))
+                .cloned()
+                .collect(),
         };
         if check.errors.is_empty() { Ok(settings) } else { Err(check.errors) }
     }
@@ -235,17 +244,50 @@ fn conntrack(c: &Configuration, check: &mut Validator) -> Conntrack {
     }
 }
 
+/// Ranges and the words of KEP-6032 in any mixture. `localhost` selects nothing here, which [`warnings`] tells.
 fn node_port_addresses(c: &Configuration, check: &mut Validator) -> NodePortAddresses {
     let path = "nodePortAddresses";
-    match c.node_port_addresses.as_slice() {
-        [] => NodePortAddresses::All,
-        [only] if only == "primary" => NodePortAddresses::Primary,
-        ranges if ranges.iter().any(|range| range == "primary") => {
-            check.error(path, "is either `primary` alone or a list of ranges".to_owned());
-            NodePortAddresses::All
+    let has = |word: &str| c.node_port_addresses.iter().any(|item| item == word);
+    let mut ranges = Vec::new();
+    for (index, text) in c.node_port_addresses.iter().enumerate() {
+        match text.as_str() {
+            "all" | "primary" | LOCALHOST => {}
+            text => match parse_range(text) {
+                Some(range) => ranges.push(range),
+                None => check.error(
+                    &format!("{path}[{index}]"),
+                    format!("{text:?} is not a range of addresses such as 10.0.0.0/8 or fd00::/64, primary or all"),
+                ),
+            },
         }
-        ranges => NodePortAddresses::Within(check.ranges(path, ranges)),
     }
+    if has("all") || c.node_port_addresses.is_empty() {
+        return NodePortAddresses::All;
+    }
+    match (has("primary"), has(LOCALHOST)) {
+        (true, _) if ranges.is_empty() => NodePortAddresses::Primary,
+        (true, _) => NodePortAddresses::PrimaryAndWithin(ranges),
+        (false, true) if ranges.is_empty() => NodePortAddresses::None,
+        (false, _) => NodePortAddresses::Within(ranges),
+    }
+}
+
+/// What is accepted and does not do all that it says.
+pub(crate) fn warnings(c: &Configuration) -> Vec<String> {
+    let mut warnings = Vec::new();
+    if c.node_port_addresses.iter().any(|item| item == LOCALHOST) {
+        warnings.push(
+            "nodePortAddresses (--nodeport-addresses) has localhost, on which NodePorts are not served yet: connect to an address \
+             of the node instead"
+                .to_owned(),
+        );
+    }
+    if c.feature_gates.get(IPVS_GATE) == Some(&false) {
+        warnings.push(format!(
+            "the feature gate {IPVS_GATE} is false, which has no effect: kube-ipvs has only this mode; to use another, run kube-proxy"
+        ));
+    }
+    warnings
 }
 
 /// How to recognise local pods. As in kube-proxy, the fields of other modes are not checked.

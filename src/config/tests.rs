@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 
+use reconciler::policy::NodePortAddresses;
 use serde_json::{Value, json};
 
 use super::object::{API_VERSION, KIND};
@@ -155,9 +156,11 @@ fn rows() -> Vec<Row> {
             .rejects("10.0.0.0/8,10.1.0.0/16", "10.0.0.0/8,10.1.0.0/16", "one of each family")
             .rejects("10.0.0.0/8,fd00::/64,fd01::/64", "10.0.0.0/8,fd00::/64,fd01::/64", "one of each family")
             .rejects("10.0.0.0/8, fd00::/64", "10.0.0.0/8, fd00::/64", not_a_range),
-        row("nodePortAddresses", json!([]), ("primary", json!(["primary"])))
-            .rejects("primary,10.0.0.0/8", json!(["primary", "10.0.0.0/8"]), "either `primary` alone or a list")
-            .rejects("10.0.0.0", json!(["10.0.0.0"]), not_a_range),
+        row("nodePortAddresses", json!([]), ("primary", json!(["primary"]))).rejects(
+            "10.0.0.0",
+            json!(["10.0.0.0"]),
+            not_a_range,
+        ),
         row("oomScoreAdj", json!(-999), ("-1000", json!(-1000))).rejects(
             "1001",
             1001,
@@ -409,6 +412,106 @@ clusterCIDR: null
 }
 
 #[test]
+fn documents_after_the_first_are_ignored_with_a_warning() {
+    let base = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: ipvs\n";
+    for (before, after, warnings) in [
+        ("", "", &[][..]),
+        ("---\n", "---\n", &[]),
+        ("%YAML 1.2\n---\n", "...\n", &[]),
+        ("# a comment\n---\n", "---\n# nothing\n---\n", &[]),
+        ("", "---\nkind: KubeletConfiguration\n", &["another (KubeletConfiguration)"]),
+        ("", "---\nmode: nftables\n", &["another after"]),
+        ("", "---\n- a\n---\nkind: B\n", &["another after", "another (B)"]),
+        ("", "---\n{ not: [yaml\n", &["another after"]),
+    ] {
+        let effective =
+            with_file(&format!("{before}{base}{after}")).unwrap_or_else(|error| panic!("{after:?}: {error}"));
+        assert_eq!(effective.warnings.len(), warnings.len(), "{after:?}: {:?}", effective.warnings);
+        for (found, wanted) in effective.warnings.iter().zip(warnings) {
+            assert!(found.contains(wanted), "{after:?}: {found}");
+        }
+        assert_eq!(effective.configuration.mode, "ipvs");
+    }
+    let error = with_file(&format!("kind: Other\n---\n{base}")).unwrap_err();
+    assert!(error.contains("not of apiVersion"), "the first counts: {error}");
+}
+
+#[test]
+fn whole_numbers_may_be_written_as_helm_writes_them() {
+    for (field, text, value) in [
+        ("conntrack.min", "1.048576e+06", json!(1_048_576)),
+        ("conntrack.maxPerCore", "5.24288e+05", json!(524_288)),
+        ("conntrack.min", "131072.0", json!(131_072)),
+        ("oomScoreAdj", "-9.98e+02", json!(-998)),
+        ("iptables.masqueradeBit", "1.5e+01", json!(15)),
+        ("clientConnection.burst", "1e+01", json!(10)),
+        ("logging.verbosity", "2.0", json!(2)),
+    ] {
+        let (object, name) = field.split_once('.').map_or((None, field), |(object, name)| (Some(object), name));
+        let line = object.map_or_else(|| format!("{name}: {text}"), |object| format!("{object}: {{{name}: {text}}}"));
+        let base = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n";
+        let effective = with_file(&format!("{base}{line}\n")).unwrap_or_else(|error| panic!("{line}: {error}"));
+        assert_eq!(*self::field(&shown(&effective.configuration), field), value, "{line}");
+    }
+    for text in ["1.5", "1e+30", ".nan"] {
+        let file = format!(
+            "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nconntrack: {{min: {text}}}"
+        );
+        let error = with_file(&file).unwrap_err();
+        assert!(error.contains("conntrack.min") || error.contains("is infinite or none"), "{text}: {error}");
+    }
+}
+
+#[test]
+fn node_port_addresses_mix_ranges_and_words() {
+    let range = || "10.0.0.0/8".parse().unwrap();
+    for (words, expected, warns) in [
+        ("", NodePortAddresses::All, false),
+        ("all", NodePortAddresses::All, false),
+        ("all,primary,10.0.0.0/8", NodePortAddresses::All, false),
+        ("primary", NodePortAddresses::Primary, false),
+        ("primary,10.0.0.0/8", NodePortAddresses::PrimaryAndWithin(vec![range()]), false),
+        ("10.0.0.0/8", NodePortAddresses::Within(vec![range()]), false),
+        ("localhost", NodePortAddresses::None, true),
+        ("localhost,10.0.0.0/8", NodePortAddresses::Within(vec![range()]), true),
+        ("primary,localhost", NodePortAddresses::Primary, true),
+        ("localhost,all", NodePortAddresses::All, true),
+    ] {
+        let items: Vec<&str> = words.split(',').filter(|word| !word.is_empty()).collect();
+        let by_file = with_file(&file("nodePortAddresses", &json!(items), &Value::Null)).unwrap();
+        let by_flag = with_flags(&[format!("--nodeport-addresses={words}")]).unwrap();
+        for effective in [by_file, by_flag] {
+            assert_eq!(effective.settings.policy.node_port_addresses, expected, "{words}");
+            assert_eq!(effective.warnings.join("").contains("not served yet"), warns, "{words}");
+        }
+    }
+}
+
+#[test]
+fn the_gate_of_the_ipvs_mode_is_known() {
+    let gates = |text: &str| with_flags(&[format!("--feature-gates={text}")]).unwrap();
+    let effective = gates("KubeProxyIPVS=true,Other=true");
+    assert_eq!((effective.settings.ignored_gates, effective.warnings), (vec!["Other".to_owned()], vec![]));
+    let warnings = gates("KubeProxyIPVS=false").warnings;
+    assert!(warnings[0].contains("which has no effect"), "{warnings:?}");
+    assert!(gates("").settings.policy.external_ips);
+}
+
+#[test]
+fn a_list_that_a_template_left_empty_is_no_error() {
+    for flag in [
+        "--feature-gates=",
+        "--vmodule=",
+        "--feature-gates= ",
+        "--vmodule=a=1,",
+        "--nodeport-addresses=",
+        "--ipvs-exclude-cidrs=",
+    ] {
+        with_flags(&[flag.to_owned()]).unwrap_or_else(|error| panic!("{flag}: {error}"));
+    }
+}
+
+#[test]
 fn a_file_that_is_no_kube_proxy_configuration_is_rejected() {
     for (content, what) in [
         ("", "this is not an object"),
@@ -417,6 +520,10 @@ fn a_file_that_is_no_kube_proxy_configuration_is_rejected() {
         ("kind: KubeletConfiguration\napiVersion: kubelet.config.k8s.io/v1beta1", "not of apiVersion kubeproxy"),
         ("mode: ipvs", "not of apiVersion kubeproxy"),
         ("kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1", "not of apiVersion kubeproxy"),
+        (
+            "kind: KubeProxyConfiguration\napiVersion: kubeproxy.config.k8s.io/v1alpha2",
+            "write kubeproxy.config.k8s.io/v1alpha1 with its fields",
+        ),
     ] {
         let error = with_file(content).unwrap_err();
         assert!(error.contains(what) && error.contains("config.conf"), "{content:?}: {error}");

@@ -72,13 +72,13 @@ pub(super) struct FieldFlags {
     )]
     ipvs_udp_timeout: Option<go_syntax::Duration>,
 
-    /// The node's addresses on which NodePorts listen: ranges, or `primary` [default: all]
+    /// The node's addresses on which NodePorts listen: ranges, `primary` (its IPs), `all`, or several of them [default: all]
     #[arg(long, value_name = "CIDR,...", value_delimiter = ',', help_heading = "Services and their virtual servers")]
     nodeport_addresses: Option<Vec<String>>,
 
     /// Feature gates as NAME=true|false: only `AllowServiceExternalIPs` has an effect, others are ignored
-    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = parse_gate, help_heading = "Services and their virtual servers")]
-    feature_gates: Option<Vec<(String, bool)>>,
+    #[arg(long, value_name = "NAME=BOOL,...", value_delimiter = ',', value_parser = parse_optional_gate, help_heading = "Services and their virtual servers")]
+    feature_gates: Option<Vec<Option<(String, bool)>>>,
 
     /// The proxy mode: only ipvs is supported [default: ipvs]
     #[arg(long, value_name = "MODE", help_heading = "Services and their virtual servers")]
@@ -186,8 +186,8 @@ pub(super) struct FieldFlags {
     logging_format: Option<String>,
 
     /// No effect: --v applies to all modules
-    #[arg(long, value_name = "PATTERN=LEVEL,...", value_delimiter = ',', value_parser = parse_vmodule, help_heading = "Logging")]
-    vmodule: Option<Vec<Vmodule>>,
+    #[arg(long, value_name = "PATTERN=LEVEL,...", value_delimiter = ',', value_parser = parse_optional_vmodule, help_heading = "Logging")]
+    vmodule: Option<Vec<Option<Vmodule>>>,
 
     /// No effect: every line is written at once
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, help_heading = "Logging")]
@@ -357,7 +357,7 @@ impl FieldFlags {
         set(&mut c.ipvs.tcp_fin_timeout, self.ipvs_tcpfin_timeout);
         set(&mut c.ipvs.udp_timeout, self.ipvs_udp_timeout);
         set(&mut c.node_port_addresses, self.nodeport_addresses.map(without_empty));
-        c.feature_gates.extend(self.feature_gates.into_iter().flatten());
+        c.feature_gates.extend(self.feature_gates.into_iter().flatten().flatten());
         set(&mut c.mode, self.proxy_mode);
         set(&mut c.iptables.masquerade_all, self.masquerade_all);
         set_some(&mut c.iptables.masquerade_bit, self.iptables_masquerade_bit);
@@ -382,7 +382,7 @@ impl FieldFlags {
         set(&mut c.show_hidden_metrics_for_version, self.show_hidden_metrics_for_version);
         set(&mut c.logging.verbosity, self.verbosity);
         set(&mut c.logging.format, self.logging_format);
-        c.logging.vmodule.splice(0..0, self.vmodule.into_iter().flatten());
+        c.logging.vmodule.splice(0..0, self.vmodule.into_iter().flatten().flatten());
         set(&mut c.logging.flush_frequency.0, self.log_flush_frequency);
         set_option(c, "text", "splitStream", self.log_text_split_stream);
         set_option(c, "text", "infoBufferSize", self.log_text_info_buffer_size);
@@ -440,6 +440,16 @@ fn without_empty(mut list: Vec<String>) -> Vec<String> {
 fn parse_gate(text: &str) -> Result<(String, bool), String> {
     let (name, value) = text.split_once('=').ok_or_else(|| format!("{text:?} lacks =true or =false"))?;
     Ok((name.trim().to_owned(), go_syntax::parse_bool(value.trim())?))
+}
+
+/// An empty text, which a template may leave, gives none.
+fn parse_optional_gate(text: &str) -> Result<Option<(String, bool)>, String> {
+    if text.trim().is_empty() { Ok(None) } else { parse_gate(text).map(Some) }
+}
+
+/// As [`parse_optional_gate`].
+fn parse_optional_vmodule(text: &str) -> Result<Option<Vmodule>, String> {
+    if text.trim().is_empty() { Ok(None) } else { parse_vmodule(text).map(Some) }
 }
 
 fn parse_vmodule(text: &str) -> Result<Vmodule, String> {

@@ -3,6 +3,7 @@
 #![expect(clippy::doc_markdown, reason = "comments of flags are the text of --help")]
 
 mod fields;
+mod retired;
 #[cfg(test)]
 mod tests;
 
@@ -146,7 +147,7 @@ pub(crate) fn parse(arguments: impl IntoIterator<Item = OsString>) -> Result<Fla
         let takeover = arguments.remove(1);
         arguments.push(takeover);
     }
-    let matches = Flags::command().try_get_matches_from(arguments)?;
+    let matches = Flags::command().try_get_matches_from(arguments).map_err(retired::explain)?;
     let mut flags = Flags::from_arg_matches(&matches)?;
     // An empty value counts as not given: most likely it comes from a variable that was not set.
     flags.config = flags.config.filter(|path| !path.as_os_str().is_empty());
@@ -194,10 +195,11 @@ pub(crate) struct EffectiveConfig {
 impl Flags {
     /// The configuration of the file, or without one of the flags, with all defaults filled in.
     pub(crate) fn effective(&self) -> Result<EffectiveConfig, ConfigError> {
-        let (configuration, warnings, mut errors) = match &self.config {
+        let (configuration, mut warnings, mut errors) = match &self.config {
             Some(path) => self.configuration_of_file(path)?,
             None => self.configuration_of_flags(),
         };
+        warnings.extend(config::settings::warnings(&configuration));
         let host = rustix::system::uname();
         match Settings::new(&configuration, &host.nodename().to_string_lossy()) {
             Ok(settings) if errors.is_empty() => Ok(EffectiveConfig { configuration, settings, warnings }),

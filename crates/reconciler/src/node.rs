@@ -105,19 +105,31 @@ fn selected_addresses(
     interfaces: &BTreeSet<IpAddr>,
     policy: &Policy,
 ) -> Option<BTreeSet<IpAddr>> {
-    let of_family = interfaces.iter().copied().filter(|address| Family::of(*address) == family);
+    let of_family = || interfaces.iter().copied().filter(|address| Family::of(*address) == family);
+    let within = |ranges: &[IpNet]| {
+        let ranges: Vec<_> = ranges.iter().filter(|range| Family::of(range.addr()) == family).collect();
+        let is_restricted = !ranges.is_empty() && ranges.iter().all(|range| range.prefix_len() > 0);
+        is_restricted
+            .then(|| of_family().filter(|address| ranges.iter().any(|range| range.contains(address))).collect())
+    };
+    let primary = || {
+        let ip = node_ips.iter().find(|ip| Family::of(**ip) == family && !ip.is_loopback())?;
+        Some(of_family().filter(|address| address == ip).collect::<BTreeSet<_>>())
+    };
     match &policy.node_port_addresses {
         NodePortAddresses::All => None,
-        NodePortAddresses::Within(ranges) => {
-            let ranges: Vec<_> = ranges.iter().filter(|range| Family::of(range.addr()) == family).collect();
-            let is_restricted = !ranges.is_empty() && ranges.iter().all(|range| range.prefix_len() > 0);
-            is_restricted
-                .then(|| of_family.filter(|address| ranges.iter().any(|range| range.contains(address))).collect())
+        NodePortAddresses::None => Some(BTreeSet::new()),
+        NodePortAddresses::Within(ranges) => within(ranges),
+        NodePortAddresses::Primary => primary(),
+        NodePortAddresses::PrimaryAndWithin(ranges) => {
+            let has_range = ranges.iter().any(|range| Family::of(range.addr()) == family);
+            match (primary(), within(ranges)) {
+                (Some(primary), Some(within)) => Some(&primary | &within),
+                // All addresses are within the ranges.
+                (_, None) if has_range => None,
+                (primary, within) => primary.or(within),
+            }
         }
-        NodePortAddresses::Primary => node_ips
-            .iter()
-            .find(|ip| Family::of(**ip) == family && !ip.is_loopback())
-            .map(|ip| of_family.filter(|address| address == ip).collect()),
     }
 }
 
@@ -138,6 +150,10 @@ mod tests {
         NodePortAddresses::Within(ranges.iter().map(|range| range.parse().unwrap()).collect())
     }
 
+    fn primary_and(ranges: &[&str]) -> NodePortAddresses {
+        NodePortAddresses::PrimaryAndWithin(ranges.iter().map(|range| range.parse().unwrap()).collect())
+    }
+
     #[test]
     fn node_ports_listen_on_the_addresses_the_flag_selects() {
         let interfaces =
@@ -152,6 +168,10 @@ mod tests {
             (within(&["127.0.0.0/8", "fe80::/10"]), vec!["fe80::1"]),
             (within(&["172.16.0.0/12", "fd00::/16"]), vec!["fd00::1"]),
             (NodePortAddresses::Primary, [&["10.0.0.1"][..], &all_v6].concat()),
+            (primary_and(&["192.168.0.0/16"]), [&["10.0.0.1", "192.168.1.1"][..], &all_v6].concat()),
+            (primary_and(&["fd00::/16"]), vec!["10.0.0.1", "fd00::1"]),
+            (primary_and(&["0.0.0.0/0", "fd01::/16"]), [&all_v4[..], &["fd01::1"]].concat()),
+            (NodePortAddresses::None, vec![]),
         ] {
             let policy = Policy { node_port_addresses: flag.clone(), ..Policy::new("n") };
             assert_eq!(

@@ -19,6 +19,10 @@ pub enum NodePortAddresses {
     Within(Vec<IpNet>),
     /// The node's IPs (`primary`).
     Primary,
+    /// The node's IPs and the addresses in these ranges; all addresses of a family without either.
+    PrimaryAndWithin(Vec<IpNet>),
+    /// None.
+    None,
 }
 
 /// The address families that the node can serve.

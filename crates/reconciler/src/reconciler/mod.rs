@@ -196,8 +196,11 @@ impl<K: Kernel> Reconciler<K> {
     /// CIDRs.
     pub fn is_missing_node_data(&self) -> bool {
         let node = self.table.node();
-        let needs_addresses =
-            self.policy.node_port_addresses == NodePortAddresses::Primary && self.policy.bind_address.is_none();
+        let has_primary = matches!(
+            self.policy.node_port_addresses,
+            NodePortAddresses::Primary | NodePortAddresses::PrimaryAndWithin(_)
+        );
+        let needs_addresses = has_primary && self.policy.bind_address.is_none();
         (needs_addresses && node.is_none_or(|node| node.addresses.is_empty()))
             || (self.policy.detect_local == DetectLocal::NodeCidr && node.is_none_or(|node| node.pod_cidrs.is_empty()))
     }
