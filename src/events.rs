@@ -27,6 +27,11 @@ impl EventPublisher {
         }
     }
 
+    /// Whether Events are sent at present.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.0.get().is_some()
+    }
+
     /// How many Events could not be sent.
     pub(crate) fn dropped(&self) -> u64 {
         self.0.get().map_or(0, EventRecorder::dropped)
@@ -83,6 +88,11 @@ pub(crate) fn agent_port_failed(reason: &str, problem: String) -> Event {
 /// Another program changed a sysctl that Services depend on, and it cannot be restored.
 pub(crate) fn sysctl_changed(problem: String) -> Event {
     warning(None, "KernelSettingChanged", "SetKernelSetting", problem)
+}
+
+/// Another program has set up something that keeps Services from working.
+pub(crate) fn host_problem(reason: &str, problem: String) -> Event {
+    warning(None, reason, "CheckHost", problem)
 }
 
 /// The agent has started.

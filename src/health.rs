@@ -32,6 +32,10 @@ struct State {
     /// `None` before the first sync.
     last_update: Option<SystemTime>,
     is_node_eligible: bool,
+    /// Whether the node has lost IPv6 since the start: then it has only the health of IPv4, as after a restart.
+    is_ipv6_off: bool,
+    /// What other programs have set up that keeps Services from working.
+    warnings: Vec<String>,
 }
 
 /// The health at one moment.
@@ -45,6 +49,8 @@ pub(crate) struct HealthStatus {
     pub(crate) is_first_sync_overdue: bool,
     /// When the last sync or audit ended.
     pub(crate) last_update: Option<SystemTime>,
+    /// What other programs have set up that keeps Services from working. It does not make the node unhealthy.
+    pub(crate) warnings: Vec<String>,
 }
 
 impl HealthStatus {
@@ -86,6 +92,16 @@ impl Health {
         self.state().is_node_eligible = is_eligible;
     }
 
+    /// Sets whether the node has lost IPv6 since the start.
+    pub(crate) fn set_ipv6_off(&self, is_off: bool) {
+        self.state().is_ipv6_off = is_off;
+    }
+
+    /// Sets what other programs have set up that keeps Services from working.
+    pub(crate) fn set_warnings(&self, warnings: Vec<String>) {
+        self.state().warnings = warnings;
+    }
+
     /// Whether a sync has ended.
     pub(crate) fn has_synced(&self) -> bool {
         self.state().last_update.is_some()
@@ -103,11 +119,13 @@ impl Health {
             families: self
                 .families
                 .iter()
+                .filter(|family| !(state.is_ipv6_off && *family == Family::Ipv6))
                 .map(|family| (family, !is_behind && !state.unrepaired.contains(&family)))
                 .collect(),
             is_node_eligible: state.is_node_eligible,
             is_first_sync_overdue: !is_started && is_change_late,
             last_update: state.last_update,
+            warnings: state.warnings.clone(),
         }
     }
 

@@ -11,6 +11,7 @@
 //! | Where is an Event made? | `events.rs` |
 //! | Where are the node's sysctls set? | `sysctl/`; which ones: `sysctl/required.rs` and `sysctl/conntrack.rs` |
 //! | What is checked before the first write? | `preflight.rs` |
+//! | What do other programs do that keeps Services from working? | `host.rs` |
 //! | How are the threads and tasks connected? | `agent/` |
 //! | What is served over HTTP? | `http/`; whether the node is healthy: `health.rs` |
 //! | What do `cleanup` and `takeover` do? | `cleanup.rs`, `takeover.rs` |
@@ -28,6 +29,7 @@ mod config;
 mod events;
 mod flags;
 mod health;
+mod host;
 mod http;
 mod instance_lock;
 mod logging;

@@ -16,6 +16,7 @@ use reconciler::run::ReceivedChanges;
 use service_watch::{Change, Counters};
 
 use crate::health::family_name;
+use crate::host::ProblemKind;
 use crate::{logging, panics};
 
 /// A metric.
@@ -82,8 +83,10 @@ const DRIFT_FOUND: &str = "kube_ipvs_drift_found_total";
 const DRIFT_REPAIRED: &str = "kube_ipvs_drift_repaired_total";
 const UNREPAIRED: &str = "kube_ipvs_drift_unrepaired";
 const WRONG_SETTINGS: &str = "kube_ipvs_settings_wrong";
+const HOST_PROBLEMS: &str = "kube_ipvs_host_problem";
 const UNREADABLE: &str = "kube_ipvs_kernel_read_failures_total";
 const SERVICES: &str = "kube_ipvs_services";
+const EXTERNAL_IPS: &str = "kube_ipvs_services_with_external_ips";
 const VIRTUAL_SERVERS: &str = "kube_ipvs_virtual_servers";
 const REAL_SERVERS: &str = "kube_ipvs_real_servers";
 const DRAINING: &str = "kube_ipvs_real_servers_draining";
@@ -140,8 +143,10 @@ pub(crate) const ALL: &[Metric] = metrics! {
     DRIFT_REPAIRED MetricKind::Counter, [], "Changed objects that the same audit repaired";
     UNREPAIRED MetricKind::Gauge, ["ip_family"], "1 while an object that another program changed cannot be repaired";
     WRONG_SETTINGS MetricKind::Gauge, [], "Kernel settings that Services require, that another program changed and that cannot be restored";
+    HOST_PROBLEMS MetricKind::Gauge, ["problem"], "1 while other programs have set up this host so that Services fail; the log and the Node's Events have the remedy";
     UNREADABLE MetricKind::Counter, [], "Times the state of the kernel could not be read";
     SERVICES MetricKind::Gauge, [], "Services that are served";
+    EXTERNAL_IPS MetricKind::Gauge, [], "Services that request external IPs, whether or not the gate AllowServiceExternalIPs lets them";
     VIRTUAL_SERVERS MetricKind::Gauge, [], "Virtual servers in the desired state";
     REAL_SERVERS MetricKind::Gauge, [], "Real servers in the kernel, including those that drain";
     DRAINING MetricKind::Gauge, [], "Real servers that get no new connections and keep those they have";
@@ -219,6 +224,18 @@ pub(crate) fn change_received(change: &Change, families: Families) {
     let now = seconds(SystemTime::now());
     for family in families.iter() {
         gauge!(QUEUED_TIMESTAMP, "ip_family" => family_name(family)).set(now);
+    }
+}
+
+/// How many Services have `spec.externalIPs`.
+pub(crate) fn set_services_with_external_ips(number: usize) {
+    gauge!(EXTERNAL_IPS).set(to_f64(number));
+}
+
+/// Sets which problems the host has.
+pub(crate) fn set_host_problems(is_found: impl Fn(ProblemKind) -> bool) {
+    for kind in ProblemKind::ALL {
+        gauge!(HOST_PROBLEMS, "problem" => kind.name()).set(if is_found(kind) { 1.0 } else { 0.0 });
     }
 }
 

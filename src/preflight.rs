@@ -31,18 +31,6 @@ pub(crate) fn connect(policy: &Policy) -> Result<LinuxKernel> {
         kernel.own_tables()?;
     }
     kernel.ensure_device()?;
-    match kernel.forward_drops() {
-        Ok(chains) if chains.is_empty() => {}
-        // An accept in our table does not prevent a drop in another one, and the agent does not change tables of other
-        // programs.
-        Ok(chains) => warn!(
-            chains = chains.join(", "),
-            "a chain of another program drops forwarded packets that it does not accept itself; unless that program accepts \
-             answers, connections to Services stall: `iptables -I FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT` \
-             accepts them"
-        ),
-        Err(error) => warn!("{error}"),
-    }
     Ok(kernel)
 }
 
@@ -76,13 +64,18 @@ fn check_scheduler(ipvs: &mut Client, scheduler: Scheduler) -> Result<()> {
 
 /// The address families that this node has.
 pub(crate) fn detect_families() -> Families {
-    let ipv6_is_off =
-        std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "1");
-    let ipv6 = Path::new("/proc/net/if_inet6").exists() && !ipv6_is_off;
+    let ipv6 = has_ipv6();
     if !ipv6 {
         info!("this node has no IPv6: only IPv4 is served");
     }
     Families { ipv4: true, ipv6 }
+}
+
+/// Whether this node has IPv6 at present.
+pub(crate) fn has_ipv6() -> bool {
+    let is_off =
+        std::fs::read_to_string("/proc/sys/net/ipv6/conf/all/disable_ipv6").is_ok_and(|value| value.trim() == "1");
+    Path::new("/proc/net/if_inet6").exists() && !is_off
 }
 
 /// Raises the limit of open files to the hard limit, because each health-check node port needs one. (Go's runtime does
@@ -98,7 +91,11 @@ pub(crate) fn raise_file_limit() {
 /// Sets the OOM score adjustment of this process. To lower it requires `CAP_SYS_RESOURCE`; a failure is only logged.
 pub(crate) fn set_oom_score_adj(score: i32) {
     const PATH: &str = "/proc/self/oom_score_adj";
-    let is_set = std::fs::read_to_string(PATH).is_ok_and(|value| value.trim() == score.to_string());
+    const KUBELETS_CRITICAL_SCORE: i32 = -997;
+    let current: Option<i32> = std::fs::read_to_string(PATH).ok().and_then(|value| value.trim().parse().ok());
+    // kubelet gives -997 to pods of that class, which is as good.
+    let is_set =
+        current == Some(score) || (score < KUBELETS_CRITICAL_SCORE && current == Some(KUBELETS_CRITICAL_SCORE));
     if !is_set && let Err(error) = std::fs::write(PATH, score.to_string()) {
         info!(
             "cannot set {PATH} to {score} (--oom-score-adj): {error}; kubelet sets it for pods of priority class \

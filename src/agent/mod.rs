@@ -14,7 +14,7 @@ mod servers;
 mod source;
 
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
@@ -32,6 +32,7 @@ use crate::config::{Configuration, Settings};
 use crate::events::EventPublisher;
 use crate::flags::Flags;
 use crate::health::Health;
+use crate::host::{HostMonitor, ServiceNeeds};
 use crate::logging::VerbosityHandle;
 use crate::mode::{ExitReason, RunMode};
 use crate::panics::Supervisor;
@@ -98,6 +99,13 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         reconciler_thread::watch_filter(kernel.watch_filter()?, inputs.clone(), supervisor.clone())?;
     }
     let events = EventPublisher::default();
+    let needs = Arc::new(Mutex::new(ServiceNeeds::default()));
+    let mut host = HostMonitor::new(families, needs.clone(), health.clone(), events.clone());
+    // What is there at the start is told before anything is programmed.
+    host.check();
+    if !mode.is_one_shot() {
+        reconciler_thread::watch_host(host, supervisor.clone())?;
+    }
     let (health_check_sender, health_check_updates) = channel::unbounded_channel();
     let observer = SyncObserver {
         health: health.clone(),
@@ -128,7 +136,7 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
     let sink = move |message| match message {
         Message::Change(change) => {
             let now = Instant::now();
-            source::record_change(&change, now, &health, families);
+            source::record_change(&change, now, &health, families, &needs);
             match inputs.send(Input::Change(change, now)) {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(_) => ControlFlow::Break(()),

@@ -21,6 +21,7 @@ use tracing::warn;
 
 use crate::events::{self, EventPublisher};
 use crate::health::Health;
+use crate::host::HostMonitor;
 use crate::http::health_check_node_ports::PortUpdate;
 use crate::metrics;
 use crate::mode::RunMode;
@@ -112,6 +113,13 @@ pub(super) fn watch_filter(mut watch: FilterWatch, inputs: Sender, supervisor: S
     };
     let run = move || supervisor.run("the watch of the packet filter", follow);
     thread::Builder::new().name("packet-filter".to_owned()).spawn(run).context("cannot start a thread")?;
+    Ok(())
+}
+
+/// Starts the thread that looks at what other programs have set up on this host.
+pub(super) fn watch_host(host: HostMonitor, supervisor: Supervisor) -> Result<()> {
+    let run = move || supervisor.run("the watch of the host", || host.run());
+    thread::Builder::new().name("host".to_owned()).spawn(run).context("cannot start a thread")?;
     Ok(())
 }
 

@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Instant;
 
 use anyhow::Result;
@@ -15,6 +15,7 @@ use crate::config::Settings;
 use crate::events::{self, EventPublisher};
 use crate::flags::Flags;
 use crate::health::Health;
+use crate::host::ServiceNeeds;
 use crate::metrics;
 
 /// Where Services come from.
@@ -99,7 +100,17 @@ impl SourceTask {
 }
 
 /// Updates health and metrics for a change, before the reconciler receives it.
-pub(super) fn record_change(change: &Change, now: Instant, health: &Health, families: Families) {
+pub(super) fn record_change(
+    change: &Change,
+    now: Instant,
+    health: &Health,
+    families: Families,
+    needs: &Mutex<ServiceNeeds>,
+) {
+    let mut needs = needs.lock().unwrap_or_else(PoisonError::into_inner);
+    needs.apply(change);
+    metrics::set_services_with_external_ips(needs.with_external_ips());
+    drop(needs);
     match change {
         Change::Node(node) => health.set_node_eligible(!node.is_being_removed),
         Change::NodeDeleted => health.set_node_eligible(false),

@@ -157,10 +157,7 @@ impl<'de> Visitor<'de> for ValueSeed<'_> {
     }
 
     /// Helm writes large numbers as `1.048576e+06`.
-    fn visit_f64<E: serde::de::Error>(self, value: f64) -> Result<Value, E> {
-        if !value.is_finite() {
-            return Err(E::custom("a number is infinite or none"));
-        }
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
         #[expect(clippy::cast_possible_truncation, reason = "it is whole, and within the range of exact numbers")]
         let whole = (value.fract() == 0.0 && value.abs() < MAX_EXACT).then_some(value as i64);
         Ok(whole.map_or_else(|| value.into(), Value::from))

@@ -458,7 +458,7 @@ fn whole_numbers_may_be_written_as_helm_writes_them() {
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nconntrack: {{min: {text}}}"
         );
         let error = with_file(&file).unwrap_err();
-        assert!(error.contains("conntrack.min") || error.contains("is infinite or none"), "{text}: {error}");
+        assert!(error.contains("conntrack.min") || error.contains("non-finite float"), "{text}: {error}");
     }
 }
 

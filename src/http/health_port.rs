@@ -62,6 +62,9 @@ pub(super) fn health_response(health: &Health, scope: Scope) -> Response {
     });
     if scope == Scope::Node {
         body["nodeEligible"] = status.is_node_eligible.into();
+        if !status.warnings.is_empty() {
+            body["warnings"] = status.warnings.into();
+        }
     }
     super::json(if is_healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, &body)
 }

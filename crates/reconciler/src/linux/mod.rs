@@ -8,6 +8,7 @@ pub(crate) mod conntrack;
 mod errno;
 pub mod filter;
 pub mod filter_watch;
+pub mod host;
 pub mod instance;
 pub mod interface_watch;
 mod read;
@@ -155,12 +156,6 @@ impl LinuxKernel {
     /// kernel load its modules. If there is a table already, nothing is checked.
     pub fn probe_filter(&mut self, policy: &Policy) -> Result<(), KernelError> {
         filter::client::probe(&mut self.netfilter, policy)
-    }
-
-    /// The chains of other programs at the forward hook whose policy is drop.
-    pub fn forward_drops(&mut self) -> Result<Vec<String>, KernelError> {
-        let chains = filter::read::forward_drops(&mut self.netfilter);
-        chains.map_err(|error| refused(format!("cannot read the forward chains of other programs: {error}")))
     }
 
     /// Deletes `kube-ipvs0`. Returns whether it existed. An interface of that name that is not a dummy is an error.

@@ -5,8 +5,7 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::path::PathBuf;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -137,7 +136,7 @@ async fn a_server_is_reached_as_client_go_reaches_it() {
     let data = |listener: &TlsListener, pem: &str| {
         format!("server: 'https://{}', certificate-authority-data: {}", listener.address(), base64(pem))
     };
-    let other = test_apiserver::Server::new().listen_over_tls_in_thread().unwrap();
+    let other = Server::new().listen_over_tls_in_thread().unwrap();
     let (https_authority, other_authority) = (places.https.authority(), other.authority());
     let (connect, socks) = (places.connect_proxy, places.socks_proxy);
     let cases: Vec<(String, Outcome)> = vec![
@@ -195,12 +194,12 @@ async fn a_server_is_reached_as_client_go_reaches_it() {
         (format!("server: 'https://{http}', {authority}"), Err("begin its URL with http://")),
     ];
     for (cluster, expected) in cases {
-        check(&cluster, places.list(&kubeconfig(&cluster, "token: secret")).await, expected);
+        check(&cluster, &places.list(&kubeconfig(&cluster, "token: secret")).await, expected);
     }
 }
 
-fn check(what: &str, result: Result<(), String>, expected: Outcome) {
-    match (&result, expected) {
+fn check(what: &str, result: &Result<(), String>, expected: Outcome) {
+    match (result, expected) {
         (Ok(()), Ok(())) => {}
         (Err(problem), Err(part)) if problem.contains(part) => {}
         _ => panic!("{what}: {result:?} instead of {expected:?}"),
@@ -298,7 +297,7 @@ async fn a_user_is_authenticated_as_by_client_go() {
         if let Some(script) = &script {
             places.program("program", script);
         }
-        check(&format!("{user} {script:?}"), places.list(&kubeconfig(&server, &user)).await, expected);
+        check(&format!("{user} {script:?}"), &places.list(&kubeconfig(&server, &user)).await, expected);
     }
 }
 
@@ -343,10 +342,10 @@ async fn a_client_certificate_is_taken_as_by_client_go() {
         ("token: secret, client-key: client.pem".to_owned(), Err("no client-certificate: give both")),
         ("token: secret, client-certificate: nonexistent, client-key: client.pem".to_owned(), Err("cannot read")),
     ] {
-        check(&user.clone(), places.list(&kubeconfig(&server, &user)).await, expected);
+        check(&user.clone(), &places.list(&kubeconfig(&server, &user)).await, expected);
     }
     let mismatch = identity(&places.https.certificate(), P256_SEC1);
-    check(&mismatch, places.list(&kubeconfig(&server, &mismatch)).await, Err("the two that belong together"));
+    check(&mismatch, &places.list(&kubeconfig(&server, &mismatch)).await, Err("the two that belong together"));
 }
 
 #[tokio::test]
@@ -363,7 +362,7 @@ async fn a_master_takes_the_place_of_the_kubeconfigs_server() {
         places.write("kubeconfig", &text);
         let kubeconfig = Some(places.path("kubeconfig"));
         let connection = Connection { kubeconfig, master: Some(master.clone()), user_agent: None };
-        check(&format!("{text} {master}"), places.list_by(connection).await, expected);
+        check(&format!("{text} {master}"), &places.list_by(connection).await, expected);
     }
 }
 

@@ -17,6 +17,7 @@ use netlink_packet_netfilter::{NetfilterHeader, NetfilterMessage, NetfilterProto
 use service_watch::{ObjectName, Protocol};
 
 use super::super::errno::ENOENT;
+use super::super::host::{DroppingChain, ForeignHook};
 use super::message::{OWNED, PERSIST, UDATA_FINGERPRINT, header};
 use crate::filter::expression::protocol_number;
 use crate::filter::inventory::Inventory;
@@ -181,10 +182,11 @@ fn read_once(
     Ok(observed)
 }
 
-/// The chains at the forward hook whose policy is drop, with their tables.
+/// The chains at the input and forward hooks whose policy is drop.
 ///
 /// A packet that one table accepts can still be dropped by another.
-pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
+pub(in crate::linux) fn dropping_chains(socket: &mut Socket) -> Result<Vec<DroppingChain>, Error> {
+    const INPUT: u32 = 1;
     const FORWARD: u32 = 2;
     const NF_DROP: u32 = 0;
     let mut found = Vec::new();
@@ -194,10 +196,19 @@ pub fn forward_drops(socket: &mut Socket) -> Result<Vec<String>, Error> {
         let message = NetfilterMessage::new(NetfilterHeader::new(family, 0, 0), message);
         socket.dump(&message, |chain: RawMessage| {
             let hook = chain.attribute(NFTA_CHAIN_HOOK).and_then(|hook| attribute(hook, NFTA_HOOK_HOOKNUM));
-            let is_forward = hook.and_then(|hook| parse_u32_be(hook).ok()) == Some(FORWARD);
-            if is_forward && chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
+            let hook = match hook.and_then(|hook| parse_u32_be(hook).ok()) {
+                Some(INPUT) => ForeignHook::Input,
+                Some(FORWARD) => ForeignHook::Forward,
+                _ => return,
+            };
+            if chain.number(NFTA_CHAIN_POLICY) == Some(NF_DROP) {
                 let text = |kind| chain.text(kind).unwrap_or_default();
-                found.push(format!("{word} {} {}", text(NFTA_CHAIN_TABLE), text(NFTA_CHAIN_NAME)));
+                found.push(DroppingChain {
+                    hook,
+                    family: word,
+                    table: text(NFTA_CHAIN_TABLE),
+                    chain: text(NFTA_CHAIN_NAME),
+                });
             }
         })?;
     }

@@ -270,13 +270,19 @@ impl Cluster {
     }
 }
 
+/// A client's certificate and its key, as PEM.
+pub(super) struct Identity {
+    pub(super) certificate: Vec<u8>,
+    pub(super) key: Vec<u8>,
+}
+
 impl User {
-    /// The client's certificate and key, as PEM.
-    pub(super) fn identity(&self) -> Result<Option<(Vec<u8>, Vec<u8>)>, String> {
+    /// The client's certificate and key.
+    pub(super) fn identity(&self) -> Result<Option<Identity>, String> {
         let certificate = load("client-certificate", &self.client_certificate_data, &self.client_certificate)?;
         let key = load("client-key", &self.client_key_data, &self.client_key)?;
         match (certificate, key) {
-            (Some(certificate), Some(key)) => Ok(Some((certificate, key))),
+            (Some(certificate), Some(key)) => Ok(Some(Identity { certificate, key })),
             (None, None) => Ok(None),
             (Some(_), None) => Err("the user has a client-certificate and no client-key: give both".to_owned()),
             (None, Some(_)) => Err("the user has a client-key and no client-certificate: give both".to_owned()),

@@ -160,8 +160,8 @@ fn of_cluster(cluster: &Cluster, user: &User, url: ServerUrl) -> Result<Target, 
     let ServerUrl { uri: server, authorization } = url;
     let proxy = proxy::proxy_for(&server, &cluster.proxy_url, environment)?;
     let certificate = ClientCertificate::default();
-    if let Some((chain, key)) = user.identity()? {
-        certificate.set(&chain, &key)?;
+    if let Some(identity) = user.identity()? {
+        certificate.set(&identity.certificate, &identity.key)?;
     }
     let is_https = |uri: &Uri| uri.scheme_str() == Some("https");
     let tls = if is_https(&server) || proxy.as_ref().is_some_and(is_https) {

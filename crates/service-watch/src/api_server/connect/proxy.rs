@@ -50,7 +50,7 @@ fn parse(text: &str, may_lack_scheme: bool) -> Result<Uri, String> {
     }
 }
 
-/// Whether no proxy is used for a host: those of this machine, and those that NO_PROXY lists.
+/// Whether no proxy is used for a host: those of this machine, and those that `NO_PROXY` lists.
 fn is_exempt(host: &str, port: u16, exceptions: &str) -> bool {
     let host = host.trim_end_matches('.').to_ascii_lowercase();
     let address = host.parse::<IpAddr>().ok().map(|address| address.to_canonical());

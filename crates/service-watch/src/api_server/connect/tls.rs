@@ -292,8 +292,9 @@ fn remedy(error: &rustls::Error) -> Option<&'static str> {
                  a subject alternative name"
             }
         },
-        rustls::Error::PeerIncompatible(_) => UNSUPPORTED_KEY,
-        rustls::Error::AlertReceived(AlertDescription::HandshakeFailure) => UNSUPPORTED_KEY,
+        rustls::Error::PeerIncompatible(_) | rustls::Error::AlertReceived(AlertDescription::HandshakeFailure) => {
+            UNSUPPORTED_KEY
+        }
         rustls::Error::AlertReceived(
             AlertDescription::BadCertificate
             | AlertDescription::UnknownCA
