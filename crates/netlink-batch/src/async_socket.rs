@@ -9,7 +9,7 @@ use tokio::task::coop::consume_budget;
 
 use crate::error::{Error, Refusal};
 use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PendingDump, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{drop_queued, no_reply, open, receive_queued, retry};
+use crate::socket::{drop_queued, is_last, no_reply, open, receive_queued, retry};
 
 /// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///
@@ -22,8 +22,8 @@ pub struct AsyncSocket {
     raw: RawSocket,
     outgoing: Outgoing,
     incoming: Vec<u8>,
-    /// As in [`Socket`](crate::Socket).
-    has_unread_dump: bool,
+    /// As in [`Socket`](crate::Socket), and after a future was dropped between what it sent and the reply.
+    has_unread_replies: bool,
 }
 
 impl AsyncSocket {
@@ -31,7 +31,7 @@ impl AsyncSocket {
     /// namespace of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
-        Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false })
+        Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false })
     }
 
     /// Counters of what was sent so far.
@@ -49,7 +49,9 @@ impl AsyncSocket {
         self.send().await?;
         loop {
             let datagram = receive(&self.raw, &mut self.incoming).await?;
-            if pending.receive(&self.outgoing, datagram, &mut each)? {
+            let received = pending.receive(&self.outgoing, datagram, &mut each);
+            self.has_unread_replies = !is_last(&received);
+            if received? {
                 return Ok(());
             }
         }
@@ -83,7 +85,6 @@ impl AsyncSocket {
     {
         let pending = self.outgoing.dump(message);
         self.send().await?;
-        self.has_unread_dump = true;
         Ok(AsyncStream { socket: self, pending, of: PhantomData })
     }
 
@@ -110,13 +111,14 @@ impl AsyncSocket {
                     Err(error) => return Err(error),
                 }
             }
+            self.has_unread_replies = false;
         }
         Ok(results)
     }
 
     async fn send(&mut self) -> Result<(), Error> {
         consume_budget().await;
-        if std::mem::take(&mut self.has_unread_dump) {
+        if std::mem::replace(&mut self.has_unread_replies, true) {
             drop_queued(&self.raw, &mut self.incoming);
         }
         let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
@@ -143,9 +145,9 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
     /// The next message; `None` after the last. A message that cannot be decoded is an error and does not end the dump.
     pub async fn next(&mut self) -> Option<Result<R, Error>> {
         loop {
-            let AsyncSocket { raw, outgoing, incoming, has_unread_dump } = &mut *self.socket;
+            let AsyncSocket { raw, outgoing, incoming, has_unread_replies } = &mut *self.socket;
             let next = self.pending.next(outgoing, incoming);
-            *has_unread_dump = !self.pending.is_done();
+            *has_unread_replies = !self.pending.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.pending.is_done() => return None,

@@ -18,8 +18,9 @@ pub struct Socket {
     raw: RawSocket,
     outgoing: Outgoing,
     incoming: Vec<u8>,
-    /// A dump was begun and not read to its end. Until it is, the kernel refuses the next one (`EBUSY`).
-    has_unread_dump: bool,
+    /// The last reply to what was sent has not been read: a dump, a reply that cannot be decoded, a panic in between. What is
+    /// queued would take the place of later replies, and the kernel refuses another dump (`EBUSY`).
+    has_unread_replies: bool,
 }
 
 /// The receive timeout. Most families reply before `send` returns; in a few, such as audit, a kernel thread sends the
@@ -50,7 +51,7 @@ impl Socket {
     }
 
     fn of(raw: RawSocket) -> Self {
-        Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_dump: false }
+        Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false }
     }
 
     /// Enables strict checking of dump requests (`NETLINK_GET_STRICT_CHK`): the kernel applies the filters in a request
@@ -85,10 +86,11 @@ impl Socket {
         let pending = self.outgoing.request(request);
         self.send()?;
         loop {
-            match receive(&self.raw, &mut self.incoming) {
-                Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut each)? => return Ok(()),
-                Ok(_) => {}
-                Err(error) => return Err(no_reply(error)),
+            let datagram = receive(&self.raw, &mut self.incoming).map_err(no_reply)?;
+            let received = pending.receive(&self.outgoing, datagram, &mut each);
+            self.has_unread_replies = !is_last(&received);
+            if received? {
+                return Ok(());
             }
         }
     }
@@ -122,7 +124,6 @@ impl Socket {
     {
         let pending = self.outgoing.dump(message);
         self.send()?;
-        self.has_unread_dump = true;
         Ok(Stream { socket: self, pending, of: PhantomData })
     }
 
@@ -160,6 +161,7 @@ impl Socket {
                     Err(error) => return Err(error),
                 }
             }
+            self.has_unread_replies = false;
         }
         #[cfg(feature = "fault-points")]
         for (index, refusal) in refused {
@@ -200,7 +202,10 @@ impl Socket {
         loop {
             match receive_queued(&self.raw, &mut self.incoming) {
                 Ok(Some(datagram)) => transaction.receive(&self.outgoing, datagram)?,
-                Ok(None) => return Ok(transaction.result(true)),
+                Ok(None) => {
+                    self.has_unread_replies = false;
+                    return Ok(transaction.result(true));
+                }
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => return Ok(transaction.result(false)),
                 Err(error) => return Err(Error::Receive(error)),
             }
@@ -219,8 +224,8 @@ impl Socket {
     }
 
     fn send(&mut self) -> Result<(), Error> {
-        if std::mem::take(&mut self.has_unread_dump) {
-            // Discards the rest of an earlier dump. The kernel produces it as fast as it is received.
+        // The kernel produces the rest of a dump as fast as it is received.
+        if std::mem::replace(&mut self.has_unread_replies, true) {
             drop_queued(&self.raw, &mut self.incoming);
         }
         #[cfg(feature = "fault-points")]
@@ -262,9 +267,9 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            let Socket { raw, outgoing, incoming, has_unread_dump } = &mut *self.socket;
+            let Socket { raw, outgoing, incoming, has_unread_replies } = &mut *self.socket;
             let next = self.pending.next(outgoing, incoming);
-            *has_unread_dump = !self.pending.is_done();
+            *has_unread_replies = !self.pending.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.pending.is_done() => return None,
@@ -279,6 +284,11 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
             }
         }
     }
+}
+
+/// Whether this datagram of the reply to a request had the last reply in it.
+pub(crate) fn is_last(received: &Result<bool, Error>) -> bool {
+    matches!(received, Ok(true) | Err(Error::Refused(_)))
 }
 
 /// The error for a missing reply. The kernel sends none to a request that failed with `EINTR` (`netlink_rcv_skb`).

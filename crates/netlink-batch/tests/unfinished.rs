@@ -114,6 +114,49 @@ fn other_tasks_run_between_requests() {
     });
 }
 
+/// Polls a future once, so that it goes on until it has used what is left of the task's budget, and drops it.
+async fn poll_with_budget<T>(left: u32, future: impl Future<Output = T>) {
+    // From here on the budget is whole.
+    tokio::task::yield_now().await;
+    let mut future = std::pin::pin!(future);
+    std::future::poll_fn(|context| {
+        for _ in left..TASK_BUDGET {
+            let mut consume = std::pin::pin!(tokio::task::coop::consume_budget());
+            let _ = consume.as_mut().poll(context);
+        }
+        let _ = future.as_mut().poll(context);
+        std::task::Poll::Ready(())
+    })
+    .await;
+}
+
+/// How often a task of tokio can go on before it yields.
+const TASK_BUDGET: u32 = 128;
+
+#[test]
+fn replies_to_a_future_dropped_at_any_await_are_not_kept() {
+    on_one_thread(async {
+        let mut socket = AsyncSocket::open(NETLINK_ROUTE).unwrap();
+        // A batch of five datagrams awaits before each `send` and each `recv`.
+        for left in 0..20 {
+            // As many refusals as two batches have overrun the receive buffer.
+            for _ in 0..4 {
+                let batch = socket.batch((0..5 * BATCH_MESSAGES).map(|_| get_link(NO_DEVICE).into()));
+                poll_with_budget(left, batch).await;
+            }
+            tokio::task::yield_now().await;
+            let results = socket.batch((0..BATCH_MESSAGES).map(|_| get_link(NO_DEVICE).into())).await.unwrap();
+            assert!(results.iter().all(Result::is_err), "{left} awaits");
+            poll_with_budget(left, socket.request(&get_link(NO_DEVICE).into(), |_: RouteNetlinkMessage| ())).await;
+            let mut seen = 0;
+            socket.request(&get_link(LOOPBACK).into(), |_: RouteNetlinkMessage| seen += 1).await.unwrap();
+            assert_eq!(seen, 1, "{left} awaits");
+            let all = RouteNetlinkMessage::GetLink(LinkMessage::default());
+            poll_with_budget(left, socket.dump(&all, |_: RouteNetlinkMessage| ())).await;
+        }
+    });
+}
+
 #[test]
 fn a_dropped_future_leaves_the_socket_usable() {
     on_one_thread(async {

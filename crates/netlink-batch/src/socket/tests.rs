@@ -226,6 +226,21 @@ fn the_socket_works_after_a_receive_buffer_overrun() {
 }
 
 #[test]
+fn replies_that_were_not_read_are_discarded_before_the_next_send() {
+    let mut socket = Socket::open(NETLINK_ROUTE).unwrap();
+    set_receive_timeout(&socket.raw);
+    let refused = || Request::from(Bytes(vec![0]));
+    let batch = |socket: &mut Socket| socket.batch((0..BATCH_MESSAGES).map(|_| refused()));
+    for _ in 0..4 {
+        // What is left of a batch whose replies could not be read.
+        let mut requests = (0..BATCH_MESSAGES).map(|_| refused());
+        socket.outgoing.batch(&mut requests, &mut Vec::new()).unwrap();
+        socket.send().unwrap();
+    }
+    assert!(batch(&mut socket).unwrap().iter().all(Result::is_err));
+}
+
+#[test]
 fn a_batch_requests_one_ack_and_matches_refusals_to_requests() {
     let mut socket = fake_kernel([|mut datagram| {
         let mut replies = Vec::new();
