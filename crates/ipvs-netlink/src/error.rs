@@ -107,6 +107,17 @@ impl Error {
         }))
     }
 
+    /// The kernel has no IPVS any more.
+    pub(crate) fn unloaded(message: &Message, cause: netlink_batch::Error) -> Self {
+        Self(Box::new(Failure {
+            operation: message.operation(),
+            object: message.object(),
+            kind: ErrorKind::NotSupported,
+            hint: Some("the module ip_vs was unloaded: load it with `modprobe ip_vs`".into()),
+            cause: Cause::Netlink(cause),
+        }))
+    }
+
     /// A batch of which it is not known what was carried out.
     pub(crate) fn batch(messages: usize, cause: netlink_batch::Error) -> Self {
         Self(Box::new(Failure {
@@ -157,10 +168,6 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
         }
         (ESRCH, Message::StopSyncDaemon(_)) => (ErrorKind::NotFound, "none runs"),
         (ESRCH, _) => (ErrorKind::NotFound, "there is no such virtual server"),
-        (ENOENT, Message::ListVirtualServers | Message::ListSyncDaemons | Message::GetTimeouts | Message::GetInfo) => {
-            // From generic netlink: nobody has the family of this socket any more.
-            (ErrorKind::NotSupported, "the module ip_vs was unloaded since this socket was opened: open another")
-        }
         (ENOENT, _) => (ErrorKind::NotFound, "the virtual server has no such real server"),
         (EPERM | EACCES, _) => (ErrorKind::PermissionDenied, "it requires CAP_NET_ADMIN in the initial user namespace"),
         (EAFNOSUPPORT, _) => {

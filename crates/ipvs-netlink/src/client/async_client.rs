@@ -9,8 +9,8 @@ use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
 use super::{
-    ServerEntry, UniqueIds, check_result, family_id, family_request, no_family, no_reply, requests, to_requests,
-    to_results, wrap,
+    Attempt, ServerEntry, UniqueIds, check_result, family_id, family_request, is_enoent, no_family, no_reply,
+    refused_with_enoent, replace_results, replace_with_unloaded, requests, to_requests, to_results, wrap,
 };
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
@@ -68,18 +68,30 @@ impl AsyncClient {
 
     /// [`Client::apply`](crate::Client::apply), awaited.
     pub async fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
+        let mut results = self.batch(messages).await?;
+        let stale = refused_with_enoent(&results);
+        if !stale.is_empty() {
+            match self.renew_family().await {
+                Ok(false) => {}
+                Ok(true) => {
+                    let again: Vec<Message> = stale.iter().map(|index| messages[*index]).collect();
+                    replace_results(&mut results, &stale, self.batch(&again).await?);
+                }
+                Err(error) => replace_with_unloaded(&mut results, &stale, messages, &error),
+            }
+        }
+        Ok(results)
+    }
+
+    async fn batch(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
         let results = self.socket.batch(to_requests(messages, self.family)).await;
         to_results(messages, results)
     }
 
     /// [`Client::servers`](crate::Client::servers), awaited.
     pub async fn servers(&mut self) -> Result<AsyncServers<'_>, Error> {
-        let failed = |error| Error::new(&Message::ListVirtualServers, error);
         let mut ids = UniqueIds::default();
-        let mut stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).await.map_err(failed)?;
-        while let Some(reply) = stream.next().await {
-            ids.push(&reply.map_err(failed)?);
-        }
+        self.dump(Message::ListVirtualServers, |reply| ids.push(&reply)).await?;
         Ok(AsyncServers { client: self, ids: ids.ordered.into_iter() })
     }
 
@@ -105,12 +117,7 @@ impl AsyncClient {
 
     async fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
         let mut entries = Vec::new();
-        self.socket
-            .dump(&wrap(message, self.family), |reply: GenlMessage<Message>| {
-                entries.extend(T::from_message(reply.payload));
-            })
-            .await
-            .map_err(|error| Error::new(&message, error))?;
+        self.dump(message, |reply| entries.extend(T::from_message(reply))).await?;
         T::remove_duplicates(&mut entries);
         Ok(entries)
     }
@@ -119,9 +126,59 @@ impl AsyncClient {
         if let Some(fault) = message.fault() {
             return Err(Error::fault(&message, fault));
         }
-        let request = wrap(message, self.family).into();
-        let result = self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload)).await;
+        let result = match self.exchange(message, &mut each).await {
+            Err(error) if is_enoent(&error) => match self.renew_family().await {
+                Ok(true) => self.exchange(message, &mut each).await.map_err(Attempt::Failed),
+                Ok(false) => Err(Attempt::Failed(error)),
+                Err(renewal) => Err(Attempt::of_renewal(error, renewal)),
+            },
+            result => result.map_err(Attempt::Failed),
+        };
         check_result(&message, result)
+    }
+
+    async fn exchange(
+        &mut self,
+        message: Message,
+        each: &mut impl FnMut(Message),
+    ) -> Result<(), netlink_batch::Error> {
+        let request = wrap(message, self.family).into();
+        self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload)).await
+    }
+
+    /// Passes each message of a list to `each` as it arrives.
+    async fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+        let result = match self.dump_once(message, &mut each).await {
+            Err(error) if is_enoent(&error) => match self.renew_family().await {
+                Ok(true) => self.dump_once(message, &mut each).await.map_err(Attempt::Failed),
+                Ok(false) => Err(Attempt::Failed(error)),
+                Err(renewal) => Err(Attempt::of_renewal(error, renewal)),
+            },
+            result => result.map_err(Attempt::Failed),
+        };
+        check_result(&message, result)
+    }
+
+    async fn dump_once(
+        &mut self,
+        message: Message,
+        each: &mut impl FnMut(Message),
+    ) -> Result<(), netlink_batch::Error> {
+        let mut stream = self.socket.stream(&wrap(message, self.family)).await?;
+        while let Some(reply) = stream.next().await {
+            let reply: GenlMessage<Message> = reply?;
+            each(reply.payload);
+        }
+        Ok(())
+    }
+
+    /// As in [`Client`](crate::Client).
+    async fn renew_family(&mut self) -> Result<bool, netlink_batch::Error> {
+        let mut found = None;
+        self.socket.request(&family_request(), |reply| found = found.or(family_id(&reply))).await?;
+        let family = found.unwrap_or(self.family);
+        let known = std::mem::replace(&mut self.family, family);
+        Ok(known != self.family)
     }
 }
 
@@ -148,5 +205,31 @@ impl AsyncServers<'_> {
                 Err(error) => return Some(Err(error)),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{STALE, is_in_own_namespace, web};
+    use super::*;
+
+    #[test]
+    #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+    fn a_stale_family_number_is_asked_for_again() {
+        if !is_in_own_namespace("client::async_client::tests::a_stale_family_number_is_asked_for_again") {
+            return;
+        }
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut client = AsyncClient::connect().await.unwrap();
+            client.family = STALE;
+            client.add_virtual_server(&web()).await.unwrap();
+            client.family = STALE;
+            assert_eq!(client.table().await.unwrap().len(), 1);
+            client.family = STALE;
+            let results = client.apply(&[Message::DeleteVirtualServer(web().id)]).await.unwrap();
+            assert!(results.iter().all(Result::is_ok));
+            assert_eq!(client.virtual_servers().await.unwrap(), []);
+        });
     }
 }

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::vec;
 
 use netlink_batch::protocols::NETLINK_GENERIC;
-use netlink_batch::{Request, Sent, Socket};
+use netlink_batch::{Refusal, Request, Sent, Socket};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
@@ -21,6 +21,7 @@ pub use self::async_client::{AsyncClient, AsyncServers};
 use crate::attributes::FAMILY_NAME;
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
+use crate::errno::ENOENT;
 use crate::error::{Error, ErrorKind};
 use crate::id::VirtualServerId;
 use crate::message::{Message, Reply};
@@ -73,6 +74,22 @@ impl Client {
     /// Returns one result for each message. An `Err` of the whole means that the socket failed, and that it is not known
     /// what was carried out. See [`netlink_batch::Socket::batch`] for how it works.
     pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
+        let mut results = self.batch(messages)?;
+        let stale = refused_with_enoent(&results);
+        if !stale.is_empty() {
+            match self.renew_family() {
+                Ok(false) => {}
+                Ok(true) => {
+                    let again: Vec<Message> = stale.iter().map(|index| messages[*index]).collect();
+                    replace_results(&mut results, &stale, self.batch(&again)?);
+                }
+                Err(error) => replace_with_unloaded(&mut results, &stale, messages, &error),
+            }
+        }
+        Ok(results)
+    }
+
+    fn batch(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
         let results = self.socket.batch(to_requests(messages, self.family));
         to_results(messages, results)
     }
@@ -80,12 +97,8 @@ impl Client {
     /// All virtual servers with their real servers, one after another: first the identities of all are read, then each by
     /// itself. One that goes before its turn is left out. Held are the identities and one virtual server.
     pub fn servers(&mut self) -> Result<Servers<'_>, Error> {
-        let failed = |error| Error::new(&Message::ListVirtualServers, error);
         let mut ids = UniqueIds::default();
-        let stream = self.socket.stream(&wrap(Message::ListVirtualServers, self.family)).map_err(failed)?;
-        for reply in stream {
-            ids.push(&reply.map_err(failed)?);
-        }
+        self.dump(Message::ListVirtualServers, |reply| ids.push(&reply))?;
         Ok(Servers { client: self, ids: ids.ordered.into_iter() })
     }
 
@@ -106,11 +119,7 @@ impl Client {
 
     fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
         let mut entries = Vec::new();
-        self.socket
-            .dump(&wrap(message, self.family), |reply: GenlMessage<Message>| {
-                entries.extend(T::from_message(reply.payload));
-            })
-            .map_err(|error| Error::new(&message, error))?;
+        self.dump(message, |reply| entries.extend(T::from_message(reply)))?;
         T::remove_duplicates(&mut entries);
         Ok(entries)
     }
@@ -119,9 +128,47 @@ impl Client {
         if let Some(fault) = message.fault() {
             return Err(Error::fault(&message, fault));
         }
-        let request = wrap(message, self.family).into();
-        let result = self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload));
+        let result = self.with_family(|socket, family| {
+            socket.request(&wrap(message, family).into(), |reply: GenlMessage<Message>| each(reply.payload))
+        });
         check_result(&message, result)
+    }
+
+    /// Passes each message of a list to `each` as it arrives.
+    fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+        let result = self.with_family(|socket, family| {
+            for reply in socket.stream(&wrap(message, family))? {
+                let reply: GenlMessage<Message> = reply?;
+                each(reply.payload);
+            }
+            Ok(())
+        });
+        check_result(&message, result)
+    }
+
+    /// Runs an exchange, and again if the family has another number since `ip_vs` was unloaded and loaded: the kernel answers
+    /// `ENOENT` to the number of no family (`genl_rcv_msg`), as it does where an object is missing.
+    fn with_family<T>(
+        &mut self,
+        mut exchange: impl FnMut(&mut Socket, u16) -> Result<T, netlink_batch::Error>,
+    ) -> Result<T, Attempt> {
+        match exchange(&mut self.socket, self.family) {
+            Err(error) if is_enoent(&error) => match self.renew_family() {
+                Ok(true) => exchange(&mut self.socket, self.family).map_err(Attempt::Failed),
+                Ok(false) => Err(Attempt::Failed(error)),
+                Err(renewal) => Err(Attempt::of_renewal(error, renewal)),
+            },
+            result => result.map_err(Attempt::Failed),
+        }
+    }
+
+    /// Asks for the number of the family again; returns whether it is another one.
+    fn renew_family(&mut self) -> Result<bool, netlink_batch::Error> {
+        let mut found = None;
+        self.socket.request(&family_request(), |reply| found = found.or(family_id(&reply)))?;
+        let family = found.unwrap_or(self.family);
+        let known = std::mem::replace(&mut self.family, family);
+        Ok(known != self.family)
     }
 
     /// For requests that [`Message`] does not cover.
@@ -182,8 +229,8 @@ struct UniqueIds {
 }
 
 impl UniqueIds {
-    fn push(&mut self, reply: &GenlMessage<Message>) {
-        if let Message::VirtualServer(entry) = &reply.payload
+    fn push(&mut self, reply: &Message) {
+        if let Message::VirtualServer(entry) = reply
             && self.seen.insert(entry.server.id)
         {
             self.ordered.push(entry.server.id);
@@ -220,22 +267,76 @@ fn to_requests(messages: &[Message], family: u16) -> impl Iterator<Item = Reques
 /// One result for each message of a batch.
 fn to_results(
     messages: &[Message],
-    results: Result<Vec<Result<(), netlink_batch::Refusal>>, netlink_batch::Error>,
+    results: Result<Vec<Result<(), Refusal>>, netlink_batch::Error>,
 ) -> Result<Vec<Result<(), Error>>, Error> {
     let mut results = results.map_err(|error| Error::batch(messages.len(), error))?.into_iter();
     Ok(messages
         .iter()
         .map(|message| match message.fault() {
             Some(fault) => Err(Error::fault(message, fault)),
-            None => check_result(message, results.next().unwrap_or(Ok(())).map_err(Into::into)),
+            None => check_result(message, results.next().unwrap_or(Ok(())).map_err(|refusal| Attempt::Failed(refusal.into()))),
         })
         .collect())
 }
 
-fn check_result(message: &Message, result: Result<(), netlink_batch::Error>) -> Result<(), Error> {
+fn check_result(message: &Message, result: Result<(), Attempt>) -> Result<(), Error> {
     match result {
-        Err(error) if Error::is_success_of(message, &error) => Ok(()),
-        result => result.map_err(|error| Error::new(message, error)),
+        Ok(()) => Ok(()),
+        Err(Attempt::Failed(error)) if Error::is_success_of(message, &error) => Ok(()),
+        Err(Attempt::Failed(error)) => Err(Error::new(message, error)),
+        Err(Attempt::Unloaded(error)) => Err(Error::unloaded(message, error)),
+    }
+}
+
+/// Why an exchange failed.
+enum Attempt {
+    Failed(netlink_batch::Error),
+    /// The kernel has no IPVS any more.
+    Unloaded(netlink_batch::Error),
+}
+
+impl Attempt {
+    /// `error` is that of the exchange, and `renewal` that of asking for the number of the family after it.
+    fn of_renewal(error: netlink_batch::Error, renewal: netlink_batch::Error) -> Self {
+        if is_enoent(&renewal) { Self::Unloaded(renewal) } else { Self::Failed(error) }
+    }
+}
+
+impl From<netlink_batch::Error> for Attempt {
+    fn from(error: netlink_batch::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+fn is_enoent(error: &netlink_batch::Error) -> bool {
+    error.refusal().is_some_and(|refusal| refusal.errno == ENOENT)
+}
+
+/// The indices of the messages of a batch that the number of no family would explain. All others were carried out, or
+/// refused by IPVS.
+fn refused_with_enoent(results: &[Result<(), Error>]) -> Vec<usize> {
+    let is_refused = |result: &Result<(), Error>| {
+        result.as_ref().is_err_and(|error| error.refusal().is_some_and(|refusal| refusal.errno == ENOENT))
+    };
+    (0..results.len()).filter(|index| is_refused(&results[*index])).collect()
+}
+
+fn replace_results(results: &mut [Result<(), Error>], indices: &[usize], new: Vec<Result<(), Error>>) {
+    for (index, new) in indices.iter().zip(new) {
+        results[*index] = new;
+    }
+}
+
+fn replace_with_unloaded(
+    results: &mut [Result<(), Error>],
+    indices: &[usize],
+    messages: &[Message],
+    error: &netlink_batch::Error,
+) {
+    if is_enoent(error) {
+        for index in indices {
+            results[*index] = Err(Error::unloaded(&messages[*index], Refusal::new(ENOENT).into()));
+        }
     }
 }
 
@@ -247,4 +348,71 @@ pub(crate) fn wrap(message: Message, family: u16) -> GenlMessage<Message> {
 
 fn no_reply(message: &Message) -> Error {
     Error::new(message, netlink_batch::Error::Decode("the kernel acknowledged the request without a reply".into()))
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::env;
+    use std::process::Command;
+
+    use super::*;
+    use crate::id::Protocol;
+    use crate::scheduler::Scheduler;
+
+    /// The number of no family, as after `ip_vs` was unloaded and loaded.
+    pub(super) const STALE: u16 = 0xfff0;
+
+    /// Runs the test that calls this, by its name, in a process with a network namespace of its own, and returns whether this
+    /// is that process. The package's own tests do not have the lab.
+    pub(crate) fn is_in_own_namespace(test: &str) -> bool {
+        const MARK: &str = "IPVS_NETLINK_TEST_IN_OWN_NAMESPACE";
+        if env::var_os(MARK).is_some() {
+            return true;
+        }
+        let mut command = Command::new("unshare");
+        command.arg("--net").arg(env::current_exe().unwrap()).args(["--ignored", "--exact", test]).env(MARK, "1");
+        let output = command.output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && stdout.contains("1 passed"), "{output:?}");
+        false
+    }
+
+    pub(super) fn web() -> VirtualServer {
+        VirtualServer::new(
+            VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([10, 96, 0, 1], 80))),
+            Scheduler::RoundRobin,
+        )
+    }
+
+    #[test]
+    #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+    fn a_stale_family_number_is_asked_for_again() {
+        if !is_in_own_namespace("client::tests::a_stale_family_number_is_asked_for_again") {
+            return;
+        }
+        let client = || Client { family: STALE, ..Client::connect().unwrap() };
+        let (server, other) = (web(), VirtualServerId::firewall_mark(7, crate::Family::Ipv4).unwrap());
+        client().add_virtual_server(&server).unwrap();
+        assert_eq!(client().add_virtual_server(&server).unwrap_err().kind(), ErrorKind::Exists);
+        assert_eq!(client().virtual_servers().unwrap().len(), 1);
+        assert_eq!(client().virtual_server(&server.id).unwrap().server, server);
+        assert_eq!(client().real_servers(&server.id).unwrap(), []);
+        assert_eq!(client().table().unwrap().len(), 1);
+        assert!(client().features(&[Scheduler::RoundRobin]).unwrap().ipv6);
+        let messages = [
+            Message::SetVirtualServer(server),
+            Message::DeleteRealServer(server.id, SocketAddr::from(([10, 1, 0, 1], 80))),
+            Message::DeleteVirtualServer(other),
+            Message::DeleteVirtualServer(server.id),
+        ];
+        let mut stale = client();
+        let results = stale.apply(&messages).unwrap();
+        let errnos = results.into_iter().map(|result| result.err().and_then(|error| error.refusal().map(|it| it.errno)));
+        assert_eq!(errnos.collect::<Vec<_>>(), [None, Some(ENOENT), Some(3), None]);
+        // Once is enough, and what is really missing is still said.
+        assert_ne!(stale.family, STALE);
+        let unknown = VirtualServer { scheduler: "nosuch".parse().unwrap(), ..server };
+        assert_eq!(client().add_virtual_server(&unknown).unwrap_err().kind(), ErrorKind::NoScheduler);
+        assert_eq!(stale.add_virtual_server(&unknown).unwrap_err().kind(), ErrorKind::NoScheduler);
+    }
 }
