@@ -2,14 +2,17 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::net::IpAddr;
 
 use netlink_batch::Refusal;
 
 use crate::errno::{
     EACCES, EAFNOSUPPORT, EEXIST, EINTR, EINVAL, ENETUNREACH, ENODEV, ENOENT, EOPNOTSUPP, EPERM, ERANGE, ESRCH,
 };
+use crate::id::{Family, VirtualServerId};
 use crate::message::Message;
-use crate::virtual_server::VirtualServer;
+use crate::real_server::{Forwarding, RealServer, TUNNEL_TYPE_GUE, Tunnel};
+use crate::virtual_server::{Netmask, VirtualServer};
 
 /// What kind of failure it is, to match on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -173,26 +176,27 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
         (EAFNOSUPPORT, _) => {
             (ErrorKind::NotSupported, "IPVS has no IPv6 here: CONFIG_IP_VS_IPV6 is off, or ipv6.disable=1 is set")
         }
-        (ERANGE, AddRealServer(..) | SetRealServer(..)) => {
-            (ErrorKind::Invalid, "a weight is at most 2147483647, and the lower threshold at most the upper one")
+        (ERANGE, AddRealServer(_, server) | SetRealServer(_, server)) => (ErrorKind::Invalid, out_of_range(server)),
+        (EINVAL, AddVirtualServer(server) | SetVirtualServer(server)) => {
+            return (ErrorKind::Invalid, invalid_virtual_server(server).map(Into::into));
         }
-        (EINVAL, AddVirtualServer(_) | SetVirtualServer(_)) => {
-            (ErrorKind::Invalid, "the netmask of persistence is for IPv6 a prefix length from 1 to 128")
+        (EINVAL, AddRealServer(id, server)) => {
+            let hint = invalid_real_server(id, server, invalid_address(server.address)).or(match server.address {
+                IpAddr::V4(_) => Some(NO_LOCAL_TABLE),
+                IpAddr::V6(_) => None,
+            });
+            return (ErrorKind::Invalid, hint.map(Into::into));
         }
-        (EINVAL, AddRealServer(_, server) | SetRealServer(_, server))
-            if i32::try_from(server.upper_threshold).is_err() =>
-        {
-            (ErrorKind::Invalid, "this kernel takes upper thresholds of at most 2147483647")
+        // The address of one that exists is not looked at again.
+        (EINVAL, SetRealServer(id, server)) => {
+            return (ErrorKind::Invalid, invalid_real_server(id, server, None).map(Into::into));
         }
-        (EINVAL, AddRealServer(..) | SetRealServer(..)) => (
-            ErrorKind::Invalid,
-            "an address is unicast, and no link-local one of another host; to the other address family leads a tunnel only, \
-             and none while a synchronization daemon runs",
-        ),
-        (EINVAL, Message::StartSyncDaemon(_)) => (
-            ErrorKind::Invalid,
-            "the group is a multicast address, and no tunnel leads to the other address family while a daemon runs",
-        ),
+        (EINVAL, Message::StartSyncDaemon(daemon)) if daemon.group.is_some_and(|group| !group.is_multicast()) => {
+            (ErrorKind::Invalid, "the group is not a multicast address")
+        }
+        (EINVAL, Message::StartSyncDaemon(_)) => {
+            (ErrorKind::Invalid, "no daemon runs while a tunnel leads to a real server of the other address family")
+        }
         (EINVAL, Message::SetTimeouts(_)) => {
             (ErrorKind::Invalid, "a timeout is at most 2147483 s where the kernel has 1000 ticks a second")
         }
@@ -202,6 +206,64 @@ fn kind_and_hint(errno: i32, message: &Message) -> (ErrorKind, Option<Cow<'stati
         _ => return (ErrorKind::Other, None),
     };
     (kind, Some(hint.into()))
+}
+
+fn out_of_range(server: &RealServer) -> &'static str {
+    if i32::try_from(server.weight).is_err() {
+        "a weight is at most 2147483647"
+    } else {
+        "the lower threshold is at most the upper one"
+    }
+}
+
+fn invalid_virtual_server(server: &VirtualServer) -> Option<&'static str> {
+    match server.persistence?.netmask {
+        Netmask::V6(1..=128) | Netmask::V4(_) => None,
+        Netmask::V6(_) => Some("the netmask of persistence is for IPv6 a prefix length from 1 to 128"),
+    }
+}
+
+/// Without its table of local addresses, which comes with the first IPv4 address of a network namespace, the kernel takes every
+/// IPv4 address for a broadcast address (`__inet_dev_addr_type`).
+const NO_LOCAL_TABLE: &str = "the address is the broadcast address of a network here, or this network namespace never had an \
+                              IPv4 address: bring its interface lo up";
+
+/// Why the kernel refuses a real server, as far as its values tell: in the order in which the kernel looks at them
+/// (`ip_vs_genl_set_cmd`, `ip_vs_add_dest`).
+fn invalid_real_server(
+    id: &VirtualServerId,
+    server: &RealServer,
+    invalid_address: Option<&'static str>,
+) -> Option<&'static str> {
+    let is_of_other_family = Family::of(server.address) != id.family();
+    match server.forwarding {
+        Forwarding::Tunnel(_) => {}
+        _ if is_of_other_family => return Some("only a tunnel leads to a real server of the other address family"),
+        _ => {}
+    }
+    if i32::try_from(server.upper_threshold).is_err() {
+        return Some("this kernel takes upper thresholds of at most 2147483647");
+    }
+    if let Forwarding::Tunnel(Tunnel::Other { kind: TUNNEL_TYPE_GUE, port: 0, .. }) = server.forwarding {
+        return Some("generic UDP encapsulation needs a port");
+    }
+    let daemon = "no tunnel leads to the other address family while a synchronization daemon runs";
+    invalid_address.or(is_of_other_family.then_some(daemon))
+}
+
+fn invalid_address(address: IpAddr) -> Option<&'static str> {
+    let (is_unicast, is_link_local) = match address {
+        IpAddr::V4(v4) => (!(v4.is_unspecified() || v4.is_broadcast() || v4.is_multicast()), false),
+        IpAddr::V6(v6) => (
+            !(v6.is_unspecified() || v6.is_multicast() || v6.to_ipv4_mapped().is_some()),
+            v6.is_unicast_link_local(),
+        ),
+    };
+    match (is_unicast, is_link_local) {
+        (false, _) => Some("the address is not a unicast address"),
+        (true, true) => Some("a link-local address has to be one of this network namespace's own"),
+        (true, false) => None,
+    }
 }
 
 fn no_scheduler(server: &VirtualServer) -> String {
@@ -234,3 +296,43 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::Client;
+    use crate::client::tests::{is_in_own_namespace, web};
+
+    #[test]
+    #[ignore = "needs a kernel with IPVS: cargo xtask test"]
+    fn a_namespace_whose_lo_was_never_up_takes_no_ipv4_real_server() {
+        if !is_in_own_namespace("error::tests::a_namespace_whose_lo_was_never_up_takes_no_ipv4_real_server") {
+            return;
+        }
+        let mut client = Client::connect().unwrap();
+        client.add_virtual_server(&web()).unwrap();
+        for address in ["10.1.0.7:80", "127.0.0.1:80", "192.0.2.255:80"] {
+            let server = RealServer::new(address.parse().unwrap());
+            let error = client.add_real_server(&web().id, &server).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Invalid);
+            assert!(error.to_string().ends_with(NO_LOCAL_TABLE), "{error}");
+        }
+        let tunnel = Forwarding::Tunnel(Tunnel::IpIp);
+        let server = RealServer { forwarding: tunnel, ..RealServer::new("[fd00:1::7]:80".parse().unwrap()) };
+        client.add_real_server(&web().id, &server).unwrap();
+        client.features(&[]).unwrap();
+    }
+
+    #[cfg(feature = "fake")]
+    #[test]
+    fn without_an_ipv4_address_the_fake_takes_no_ipv4_real_server() {
+        let mut ipvs = crate::fake::Ipvs::default();
+        let server = RealServer::new("10.1.0.7:80".parse().unwrap());
+        ipvs.add_virtual_server(&web()).unwrap();
+        ipvs.kernel.addresses.retain(|(address, _)| address.is_ipv6());
+        let error = ipvs.add_real_server(&web().id, &server).unwrap_err();
+        assert!(error.to_string().ends_with(NO_LOCAL_TABLE), "{error}");
+        ipvs.kernel.addresses.insert(("127.0.0.1".parse().unwrap(), 8));
+        ipvs.add_real_server(&web().id, &server).unwrap();
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::num::NonZeroU32;
 use std::path::Path;
 
@@ -92,7 +92,7 @@ impl Client {
             (Some(scheduler), Ok(engine)) => probe.has(self, scheduler, Some(engine))?,
             _ => false,
         };
-        let known = self.known_attributes(some)?;
+        let known = self.known_attributes(probe, some)?;
         Ok(Features {
             info,
             schedulers: found,
@@ -123,7 +123,11 @@ impl Client {
     }
 
     /// The attributes with which the kernel lists virtual and real servers: the nest they are in, and their kind.
-    fn known_attributes(&mut self, scheduler: Option<Scheduler>) -> Result<BTreeSet<(u16, u16)>, Error> {
+    fn known_attributes(
+        &mut self,
+        probe: SchedulerProbe,
+        scheduler: Option<Scheduler>,
+    ) -> Result<BTreeSet<(u16, u16)>, Error> {
         for entry in self.virtual_servers()? {
             match self.attributes_of(&entry.server.id) {
                 Ok(known) if known.iter().any(|(nest, _)| *nest == top::DEST) => return Ok(known),
@@ -133,10 +137,15 @@ impl Client {
             }
         }
         let Some(scheduler) = scheduler else { return Ok(BTreeSet::new()) };
-        let id = self.with_unused_mark(Family::Ipv4, |client, id| {
+        // Of IPv4 the kernel takes none where `lo` was never up.
+        let (family, address): (_, IpAddr) = match probe {
+            SchedulerProbe::Ipv6 => (Family::Ipv6, Ipv6Addr::LOCALHOST.into()),
+            SchedulerProbe::Ipv4 => (Family::Ipv4, Ipv4Addr::LOCALHOST.into()),
+        };
+        let id = self.with_unused_mark(family, |client, id| {
             client.add_virtual_server(&VirtualServer::new(id, scheduler)).map(|()| id)
         })?;
-        let example = RealServer::new(SocketAddr::new(Ipv4Addr::LOCALHOST.into(), 0));
+        let example = RealServer::new(SocketAddr::new(address, 0));
         let known = self.add_real_server(&id, &example).and_then(|()| self.attributes_of(&id));
         match self.delete_virtual_server(&id) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),

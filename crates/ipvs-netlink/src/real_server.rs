@@ -56,7 +56,7 @@ pub enum GueChecksum {
 }
 
 const TUNNEL_TYPE_IPIP: u8 = 0;
-const TUNNEL_TYPE_GUE: u8 = 1;
+pub(crate) const TUNNEL_TYPE_GUE: u8 = 1;
 const TUNNEL_TYPE_GRE: u8 = 2;
 const TUNNEL_FLAG_CSUM: u16 = 1;
 const TUNNEL_FLAG_REMCSUM: u16 = 2;

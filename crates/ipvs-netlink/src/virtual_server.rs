@@ -66,14 +66,18 @@ impl fmt::Display for Netmask {
 /// How clients stay with the real server that served them before (`IP_VS_SVC_F_PERSISTENT`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Persistence {
-    /// Seconds for which a client stays after its last connection. The kernel counts in ticks of 32 bits: with 1000 of them
-    /// a second no more than 4,294,967 fit. ipvsadm takes 1 to 2,678,400.
+    /// Seconds for which a client stays after its last connection, at most [`Persistence::MAX_TIMEOUT`]. ipvsadm takes 1 to
+    /// 2,678,400.
     pub timeout: u32,
     /// Which clients are treated as one.
     pub netmask: Netmask,
 }
 
 impl Persistence {
+    /// The longest timeout that a client sends, in seconds: 48 days. The kernel counts in ticks of 32 bits, of which it has up
+    /// to 1024 a second (`CONFIG_HZ`), and a longer timeout would wrap around: what it lists would never be what was set.
+    pub const MAX_TIMEOUT: u32 = u32::MAX / 1024;
+
     /// Each client for itself.
     pub fn new(timeout: u32, family: Family) -> Self {
         Self { timeout, netmask: Netmask::host(family) }
@@ -121,9 +125,11 @@ impl VirtualServer {
 
     /// What is wrong with it before any kernel has seen it.
     pub(crate) fn fault(&self) -> Option<&'static str> {
-        let netmask = self.persistence?.netmask;
-        (netmask.family() != self.id.family())
-            .then_some("the netmask of its persistence is of the other address family")
+        let Persistence { timeout, netmask } = self.persistence?;
+        if netmask.family() != self.id.family() {
+            return Some("the netmask of its persistence is of the other address family");
+        }
+        (timeout > Persistence::MAX_TIMEOUT).then_some("the timeout of its persistence is longer than 4194303 s")
     }
 
     pub(crate) fn encode(&self, out: &mut Encoder<'_>) {

@@ -377,7 +377,7 @@ pub(crate) mod tests {
         false
     }
 
-    pub(super) fn web() -> VirtualServer {
+    pub(crate) fn web() -> VirtualServer {
         VirtualServer::new(
             VirtualServerId::address(Protocol::Tcp, SocketAddr::from(([10, 96, 0, 1], 80))),
             Scheduler::RoundRobin,

@@ -48,7 +48,8 @@ pub struct Kernel {
     pub largest_upper_threshold: u32,
     /// The addresses of the namespace, with the prefix lengths of their networks. A real server may be any unicast
     /// address; what depends on this is that it is not the broadcast address of a network, and that a link-local IPv6
-    /// address has to be one of the host's own.
+    /// address has to be one of the host's own. Without any of IPv4, as where `lo` was never up, no IPv4 address is taken as
+    /// that of a real server.
     pub addresses: BTreeSet<(IpAddr, u8)>,
     /// The interfaces of the namespace.
     pub interfaces: BTreeMap<Name, Interface>,
@@ -89,7 +90,9 @@ impl Kernel {
             // inet_addr_type: 0.0.0.0 alone of its network counts as broadcast, and 240.0.0.0/4 as unicast.
             IpAddr::V4(v4) => {
                 let refused = v4.is_unspecified() || v4.is_broadcast() || v4.is_multicast();
-                !refused && (self.is_local(address) || !self.is_broadcast(v4))
+                // Before the first address there is no table to look it up in, and it counts as broadcast.
+                let has_table = self.addresses.iter().any(|(local, _)| local.is_ipv4());
+                !refused && has_table && (self.is_local(address) || !self.is_broadcast(v4))
             }
             // ipv6_addr_type: an IPv4 address in IPv6 form is not unicast, 100::/64 and fec0::/10 are.
             IpAddr::V6(v6) => {

@@ -123,6 +123,7 @@ pub(crate) fn cases() -> Vec<(Message, &'static str)> {
         (Message::SyncDaemon(daemon(SyncRole::Master, "lo", "")), "unsent"),
         (Message::Info(Ipvs::default().info()), "unsent"),
         (Message::AddVirtualServer(persistent(WEB6, host(Family::Ipv4), None)), "unsent"),
+        (Message::SetVirtualServer(round_robin(web).persistent(Persistence::MAX_TIMEOUT + 1)), "unsent"),
     ]);
     cases
 }
@@ -256,13 +257,12 @@ fn daemons_are_listed_with_what_the_kernel_chose() {
 fn values_are_listed_as_the_kernel_keeps_them() {
     let mut ipvs = Ipvs::new(kernel());
     let id = VirtualServerId::address(Protocol::Other(6), WEB.parse().unwrap());
-    let server = VirtualServer { id, ..scheduled(WEB, "rr") }.persistent(42_949_673);
+    let server = VirtualServer { id, ..scheduled(WEB, "rr") }.persistent(Persistence::MAX_TIMEOUT);
     ipvs.add_virtual_server(&server).unwrap();
     let other = Forwarding::Other(10);
     ipvs.add_real_server(&id, &RealServer { forwarding: other, ..real("10.1.0.7:80") }).unwrap();
     ipvs.add_real_server(&id, &real("10.1.0.8:80")).unwrap();
-    // 2^32 ticks are none.
-    assert_eq!(ipvs.virtual_server(&id).unwrap().server, round_robin(tcp(WEB)).persistent(0));
+    assert_eq!(ipvs.virtual_server(&id).unwrap().server, server);
     let listed: Vec<_> = ipvs.real_servers(&id).iter().map(|entry| entry.server).collect();
     assert_eq!(listed, [real("10.1.0.8:80"), RealServer { forwarding: TUNNEL, ..real("10.1.0.7:80") }]);
 }
