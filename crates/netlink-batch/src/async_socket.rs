@@ -8,8 +8,10 @@ use netlink_sys::Socket as RawSocket;
 use tokio::task::coop::consume_budget;
 
 use crate::error::{Error, Refusal};
-use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PendingDump, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{drop_queued, is_last, no_reply, open, receive_queued, retry};
+use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PartialBatch, PendingBatch, PendingDump, RECEIVE_BYTES, Request, Sent};
+use crate::socket::{
+    drop_queued, is_last, is_too_large, no_reply, open, receive_buffer, receive_queued, retry,
+};
 
 /// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///
@@ -31,7 +33,8 @@ impl AsyncSocket {
     /// namespace of the calling thread.
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
-        Ok(Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false })
+        let outgoing = Outgoing::new(receive_buffer(&raw));
+        Ok(Self { raw, outgoing, incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false })
     }
 
     /// Counters of what was sent so far.
@@ -96,32 +99,69 @@ impl AsyncSocket {
     where
         M: NetlinkSerializable,
     {
+        self.batch_partial(requests).await.map_err(|partial| partial.error)
+    }
+
+    /// The async form of [`Socket::batch_partial`](crate::Socket::batch_partial).
+    pub async fn batch_partial<M>(
+        &mut self,
+        requests: impl IntoIterator<Item = Request<M>>,
+    ) -> Result<Vec<Result<(), Refusal>>, Box<PartialBatch>>
+    where
+        M: NetlinkSerializable,
+    {
         let mut requests = requests.into_iter();
         let mut results = Vec::with_capacity(requests.size_hint().0);
-        while let Some(pending) = self.outgoing.batch(&mut requests, &mut results) {
-            self.send().await?;
-            loop {
-                match receive(&self.raw, &mut self.incoming).await {
-                    Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut results)? => break,
-                    Ok(_) => {}
-                    Err(Error::Refused(refusal)) => {
-                        pending.refuse_last(refusal, &mut results);
-                        break;
+        let mut parts = Vec::new();
+        while let Some(mut part) = parts.pop().or_else(|| self.outgoing.batch(&mut requests, &mut results)) {
+            match self.send_part(Some(&part)).await {
+                Err(error) if is_too_large(&error) => match self.outgoing.halve(part) {
+                    Ok([first, second]) => parts.extend([second, first]),
+                    Err(part) => part.refuse_last(Refusal::new(libc::EMSGSIZE), &mut results),
+                },
+                Err(error) => return Err(Box::new(part.end(results, error))),
+                Ok(()) => {
+                    if let Err(error) = self.receive_part(&mut part, &mut results).await {
+                        return Err(Box::new(part.end(results, error)));
                     }
-                    Err(error) => return Err(error),
                 }
             }
-            self.has_unread_replies = false;
         }
         Ok(results)
     }
 
+    async fn receive_part(
+        &mut self,
+        part: &mut PendingBatch,
+        results: &mut [Result<(), Refusal>],
+    ) -> Result<(), Error> {
+        loop {
+            match receive(&self.raw, &mut self.incoming).await {
+                Ok(datagram) if part.receive(&self.outgoing, datagram, results)? => break,
+                Ok(_) => {}
+                Err(Error::Refused(refusal)) => {
+                    part.refuse_last(refusal, results);
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.has_unread_replies = false;
+        Ok(())
+    }
+
     async fn send(&mut self) -> Result<(), Error> {
+        self.send_part(None).await
+    }
+
+    /// Sends a part of the datagram, or all of it.
+    async fn send_part(&mut self, part: Option<&PendingBatch>) -> Result<(), Error> {
         consume_budget().await;
         if std::mem::replace(&mut self.has_unread_replies, true) {
             drop_queued(&self.raw, &mut self.incoming);
         }
-        let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
+        let datagram = part.map_or(self.outgoing.datagram(), |part| self.outgoing.part(part));
+        let bytes = retry(|| self.raw.send(datagram, 0)).map_err(Error::Send)?;
         self.outgoing.count(bytes);
         Ok(())
     }

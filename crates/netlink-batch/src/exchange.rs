@@ -2,6 +2,7 @@
 //! and the asynchronous socket only move bytes between this module and the kernel.
 
 use std::io;
+use std::ops::Range;
 
 use netlink_packet_core::{
     Emitable, ErrorBuffer, NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, NLMSG_NOOP, NLMSG_OVERRUN,
@@ -15,6 +16,9 @@ use crate::error::{Error, Refusal};
 /// The reply to a refused request takes about 770 bytes of receive buffer, and the default buffer (212,992 bytes) holds
 /// 256 of them on Linux 6.1 and 6.18. With twice that number, replies are lost.
 pub const BATCH_MESSAGES: usize = 128;
+
+/// What a socket's receive buffer has for each reply to a batch: twice what a refusal takes.
+pub(crate) const RECEIVE_BYTES_PER_REPLY: usize = 1664;
 
 /// The kernel refuses a datagram larger than the send buffer with `EMSGSIZE`. The default buffer takes 143 KB.
 pub(crate) const BATCH_BYTES: usize = 64 * 1024;
@@ -82,14 +86,22 @@ impl std::ops::Sub for Sent {
 }
 
 /// Encodes datagrams and keeps the last one, since refusals refer to its content.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Outgoing {
     pub(crate) sequence: u32,
     datagram: Vec<u8>,
     sent: Sent,
+    /// How many messages of a batch go into one datagram, at most.
+    batch_messages: usize,
 }
 
 impl Outgoing {
+    /// For a socket with a receive buffer of this size.
+    pub(crate) fn new(receive_buffer: usize) -> Self {
+        let batch_messages = (receive_buffer / RECEIVE_BYTES_PER_REPLY).clamp(1, BATCH_MESSAGES);
+        Self { sequence: 0, datagram: Vec::new(), sent: Sent::default(), batch_messages }
+    }
+
     /// The datagram to send.
     pub(crate) fn datagram(&self) -> &[u8] {
         &self.datagram
@@ -135,7 +147,7 @@ impl Outgoing {
         let first = results.len();
         let first_sequence = self.sequence.wrapping_add(1);
         let mut last_start = 0;
-        while results.len() - first < BATCH_MESSAGES && self.datagram.len() < BATCH_BYTES {
+        while results.len() - first < self.batch_messages && self.datagram.len() < BATCH_BYTES {
             let Some(request) = requests.next() else { break };
             last_start = self.datagram.len();
             self.push(&request.message, request.flags);
@@ -143,7 +155,41 @@ impl Outgoing {
         }
         self.acknowledge(last_start);
         let count = results.len() - first;
-        (count > 0).then_some(PendingBatch { first, first_sequence, count })
+        let bytes = 0..self.datagram.len();
+        (count > 0).then_some(PendingBatch { first, first_sequence, count, answered: 0, bytes })
+    }
+
+    /// The bytes of a part of the batch.
+    pub(crate) fn part(&self, batch: &PendingBatch) -> &[u8] {
+        self.datagram.get(batch.bytes.clone()).unwrap_or_default()
+    }
+
+    /// Splits a part that the kernel finds too large into two, and makes later ones as small. `Err` if it is one message.
+    pub(crate) fn halve(&mut self, batch: PendingBatch) -> Result<[PendingBatch; 2], PendingBatch> {
+        let count = batch.count / 2;
+        if count == 0 {
+            return Err(batch);
+        }
+        self.batch_messages = self.batch_messages.min(count);
+        let (mut last_start, mut middle) = (batch.bytes.start, batch.bytes.start);
+        for _ in 0..count {
+            let Some(message) = self.datagram.get(middle..middle + HEADER_BYTES) else { return Err(batch) };
+            last_start = middle;
+            middle += (NetlinkBuffer::new(message).length() as usize).next_multiple_of(4);
+        }
+        self.acknowledge(last_start);
+        let PendingBatch { first, first_sequence, bytes, .. } = batch;
+        let skipped = u32::try_from(count).unwrap_or(u32::MAX);
+        Ok([
+            PendingBatch { first, first_sequence, count, answered: 0, bytes: bytes.start..middle },
+            PendingBatch {
+                first: first + count,
+                first_sequence: first_sequence.wrapping_add(skipped),
+                count: batch.count - count,
+                answered: 0,
+                bytes: middle..bytes.end,
+            },
+        ])
     }
 
     /// Encodes a transaction. `None` if there are no requests.
@@ -299,13 +345,17 @@ pub(crate) struct PendingBatch {
     first: usize,
     first_sequence: u32,
     count: usize,
+    /// How many requests have their result: those up to the last one that was answered, since replies come in order.
+    answered: usize,
+    /// Where it is in the datagram.
+    bytes: Range<usize>,
 }
 
 impl PendingBatch {
     /// Reads a datagram and stores each refusal at the index of its request. Returns whether the last request has its
     /// reply.
     pub(crate) fn receive(
-        &self,
+        &mut self,
         outgoing: &Outgoing,
         mut datagram: &[u8],
         results: &mut [Result<(), Refusal>],
@@ -315,6 +365,7 @@ impl PendingBatch {
             if index >= self.count {
                 continue;
             }
+            self.answered = self.answered.max(index + 1);
             match reply {
                 Reply::Refused(refusal) => {
                     if let Some(result) = results.get_mut(self.first + index) {
@@ -340,7 +391,35 @@ impl PendingBatch {
             *last = Err(refusal);
         }
     }
+
+    /// What is known of the batch when an error ends it here.
+    pub(crate) fn end(&self, mut results: Vec<Result<(), Refusal>>, error: Error) -> PartialBatch {
+        results.truncate(self.first + self.answered);
+        let is_unsent = matches!(error, Error::Send(_));
+        PartialBatch { results, in_doubt: if is_unsent { 0 } else { self.count - self.answered }, error }
+    }
 }
+
+/// What is known of a batch that an error of the socket has ended.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct PartialBatch {
+    /// The results of the first requests.
+    pub results: Vec<Result<(), Refusal>>,
+    /// The number of requests after those that were sent and may or may not have been handled. The rest was not sent.
+    pub in_doubt: usize,
+    /// Why the batch ended.
+    pub error: Error,
+}
+
+impl std::fmt::Display for PartialBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { results, in_doubt, error } = self;
+        write!(f, "{error} (after {} results; {in_doubt} requests may have been handled)", results.len())
+    }
+}
+
+impl std::error::Error for PartialBatch {}
 
 /// A transaction whose replies are being read. No reply is known to be the last one: for a transaction that is refused
 /// as a whole, the kernel sends no ACK.

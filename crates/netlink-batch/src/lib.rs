@@ -37,7 +37,7 @@ mod subscription;
 pub use async_socket::{AsyncSocket, AsyncStream};
 
 pub use error::{Error, Refusal};
-pub use exchange::{BATCH_MESSAGES, Request, Sent};
+pub use exchange::{BATCH_MESSAGES, PartialBatch, Request, Sent};
 pub use netlink_sys::protocols;
 pub use socket::{Socket, Stream};
 pub use subscription::{Received, Subscription};

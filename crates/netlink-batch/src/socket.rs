@@ -10,7 +10,10 @@ use netlink_sys::{Socket as RawSocket, SocketAddr};
 use rustix::net::sockopt::{self, Timeout};
 
 use crate::error::{Error, Refusal};
-use crate::exchange::{BATCH_BYTES, DUMP_ATTEMPTS, Outgoing, PendingDump, RECEIVE_BYTES, Request, Sent};
+use crate::exchange::{
+    BATCH_BYTES, BATCH_MESSAGES, DUMP_ATTEMPTS, Outgoing, PartialBatch, PendingBatch, PendingDump, RECEIVE_BYTES,
+    RECEIVE_BYTES_PER_REPLY, Request, Sent,
+};
 
 /// A synchronous netlink socket, connected to the kernel: it receives messages of no other sender.
 #[derive(Debug)]
@@ -38,9 +41,31 @@ pub(crate) fn open(protocol: isize) -> Result<RawSocket, Error> {
         let _ = socket.set_ext_ack(true);
         let _ = socket.set_cap_ack(true);
         sockopt::set_socket_timeout(&socket, Timeout::Recv, Some(RECEIVE_TIMEOUT))?;
+        grow_buffers(&socket);
         Ok(socket)
     };
     open().map_err(|error| Error::Open { protocol, error })
+}
+
+/// Grows buffers that are too small for a whole batch, where the system's default is low: by privilege, or up to the system's
+/// limit. Batches adapt to what there is.
+fn grow_buffers(raw: &RawSocket) {
+    let receive = BATCH_MESSAGES * RECEIVE_BYTES_PER_REPLY;
+    if receive_buffer(raw) < receive {
+        // The kernel doubles the size.
+        let _ = sockopt::set_socket_recv_buffer_size_force(raw, receive / 2)
+            .or_else(|_| sockopt::set_socket_recv_buffer_size(raw, receive / 2));
+    }
+    let send = BATCH_BYTES * 2;
+    if sockopt::socket_send_buffer_size(raw).is_ok_and(|size| size < send) {
+        let _ = sockopt::set_socket_send_buffer_size_force(raw, send / 2)
+            .or_else(|_| sockopt::set_socket_send_buffer_size(raw, send / 2));
+    }
+}
+
+/// The size of the receive buffer in bytes, as the kernel counts them.
+pub(crate) fn receive_buffer(raw: &RawSocket) -> usize {
+    sockopt::socket_recv_buffer_size(raw).unwrap_or(0)
 }
 
 impl Socket {
@@ -51,7 +76,8 @@ impl Socket {
     }
 
     fn of(raw: RawSocket) -> Self {
-        Self { raw, outgoing: Outgoing::default(), incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false }
+        let outgoing = Outgoing::new(receive_buffer(&raw));
+        Self { raw, outgoing, incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false }
     }
 
     /// Enables strict checking of dump requests (`NETLINK_GET_STRICT_CHK`): the kernel applies the filters in a request
@@ -136,7 +162,8 @@ impl Socket {
     /// other appears to have succeeded. In a user-mode Linux 6.1 this takes 0.8–3.4 µs for a new IPVS service, against
     /// 15 µs one request at a time.
     ///
-    /// The outer `Err` means that the socket failed: requests may or may not have been handled.
+    /// A datagram has fewer messages where the socket's buffers are small. The outer `Err` means that the socket failed:
+    /// requests may or may not have been handled. [`Socket::batch_partial`] tells what is known of them.
     pub fn batch<M>(
         &mut self,
         requests: impl IntoIterator<Item = Request<M>>,
@@ -144,30 +171,57 @@ impl Socket {
     where
         M: NetlinkSerializable,
     {
+        self.batch_partial(requests).map_err(|partial| partial.error)
+    }
+
+    /// [`Socket::batch`], whose error has the results that are known.
+    pub fn batch_partial<M>(
+        &mut self,
+        requests: impl IntoIterator<Item = Request<M>>,
+    ) -> Result<Vec<Result<(), Refusal>>, Box<PartialBatch>>
+    where
+        M: NetlinkSerializable,
+    {
         #[cfg(feature = "fault-points")]
         let (requests, refused) = crate::fault::take_refused(requests);
         let mut requests = requests.into_iter();
         let mut results = Vec::with_capacity(requests.size_hint().0);
-        while let Some(pending) = self.outgoing.batch(&mut requests, &mut results) {
-            self.send()?;
-            loop {
-                match receive(&self.raw, &mut self.incoming).map_err(no_reply) {
-                    Ok(datagram) if pending.receive(&self.outgoing, datagram, &mut results)? => break,
-                    Ok(_) => {}
-                    Err(Error::Refused(refusal)) => {
-                        pending.refuse_last(refusal, &mut results);
-                        break;
+        let mut parts = Vec::new();
+        while let Some(mut part) = parts.pop().or_else(|| self.outgoing.batch(&mut requests, &mut results)) {
+            match self.send_part(Some(&part)) {
+                Err(error) if is_too_large(&error) => match self.outgoing.halve(part) {
+                    Ok([first, second]) => parts.extend([second, first]),
+                    Err(part) => part.refuse_last(Refusal::new(libc::EMSGSIZE), &mut results),
+                },
+                Err(error) => return Err(Box::new(part.end(results, error))),
+                Ok(()) => {
+                    if let Err(error) = self.receive_part(&mut part, &mut results) {
+                        return Err(Box::new(part.end(results, error)));
                     }
-                    Err(error) => return Err(error),
                 }
             }
-            self.has_unread_replies = false;
         }
         #[cfg(feature = "fault-points")]
         for (index, refusal) in refused {
             results.insert(index, Err(refusal));
         }
         Ok(results)
+    }
+
+    fn receive_part(&mut self, part: &mut PendingBatch, results: &mut [Result<(), Refusal>]) -> Result<(), Error> {
+        loop {
+            match receive(&self.raw, &mut self.incoming).map_err(no_reply) {
+                Ok(datagram) if part.receive(&self.outgoing, datagram, results)? => break,
+                Ok(_) => {}
+                Err(Error::Refused(refusal)) => {
+                    part.refuse_last(refusal, results);
+                    break;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        self.has_unread_replies = false;
+        Ok(())
     }
 
     /// Sends requests as one transaction: one datagram between a begin message and an end message, as nfnetlink has it.
@@ -193,9 +247,7 @@ impl Socket {
         }
         self.grow_send_buffer()?;
         match self.send() {
-            Err(Error::Send(error)) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                return Ok(Err((0, Refusal::new(libc::EMSGSIZE))));
-            }
+            Err(error) if is_too_large(&error) => return Ok(Err((0, Refusal::new(libc::EMSGSIZE)))),
             sent => sent?,
         }
         // All replies are queued by now.
@@ -224,13 +276,19 @@ impl Socket {
     }
 
     fn send(&mut self) -> Result<(), Error> {
+        self.send_part(None)
+    }
+
+    /// Sends a part of the datagram, or all of it.
+    fn send_part(&mut self, part: Option<&PendingBatch>) -> Result<(), Error> {
         // The kernel produces the rest of a dump as fast as it is received.
         if std::mem::replace(&mut self.has_unread_replies, true) {
             drop_queued(&self.raw, &mut self.incoming);
         }
         #[cfg(feature = "fault-points")]
         let number = crate::fault::begin().map_err(Error::Send)?;
-        let bytes = retry(|| self.raw.send(self.outgoing.datagram(), 0)).map_err(Error::Send)?;
+        let datagram = part.map_or(self.outgoing.datagram(), |part| self.outgoing.part(part));
+        let bytes = retry(|| self.raw.send(datagram, 0)).map_err(Error::Send)?;
         #[cfg(feature = "fault-points")]
         crate::fault::end(number);
         self.outgoing.count(bytes);
@@ -284,6 +342,11 @@ impl<R: NetlinkDeserializable> Iterator for Stream<'_, R> {
             }
         }
     }
+}
+
+/// Whether the kernel refuses a datagram for its size: none of its requests was handled.
+pub(crate) fn is_too_large(error: &Error) -> bool {
+    matches!(error, Error::Send(error) if error.raw_os_error() == Some(libc::EMSGSIZE))
 }
 
 /// Whether this datagram of the reply to a request had the last reply in it.

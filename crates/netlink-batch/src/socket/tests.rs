@@ -225,6 +225,66 @@ fn the_socket_works_after_a_receive_buffer_overrun() {
     }
 }
 
+/// A socket with buffers of these sizes, which the kernel doubles, and rounds up to a few KiB.
+fn small(receive: usize, send: usize) -> Socket {
+    let raw = open(NETLINK_ROUTE).unwrap();
+    sockopt::set_socket_recv_buffer_size(&raw, receive).unwrap();
+    sockopt::set_socket_send_buffer_size(&raw, send).unwrap();
+    set_receive_timeout(&raw);
+    Socket::of(raw)
+}
+
+#[test]
+fn batches_adapt_to_small_buffers() {
+    let refused = || Request::from(Bytes(vec![0; 200]));
+    for (receive, send) in [(0, 0), (0, 100_000), (100_000, 0), (2000, 2000), (10_000, 5000), (50_000, 30_000)] {
+        let mut socket = small(receive, send);
+        for length in [1, 2, 3, BATCH_MESSAGES, 5 * BATCH_MESSAGES + 1] {
+            let results = socket.batch((0..length).map(|_| refused())).unwrap();
+            assert!(results.len() == length && results.iter().all(Result::is_err), "{receive} {send}");
+        }
+    }
+}
+
+#[test]
+fn a_message_larger_than_the_send_buffer_is_refused_alone() {
+    let mut socket = small(100_000, 0);
+    let lengths = [200, 200, 100_000, 200, 100_000];
+    let results = socket.batch(lengths.map(|length| Request::from(Bytes(vec![0; length])))).unwrap();
+    let is_too_large = results.iter().map(|result| result.as_ref().unwrap_err().errno == libc::EMSGSIZE);
+    assert_eq!(is_too_large.collect::<Vec<_>>(), [false, false, true, false, true]);
+}
+
+#[test]
+fn a_failed_batch_tells_what_is_known_of_it() {
+    fn acknowledge(mut datagram: &[u8]) -> Vec<Vec<u8>> {
+        let mut last = 0;
+        while let Some((header, _)) = next_message(&mut datagram).unwrap() {
+            last = header.sequence_number;
+        }
+        vec![error(&message(KIND, 0, last, &[]), 0, &[])]
+    }
+    // Of the second datagram, two replies arrive and the others are lost.
+    let mut socket = fake_kernel([acknowledge, |datagram| {
+        let first = sequence_of(datagram);
+        let reply = error(&message(KIND, 0, first + 2, &[]), libc::EPERM, &[]);
+        vec![reply, message(NLMSG_OVERRUN, 0, first, &[])]
+    }]);
+    let requests = || (0..3 * BATCH_MESSAGES).map(|_| Request::from(Bytes(vec![1])));
+    let partial = socket.batch_partial(requests()).unwrap_err();
+    assert_eq!((partial.results.len(), partial.in_doubt), (BATCH_MESSAGES + 3, BATCH_MESSAGES - 3));
+    assert_eq!(partial.results.iter().position(Result::is_err), Some(BATCH_MESSAGES + 2));
+    assert!(matches!(&partial.error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{partial}");
+
+    // Nobody takes what is sent.
+    let mut raw = RawSocket::new(NETLINK_USERSOCK).unwrap();
+    raw.bind_auto().unwrap();
+    raw.connect(&SocketAddr::new(0x7fff_ff00, 0)).unwrap();
+    let partial = Socket::of(raw).batch_partial(requests()).unwrap_err();
+    assert_eq!((partial.results.len(), partial.in_doubt), (0, 0));
+    assert!(matches!(&partial.error, Error::Send(_)), "{partial}");
+}
+
 #[test]
 fn replies_that_were_not_read_are_discarded_before_the_next_send() {
     let mut socket = Socket::open(NETLINK_ROUTE).unwrap();
