@@ -254,10 +254,9 @@ fn invalid_real_server(
 fn invalid_address(address: IpAddr) -> Option<&'static str> {
     let (is_unicast, is_link_local) = match address {
         IpAddr::V4(v4) => (!(v4.is_unspecified() || v4.is_broadcast() || v4.is_multicast()), false),
-        IpAddr::V6(v6) => (
-            !(v6.is_unspecified() || v6.is_multicast() || v6.to_ipv4_mapped().is_some()),
-            v6.is_unicast_link_local(),
-        ),
+        IpAddr::V6(v6) => {
+            (!(v6.is_unspecified() || v6.is_multicast() || v6.to_ipv4_mapped().is_some()), v6.is_unicast_link_local())
+        }
     };
     match (is_unicast, is_link_local) {
         (false, _) => Some("the address is not a unicast address"),

@@ -65,9 +65,9 @@ mod virtual_server;
 mod wire;
 
 pub use changes::{Change, Table};
+pub use client::{Applied, Client, ServerEntry, Servers};
 #[cfg(feature = "tokio")]
 pub use client::{AsyncClient, AsyncServers};
-pub use client::{Client, ServerEntry, Servers};
 pub use config::{Info, Timeouts};
 pub use connections::{Connection, ConnectionState, Connections, Origin, PersistenceData, Template};
 pub use error::{Error, ErrorKind};

@@ -351,12 +351,18 @@ fn of_several_causes_an_error_names_the_one_that_applies() {
     assert!(text.ends_with("): the group is not a multicast address"), "{text}");
     client.add_real_server(&web, &tunnel("[fd00:1::7]:80")).unwrap();
     let text = client.start_sync_daemon(&daemon("")).unwrap_err().to_string();
-    assert!(text.ends_with("no daemon runs while a tunnel leads to a real server of the other address family"), "{text}");
+    assert!(
+        text.ends_with("no daemon runs while a tunnel leads to a real server of the other address family"),
+        "{text}"
+    );
     client.delete_virtual_server(&web).unwrap();
     client.add_virtual_server(&round_robin(web)).unwrap();
     client.start_sync_daemon(&daemon("")).unwrap();
     let text = client.add_real_server(&web, &tunnel("[fd00:1::7]:80")).unwrap_err().to_string();
-    assert!(text.ends_with("no tunnel leads to the other address family while a synchronization daemon runs"), "{text}");
+    assert!(
+        text.ends_with("no tunnel leads to the other address family while a synchronization daemon runs"),
+        "{text}"
+    );
     client.stop_sync_daemon(SyncRole::Backup).unwrap();
 }
 

@@ -9,9 +9,7 @@ use tokio::task::coop::consume_budget;
 
 use crate::error::{Error, Refusal};
 use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PartialBatch, PendingBatch, PendingDump, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{
-    drop_queued, is_last, is_too_large, no_reply, open, receive_buffer, receive_queued, retry,
-};
+use crate::socket::{drop_queued, is_last, is_too_large, no_reply, open, receive_buffer, receive_queued, retry};
 
 /// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///

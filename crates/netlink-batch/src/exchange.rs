@@ -412,6 +412,13 @@ pub struct PartialBatch {
     pub error: Error,
 }
 
+impl PartialBatch {
+    /// For tests of what is made of it.
+    pub const fn new(results: Vec<Result<(), Refusal>>, in_doubt: usize, error: Error) -> Self {
+        Self { results, in_doubt, error }
+    }
+}
+
 impl std::fmt::Display for PartialBatch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { results, in_doubt, error } = self;

@@ -36,13 +36,13 @@ impl NetlinkDeserializable for Length {
 /// Panics if more was read than the datagram has.
 pub fn read(datagram: &[u8]) {
     let mut total = 0;
-    let mut outgoing = Outgoing::default();
+    let mut outgoing = Outgoing::new(usize::MAX);
     let pending = outgoing.request(&TestRequest.into());
     let _ =
         pending.receive(&outgoing, datagram, &mut |Length(length)| total += length).map_err(|error| error.to_string());
     assert!(total <= datagram.len(), "{total} bytes of replies in {}", datagram.len());
 
-    let mut outgoing = Outgoing::default();
+    let mut outgoing = Outgoing::new(usize::MAX);
     let mut pending = outgoing.dump(&TestRequest);
     pending.received(datagram.len());
     // Each error consumes at least one message.
@@ -56,13 +56,13 @@ pub fn read(datagram: &[u8]) {
     }
 
     let requests = || std::iter::repeat_with(|| Request::from(TestRequest)).take(3);
-    let (mut outgoing, mut results) = (Outgoing::default(), Vec::new());
+    let (mut outgoing, mut results) = (Outgoing::new(usize::MAX), Vec::new());
     if let Some(pending) = outgoing.batch(&mut requests(), &mut results) {
         let _ = pending.receive(&outgoing, datagram, &mut results).map_err(|error| error.to_string());
     }
     results.into_iter().filter_map(Result::err).for_each(|refusal| drop(refusal.to_string()));
 
-    let mut outgoing = Outgoing::default();
+    let mut outgoing = Outgoing::new(usize::MAX);
     if let Some(mut transaction) = outgoing.transaction(&TestRequest, requests(), &TestRequest) {
         let _ = transaction.receive(&outgoing, datagram).map_err(|error| error.to_string());
         if let Err((index, _)) = transaction.result(true) {

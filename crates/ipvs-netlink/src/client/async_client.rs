@@ -9,8 +9,8 @@ use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
 use super::{
-    Attempt, ServerEntry, UniqueIds, check_result, family_id, family_request, is_enoent, no_family, no_reply,
-    refused_with_enoent, replace_results, replace_with_unloaded, requests, to_requests, to_results, wrap,
+    Applied, Attempt, ServerEntry, UniqueIds, check_result, family_id, family_request, is_enoent, no_family, no_reply,
+    refused_with_enoent, replace_with_unloaded, requests, to_requests, wrap,
 };
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
@@ -68,24 +68,30 @@ impl AsyncClient {
 
     /// [`Client::apply`](crate::Client::apply), awaited.
     pub async fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let mut results = self.batch(messages).await?;
-        let stale = refused_with_enoent(&results);
+        self.apply_partial(messages).await.into_result()
+    }
+
+    /// [`Client::apply_partial`](crate::Client::apply_partial), awaited.
+    pub async fn apply_partial(&mut self, messages: &[Message]) -> Applied {
+        let mut applied = self.batch(messages).await;
+        let stale = refused_with_enoent(&applied.results);
         if !stale.is_empty() {
             match self.renew_family().await {
                 Ok(false) => {}
                 Ok(true) => {
                     let again: Vec<Message> = stale.iter().map(|index| messages[*index]).collect();
-                    replace_results(&mut results, &stale, self.batch(&again).await?);
+                    let again = self.batch(&again).await;
+                    applied.replace(&stale, again);
                 }
-                Err(error) => replace_with_unloaded(&mut results, &stale, messages, &error),
+                Err(error) => replace_with_unloaded(&mut applied.results, &stale, messages, &error),
             }
         }
-        Ok(results)
+        applied
     }
 
-    async fn batch(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let results = self.socket.batch(to_requests(messages, self.family)).await;
-        to_results(messages, results)
+    async fn batch(&mut self, messages: &[Message]) -> Applied {
+        let results = self.socket.batch_partial(to_requests(messages, self.family)).await;
+        Applied::of(messages, results)
     }
 
     /// [`Client::servers`](crate::Client::servers), awaited.
@@ -137,11 +143,7 @@ impl AsyncClient {
         check_result(&message, result)
     }
 
-    async fn exchange(
-        &mut self,
-        message: Message,
-        each: &mut impl FnMut(Message),
-    ) -> Result<(), netlink_batch::Error> {
+    async fn exchange(&mut self, message: Message, each: &mut impl FnMut(Message)) -> Result<(), netlink_batch::Error> {
         let request = wrap(message, self.family).into();
         self.socket.request(&request, |reply: GenlMessage<Message>| each(reply.payload)).await
     }

@@ -10,7 +10,7 @@ use std::net::SocketAddr;
 use std::vec;
 
 use netlink_batch::protocols::NETLINK_GENERIC;
-use netlink_batch::{Refusal, Request, Sent, Socket};
+use netlink_batch::{PartialBatch, Refusal, Request, Sent, Socket};
 use netlink_packet_generic::GenlMessage;
 use netlink_packet_generic::constants::GENL_ID_CTRL;
 use netlink_packet_generic::ctrl::nlas::GenlCtrlAttrs;
@@ -72,26 +72,33 @@ impl Client {
     /// success or failure alone.
     ///
     /// Returns one result for each message. An `Err` of the whole means that the socket failed, and that it is not known
-    /// what was carried out. See [`netlink_batch::Socket::batch`] for how it works.
+    /// what was carried out: [`Client::apply_partial`] tells what is known. See [`netlink_batch::Socket::batch`] for how it
+    /// works.
     pub fn apply(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let mut results = self.batch(messages)?;
-        let stale = refused_with_enoent(&results);
+        self.apply_partial(messages).into_result()
+    }
+
+    /// [`Client::apply`], which tells what is known where the socket fails.
+    pub fn apply_partial(&mut self, messages: &[Message]) -> Applied {
+        let mut applied = self.batch(messages);
+        let stale = refused_with_enoent(&applied.results);
         if !stale.is_empty() {
             match self.renew_family() {
                 Ok(false) => {}
                 Ok(true) => {
                     let again: Vec<Message> = stale.iter().map(|index| messages[*index]).collect();
-                    replace_results(&mut results, &stale, self.batch(&again)?);
+                    let again = self.batch(&again);
+                    applied.replace(&stale, again);
                 }
-                Err(error) => replace_with_unloaded(&mut results, &stale, messages, &error),
+                Err(error) => replace_with_unloaded(&mut applied.results, &stale, messages, &error),
             }
         }
-        Ok(results)
+        applied
     }
 
-    fn batch(&mut self, messages: &[Message]) -> Result<Vec<Result<(), Error>>, Error> {
-        let results = self.socket.batch(to_requests(messages, self.family));
-        to_results(messages, results)
+    fn batch(&mut self, messages: &[Message]) -> Applied {
+        let results = self.socket.batch_partial(to_requests(messages, self.family));
+        Applied::of(messages, results)
     }
 
     /// All virtual servers with their real servers, one after another: first the identities of all are read, then each by
@@ -264,19 +271,74 @@ fn to_requests(messages: &[Message], family: u16) -> impl Iterator<Item = Reques
         .map(move |message| Request::from(wrap(*message, family)))
 }
 
-/// One result for each message of a batch.
-fn to_results(
-    messages: &[Message],
-    results: Result<Vec<Result<(), Refusal>>, netlink_batch::Error>,
-) -> Result<Vec<Result<(), Error>>, Error> {
-    let mut results = results.map_err(|error| Error::batch(messages.len(), error))?.into_iter();
-    Ok(messages
-        .iter()
-        .map(|message| match message.fault() {
-            Some(fault) => Err(Error::fault(message, fault)),
-            None => check_result(message, results.next().unwrap_or(Ok(())).map_err(|refusal| Attempt::Failed(refusal.into()))),
-        })
-        .collect())
+/// What became of a batch of messages.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Applied {
+    /// The results of the first messages: of all, unless the socket failed.
+    pub results: Vec<Result<(), Error>>,
+    /// How many messages after those were sent and may or may not have been carried out. The rest was not sent.
+    pub in_doubt: usize,
+    /// Why the socket failed, if it did.
+    pub failure: Option<Error>,
+}
+
+impl Applied {
+    /// The results of all messages, or the failure of the socket.
+    pub fn into_result(self) -> Result<Vec<Result<(), Error>>, Error> {
+        match self.failure {
+            None => Ok(self.results),
+            Some(failure) => Err(failure),
+        }
+    }
+
+    fn of(messages: &[Message], results: Result<Vec<Result<(), Refusal>>, Box<PartialBatch>>) -> Self {
+        let (known, requests_in_doubt, failure) = match results {
+            Ok(results) => (results, 0, None),
+            Err(partial) => {
+                let PartialBatch { results, in_doubt, error, .. } = *partial;
+                (results, in_doubt, Some(Error::batch(messages.len(), error)))
+            }
+        };
+        let has_failed = failure.is_some();
+        let mut known = known.into_iter();
+        let mut results = Vec::with_capacity(messages.len());
+        for message in messages {
+            if let Some(fault) = message.fault() {
+                results.push(Err(Error::fault(message, fault)));
+                continue;
+            }
+            results.push(match known.next() {
+                Some(result) => check_result(message, result.map_err(|refusal| Attempt::Failed(refusal.into()))),
+                None if has_failed => break,
+                None => Ok(()),
+            });
+        }
+        // Between those in doubt there are messages that were not sent for what is wrong with them.
+        let mut left = requests_in_doubt;
+        let in_doubt = messages[results.len()..].iter().take_while(|message| {
+            let is_in_doubt = left > 0;
+            left -= usize::from(is_in_doubt && message.fault().is_none());
+            is_in_doubt
+        });
+        let in_doubt = in_doubt.count();
+        Self { results, in_doubt, failure }
+    }
+
+    /// Puts in the results of messages that were sent again. Where that failed, nothing is known from the first on that has
+    /// none.
+    fn replace(&mut self, indices: &[usize], again: Self) {
+        let known = again.results.len();
+        for (index, result) in indices.iter().zip(again.results) {
+            self.results[*index] = result;
+        }
+        if let Some(failure) = again.failure {
+            let end = indices.get(known).copied().unwrap_or(self.results.len());
+            self.in_doubt += self.results.len() - end;
+            self.results.truncate(end);
+            self.failure = Some(failure);
+        }
+    }
 }
 
 fn check_result(message: &Message, result: Result<(), Attempt>) -> Result<(), Error> {
@@ -319,12 +381,6 @@ fn refused_with_enoent(results: &[Result<(), Error>]) -> Vec<usize> {
         result.as_ref().is_err_and(|error| error.refusal().is_some_and(|refusal| refusal.errno == ENOENT))
     };
     (0..results.len()).filter(|index| is_refused(&results[*index])).collect()
-}
-
-fn replace_results(results: &mut [Result<(), Error>], indices: &[usize], new: Vec<Result<(), Error>>) {
-    for (index, new) in indices.iter().zip(new) {
-        results[*index] = new;
-    }
 }
 
 fn replace_with_unloaded(
@@ -385,6 +441,26 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_failed_batch_tells_what_is_known_of_each_message() {
+        let good = Message::AddVirtualServer(web());
+        let wrong = Message::Timeouts(Timeouts::default());
+        let messages = [good, wrong, good, good, wrong, good, wrong, good];
+        let error = || netlink_batch::Error::Receive(std::io::Error::from_raw_os_error(105));
+        for (known, in_doubt, wanted) in
+            [(0, 0, (0, 0)), (1, 0, (2, 0)), (2, 2, (3, 3)), (3, 2, (5, 3)), (5, 0, (8, 0))]
+        {
+            let partial = PartialBatch::new(vec![Ok(()); known], in_doubt, error());
+            let applied = Applied::of(&messages, Err(Box::new(partial)));
+            assert_eq!((applied.results.len(), applied.in_doubt), wanted, "{known} known");
+            assert!(applied.failure.is_some() && applied.into_result().is_err());
+        }
+        let applied = Applied::of(&messages, Ok(vec![Err(Refusal::new(17)), Ok(()), Ok(()), Ok(()), Ok(())]));
+        let kinds = applied.into_result().unwrap().into_iter().map(|result| result.err().map(|error| error.kind()));
+        let (exists, invalid) = (Some(ErrorKind::Exists), Some(ErrorKind::Invalid));
+        assert_eq!(kinds.collect::<Vec<_>>(), [exists, invalid, None, None, invalid, None, invalid, None]);
+    }
+
+    #[test]
     #[ignore = "needs a kernel with IPVS: cargo xtask test"]
     fn a_stale_family_number_is_asked_for_again() {
         if !is_in_own_namespace("client::tests::a_stale_family_number_is_asked_for_again") {
@@ -407,7 +483,8 @@ pub(crate) mod tests {
         ];
         let mut stale = client();
         let results = stale.apply(&messages).unwrap();
-        let errnos = results.into_iter().map(|result| result.err().and_then(|error| error.refusal().map(|it| it.errno)));
+        let errnos =
+            results.into_iter().map(|result| result.err().and_then(|error| error.refusal().map(|it| it.errno)));
         assert_eq!(errnos.collect::<Vec<_>>(), [None, Some(ENOENT), Some(3), None]);
         // Once is enough, and what is really missing is still said.
         assert_ne!(stale.family, STALE);

@@ -274,7 +274,10 @@ fn a_failed_batch_tells_what_is_known_of_it() {
     let partial = socket.batch_partial(requests()).unwrap_err();
     assert_eq!((partial.results.len(), partial.in_doubt), (BATCH_MESSAGES + 3, BATCH_MESSAGES - 3));
     assert_eq!(partial.results.iter().position(Result::is_err), Some(BATCH_MESSAGES + 2));
-    assert!(matches!(&partial.error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)), "{partial}");
+    assert!(
+        matches!(&partial.error, Error::Receive(error) if error.raw_os_error() == Some(libc::ENOBUFS)),
+        "{partial}"
+    );
 
     // Nobody takes what is sent.
     let mut raw = RawSocket::new(NETLINK_USERSOCK).unwrap();
