@@ -6,11 +6,83 @@ mod common;
 
 use std::time::Duration;
 
+use nix::sys::resource::{UsageWho, getrusage};
+
 use common::{client, real, round_robin, tcp};
-use ipvs_netlink::{AsyncClient, ErrorKind, Family, Message, Netmask, Persistence, Table, Timeouts, VirtualServer};
+use ipvs_netlink::{
+    AsyncClient, ErrorKind, Family, Message, Netmask, Persistence, Protocol, Table, Timeouts, VirtualServer,
+    VirtualServerId,
+};
 
 fn on_one_thread<T>(future: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(future)
+}
+
+/// The processor time of the calling thread.
+fn cpu_time() -> Duration {
+    let usage = getrusage(UsageWho::RUSAGE_THREAD).unwrap();
+    let [user, system] = [usage.user_time(), usage.system_time()]
+        .map(|time| Duration::new(time.tv_sec().try_into().unwrap(), u32::try_from(time.tv_usec()).unwrap() * 1000));
+    user + system
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn other_tasks_run_every_few_milliseconds_during_lists_and_drains() {
+    let mut client = client();
+    let servers: Vec<_> = (0..4000_u32)
+        .map(|number| {
+            let address = std::net::SocketAddr::from((std::net::Ipv4Addr::from(0x0a60_0000 + number), 80));
+            Message::AddVirtualServer(round_robin(VirtualServerId::address(Protocol::Tcp, address)))
+        })
+        .collect();
+    assert!(client.apply(&servers).unwrap().iter().all(Result::is_ok));
+    on_one_thread(async {
+        let turns = std::rc::Rc::new(std::cell::Cell::new(0));
+        let counted = turns.clone();
+        let local = tokio::task::LocalSet::new();
+        local.spawn_local(async move {
+            loop {
+                counted.set(counted.get() + 1);
+                tokio::task::yield_now().await;
+            }
+        });
+        local
+            .run_until(async {
+                let mut client = AsyncClient::connect().await.unwrap();
+                let (begin, before) = (cpu_time(), turns.get());
+                assert_eq!(client.virtual_servers().await.unwrap().len(), servers.len());
+                let listed = cpu_time() - begin;
+                assert!(
+                    (turns.get() - before) * 5 >= listed.as_millis(),
+                    "{} turns in {listed:?}",
+                    turns.get() - before
+                );
+
+                // A list that is cancelled after some datagrams; the next request discards the rest.
+                let began = std::time::Instant::now();
+                let patience = Duration::from_millis(2);
+                tokio::select! {
+                    biased;
+                    _ = client.virtual_servers() => panic!("a list of 45 datagrams ended before a timer"),
+                    () = async {
+                        while began.elapsed() < patience {
+                            tokio::task::yield_now().await;
+                        }
+                    } => {}
+                }
+                let (begin, before) = (cpu_time(), turns.get());
+                assert!(client.info().await.is_ok());
+                let drained = cpu_time() - begin;
+                println!("listed in {listed:?}, drained in {drained:?} with {} turns", turns.get() - before);
+                assert!(
+                    (turns.get() - before) * 5 >= drained.as_millis(),
+                    "{} turns in {drained:?}",
+                    turns.get() - before
+                );
+            })
+            .await;
+    });
 }
 
 #[test]

@@ -2,21 +2,24 @@
 
 use std::io;
 use std::marker::PhantomData;
+use std::time::{Duration, Instant};
 
 use netlink_packet_core::{NetlinkDeserializable, NetlinkSerializable};
 use netlink_sys::Socket as RawSocket;
 use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 
 use crate::error::{Error, Refusal};
 use crate::exchange::{DUMP_ATTEMPTS, Outgoing, PartialBatch, PendingBatch, PendingDump, RECEIVE_BYTES, Request, Sent};
-use crate::socket::{drop_queued, is_last, is_too_large, no_reply, open, receive_buffer, receive_queued, retry};
+use crate::socket::{drop_one, is_last, is_too_large, no_reply, open, receive_buffer, receive_queued, retry};
 
 /// [`Socket`](crate::Socket) for async code: the same requests and replies.
 ///
 /// The kernel handles a request inside the system call that sends it and has queued the reply when that returns, so
-/// this socket never waits for readiness. It yields to other tasks, by tokio's cooperative budget, between the
-/// datagrams of a dump and the parts of a batch. Dropping a future leaves the socket usable, but whether the kernel
-/// carried out what was sent is then unknown.
+/// this socket never waits for readiness. It lets other tasks run after half a millisecond, and by tokio's cooperative
+/// budget: between requests, the datagrams of a dump and the parts of a batch. One system call is not interrupted.
+/// Dropping a future leaves the socket usable, but whether the kernel carried out what was sent is then unknown. The next
+/// future first discards the replies that nobody read, such as the rest of a dump, which also lets other tasks run.
 #[derive(Debug)]
 pub struct AsyncSocket {
     raw: RawSocket,
@@ -24,7 +27,29 @@ pub struct AsyncSocket {
     incoming: Vec<u8>,
     /// As in [`Socket`](crate::Socket), and after a future was dropped between what it sent and the reply.
     has_unread_replies: bool,
+    turn: Turn,
 }
+
+/// How long other tasks wait while system calls follow one another.
+const TURN: Duration = Duration::from_micros(500);
+
+/// When other tasks have last run.
+#[derive(Debug)]
+struct Turn(Instant);
+
+impl Turn {
+    /// Lets other tasks run if they have waited for long: the budget counts calls alone, of which some take milliseconds.
+    async fn next(&mut self) {
+        consume_budget().await;
+        if self.0.elapsed() >= TURN {
+            yield_now().await;
+            self.0 = Instant::now();
+        }
+    }
+}
+
+/// How many messages of a dump are passed on before other tasks may run.
+const DUMP_MESSAGES_PER_TURN: usize = 64;
 
 impl AsyncSocket {
     /// Opens a socket of a protocol such as [`NETLINK_ROUTE`](crate::protocols::NETLINK_ROUTE), in the network
@@ -32,7 +57,13 @@ impl AsyncSocket {
     pub fn open(protocol: isize) -> Result<Self, Error> {
         let raw = open(protocol)?;
         let outgoing = Outgoing::new(receive_buffer(&raw));
-        Ok(Self { raw, outgoing, incoming: vec![0; RECEIVE_BYTES], has_unread_replies: false })
+        Ok(Self {
+            raw,
+            outgoing,
+            incoming: vec![0; RECEIVE_BYTES],
+            has_unread_replies: false,
+            turn: Turn(Instant::now()),
+        })
     }
 
     /// Counters of what was sent so far.
@@ -49,7 +80,7 @@ impl AsyncSocket {
         let pending = self.outgoing.request(request);
         self.send().await?;
         loop {
-            let datagram = receive(&self.raw, &mut self.incoming).await?;
+            let datagram = receive(&self.raw, &mut self.incoming, &mut self.turn).await?;
             let received = pending.receive(&self.outgoing, datagram, &mut each);
             self.has_unread_replies = !is_last(&received);
             if received? {
@@ -59,7 +90,7 @@ impl AsyncSocket {
     }
 
     /// The async form of [`Socket::dump`](crate::Socket::dump).
-    pub async fn dump<M, R>(&mut self, message: &M, each: impl FnMut(R)) -> Result<(), Error>
+    pub async fn dump<M, R>(&mut self, message: &M, mut each: impl FnMut(R)) -> Result<(), Error>
     where
         M: NetlinkSerializable,
         R: NetlinkDeserializable,
@@ -71,7 +102,12 @@ impl AsyncSocket {
                 read.push(message?);
             }
             if !stream.is_interrupted() {
-                read.into_iter().for_each(each);
+                for (number, message) in read.into_iter().enumerate() {
+                    each(message);
+                    if number % DUMP_MESSAGES_PER_TURN == 0 {
+                        self.turn.next().await;
+                    }
+                }
                 return Ok(());
             }
         }
@@ -134,7 +170,7 @@ impl AsyncSocket {
         results: &mut [Result<(), Refusal>],
     ) -> Result<(), Error> {
         loop {
-            match receive(&self.raw, &mut self.incoming).await {
+            match receive(&self.raw, &mut self.incoming, &mut self.turn).await {
                 Ok(datagram) if part.receive(&self.outgoing, datagram, results)? => break,
                 Ok(_) => {}
                 Err(Error::Refused(refusal)) => {
@@ -154,10 +190,13 @@ impl AsyncSocket {
 
     /// Sends a part of the datagram, or all of it.
     async fn send_part(&mut self, part: Option<&PendingBatch>) -> Result<(), Error> {
-        consume_budget().await;
-        if std::mem::replace(&mut self.has_unread_replies, true) {
-            drop_queued(&self.raw, &mut self.incoming);
+        self.turn.next().await;
+        if self.has_unread_replies {
+            while drop_one(&self.raw, &mut self.incoming) {
+                self.turn.next().await;
+            }
         }
+        self.has_unread_replies = true;
         let datagram = part.map_or(self.outgoing.datagram(), |part| self.outgoing.part(part));
         let bytes = retry(|| self.raw.send(datagram, 0)).map_err(Error::Send)?;
         self.outgoing.count(bytes);
@@ -183,13 +222,13 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
     /// The next message; `None` after the last. A message that cannot be decoded is an error and does not end the dump.
     pub async fn next(&mut self) -> Option<Result<R, Error>> {
         loop {
-            let AsyncSocket { raw, outgoing, incoming, has_unread_replies } = &mut *self.socket;
+            let AsyncSocket { raw, outgoing, incoming, has_unread_replies, turn } = &mut *self.socket;
             let next = self.pending.next(outgoing, incoming);
             *has_unread_replies = !self.pending.is_done();
             match next {
                 Ok(Some(message)) => return Some(Ok(message)),
                 Ok(None) if self.pending.is_done() => return None,
-                Ok(None) => match receive(raw, incoming).await {
+                Ok(None) => match receive(raw, incoming, turn).await {
                     Ok(datagram) => self.pending.received(datagram.len()),
                     Err(error) => {
                         self.pending.abort();
@@ -203,8 +242,8 @@ impl<R: NetlinkDeserializable> AsyncStream<'_, R> {
 }
 
 /// Receives one datagram.
-async fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> Result<&'a [u8], Error> {
-    consume_budget().await;
+async fn receive<'a>(raw: &RawSocket, buffer: &'a mut [u8], turn: &mut Turn) -> Result<&'a [u8], Error> {
+    turn.next().await;
     match receive_queued(raw, buffer) {
         Ok(Some(datagram)) => Ok(datagram),
         Ok(None) => Err(no_reply(io::ErrorKind::WouldBlock.into())),

@@ -389,12 +389,13 @@ pub(crate) fn receive_queued<'a>(raw: &RawSocket, buffer: &'a mut [u8]) -> io::R
 
 /// Discards all queued datagrams.
 pub(crate) fn drop_queued(raw: &RawSocket, buffer: &mut [u8]) {
-    loop {
-        let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
-        if dropped.is_err() && !is_overrun(&dropped) {
-            break;
-        }
-    }
+    while drop_one(raw, buffer) {}
+}
+
+/// Discards one queued datagram, and returns whether there may be more.
+pub(crate) fn drop_one(raw: &RawSocket, buffer: &mut [u8]) -> bool {
+    let dropped = retry(|| raw.recv(&mut &mut buffer[..], libc::MSG_DONTWAIT));
+    dropped.is_ok() || is_overrun(&dropped)
 }
 
 fn is_overrun(received: &io::Result<usize>) -> bool {
