@@ -31,6 +31,8 @@ pub enum ErrorKind {
     NotSupported,
     /// The kernel refuses the values (`EINVAL` and the like).
     Invalid,
+    /// Others changed a list during each attempt to read it: read it again.
+    Interrupted,
     /// Anything else, such as a failed socket or lack of memory.
     Other,
 }
@@ -88,7 +90,10 @@ impl Error {
 
     pub(crate) fn new(message: &Message, cause: netlink_batch::Error) -> Self {
         let errno = cause.refusal().map_or(0, |refusal| refusal.errno);
-        let (kind, hint) = kind_and_hint(errno, message);
+        let (kind, hint) = match cause {
+            netlink_batch::Error::Interrupted { .. } => (ErrorKind::Interrupted, None),
+            _ => kind_and_hint(errno, message),
+        };
         Self(Box::new(Failure {
             operation: message.operation(),
             object: message.object(),

@@ -8,9 +8,10 @@ use netlink_batch::protocols::NETLINK_GENERIC;
 use netlink_batch::{AsyncSocket, Sent};
 use netlink_packet_generic::GenlMessage;
 
+use super::union::{Listed, READINGS, Union};
 use super::{
-    Applied, Attempt, ServerEntry, UniqueIds, check_result, family_id, family_request, is_enoent, no_family, no_reply,
-    refused_with_enoent, replace_with_unloaded, requests, to_requests, wrap,
+    Applied, Attempt, ServerEntry, check_result, family_id, family_request, interrupted, is_enoent, no_family,
+    no_reply, refused_with_enoent, replace_with_unloaded, requests, to_requests, wrap,
 };
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
@@ -96,9 +97,9 @@ impl AsyncClient {
 
     /// [`Client::servers`](crate::Client::servers), awaited.
     pub async fn servers(&mut self) -> Result<AsyncServers<'_>, Error> {
-        let mut ids = UniqueIds::default();
-        self.dump(Message::ListVirtualServers, |reply| ids.push(&reply)).await?;
-        Ok(AsyncServers { client: self, ids: ids.ordered.into_iter() })
+        let ids: Union<VirtualServerId> = self.union(Message::ListVirtualServers, |_| false).await?;
+        let ids: Vec<_> = ids.into_entries().map(|(id, _)| id).collect();
+        Ok(AsyncServers { client: self, ids: ids.into_iter() })
     }
 
     /// [`Client::table`](crate::Client::table), awaited.
@@ -109,6 +110,30 @@ impl AsyncClient {
             table.extend([server?.into_configuration()]);
         }
         Ok(table)
+    }
+
+    /// [`Client::all_virtual_servers`](crate::Client::all_virtual_servers), awaited.
+    pub async fn all_virtual_servers(&mut self) -> Result<Vec<VirtualServerEntry>, Error> {
+        let union: Union<VirtualServerEntry> = self.union(Message::ListVirtualServers, |_| false).await?;
+        let mut entries = Vec::new();
+        for (entry, is_listed) in union.into_entries() {
+            if is_listed {
+                entries.push(entry);
+                continue;
+            }
+            match self.virtual_server(&entry.server.id).await {
+                Ok(entry) => entries.push(entry),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(entries)
+    }
+
+    /// [`Client::all_real_servers`](crate::Client::all_real_servers), awaited.
+    pub async fn all_real_servers(&mut self, id: &VirtualServerId) -> Result<Vec<RealServerEntry>, Error> {
+        let union = self.union(Message::ListRealServers(*id), Union::is_of_one_look).await?;
+        Ok(union.into_latest().collect())
     }
 
     async fn execute(&mut self, message: Message) -> Result<(), Error> {
@@ -122,10 +147,31 @@ impl AsyncClient {
     }
 
     async fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
-        let mut entries = Vec::new();
-        self.dump(message, |reply| entries.extend(T::from_message(reply))).await?;
-        T::remove_duplicates(&mut entries);
-        Ok(entries)
+        for _ in 0..READINGS {
+            let mut entries = Vec::new();
+            if !self.dump(message, |reply| entries.extend(T::from_message(reply))).await? {
+                T::remove_duplicates(&mut entries);
+                return Ok(entries);
+            }
+        }
+        Err(interrupted(&message))
+    }
+
+    /// Reads a list until nothing is added, or until it is enough.
+    async fn union<T: Listed>(
+        &mut self,
+        message: Message,
+        is_enough: fn(&Union<T>) -> bool,
+    ) -> Result<Union<T>, Error> {
+        let mut union = Union::default();
+        for _ in 0..READINGS {
+            union.begin();
+            let is_interrupted = self.dump(message, |reply| union.push(reply)).await?;
+            if (union.end() || is_enough(&union)) && !is_interrupted {
+                return Ok(union);
+            }
+        }
+        Err(interrupted(&message))
     }
 
     async fn request(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
@@ -149,7 +195,7 @@ impl AsyncClient {
     }
 
     /// Passes each message of a list to `each` as it arrives.
-    async fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+    async fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<bool, Error> {
         let result = match self.dump_once(message, &mut each).await {
             Err(error) if is_enoent(&error) => match self.renew_family().await {
                 Ok(true) => self.dump_once(message, &mut each).await.map_err(Attempt::Failed),
@@ -165,13 +211,13 @@ impl AsyncClient {
         &mut self,
         message: Message,
         each: &mut impl FnMut(Message),
-    ) -> Result<(), netlink_batch::Error> {
+    ) -> Result<bool, netlink_batch::Error> {
         let mut stream = self.socket.stream(&wrap(message, self.family)).await?;
         while let Some(reply) = stream.next().await {
             let reply: GenlMessage<Message> = reply?;
             each(reply.payload);
         }
-        Ok(())
+        Ok(stream.is_interrupted())
     }
 
     /// As in [`Client`](crate::Client).
@@ -197,7 +243,7 @@ impl AsyncServers<'_> {
         loop {
             let id = self.ids.next()?;
             // In this order: if the virtual server is deleted in between, the second request fails.
-            let real_servers = match self.client.real_servers(&id).await {
+            let real_servers = match self.client.all_real_servers(&id).await {
                 Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
             };

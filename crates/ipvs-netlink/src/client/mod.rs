@@ -3,8 +3,8 @@
 #[cfg(feature = "tokio")]
 mod async_client;
 mod requests;
+mod union;
 
-use std::collections::HashSet;
 use std::fmt;
 use std::net::SocketAddr;
 use std::vec;
@@ -18,6 +18,7 @@ use netlink_packet_generic::ctrl::{GenlCtrl, GenlCtrlCmd};
 
 #[cfg(feature = "tokio")]
 pub use self::async_client::{AsyncClient, AsyncServers};
+use self::union::{Listed, READINGS, Union};
 use crate::attributes::FAMILY_NAME;
 use crate::changes::Table;
 use crate::config::{Info, Timeouts};
@@ -102,16 +103,46 @@ impl Client {
     }
 
     /// All virtual servers with their real servers, one after another: first the identities of all are read, then each by
-    /// itself. One that goes before its turn is left out. Held are the identities and one virtual server.
+    /// itself. One that goes before its turn is left out. Held are the identities and one virtual server. None is missing that
+    /// was there all the time: lists are read as for [`Client::all_virtual_servers`] and [`Client::all_real_servers`].
     pub fn servers(&mut self) -> Result<Servers<'_>, Error> {
-        let mut ids = UniqueIds::default();
-        self.dump(Message::ListVirtualServers, |reply| ids.push(&reply))?;
-        Ok(Servers { client: self, ids: ids.ordered.into_iter() })
+        let ids: Union<VirtualServerId> = self.union(Message::ListVirtualServers, |_| false)?;
+        let ids: Vec<_> = ids.into_entries().map(|(id, _)| id).collect();
+        Ok(Servers { client: self, ids: ids.into_iter() })
     }
 
-    /// Everything that is configured, to be compared with what is wanted.
+    /// Everything that is configured, to be compared with what is wanted: see [`Client::servers`].
     pub fn table(&mut self) -> Result<Table, Error> {
         self.servers()?.map(|server| server.map(ServerEntry::into_configuration)).collect()
+    }
+
+    /// All virtual servers, each once, with none missing that was there all the time.
+    ///
+    /// [`Client::virtual_servers`] is one list, which can lack some where others delete virtual servers, or the kernel resizes
+    /// its table. This reads lists until one adds nothing, two as a rule, and then asks for each that the last one lacked.
+    /// [`ErrorKind::Interrupted`] where each of 32 lists has something new.
+    pub fn all_virtual_servers(&mut self) -> Result<Vec<VirtualServerEntry>, Error> {
+        let union: Union<VirtualServerEntry> = self.union(Message::ListVirtualServers, |_| false)?;
+        let mut entries = Vec::new();
+        for (entry, is_listed) in union.into_entries() {
+            if is_listed {
+                entries.push(entry);
+                continue;
+            }
+            match self.virtual_server(&entry.server.id) {
+                Ok(entry) => entries.push(entry),
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(entries)
+    }
+
+    /// All real servers of a virtual server, each once, with none missing that was there all the time: up to 8 take one list, more
+    /// take two or more. [`ErrorKind::Interrupted`] where each of 32 lists has something new.
+    pub fn all_real_servers(&mut self, id: &VirtualServerId) -> Result<Vec<RealServerEntry>, Error> {
+        let union = self.union(Message::ListRealServers(*id), Union::is_of_one_look)?;
+        Ok(union.into_latest().collect())
     }
 
     fn execute(&mut self, message: Message) -> Result<(), Error> {
@@ -125,10 +156,27 @@ impl Client {
     }
 
     fn list<T: Reply>(&mut self, message: Message) -> Result<Vec<T>, Error> {
-        let mut entries = Vec::new();
-        self.dump(message, |reply| entries.extend(T::from_message(reply)))?;
-        T::remove_duplicates(&mut entries);
-        Ok(entries)
+        for _ in 0..READINGS {
+            let mut entries = Vec::new();
+            if !self.dump(message, |reply| entries.extend(T::from_message(reply)))? {
+                T::remove_duplicates(&mut entries);
+                return Ok(entries);
+            }
+        }
+        Err(interrupted(&message))
+    }
+
+    /// Reads a list until nothing is added, or until it is enough.
+    fn union<T: Listed>(&mut self, message: Message, is_enough: fn(&Union<T>) -> bool) -> Result<Union<T>, Error> {
+        let mut union = Union::default();
+        for _ in 0..READINGS {
+            union.begin();
+            let is_interrupted = self.dump(message, |reply| union.push(reply))?;
+            if (union.end() || is_enough(&union)) && !is_interrupted {
+                return Ok(union);
+            }
+        }
+        Err(interrupted(&message))
     }
 
     fn request(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
@@ -142,13 +190,15 @@ impl Client {
     }
 
     /// Passes each message of a list to `each` as it arrives.
-    fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<(), Error> {
+    /// Returns whether the kernel says that a change has interrupted it, which IPVS does not do so far.
+    fn dump(&mut self, message: Message, mut each: impl FnMut(Message)) -> Result<bool, Error> {
         let result = self.with_family(|socket, family| {
-            for reply in socket.stream(&wrap(message, family))? {
+            let mut stream = socket.stream(&wrap(message, family))?;
+            for reply in stream.by_ref() {
                 let reply: GenlMessage<Message> = reply?;
                 each(reply.payload);
             }
-            Ok(())
+            Ok(stream.is_interrupted())
         });
         check_result(&message, result)
     }
@@ -215,7 +265,7 @@ impl Iterator for Servers<'_> {
         loop {
             let id = self.ids.next()?;
             // In this order: if the virtual server is deleted in between, the second request fails.
-            let real_servers = match self.client.real_servers(&id) {
+            let real_servers = match self.client.all_real_servers(&id) {
                 Ok(real_servers) => real_servers,
                 Err(error) => return Some(Err(error)),
             };
@@ -224,23 +274,6 @@ impl Iterator for Servers<'_> {
                 Err(error) if error.kind() == ErrorKind::NotFound => {}
                 Err(error) => return Some(Err(error)),
             }
-        }
-    }
-}
-
-/// The identities in a list of virtual servers, each once.
-#[derive(Default)]
-struct UniqueIds {
-    ordered: Vec<VirtualServerId>,
-    seen: HashSet<VirtualServerId>,
-}
-
-impl UniqueIds {
-    fn push(&mut self, reply: &Message) {
-        if let Message::VirtualServer(entry) = reply
-            && self.seen.insert(entry.server.id)
-        {
-            self.ordered.push(entry.server.id);
         }
     }
 }
@@ -341,10 +374,15 @@ impl Applied {
     }
 }
 
-fn check_result(message: &Message, result: Result<(), Attempt>) -> Result<(), Error> {
+/// Each of many lists was interrupted by a change, or had something new.
+fn interrupted(message: &Message) -> Error {
+    Error::new(message, netlink_batch::Error::Interrupted { attempts: READINGS })
+}
+
+fn check_result<T: Default>(message: &Message, result: Result<T, Attempt>) -> Result<T, Error> {
     match result {
-        Ok(()) => Ok(()),
-        Err(Attempt::Failed(error)) if Error::is_success_of(message, &error) => Ok(()),
+        Ok(result) => Ok(result),
+        Err(Attempt::Failed(error)) if Error::is_success_of(message, &error) => Ok(T::default()),
         Err(Attempt::Failed(error)) => Err(Error::new(message, error)),
         Err(Attempt::Unloaded(error)) => Err(Error::unloaded(message, error)),
     }

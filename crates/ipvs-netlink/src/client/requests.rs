@@ -16,9 +16,10 @@ macro_rules! requests {
 
             /// All virtual servers, in the kernel's order, each once (`IPVS_CMD_GET_SERVICE`).
             ///
-            /// One may be missing where others, in any network namespace, delete virtual servers meanwhile: from one
+            /// Some may be missing where others, in any network namespace, delete virtual servers meanwhile: from one
             /// datagram of the list to the next the kernel finds its place by counting, in a table it has for all
-            /// namespaces, and does not say when that went wrong. A datagram holds about 90.
+            /// namespaces, and does not say when that went wrong. A datagram holds about 90. `all_virtual_servers` has
+            /// none missing.
             virtual_servers() -> Vec<VirtualServerEntry> = list(Message::ListVirtualServers);
 
             /// One virtual server; [`ErrorKind::NotFound`](crate::ErrorKind::NotFound) where there is none
@@ -26,8 +27,8 @@ macro_rules! requests {
             virtual_server(id: &VirtualServerId) -> VirtualServerEntry = get(Message::GetVirtualServer(*id));
 
             /// The real servers of a virtual server, in the kernel's order, each once; none where there is no such virtual
-            /// server (`IPVS_CMD_GET_DEST`). Of more than fit a datagram, about 90, one may be missing where others delete
-            /// real servers meanwhile.
+            /// server (`IPVS_CMD_GET_DEST`). Of more than fit a datagram, about 90, some may be missing where others delete
+            /// real servers meanwhile. `all_real_servers` has none missing.
             real_servers(id: &VirtualServerId) -> Vec<RealServerEntry> = list(Message::ListRealServers(*id));
 
             /// Makes a virtual server (`IPVS_CMD_NEW_SERVICE`); [`ErrorKind::Exists`](crate::ErrorKind::Exists) where it
