@@ -32,6 +32,15 @@ fn all_succeed(client: &mut Client, messages: &[Message]) {
     assert!(client.apply(messages).unwrap().iter().all(Result::is_ok));
 }
 
+/// Ends the writers, also when the reader panics.
+struct Done<'a>(&'a AtomicBool);
+
+impl Drop for Done<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Reads while others carry out messages again and again, each client its own.
 fn read_while_others_write(messages: impl Fn(u32) -> Vec<Vec<Message>>, read: impl FnOnce()) {
     let is_done = AtomicBool::new(false);
@@ -46,13 +55,6 @@ fn read_while_others_write(messages: impl Fn(u32) -> Vec<Vec<Message>>, read: im
                     }
                 }
             });
-        }
-        // Also when it panics.
-        struct Done<'a>(&'a AtomicBool);
-        impl Drop for Done<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
         }
         let _done = Done(&is_done);
         read();
