@@ -28,6 +28,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     runtime.block_on(source.run(|message| {
         match message {
             Message::Change(change) => reconciler.apply(change),
+            Message::Changes(changes) => changes.into_iter().for_each(|change| reconciler.apply(change)),
             Message::Report(report) => eprintln!("{report:?}"),
         }
         if reconciler.is_ready() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }

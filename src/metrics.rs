@@ -156,7 +156,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     BATCHES MetricKind::Counter, [], "Datagrams sent to the kernel: batches, transactions, dumps, requests";
     MESSAGES MetricKind::Counter, [], "Netlink messages sent to the kernel";
     BYTES MetricKind::Counter, [], "Bytes sent to the kernel";
-    CHANGE MetricKind::Histogram(short_duration_buckets), [], "From receiving a change until the kernel had it, including --ipvs-min-sync-period";
+    CHANGE MetricKind::Histogram(short_duration_buckets), [], "From receiving a change until the kernel had it, including the gathering of 20 to 40 ms and --ipvs-min-sync-period";
     CLASHES MetricKind::Counter, [], "Front ends that a second Service began to claim";
     REFUSED MetricKind::Counter, [], "VIPs that began to be refused because a Node or the API server has the address";
     WATCH_RESTARTS MetricKind::Counter, [], "Watches that had to list all objects again";

@@ -19,8 +19,8 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use reconciler::inbox;
-use reconciler::run::Input;
-use service_watch::Message;
+use reconciler::policy::Families;
+use service_watch::{Change, Message};
 use tokio::sync::mpsc as channel;
 use tracing::info;
 
@@ -133,15 +133,10 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
         servers.start(&settings, &configuration, health_check_updates)?;
     }
 
+    let record = move |change: &Change, now| source::record_change(change, now, &health, families, &needs);
     let sink = move |message| match message {
-        Message::Change(change) => {
-            let now = Instant::now();
-            source::record_change(&change, now, &health, families, &needs);
-            match inputs.send(Input::Change(change, now)) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(_) => ControlFlow::Break(()),
-            }
-        }
+        Message::Change(change) => send_changes([change], &inputs, &record),
+        Message::Changes(changes) => send_changes(changes, &inputs, &record),
         // The source has logged it.
         Message::Report(_) => ControlFlow::Continue(()),
     };
@@ -159,4 +154,17 @@ pub(crate) fn run(options: AgentOptions) -> Result<ExitReason> {
     // Does not wait for requests that are still running.
     runtime.shutdown_background();
     result
+}
+
+/// Passes changes that belong together to the reconciler, and each to `record`.
+fn send_changes(
+    changes: impl IntoIterator<Item = Change>,
+    inputs: &inbox::Sender,
+    record: impl Fn(&Change, Instant),
+) -> ControlFlow<()> {
+    let now = Instant::now();
+    match inputs.send_changes(changes.into_iter().inspect(|change| record(change, now)), now) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    }
 }

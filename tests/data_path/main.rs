@@ -23,6 +23,7 @@ mod rolling;
 mod ruleset;
 mod source_ranges;
 mod takeover;
+mod together;
 mod udp;
 mod vip_binding;
 

@@ -3,6 +3,10 @@
 //!
 //! That loses nothing, since what is programmed follows from the objects and not from their history. A deletion that is followed by an
 //! addition becomes the addition, which replaces the object that was known.
+//!
+//! Changes that belong together often come one by one: a Service and its EndpointSlices are watched separately, and an endpoint that
+//! moves to another slice is deleted in one and added in the other. So changes are [gathered](GATHERING) before they are received, and
+//! those of one reading of manifests are sent and received together.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -13,6 +17,12 @@ use foldhash::HashMap;
 use service_watch::{Change, ObjectName};
 
 use crate::run::Input;
+
+/// For how long no change must have come before those that wait are received.
+pub const GATHERING: Duration = Duration::from_millis(20);
+
+/// How long a change waits at most while others keep coming.
+pub const GATHERING_MAX: Duration = Duration::from_millis(40);
 
 /// What a change is about.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -56,10 +66,70 @@ struct Queue {
     inputs: VecDeque<Received>,
     /// Where the change of each subject is in `inputs`.
     indices: HashMap<Subject, usize>,
-    /// Inputs that are no changes of objects: one of each kind.
+    /// When the first and the last of the changes in `inputs` came; `None` if there are none.
+    gathering: Option<Gathering>,
+    /// Inputs that are no changes of objects: one of each kind. They do not wait.
     others: Vec<Input>,
     senders: usize,
     is_receiver_gone: bool,
+}
+
+/// The changes that wait for others that belong to them. It reads no clock: the caller passes the time.
+#[derive(Clone, Copy, Debug)]
+struct Gathering {
+    first: Instant,
+    last: Instant,
+    /// Whether nothing that belongs to them is to come: the initial list is complete.
+    is_complete: bool,
+}
+
+impl Gathering {
+    /// When the changes are received.
+    fn end(&self) -> Instant {
+        if self.is_complete { self.first } else { (self.last + GATHERING).min(self.first + GATHERING_MAX) }
+    }
+}
+
+impl Queue {
+    /// Adds a change, or replaces a change of the same object at its place.
+    fn add(&mut self, change: Change, since: Instant) {
+        let is_complete = matches!(change, Change::Synced);
+        let gathering = self.gathering.get_or_insert(Gathering { first: since, last: since, is_complete });
+        gathering.last = gathering.last.max(since);
+        gathering.is_complete |= is_complete;
+        match self.indices.get(&Subject::of(&change)) {
+            Some(index) => {
+                if let Some(Received { input: Input::Change(held, _), count }) = self.inputs.get_mut(*index) {
+                    *held = change;
+                    *count += 1;
+                }
+            }
+            None => {
+                self.indices.insert(Subject::of(&change), self.inputs.len());
+                self.inputs.push_back(Received { input: Input::Change(change, since), count: 1 });
+            }
+        }
+    }
+
+    /// When something can be received, if nothing more comes; `None` if nothing waits.
+    fn due(&self, now: Instant) -> Option<Instant> {
+        let gathered = self.gathering.map(|gathering| gathering.end());
+        if !self.others.is_empty() || (self.senders == 0 && gathered.is_some()) { Some(now) } else { gathered }
+    }
+
+    /// Takes what can be received.
+    fn take(&mut self, now: Instant) -> impl Iterator<Item = Received> + use<> {
+        let is_gathered = self.gathering.is_some_and(|gathering| self.senders == 0 || gathering.end() <= now);
+        let inputs = if is_gathered {
+            self.indices.clear();
+            self.gathering = None;
+            mem::take(&mut self.inputs)
+        } else {
+            VecDeque::new()
+        };
+        let others = mem::take(&mut self.others).into_iter().map(|input| Received { input, count: 1 });
+        inputs.into_iter().chain(others)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -106,31 +176,31 @@ pub fn channel() -> (Sender, Inbox) {
 impl Sender {
     /// Adds an input to the queue. A change replaces a change of the same object, at its place.
     pub fn send(&self, input: Input) -> Result<(), Closed> {
+        self.update(|queue| match input {
+            Input::Change(change, since) => queue.add(change, since),
+            other => {
+                let is_same = |held: &&mut Input| mem::discriminant(*held) == mem::discriminant(&other);
+                match (queue.others.iter_mut().find(is_same), other) {
+                    (Some(Input::AddressesDeleted(held)), Input::AddressesDeleted(mut more)) => held.append(&mut more),
+                    (Some(Input::RoutesDeleted(held)), Input::RoutesDeleted(mut more)) => held.append(&mut more),
+                    (Some(_), _) => {}
+                    (None, other) => queue.others.push(other),
+                }
+            }
+        })
+    }
+
+    /// Adds changes that were read together at this time. They are received together.
+    pub fn send_changes(&self, changes: impl IntoIterator<Item = Change>, since: Instant) -> Result<(), Closed> {
+        self.update(|queue| changes.into_iter().for_each(|change| queue.add(change, since)))
+    }
+
+    fn update(&self, update: impl FnOnce(&mut Queue)) -> Result<(), Closed> {
         let mut queue = self.0.lock();
         if queue.is_receiver_gone {
             return Err(Closed);
         }
-        let Queue { inputs, indices, others, .. } = &mut *queue;
-        match input {
-            Input::Change(change, since) => {
-                let index = *indices.entry(Subject::of(&change)).or_insert(inputs.len());
-                if let Some(Received { input: Input::Change(held, _), count }) = inputs.get_mut(index) {
-                    *held = change;
-                    *count += 1;
-                } else {
-                    inputs.push_back(Received { input: Input::Change(change, since), count: 1 });
-                }
-            }
-            other => {
-                let is_same = |held: &&mut Input| mem::discriminant(*held) == mem::discriminant(&other);
-                match (others.iter_mut().find(is_same), other) {
-                    (Some(Input::AddressesDeleted(held)), Input::AddressesDeleted(mut more)) => held.append(&mut more),
-                    (Some(Input::RoutesDeleted(held)), Input::RoutesDeleted(mut more)) => held.append(&mut more),
-                    (Some(_), _) => {}
-                    (None, other) => others.push(other),
-                }
-            }
-        }
+        update(&mut queue);
         drop(queue);
         self.0.has_changed.notify_one();
         Ok(())
@@ -152,23 +222,32 @@ impl Drop for Sender {
 }
 
 impl Inbox {
-    /// Waits for inputs and takes all of them. Without a timeout it waits as long as there are senders.
-    pub fn receive(&self, timeout: Option<Duration>) -> Result<impl Iterator<Item = Received>, Nothing> {
+    /// Waits for inputs and takes all of them; changes once they are [gathered](GATHERING). Without a timeout it waits as long as
+    /// there are senders.
+    pub fn receive(&self, timeout: Option<Duration>) -> Result<impl Iterator<Item = Received> + use<>, Nothing> {
         let deadline = timeout.map(|timeout| Instant::now() + timeout);
         let mut queue = self.0.lock();
-        while queue.inputs.is_empty() && queue.others.is_empty() {
-            if queue.senders == 0 {
+        loop {
+            let now = Instant::now();
+            let due = queue.due(now);
+            if due.is_some_and(|due| due <= now) {
+                return Ok(queue.take(now));
+            }
+            if due.is_none() && queue.senders == 0 {
                 return Err(Nothing::Disconnected);
             }
-            queue = match deadline.map(|deadline| deadline.saturating_duration_since(Instant::now())) {
-                None => self.0.has_changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
-                Some(Duration::ZERO) => return Err(Nothing::Timeout),
-                Some(rest) => self.0.has_changed.wait_timeout(queue, rest).unwrap_or_else(PoisonError::into_inner).0,
+            if deadline.is_some_and(|deadline| deadline <= now) {
+                return Err(Nothing::Timeout);
+            }
+            let has_changed = &self.0.has_changed;
+            queue = match due.into_iter().chain(deadline).min() {
+                None => has_changed.wait(queue).unwrap_or_else(PoisonError::into_inner),
+                Some(until) => {
+                    let wait = until.saturating_duration_since(now);
+                    has_changed.wait_timeout(queue, wait).unwrap_or_else(PoisonError::into_inner).0
+                }
             };
         }
-        queue.indices.clear();
-        let others = mem::take(&mut queue.others).into_iter().map(|input| Received { input, count: 1 });
-        Ok(mem::take(&mut queue.inputs).into_iter().chain(others))
     }
 }
 
@@ -218,6 +297,7 @@ mod tests {
         for change in changes {
             sender.send(Input::Change(change, Instant::now())).unwrap();
         }
+        drop(sender);
         let received = inbox.receive(Some(Duration::ZERO)).into_iter().flatten();
         received
             .filter_map(|it| match it.input {
@@ -300,5 +380,69 @@ mod tests {
         let waiting = std::thread::spawn(move || inbox.receive(None).map(Iterator::count));
         sender.send(Input::InterfacesChanged).unwrap();
         assert_eq!(waiting.join().unwrap(), Ok(1));
+    }
+
+    #[test]
+    fn gathering_ends_after_a_silence_or_its_limit() {
+        let start = Instant::now();
+        let after = |millis| start + Duration::from_millis(millis);
+        // When changes come, in ms, and when they are received.
+        for (times, end) in [
+            (vec![0], 20),
+            (vec![0, 10], 30),
+            (vec![0, 10, 19], 39),
+            (vec![0, 10, 20, 30], 40),
+            (vec![0, 15, 30, 39], 40),
+        ] {
+            let mut queue = Queue { senders: 1, ..Queue::default() };
+            for (number, time) in (1..).zip(&times) {
+                queue.add(service("web", Some(number)), after(*time));
+            }
+            assert_eq!(queue.due(start), Some(after(end)), "{times:?}");
+            assert_eq!(queue.take(after(end - 1)).count(), 0, "{times:?}");
+            assert_eq!(queue.take(after(end)).count(), 1, "{times:?}");
+            assert_eq!(queue.due(start), None, "{times:?}");
+        }
+    }
+
+    #[test]
+    fn the_end_of_the_list_and_other_inputs_do_not_wait() {
+        let (sender, inbox) = channel();
+        let now = Instant::now() + Duration::from_secs(3600);
+        sender.send(Input::Change(service("web", Some(1)), now)).unwrap();
+        sender.send(Input::DeviceLost).unwrap();
+        let kinds = |received: Vec<Received>| -> Vec<bool> {
+            received.iter().map(|it| matches!(it.input, Input::Change(..))).collect()
+        };
+        assert_eq!(kinds(inbox.receive(None).unwrap().collect()), [false], "changes are still gathered");
+        assert_eq!(inbox.receive(Some(Duration::ZERO)).err(), Some(Nothing::Timeout));
+        sender.send(Input::Change(Change::Synced, Instant::now())).unwrap();
+        let queue = &mut *inbox.0.lock();
+        assert_eq!(queue.due(now), Some(now));
+        assert_eq!(kinds(queue.take(now).collect()), [true, true]);
+    }
+
+    #[test]
+    fn changes_that_were_read_together_are_received_together() {
+        let (sender, inbox) = channel();
+        let changes = |number| (0..100).map(move |it| service(&format!("s{it}"), Some(number)));
+        let sending = std::thread::spawn(move || {
+            for number in 1..=50 {
+                sender.send_changes(changes(number), Instant::now()).unwrap();
+            }
+        });
+        let mut all = 0;
+        while let Ok(received) = inbox.receive(None) {
+            let ports: std::collections::BTreeSet<_> = received
+                .filter_map(|it| match it.input {
+                    Input::Change(Change::Service(service), _) => Some(service.ports[0].port),
+                    _ => None,
+                })
+                .collect();
+            assert_eq!(ports.len(), 1, "all of one reading");
+            all += 1;
+        }
+        sending.join().unwrap();
+        assert!(all > 0);
     }
 }

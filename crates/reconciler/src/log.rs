@@ -10,8 +10,8 @@ use crate::report::SyncReport;
 const MAX_WARNINGS: usize = 20;
 
 /// Logs one line for a sync that changed anything, and one for each new problem.
-/// `latency` is the time since the first of its changes was received.
-pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
+/// `latency` is the time since the first of its changes was received, and how much of it that change was gathered with others.
+pub(crate) fn report(report: &SyncReport, latency: Option<(Duration, Duration)>) {
     let claims = report.refused_claims();
     for (index, claim) in claims.iter().enumerate() {
         if index < MAX_WARNINGS {
@@ -51,6 +51,7 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
         );
     }
     if done.total() > 0 || report.is_first_audit {
+        let latency = latency.filter(|_| !report.is_first_audit);
         info!(
             virtual_servers = counts(done.servers_added, done.servers_changed, done.servers_deleted),
             real_servers = counts(done.real_servers_added, done.real_servers_changed, done.real_servers_deleted),
@@ -62,7 +63,8 @@ pub(crate) fn report(report: &SyncReport, latency: Option<Duration>) {
             left = (report.left > 0).then_some(report.left),
             total = report.totals.virtual_servers,
             took = ?report.duration,
-            latency = latency.filter(|_| !report.is_first_audit).map(tracing::field::debug),
+            latency = latency.map(|(latency, _)| tracing::field::debug(latency)),
+            gathering = latency.map(|(_, gathering)| tracing::field::debug(gathering)),
             "{}{}",
             if report.is_audit { "audited" } else { "synced" },
             if done.total() == 0 { ", nothing to change" } else { "" }

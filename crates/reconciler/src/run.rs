@@ -24,9 +24,6 @@ const PROBE_PERIOD: Duration = Duration::from_millis(500);
 /// How long the first sync waits for the Node's data. kube-proxy waits as long for its addresses.
 const NODE_WAIT_MAX: Duration = Duration::from_secs(30);
 
-/// How long the loop waits for more inputs while the initial list arrives. To wake up for each object would cost more than to apply it.
-const BATCH_DELAY: Duration = Duration::from_millis(1);
-
 /// An input of the loop.
 #[derive(Clone, Debug)]
 pub enum Input {
@@ -58,6 +55,8 @@ pub trait Observer {
 pub struct ReceivedChanges {
     /// When each change was received that altered anything.
     pub received_at: Vec<Instant>,
+    /// How long the first of them was gathered with others ([`crate::inbox::GATHERING`]).
+    pub gathering: Duration,
     /// How many changes of Services there were, including those that altered nothing.
     pub services: usize,
     /// How many changes of EndpointSlices there were.
@@ -204,7 +203,6 @@ pub fn run<K: Kernel>(
     let mut read_error = None;
     let mut changes = ReceivedChanges::default();
     let mut next_probe = Instant::now() + PROBE_PERIOD;
-    let mut is_started = false;
     // Whether parts of large changes are left.
     let mut is_unfinished = false;
     loop {
@@ -213,13 +211,9 @@ pub fn run<K: Kernel>(
             let (_, at) = schedule.due(reconciler, now);
             at.min(next_probe).saturating_duration_since(now)
         });
-        if !reconciler.is_ready() && is_started {
-            std::thread::sleep(BATCH_DELAY);
-        }
         match inputs.receive(wait) {
             Ok(received) => {
-                is_started = true;
-                // All inputs that have arrived by now are applied before the next sync.
+                // All inputs that have been gathered by now are applied before the next sync.
                 for received in received {
                     match received.input {
                         Input::Change(change, since) => {
@@ -227,6 +221,9 @@ pub fn run<K: Kernel>(
                             reconciler.apply(change);
                             // A change that alters nothing does not wait for a sync.
                             if reconciler.is_dirty() {
+                                if changes.received_at.is_empty() {
+                                    changes.gathering = since.elapsed();
+                                }
                                 changes.received_at.push(since);
                             }
                         }
@@ -276,7 +273,7 @@ pub fn run<K: Kernel>(
                 }
                 failures.extend_from_slice(&report.failures);
                 read_error = None;
-                log::report(report, changes.received_at.first().map(|first| end - *first));
+                log::report(report, changes.received_at.first().map(|first| (end - *first, changes.gathering)));
                 observer.synced(report, start, &changes);
                 changes = ReceivedChanges::default();
             }

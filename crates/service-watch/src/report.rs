@@ -16,6 +16,8 @@ use crate::model::{Change, ObjectName};
 pub enum Message {
     /// A change of an object, or of the state of the source.
     Change(Change),
+    /// Changes that were read at once, and belong together.
+    Changes(Vec<Change>),
     /// The problems of something have changed.
     Report(Report),
 }
@@ -132,11 +134,13 @@ pub(crate) struct Emitter<F> {
     /// The last value sent.
     incomplete: bool,
     is_closed: bool,
+    /// Changes that are sent together once all of them are known.
+    together: Option<Vec<Change>>,
 }
 
 impl<F: FnMut(Message) -> ControlFlow<()>> Emitter<F> {
     pub(crate) fn new(sink: F, counters: Arc<Counters>) -> Self {
-        Self { sink, counters, reported: HashMap::new(), incomplete: false, is_closed: false }
+        Self { sink, counters, reported: HashMap::new(), incomplete: false, is_closed: false, together: None }
     }
 
     /// Whether the sink has ended the run.
@@ -146,7 +150,20 @@ impl<F: FnMut(Message) -> ControlFlow<()>> Emitter<F> {
 
     pub(crate) fn change(&mut self, change: Change) {
         self.counters.changes.fetch_add(1, Ordering::Relaxed);
-        self.emit(Message::Change(change));
+        match &mut self.together {
+            Some(together) => together.push(change),
+            None => self.emit(Message::Change(change)),
+        }
+    }
+
+    /// Sends the changes that `emit` makes as one message.
+    pub(crate) fn together(&mut self, emit: impl FnOnce(&mut Self)) {
+        self.together = Some(Vec::new());
+        emit(self);
+        match self.together.take() {
+            Some(changes) if !changes.is_empty() => self.emit(Message::Changes(changes)),
+            _ => {}
+        }
     }
 
     /// Sends [`Change::Incomplete`] if it changed.

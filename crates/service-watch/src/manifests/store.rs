@@ -92,7 +92,7 @@ impl ManifestStore {
         (changed, !self.unsettled.is_empty())
     }
 
-    /// Reads these files and emits what that changes.
+    /// Reads these files and emits what that changes, as one message.
     pub(super) fn read<F: FnMut(Message) -> ControlFlow<()>>(
         &mut self,
         names: BTreeSet<OsString>,
@@ -127,7 +127,7 @@ impl ManifestStore {
                 }
             }
         }
-        self.emit_changes(before, names, emitter);
+        emitter.together(|emitter| self.emit_changes(before, names, emitter));
     }
 
     /// Replaces the objects of a file. `before` collects what was effective before for each object touched.

@@ -18,9 +18,15 @@ pub(crate) struct Listener {
 
 pub(crate) fn listen(source: Source) -> Listener {
     let (send, messages) = unbounded_channel();
-    let task = tokio::spawn(source.run(move |message| match send.send(message) {
-        Ok(()) => ControlFlow::Continue(()),
-        Err(_) => ControlFlow::Break(()),
+    let task = tokio::spawn(source.run(move |message| {
+        let messages = match message {
+            Message::Changes(changes) => changes.into_iter().map(Message::Change).collect(),
+            other => vec![other],
+        };
+        match messages.into_iter().try_for_each(|message| send.send(message)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
     }));
     Listener { messages, task, reports: Vec::new() }
 }
@@ -35,8 +41,9 @@ impl Listener {
     pub(crate) async fn change(&mut self) -> String {
         loop {
             match self.message().await {
-                Message::Change(change) => return short(&change),
                 Message::Report(report) => self.reports.push(report),
+                Message::Change(change) => return short(&change),
+                Message::Changes(_) => unreachable!("the sink has split them"),
             }
         }
     }
@@ -71,7 +78,7 @@ impl Listener {
         }
         match self.message().await {
             Message::Report(report) => report,
-            Message::Change(change) => panic!("a report is due, not {change:?}"),
+            other => panic!("a report is due, not {other:?}"),
         }
     }
 

@@ -50,7 +50,7 @@ const PARTS: [(&str, &str, &str); 11] = [
     (
         "change/",
         "One change",
-        "From hearing of it until the kernel has acknowledged it. *Of it the sync* is without the time until the thread that syncs runs, which in the guest shares one processor with the API server and the benchmark. *What follows* is the look whether a real server has drained, a tenth of a second later, and its deletion.",
+        "From the end of its gathering until the kernel has acknowledged it. *Gathering before* is the fixed time for which the agent waits for changes that belong to it, and counts in *from the API server*. *Of it the sync* is without the time until the thread that syncs runs, which in the guest shares one processor with the API server and the benchmark. *What follows* is the look whether a real server has drained, a tenth of a second later, and its deletion.",
     ),
     ("churn/", "Churn", "A hundred changes a second, of all four kinds in turn."),
     ("steady/", "Nothing happens", "Audits included."),

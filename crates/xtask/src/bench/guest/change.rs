@@ -121,18 +121,24 @@ impl Bench {
     pub(super) fn changes(&mut self, agent: &mut Agent) -> Result<()> {
         let mut extras = Extras::new(self.options.size);
         for kind in Kind::ALL {
-            let (mut latencies, mut syncs, mut end_to_end) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut latencies, mut gatherings) = (Vec::new(), Vec::new());
+            let (mut syncs, mut end_to_end) = (Vec::new(), Vec::new());
             for _ in 0..self.options.changes {
                 let start = Instant::now();
                 self.change(kind, &mut extras);
                 let line = agent.until(|line| kind.is_done(line))?;
                 end_to_end.push(line.at - start);
-                latencies.push(line.duration("latency").context("a sync without a latency")?);
+                // The agent gathers changes for a fixed time first, which says nothing about its speed.
+                let gathering = line.duration("gathering").context("a sync of changes that were not gathered")?;
+                let latency = line.duration("latency").context("a sync without a latency")?;
+                latencies.push(latency.saturating_sub(gathering));
+                gatherings.push(gathering);
                 syncs.push(line.duration("took").context("a sync that took no time")?);
             }
             std::thread::sleep(DRAINED);
             let name = format!("change/{}", kind.name());
             self.figures.spread(&name, latencies);
+            self.figures.spread(&format!("{name}/gathering before"), gatherings);
             self.figures.spread(&format!("{name}/of it the sync"), syncs);
             self.figures.spread(&format!("{name}/from the API server"), end_to_end);
         }

@@ -44,8 +44,10 @@ impl Bench {
         std::thread::sleep(SETTLED);
         let cpu = agent.usage()?.cpu.saturating_sub(before.cpu);
         let lines = agent.pending();
-        let latencies: Vec<Duration> =
-            lines.iter().filter(|line| line.has("synced")).filter_map(|line| line.duration("latency")).collect();
+        let synced = lines.iter().filter(|line| line.has("synced"));
+        let latencies: Vec<Duration> = synced
+            .filter_map(|line| Some(line.duration("latency")?.saturating_sub(line.duration("gathering")?)))
+            .collect();
         let figures = &mut self.figures;
         figures.average("churn/changes a second", f64::from(changes) / took.as_secs_f64());
         figures.count("churn/syncs", lines.iter().filter(|line| line.has("synced")).count());
