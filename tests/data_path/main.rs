@@ -13,11 +13,13 @@ mod traffic;
 
 mod cold_start;
 mod default_route;
+mod draining;
 mod foreign_rules;
 mod host_network;
 mod hostile;
 mod no_exec;
 mod over_time;
+mod policies;
 mod refused;
 mod rolling;
 mod ruleset;

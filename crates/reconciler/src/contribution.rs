@@ -316,10 +316,9 @@ impl PortServers {
         let uses_local = internal_local || (is_external && external_local);
         let cluster: Arc<[RealServerAddress]> =
             if uses_cluster { cluster_endpoints(endpoints, node, policy).into() } else { Arc::default() };
-        // Without a local endpoint the policy Local falls back to the endpoints of the policy Cluster.
-        let local = uses_local.then(|| local_endpoints(endpoints)).filter(|local| !local.is_empty());
-        let has_local = local.is_some();
-        let local: Arc<[RealServerAddress]> = local.map_or_else(|| cluster.clone(), Into::into);
+        let local: Arc<[RealServerAddress]> =
+            if uses_local { local_endpoints(endpoints).into() } else { Arc::default() };
+        let has_local = !local.is_empty();
 
         let rule = |masquerade, access, is_empty: bool| match (is_empty, port.protocol) {
             (false, _) => FrontEndRule { masquerade, access, ..FrontEndRule::OPEN },
@@ -330,7 +329,9 @@ impl PortServers {
             },
         };
         let inside = if internal_local { local.clone() } else { cluster.clone() };
-        let outside = if external_local { local } else { cluster };
+        // Without a local endpoint the external policy falls back to those of the policy Cluster, for pods and the node. The internal
+        // policy does not: without a local endpoint it refuses clients.
+        let outside = if external_local && has_local { local } else { cluster };
         let (masquerade, access) = match (external_local, has_local) {
             (false, _) => (Masquerade::Everybody, Access::Open),
             (true, true) => (Masquerade::Nobody, Access::Open),

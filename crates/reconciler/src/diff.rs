@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use ipnet::IpNet;
-use ipvs_netlink::{Change, Family, RealServer};
+use ipvs_netlink::{Change, Family, RealServer, Scheduler};
 use service_watch::Protocol;
 
 use crate::binding::{self, VipBinding};
@@ -14,7 +14,7 @@ use crate::contribution::DesiredServer;
 use crate::desired_state::DesiredState;
 use crate::filter::ruleset::Ruleset;
 use crate::filter::{FrontEndElements, FrontEndRule, SetElement, TableContents};
-use crate::front_end::FrontEnd;
+use crate::front_end::{FrontEnd, ServerConfig};
 use crate::mirror::{Mirror, MirrorServer};
 use crate::plan::{Key, Operation};
 
@@ -259,13 +259,30 @@ fn diff_server(
             }
         }
         (Some(held), Some(wanted)) => {
-            if held.config != wanted.config {
-                out.push(Operation::SetVirtualServer(front_end, wanted.config));
+            let config = config_while_draining(front_end, held, wanted);
+            if held.config != config {
+                out.push(Operation::SetVirtualServer(front_end, config));
             }
-            return diff_real_servers(front_end, held, wanted, context, out);
+            // What another scheduler replaces comes back once nothing drains any more.
+            return diff_real_servers(front_end, held, wanted, context, out) || config != wanted.config;
         }
     }
     false
+}
+
+/// The configuration of a virtual server. While real servers drain, `dh` is replaced by `rr`: it hashes the VIP, so all connections go
+/// to one real server, and are refused while that has weight 0 (`ip_vs_dh_schedule`). It has no fallback flag.
+fn config_while_draining(front_end: FrontEnd, held: &MirrorServer, wanted: &DesiredServer) -> ServerConfig {
+    let has_unwanted = || {
+        let held = held.real_servers.addresses();
+        held.iter().any(|address| wanted.real_servers.binary_search(address).is_err())
+    };
+    if wanted.config.scheduler == Scheduler::DestinationHashing && front_end.protocol == Protocol::Tcp && has_unwanted()
+    {
+        ServerConfig { scheduler: Scheduler::RoundRobin, ..wanted.config }
+    } else {
+        wanted.config
+    }
 }
 
 fn diff_real_servers(

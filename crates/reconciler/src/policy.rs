@@ -144,10 +144,12 @@ impl Policy {
         }
     }
 
-    /// The scheduler flags of every virtual server. Like kube-proxy, only `mh` has one: it hashes the source port too.
+    /// The scheduler flags of every virtual server. `mh` hashes the source port too, as in kube-proxy. `mh` and `sh` keep real servers
+    /// of weight 0 in their tables: with the fallback flag they choose another one, and otherwise refuse the client.
     pub fn scheduler_flags(&self) -> SchedulerFlags {
         match self.scheduler {
-            Scheduler::MaglevHashing => SchedulerFlags::MH_PORT,
+            Scheduler::MaglevHashing => SchedulerFlags::MH_PORT.union(SchedulerFlags::MH_FALLBACK),
+            Scheduler::SourceHashing => SchedulerFlags::SH_FALLBACK,
             _ => SchedulerFlags::NONE,
         }
     }

@@ -15,8 +15,10 @@ use super::state::State;
 /// A rule: its name in the document, and what it makes of an expectation.
 type Rule = (&'static str, fn(&mut Expectation, &Objects));
 
-const RULES: [Rule; 5] = [
+const RULES: [Rule; 7] = [
     ("drift-is-repaired", drift_is_repaired),
+    ("hash-schedulers-fall-back", hash_schedulers_fall_back),
+    ("internal-local-means-local", internal_local_means_local),
     ("none-but-ours-is-deleted", none_but_ours_is_deleted),
     ("node-addresses-are-no-vips", node_addresses_are_no_vips),
     ("node-ports-not-on-vips", node_ports_not_on_vips),
@@ -47,6 +49,8 @@ pub(crate) fn is_documented(rule: &str, case: &str) -> bool {
 #[derive(Default)]
 pub(crate) struct Objects {
     by_file: BTreeMap<String, Value>,
+    /// The name of the agent's Node.
+    node: String,
     /// Virtual servers that others have made.
     pub(crate) strangers: Vec<VirtualServer>,
 }
@@ -54,6 +58,7 @@ pub(crate) struct Objects {
 impl Objects {
     /// Takes in what a step deletes and applies.
     pub(crate) fn take_in(&mut self, case: &Case, step: &Step) -> Result<()> {
+        self.node.clone_from(&case.node_name);
         for object in &step.delete {
             self.by_file.remove(&object.file_name());
         }
@@ -69,6 +74,16 @@ impl Objects {
 
     fn of_kind<'a>(&'a self, kind: &'a str) -> impl Iterator<Item = &'a Value> {
         self.by_file.values().filter(move |object| object["kind"] == kind)
+    }
+
+    /// The endpoints of the slices that name a Service.
+    fn endpoints_of<'a>(&'a self, service: &'a Value) -> impl Iterator<Item = &'a Value> {
+        self.of_kind("EndpointSlice")
+            .filter(|slice| {
+                slice["metadata"]["namespace"] == service["metadata"]["namespace"]
+                    && slice["metadata"]["labels"]["kubernetes.io/service-name"] == service["metadata"]["name"]
+            })
+            .flat_map(|slice| list(&slice["endpoints"]))
     }
 
     fn ports(&self, field: &str) -> BTreeSet<(u64, &str)> {
@@ -112,6 +127,33 @@ fn drift_is_repaired(expected: &mut Expectation, objects: &Objects) {
         for real in &mut server.real_servers {
             "masquerade".clone_into(&mut real.forward);
             (real.weight, real.upper_threshold, real.lower_threshold) = (1, 0, 0);
+        }
+    }
+}
+
+/// `mh` and `sh` choose another real server for a client whose own one drains.
+fn hash_schedulers_fall_back(expected: &mut Expectation, _: &Objects) {
+    for server in &mut expected.virtual_servers {
+        if matches!(&*server.scheduler, "mh" | "sh") {
+            server.flags.insert("flag-1".to_owned());
+        }
+    }
+}
+
+/// A ClusterIP with policy Local has no endpoint of another node, also if the Service has external addresses.
+fn internal_local_means_local(expected: &mut Expectation, objects: &Objects) {
+    for service in objects.of_kind("Service").filter(|it| it["spec"]["internalTrafficPolicy"] == "Local") {
+        let local: BTreeSet<IpAddr> = objects
+            .endpoints_of(service)
+            .filter(|endpoint| endpoint["nodeName"] == *objects.node)
+            .filter_map(|endpoint| endpoint["addresses"][0].as_str()?.parse().ok())
+            .collect();
+        let cluster_ips: BTreeSet<IpAddr> =
+            list(&service["spec"]["clusterIPs"]).iter().filter_map(|ip| ip.as_str()?.parse().ok()).collect();
+        for server in &mut expected.virtual_servers {
+            if server.address.is_some_and(|address| cluster_ips.contains(&address)) {
+                server.real_servers.retain(|real| local.contains(&real.address));
+            }
         }
     }
 }
@@ -160,12 +202,7 @@ fn slice_follows_its_label(expected: &mut Expectation, objects: &Objects) {
         };
         let Some(service) = objects.of_kind("Service").find(has_address) else { continue };
         let endpoints: BTreeSet<IpAddr> = objects
-            .of_kind("EndpointSlice")
-            .filter(|slice| {
-                slice["metadata"]["namespace"] == service["metadata"]["namespace"]
-                    && slice["metadata"]["labels"]["kubernetes.io/service-name"] == service["metadata"]["name"]
-            })
-            .flat_map(|slice| list(&slice["endpoints"]))
+            .endpoints_of(service)
             .filter_map(|endpoint| endpoint["addresses"][0].as_str()?.parse().ok())
             .collect();
         server.real_servers.retain(|real| endpoints.contains(&real.address));

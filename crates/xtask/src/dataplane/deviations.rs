@@ -20,11 +20,12 @@ pub(crate) struct Circumstances<'a> {
 /// A rule: its name in the document, and what it wants of a cell that it is about.
 type Rule = (&'static str, fn(&Cell, &Expected, &Circumstances<'_>) -> Option<Expected>);
 
-const RULES: [Rule; 4] = [
+const RULES: [Rule; 5] = [
     ("external-client-refused-without-local-endpoint", external_client_refused_without_local_endpoint),
     ("node-reaches-local-policy-without-local-endpoint", node_reaches_local_policy_without_local_endpoint),
     ("no-endpoints-is-refused-everywhere", no_endpoints_is_refused_everywhere),
     ("node-is-seen-with-its-own-address", node_is_seen_with_its_own_address),
+    ("cluster-ip-refused-without-local-endpoint", cluster_ip_refused_without_local_endpoint),
 ];
 
 /// The rule that is about a cell, and what it wants.
@@ -47,11 +48,15 @@ pub(crate) fn is_named(rule: &str, service: &str) -> bool {
 
 /// A Service with policy Local for this front end, and no endpoint on the node.
 fn is_local_without_local(cell: &Cell, at: &Circumstances<'_>) -> bool {
+    cell.front_end.as_deref() != Some("ClusterIP") && is_without_local(cell, "externalTrafficPolicy", at)
+}
+
+/// A Service with this policy Local, and no endpoint on the node.
+fn is_without_local(cell: &Cell, policy: &str, at: &Circumstances<'_>) -> bool {
     let name = cell.service.as_deref().unwrap_or_default();
-    let policy = at.objects.service(name).map(|service| &service["spec"]["externalTrafficPolicy"]);
+    let policy = at.objects.service(name).map(|service| &service["spec"][policy]);
     let endpoints = at.objects.endpoints(name, cell.is_ipv6());
     policy.is_some_and(|policy| policy == "Local")
-        && cell.front_end.as_deref() != Some("ClusterIP")
         && !endpoints.is_empty()
         && endpoints.iter().all(|(_, node)| node != NODE)
 }
@@ -120,6 +125,16 @@ fn node_is_seen_with_its_own_address(cell: &Cell, recorded: &Expected, at: &Circ
     Some(Expected { seen: Some(seen), ..recorded.clone() })
 }
 
+/// A ClusterIP with policy Local has no endpoint of another node, whatever else the Service has.
+fn cluster_ip_refused_without_local_endpoint(
+    cell: &Cell,
+    recorded: &Expected,
+    at: &Circumstances<'_>,
+) -> Option<Expected> {
+    let is_cluster_ip = cell.front_end.as_deref() == Some("ClusterIP");
+    (is_cluster_ip && recorded.is(CONNECTED) && is_without_local(cell, "internalTrafficPolicy", at)).then(refused)
+}
+
 fn refused() -> Expected {
     Expected { outcomes: ["refused".to_owned()].into(), backends: Some([].into()), seen: Some([].into()) }
 }
@@ -144,7 +159,10 @@ mod tests {
             json!({"kind": "EndpointSlice", "metadata": {"labels": {"kubernetes.io/service-name": name}},
                 "endpoints": [{"addresses": ["10.244.2.6"], "nodeName": node}]})
         };
-        let service = |name: &str| json!({"kind": "Service", "metadata": {"name": name}, "spec": {"externalTrafficPolicy": "Local"}});
+        let service = |name: &str| {
+            let spec = json!({"externalTrafficPolicy": "Local", "internalTrafficPolicy": "Local"});
+            json!({"kind": "Service", "metadata": {"name": name}, "spec": spec})
+        };
         let list = json!([service("far"), slice("far", "node-b"), service("near"), slice("near", NODE)]);
         let objects = Objects::new(list, &[]).unwrap();
         let topology = json!({"addresses": {"node": ["192.168.10.11"], "remote-pod": ["10.244.2.6"]}});
@@ -171,7 +189,10 @@ mod tests {
         let served = "connected: remote-pod sees node".to_owned();
         assert_eq!(under(cidr, "far", "externalIP", "node", "timeout"), Some((RULES[1].0, served)));
         assert_eq!(under(cidr, "far", "NodePort", "node", "timeout"), None);
-        assert_eq!(under(cidr, "none", "ClusterIP", "node", "not permitted"), Some((RULES[2].0, refused)));
+        assert_eq!(under(cidr, "none", "ClusterIP", "node", "not permitted"), Some((RULES[2].0, refused.clone())));
+        assert_eq!(under(cidr, "far", "ClusterIP", "client", "connected"), Some((RULES[4].0, refused)));
+        assert_eq!(under(cidr, "far", "NodePort", "client", "connected"), None);
+        assert_eq!(under(cidr, "near", "ClusterIP", "client", "connected"), None);
         let by_routes = |target: &str, source: &str, flag: &str| {
             let cell = json!({"service": "near", "front_end": "externalIP", "client": "node", "target": target, "protocol": "TCP",
                 "result": "connected", "seen": [{"backend": "remote-pod", "source_address": source}]});
