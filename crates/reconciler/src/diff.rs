@@ -237,7 +237,15 @@ fn diff_server(
     let wanted = desired.server(&front_end);
     match (mirror.front_end(&front_end), wanted.map(|wanted| FrontEndElements::from(&wanted.rule))) {
         (held, Some(wanted)) if held != Some(&wanted) => {
-            out.push(Operation::SetFrontEnd { front_end, before: held.cloned().unwrap_or_default(), after: wanted });
+            let before = held.cloned().unwrap_or_default();
+            // First what is right for the real servers before and after, then, once these have changed, the rest.
+            let guarded = wanted.guarded_from(&before);
+            if guarded != before {
+                out.push(Operation::SetFrontEnd { front_end, before, after: guarded.clone() });
+            }
+            if guarded != wanted {
+                out.push(Operation::SetFrontEnd { front_end, before: guarded, after: wanted });
+            }
         }
         (Some(held), None) if !context.retention.is_everything() => {
             out.push(Operation::RemoveFrontEnd(front_end, held.clone()));

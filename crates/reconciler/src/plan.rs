@@ -101,7 +101,7 @@ pub enum Phase {
     BindVips,
     /// Real servers drain or are deleted, now that their successors accept connections.
     RemoveRealServers,
-    /// Front ends admit more clients, now that only real servers that may serve them are left.
+    /// Front ends admit more clients and masquerade fewer, now that only real servers are left that may serve them so.
     AdmitClients,
     /// VIPs in routed ranges are closed: new connections are refused.
     RemoveRoutedVips,

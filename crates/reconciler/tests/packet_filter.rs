@@ -240,6 +240,31 @@ fn a_front_end_admits_external_clients_after_remote_endpoints_go() {
 }
 
 #[test]
+fn a_front_end_masquerades_until_remote_endpoints_are_gone() {
+    let endpoints = vec![local("10.0.0.1"), endpoint("10.0.0.2")];
+    let mut world = world(balancer(), endpoints);
+    let of = |operation: &Operation| match operation {
+        Operation::SetFrontEnd { front_end, after, .. } if front_end.address == ip(EXTERNAL) => {
+            Some(if after.sets & Masquerade::Everybody.set() != 0 { "more" } else { "less" })
+        }
+        Operation::AddRealServer(front_end, _) | Operation::SetRealServer(front_end, _)
+            if front_end.address == ip(EXTERNAL) =>
+        {
+            Some("remote in")
+        }
+        Operation::DrainRealServer(front_end, _) if front_end.address == ip(EXTERNAL) => Some("remote out"),
+        _ => None,
+    };
+    for (policy, expected) in
+        [(TrafficPolicy::Local, ["remote out", "less"]), (TrafficPolicy::Cluster, ["more", "remote in"])]
+    {
+        world.kernel().log.clear();
+        world.apply(Change::Service(Service { external_policy: policy, ..balancer() })).sync();
+        assert_eq!(world.kernel().log.iter().filter_map(of).collect::<Vec<_>>(), expected, "{policy:?}");
+    }
+}
+
+#[test]
 fn a_socket_failure_while_building_a_table_is_retried() {
     let mut is_first_audit = true;
     let fault: Fault = Box::new(move |operation| {

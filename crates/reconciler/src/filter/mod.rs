@@ -40,6 +40,19 @@ pub enum Masquerade {
     NodeIsRefused,
 }
 
+impl Masquerade {
+    /// The bit of its set.
+    pub fn set(self) -> u32 {
+        match self {
+            Self::Nobody => set::MASQUERADE_NOBODY,
+            Self::Outsiders => set::MASQUERADE_OUTSIDERS,
+            Self::Everybody => set::MASQUERADE_EVERYBODY,
+            Self::Node => set::MASQUERADE_NODE,
+            Self::NodeIsRefused => set::UDP_REFUSED_TO_NODE,
+        }
+    }
+}
+
 /// Who may connect to a front end, apart from source ranges.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
@@ -72,13 +85,7 @@ impl FrontEndRule {
 
     /// The sets the front end is in, one bit each.
     pub fn sets(&self) -> u32 {
-        let masquerade = match self.masquerade {
-            Masquerade::Nobody => set::MASQUERADE_NOBODY,
-            Masquerade::Outsiders => set::MASQUERADE_OUTSIDERS,
-            Masquerade::Everybody => set::MASQUERADE_EVERYBODY,
-            Masquerade::Node => set::MASQUERADE_NODE,
-            Masquerade::NodeIsRefused => set::UDP_REFUSED_TO_NODE,
-        };
+        let masquerade = self.masquerade.set();
         let access = match self.access {
             Access::Open => set::OPEN,
             Access::Insiders => set::OPEN_TO_INSIDERS,
@@ -149,11 +156,51 @@ impl From<&FrontEndRule> for FrontEndElements {
 }
 
 impl FrontEndElements {
-    /// Whether these admit clients that others refused. They may be written only once real servers can answer those clients.
-    pub(crate) fn is_wider_than(&self, before: &Self) -> bool {
-        let is_narrow = |it: &Self| it.sets & (set::OPEN_TO_INSIDERS | set::REFUSED) != 0;
-        is_narrow(before) && !is_narrow(self)
+    /// What a front end has while its real servers change, between `before` and these. It admits nobody whom one of the two refuses,
+    /// and masquerades everybody whom one of the two masquerades: an endpoint on another node answers a client that is not
+    /// masqueraded past this node, and the connection never gets an answer.
+    pub(crate) fn guarded_from(&self, before: &Self) -> Self {
+        let narrower = [set::REFUSED, set::OPEN_TO_INSIDERS, set::OPEN];
+        let access = |it: &Self| narrower.into_iter().find(|bit| it.sets & bit != 0);
+        // A front end that nobody could reach changes at once, and one that is refused has nothing else to guard.
+        let Some(access_before) = access(before) else { return self.clone() };
+        if access(self) == Some(set::REFUSED) {
+            return self.clone();
+        }
+        if access_before == set::REFUSED {
+            return before.clone();
+        }
+        let either = before.sets | self.sets;
+        let access = access(self).map_or(0, |after| after.max(access_before));
+        let opens =
+            before.source_ranges != SourceRangesElement::Absent && self.source_ranges == SourceRangesElement::Absent;
+        Self {
+            sets: access | widest_masquerade(either) | either & set::CLOSED_TO_NODE,
+            source_ranges: if opens { before } else { self }.source_ranges.clone(),
+        }
     }
+
+    /// Whether these admit clients that others refused, or do not masquerade clients that others masqueraded. They may be written only
+    /// once the real servers are those that may serve such clients.
+    pub(crate) fn is_wider_than(&self, before: &Self) -> bool {
+        *self != self.guarded_from(before)
+    }
+}
+
+/// The set of those in which a front end is masqueraded for most clients.
+fn widest_masquerade(sets: u32) -> u32 {
+    let both = set::MASQUERADE_OUTSIDERS | set::MASQUERADE_NODE;
+    if sets & both == both {
+        return set::MASQUERADE_EVERYBODY;
+    }
+    let widest = [
+        set::MASQUERADE_EVERYBODY,
+        set::MASQUERADE_OUTSIDERS,
+        set::MASQUERADE_NODE,
+        set::MASQUERADE_NOBODY,
+        set::UDP_REFUSED_TO_NODE,
+    ];
+    widest.into_iter().find(|bit| sets & bit != 0).unwrap_or(0)
 }
 
 /// An element of one of the sets that are not about front ends.
@@ -318,5 +365,50 @@ mod tests {
         assert_eq!(of(&["10.0.0.0/8", "192.0.2.0/24"]), of(&["192.0.2.0/24", "10.0.0.0/8"]));
         assert_ne!(of(&["10.0.0.0/8"]), of(&["10.0.0.0/9"]));
         assert_ne!(of(&[]), of(&["10.0.0.0/8"]));
+    }
+
+    #[test]
+    fn a_front_end_is_guarded_while_its_real_servers_change() {
+        use Access::{Insiders, Open, Refused};
+        use Masquerade::{Everybody, Nobody, Node, NodeIsRefused, Outsiders};
+        let elements = |(masquerade, access): (Masquerade, Access)| {
+            FrontEndElements::from(&FrontEndRule { masquerade, access, ..FrontEndRule::OPEN })
+        };
+        for (before, after, guarded) in [
+            // External policy Cluster, Local with and without a local endpoint, and no endpoint at all; in either direction.
+            ((Everybody, Open), (Nobody, Open), (Everybody, Open)),
+            ((Nobody, Open), (Everybody, Open), (Everybody, Open)),
+            ((Everybody, Open), (Node, Insiders), (Everybody, Insiders)),
+            ((Node, Insiders), (Everybody, Open), (Everybody, Insiders)),
+            ((Nobody, Open), (Node, Insiders), (Node, Insiders)),
+            ((Node, Insiders), (Nobody, Open), (Node, Insiders)),
+            ((Everybody, Open), (Nobody, Refused), (Nobody, Refused)),
+            ((Nobody, Refused), (Everybody, Open), (Nobody, Refused)),
+            // UDP without an endpoint.
+            ((Outsiders, Open), (NodeIsRefused, Refused), (NodeIsRefused, Refused)),
+            ((NodeIsRefused, Refused), (Outsiders, Open), (NodeIsRefused, Refused)),
+            // The front end of one Service becomes that of another.
+            ((Outsiders, Open), (Node, Insiders), (Everybody, Insiders)),
+            ((Outsiders, Open), (Nobody, Open), (Outsiders, Open)),
+        ] {
+            let (before, after, guarded) = (elements(before), elements(after), elements(guarded));
+            assert_eq!(after.guarded_from(&before), guarded, "{before:?} to {after:?}");
+            assert!(!guarded.is_wider_than(&before), "{before:?} to {after:?}");
+            assert!(guarded == after || after.is_wider_than(&guarded), "{before:?} to {after:?}");
+        }
+        let new = elements((Everybody, Open));
+        assert_eq!(new.guarded_from(&FrontEndElements::default()), new, "nobody could reach it");
+    }
+
+    #[test]
+    fn source_ranges_go_after_the_real_servers_and_come_before() {
+        let web = SourceRangesElement::Service(ObjectName::new("default", "web"));
+        let elements = |source_ranges: &SourceRangesElement, is_closed_to_node| FrontEndElements {
+            source_ranges: source_ranges.clone(),
+            ..FrontEndElements::from(&FrontEndRule { is_closed_to_node, ..FrontEndRule::OPEN })
+        };
+        let (open, closed) = (elements(&SourceRangesElement::Absent, false), elements(&web, true));
+        assert_eq!(closed.guarded_from(&open), closed);
+        assert_eq!(open.guarded_from(&closed), closed);
     }
 }

@@ -47,8 +47,8 @@ enum Rule {
     TableMissing,
     /// The packet filter does not guard the VIP or the range, so it is neither bound nor routed to this node.
     VipUnguarded,
-    /// The packet filter does not have the front end's rule, so no virtual server is added for it. One that exists is kept
-    /// up to date.
+    /// The packet filter does not have the front end's rule, so no virtual server is added for it, and it admits no more clients. One
+    /// that exists is kept up to date.
     FrontEndUnguarded,
     /// The virtual server was withheld, so its real servers and the cleanup of its connections are pointless.
     VirtualServerWithheld,
@@ -105,7 +105,9 @@ impl Guard {
             (Guards, O::BuildTable { .. }) => return None,
             (Guards, it) if self.is_table_missing(it) => Rule::TableMissing,
             (Services, O::BindAddress(_) | O::AddRoute(_)) if self.is_unguarded(operation) => Rule::VipUnguarded,
-            (Services, O::AddVirtualServer(..)) if self.is_unguarded(operation) => Rule::FrontEndUnguarded,
+            (Services, O::AddVirtualServer(..) | O::SetFrontEnd { .. }) if self.is_unguarded(operation) => {
+                Rule::FrontEndUnguarded
+            }
             (Services, O::AddRealServer(front_end, _) | O::DeleteUntranslatedFlows(front_end, _))
                 if self.withheld_servers.contains(front_end) =>
             {
