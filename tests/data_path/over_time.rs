@@ -2,11 +2,13 @@
 
 use std::time::{Duration, Instant};
 
+use ipvs_netlink::Connections;
+use lab::objects::State;
 use serde_json::json;
 
 use crate::common::ipvs;
 use crate::network::Network;
-use crate::objects::{file, manifests, ready, service};
+use crate::objects::{file, manifests, ready, service, slice};
 use crate::serving;
 use crate::traffic::{Connection, PATIENCE, Server};
 
@@ -50,6 +52,37 @@ fn open_connections_are_cut_after_the_drain_timeout() {
     let took = time_to_drain(&["--ipvs-drain-timeout=1s"], PATIENCE).expect("nothing happened");
     println!("the real server was gone {took:?} after its endpoint");
     assert!(took >= SECOND, "{took:?}");
+}
+
+#[test]
+#[ignore = "needs a kernel with IPVS: cargo xtask test"]
+fn the_drain_timeout_does_not_cut_connections_of_pods_that_live() {
+    let network = Network::new(1, 2);
+    let _servers = [0, 1].map(|pod| Server::start(&network.pods[pod].namespace, "web", 8080));
+    let objects = |state| {
+        let web = service("web", json!({"clusterIPs": ["10.96.0.10"]}));
+        let states = [state, State::Ready];
+        file(&[web, slice("web", network.pods.iter().map(|pod| pod.v4).zip(states))])
+    };
+    let manifests = manifests(&[]);
+    manifests.write("objects.json", &objects(State::Ready));
+    let mut agent = serving(&manifests, &["--ipvs-drain-timeout=1s"]);
+    let client = &network.clients[0];
+    let mut connection = loop {
+        let connection = client.run(|| Connection::open(VIP, PATIENCE)).unwrap();
+        let connected = Connections::of_this_namespace().unwrap().map(Result::unwrap);
+        if connected.into_iter().any(|it| it.real_address.ip() == network.pods[0].v4) {
+            break connection;
+        }
+    };
+    let old = |line: &String| line.contains("-t") && line.contains("-r 10.244.1.1:8080 -m -w 0");
+    manifests.write("objects.json", &objects(State::NotReady));
+    agent.until("drain the endpoint that is not ready", |_| ipvs().iter().any(old));
+    std::thread::sleep(SECOND * 5 / 2);
+    assert!(ipvs().iter().any(old) && connection.ask().is_ok(), "its connection is cut although its pod lives");
+    manifests.write("objects.json", &objects(State::Terminating));
+    agent.until("delete the endpoint that ends", |_| !ipvs().iter().any(old));
+    assert!(connection.ask().is_err());
 }
 
 #[test]

@@ -462,6 +462,14 @@ struct Candidate<'a> {
     is_local: bool,
 }
 
+impl Candidate<'_> {
+    /// Of an address that is listed several times, the endpoint with the highest rank is used.
+    fn rank(&self) -> (bool, bool, bool, bool) {
+        let Endpoint { ready, serving, terminating, .. } = *self.endpoint;
+        (ready, !terminating, serving, self.is_local)
+    }
+}
+
 /// The slices of a Service, each with the port on which its endpoints serve a Service port.
 enum SlicesByPort<'a> {
     /// A few ports look at all slices.
@@ -502,8 +510,8 @@ impl<'a> SlicesByPort<'a> {
 /// The endpoints of a Service port from all slices: those of the slice ports with the same name and protocol, sorted. `None` if
 /// the budget is spent.
 ///
-/// If several slices have the same address, an endpoint that is not terminating takes precedence; among equals the last slice
-/// by name.
+/// If an address is listed several times, a ready endpoint takes precedence, then one that is not terminating, one that is serving, and
+/// one on this node; among equals the last slice by name.
 fn endpoints<'a>(
     slices: impl Iterator<Item = (&'a EndpointSlice, NonZeroU16)>,
     family: Family,
@@ -531,7 +539,7 @@ fn endpoints<'a>(
     merged.sort_by_key(|candidate| candidate.address);
     merged.dedup_by(|later, held| {
         let is_same = later.address == held.address;
-        if is_same && !later.endpoint.terminating {
+        if is_same && later.rank() >= held.rank() {
             *held = *later;
         }
         is_same

@@ -278,6 +278,19 @@ impl DesiredState {
         }
     }
 
+    /// What is left of conflicts after further updates: whoever claims a front end and does not own it.
+    pub fn lasting_conflicts(&self, conflicts: Vec<FrontEndConflict>) -> BTreeSet<FrontEndConflict> {
+        let claimants = conflicts.into_iter().flat_map(|FrontEndConflict { front_end, winner, loser }| {
+            [winner, loser].map(|service| (front_end, service))
+        });
+        let lasting = claimants.filter_map(|(front_end, loser)| {
+            let (owner, others) = self.claims.get(&front_end)?.split_first()?;
+            let is_claimed = others.iter().any(|claim| claim.service == loser);
+            is_claimed.then(|| FrontEndConflict { front_end, winner: owner.service.clone(), loser })
+        });
+        lasting.collect()
+    }
+
     fn withdraw(&mut self, front_end: FrontEnd, service: &ObjectName) {
         if let Some(claims) = self.claims.get_mut(&front_end) {
             claims.retain(|claim| claim.service != *service);

@@ -165,17 +165,38 @@ fn families_select_endpoints_independently() {
 }
 
 #[test]
-fn of_duplicate_endpoints_the_one_not_terminating_is_used() {
-    for order in [["a", "b"], ["b", "a"]] {
-        let draining = slice(order[0], "web", vec![parse("1ut")]);
-        let fresh = slice(order[1], "web", vec![parse("1")]);
-        let entry = ServiceEntry {
-            service: Some(service("web", &["10.96.0.10"]).into()),
-            slices: [draining, fresh].map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
-            ..ServiceEntry::default()
-        };
-        let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
-        assert_eq!(octets(&contribution, &tcp("10.96.0.10", 80)), [1], "{order:?}");
+fn of_duplicate_endpoints_the_better_one_is_used_in_any_order() {
+    // Two endpoints with one address, and whether that is used inside the cluster, and outside with policy Local.
+    for (first, second, inside, outside) in [
+        ("1", "1ut", true, true),
+        ("1", "1u", true, true),
+        ("1un", "1", true, true),
+        ("1lut", "1u", false, false),
+        ("1l", "1", true, true),
+        // Another endpoint is on this node.
+        ("1 2l", "1l", true, true),
+        ("1 2l", "1lu", true, false),
+        ("1lu 2l", "1", true, false),
+    ] {
+        for order in [["a", "b"], ["b", "a"]] {
+            let slices = [(order[0], first), (order[1], second)]
+                .map(|(name, endpoints)| slice(name, "web", endpoints.split_whitespace().map(parse).collect()));
+            let web = Service {
+                kind: ServiceKind::LoadBalancer,
+                external_ips: vec![ip("203.0.113.1")],
+                external_policy: LOCAL,
+                ..service("web", &["10.96.0.10"])
+            };
+            let entry = ServiceEntry {
+                service: Some(web.into()),
+                slices: slices.map(|slice| (slice.name.clone(), slice)).into_iter().collect(),
+                ..ServiceEntry::default()
+            };
+            let contribution = Contribution::new(&entry, &NodeView::default(), &Policy::new(NODE));
+            let uses = |address| octets(&contribution, &tcp(address, 80)).contains(&1);
+            assert_eq!(uses("10.96.0.10"), inside, "{first}, {second}, {order:?}");
+            assert_eq!(uses("203.0.113.1"), outside, "{first}, {second}, {order:?}");
+        }
     }
 }
 

@@ -428,3 +428,43 @@ fn a_drain_ends_at_its_timeout_if_there_is_one() {
         assert_eq!(!world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), is_deleted, "{timeout:?}");
     }
 }
+
+#[test]
+fn the_drain_timeout_is_for_endpoints_that_are_gone_or_terminate() {
+    let timeout = Duration::from_secs(10);
+    let not_ready = |address| Endpoint { ready: false, serving: false, ..endpoint(address) };
+    let terminating = |address| Endpoint { ready: false, terminating: true, ..endpoint(address) };
+    let hinted = |address, name: &str| Endpoint {
+        hints: Some(Box::new(service_watch::Hints { nodes: vec![name.into()], ..Default::default() })),
+        ..endpoint(address)
+    };
+    let two = || endpoint("10.0.0.2");
+    // What becomes of the endpoint with the open connection, and whether it is cut. A second change comes half the timeout later.
+    for (name, first, second, is_cut) in [
+        ("gone", vec![two()], None, true),
+        ("terminating", vec![terminating("10.0.0.1"), two()], None, true),
+        ("not ready", vec![not_ready("10.0.0.1"), two()], None, false),
+        ("not preferred", vec![hinted("10.0.0.1", "other"), hinted("10.0.0.2", NODE)], None, false),
+        ("not ready, then gone", vec![not_ready("10.0.0.1"), two()], Some(vec![two()]), false),
+        ("gone, then not ready", vec![two()], Some(vec![not_ready("10.0.0.1"), two()]), false),
+    ] {
+        let policy = Policy { drain_timeout: Some(timeout), ..Policy::new(NODE) };
+        let all = ready("web-1", "web", &["10.0.0.1", "10.0.0.2"]);
+        let changes = vec![Change::Service(service("web", &[CLUSTER_IP])), Change::Slice(all)];
+        let mut world = World::with(FakeKernel::default(), policy, changes);
+        world.connections((CLUSTER_IP, 80), "10.0.0.1:8080", 1);
+        world.apply(Change::Slice(slice("web-1", "web", first))).sync();
+        assert_eq!(world.weights(CLUSTER_IP, 80)["10.0.0.1:8080"], 0, "{name}");
+        world.wait(timeout / 2);
+        let is_in_two_steps = second.is_some();
+        if let Some(second) = second {
+            world.apply(Change::Slice(slice("web-1", "web", second)));
+        }
+        world.sync();
+        world.wait(timeout / 2).sync();
+        assert_eq!(!world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), is_cut, "{name}");
+        world.wait(timeout / 2).sync();
+        let is_cut_later = is_cut || (is_in_two_steps && name.ends_with("gone"));
+        assert_eq!(!world.weights(CLUSTER_IP, 80).contains_key("10.0.0.1:8080"), is_cut_later, "{name}, later");
+    }
+}

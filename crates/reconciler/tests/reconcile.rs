@@ -340,6 +340,34 @@ fn a_vip_of_two_services_stays_until_both_are_deleted() {
 }
 
 #[test]
+fn only_conflicts_that_last_are_reported() {
+    let web = |service_name: &str, node_port: u16, created: i64| {
+        let mut web = service(service_name, &[if service_name == "a" { "10.96.0.1" } else { "10.96.0.2" }]);
+        web.created = Some(created);
+        web.ports[0].node_port = node_port.try_into().ok();
+        Change::Service(web)
+    };
+    let deleted = |service_name: &str| Change::ServiceDeleted(name(service_name));
+    // The changes of one sync, and who loses to whom.
+    for (what, changes, expected) in [
+        ("NodePorts are exchanged", vec![web("a", 30002, 1), web("b", 30001, 2)], None),
+        ("the same, in another order", vec![web("b", 30001, 2), web("a", 30002, 1)], None),
+        ("a successor", vec![deleted("b"), web("c", 30002, 3)], None),
+        ("one moves to a port that is taken", vec![web("a", 30002, 1)], Some(("a", "b"))),
+        ("both move to one port", vec![web("b", 30003, 2), web("a", 30003, 1)], Some(("a", "b"))),
+        ("one moves to the other's, which has moved to a third's", vec![web("a", 30002, 1), web("b", 30003, 2)], None),
+    ] {
+        let mut world = World::new();
+        world.interfaces([ip("192.168.1.1")].into());
+        world.apply_all(vec![web("a", 30001, 1), web("b", 30002, 2)]).sync();
+        world.apply_all(changes);
+        let report = world.sync();
+        let told: Vec<_> = report.conflicts.iter().map(|it| (it.winner.name(), it.loser.name())).collect();
+        assert_eq!(told, Vec::from_iter(expected), "{what}");
+    }
+}
+
+#[test]
 fn the_older_service_wins_a_front_end_conflict() {
     let clashing = |service_name: &str, cluster_ip: &str, created: i64| Service {
         created: Some(created),

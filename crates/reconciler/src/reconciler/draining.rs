@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use service_watch::ObjectName;
+
 use super::Reconciler;
 use crate::backoff::Backoff;
 use crate::front_end::FrontEnd;
 use crate::kernel::Kernel;
 use crate::plan::Key;
+use crate::real_servers::{RealServerAddress, real_server_address};
 
 /// The delay before draining real servers are checked for the first time. kube-proxy checks once a minute; most are idle much
 /// sooner.
@@ -134,19 +137,61 @@ impl<K: Kernel> Reconciler<K> {
         held.real_servers.addresses().iter().filter(|address| wanted.binary_search(address).is_err()).count()
     }
 
-    /// Records since when the real servers of a front end drain, and returns when the first of them reaches the timeout.
+    /// Records since when the real servers of a front end drain whose endpoint is gone or terminating, and returns when the first of
+    /// them reaches the timeout.
     fn drain_end(&mut self, front_end: FrontEnd, timeout: Duration, now: Instant) -> Option<Instant> {
         let held = self.mirror.as_ref()?.server(&front_end)?;
         let wanted = self.desired.real_servers(&front_end);
         let before = self.drain_since.remove(&front_end).unwrap_or_default();
-        let draining = held.real_servers.addresses().iter().filter(|address| wanted.binary_search(address).is_err());
-        let since: BTreeMap<SocketAddr, Instant> = draining
-            .map(|address| SocketAddr::from(*address))
+        let unwanted = held.real_servers.addresses().iter().filter(|address| wanted.binary_search(address).is_err());
+        let unwanted: Vec<RealServerAddress> = unwanted.copied().collect();
+        let living = self.living_endpoints(&front_end, &unwanted);
+        let since: BTreeMap<SocketAddr, Instant> = unwanted
+            .into_iter()
+            .filter(|address| !living.contains(address))
+            .map(SocketAddr::from)
             .map(|address| (address, before.get(&address).copied().unwrap_or(now)))
             .collect();
         let first = since.values().min().map(|since| *since + timeout);
         self.drain_since.insert(front_end, since);
         first
+    }
+
+    /// Those of some real servers whose endpoint exists and is not terminating: it is not ready, or other endpoints are preferred. The
+    /// addresses are sorted.
+    fn living_endpoints(&self, front_end: &FrontEnd, addresses: &[RealServerAddress]) -> BTreeSet<RealServerAddress> {
+        let entry = self.desired.owner(front_end).and_then(|owner| self.table.get(owner));
+        let mut living = BTreeSet::new();
+        for slice in entry.into_iter().flat_map(|entry| entry.slices.values()) {
+            let of_protocol = slice.ports.iter().filter(|port| port.protocol == front_end.protocol);
+            let ports: BTreeSet<u16> = of_protocol.map(|port| port.port.get()).collect();
+            for endpoint in slice.endpoints.iter().filter(|endpoint| !endpoint.terminating) {
+                let first = addresses.partition_point(|(ip, _)| *ip < endpoint.address);
+                let same = addresses[first..].iter().take_while(|(ip, _)| *ip == endpoint.address);
+                living.extend(same.filter(|(_, port)| ports.contains(port)));
+            }
+        }
+        living
+    }
+
+    /// After the endpoints of a Service have changed: forgets the time of those that live again, and returns the front ends where the
+    /// time of others may begin.
+    pub(super) fn update_drains(&mut self, service: &ObjectName) -> Vec<Key> {
+        if self.policy.drain_timeout.is_none() || self.draining.servers.is_empty() {
+            return Vec::new();
+        }
+        let front_ends = self.desired.contribution(service).into_iter().flat_map(|it| it.servers.keys());
+        let draining: Vec<FrontEnd> = front_ends.filter(|it| self.draining.contains(it)).copied().collect();
+        for front_end in &draining {
+            let Some(since) = self.drain_since.get(front_end) else { continue };
+            let mut addresses: Vec<_> = since.keys().copied().map(real_server_address).collect();
+            addresses.sort_unstable();
+            let living = self.living_endpoints(front_end, &addresses);
+            if let Some(since) = self.drain_since.get_mut(front_end) {
+                since.retain(|address, _| !living.contains(&real_server_address(*address)));
+            }
+        }
+        draining.into_iter().map(Key::VirtualServer).collect()
     }
 
     /// Whether a real server has drained for as long as the timeout allows.

@@ -26,7 +26,7 @@ use crate::binding;
 use crate::bootstrap::API_SERVER;
 use crate::budget::PART_OPERATIONS;
 use crate::contribution::Contribution;
-use crate::desired_state::DesiredState;
+use crate::desired_state::{DesiredState, FrontEndConflict};
 use crate::diff::Retention;
 use crate::filter::ruleset::Ruleset;
 use crate::front_end::FrontEnd;
@@ -91,8 +91,10 @@ pub struct Reconciler<K> {
     unfinished_keys: Vec<(Key, PlanReason)>,
     retries: BTreeMap<Key, Retry>,
     draining: Draining,
-    /// Since when real servers drain, if there is a drain timeout. After a restart the time starts again.
+    /// Since when real servers drain whose endpoint is gone or terminating, if there is a drain timeout. After a restart the time starts again.
     drain_since: BTreeMap<FrontEnd, BTreeMap<SocketAddr, Instant>>,
+    /// Conflicts that are reported once all changed Services are computed, if they last.
+    new_conflicts: Vec<FrontEndConflict>,
     /// The trigger times of the EndpointSlices whose change is not in the kernel yet, each with its Service.
     trigger_times: Vec<(ObjectName, Family, SystemTime)>,
     bootstrap: Bootstrap,
@@ -128,6 +130,7 @@ impl<K: Kernel> Reconciler<K> {
             retries: BTreeMap::new(),
             draining: Draining::default(),
             drain_since: BTreeMap::new(),
+            new_conflicts: Vec::new(),
             trigger_times: Vec::new(),
             bootstrap: Bootstrap::default(),
             to_probe: Vec::new(),
@@ -356,6 +359,11 @@ impl<K: Kernel> Reconciler<K> {
                 }
             }
         }
+        // A conflict is none if the next Service gives up its front end in the same sync.
+        if self.dirty_services.is_empty() && !self.new_conflicts.is_empty() {
+            let conflicts = std::mem::take(&mut self.new_conflicts);
+            report.conflicts.extend(self.desired.lasting_conflicts(conflicts));
+        }
     }
 
     /// The contribution of a Service; `None` if computing it panics: a defect that one Service meets harms no other.
@@ -394,7 +402,9 @@ impl<K: Kernel> Reconciler<K> {
         }
         let mut deferred = BTreeSet::new();
         let keys = if is_deferred { &mut deferred } else { &mut self.dirty_keys };
-        self.desired.update(name, service, contribution, keys, &mut report.conflicts);
+        self.desired.update(name, service, contribution, keys, &mut self.new_conflicts);
+        let drains = self.update_drains(name);
+        if is_deferred { &mut deferred } else { &mut self.dirty_keys }.extend(drains);
         if is_deferred {
             self.defer(Some(name.clone()), PlanReason::Change, deferred);
         }
