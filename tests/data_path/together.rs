@@ -6,14 +6,12 @@ use std::time::{Duration, Instant};
 
 use lab::objects::with;
 use serde_json::{Value, json};
-use tempfile::TempDir;
-use test_apiserver::Server as ApiServer;
 
-use crate::common::{Agent, Manifests};
+use crate::common::Manifests;
 use crate::network::{CLUSTER_CIDR, Network, node};
 use crate::objects::{file, ready, service};
 use crate::traffic::{Connection, PATIENCE, Server, tcp};
-use crate::{FLAGS, Over, serving};
+use crate::{Over, serving};
 
 const CLUSTER_IP: &str = "10.96.0.10:80";
 const NODE_PORTS: [&str; 2] = ["192.168.1.1:30080", "192.168.1.1:30081"];
@@ -87,7 +85,7 @@ fn new_connections(target: &str, is_over: &AtomicBool, count: &AtomicUsize) -> V
 }
 
 /// Goes from state to state and back under load, with connections that stay open.
-fn nobody_notices(network: &Network, case: &Case, write: &mut dyn FnMut(&[Value], &[Value])) {
+fn nobody_notices(network: &Network, case: &Case, write: &dyn Fn(&[Value])) {
     let client = &network.clients[0];
     let mut targets = vec![CLUSTER_IP, NODE_PORTS[0]];
     targets.extend((case.states[0].len() == 4).then_some(NODE_PORTS[1]));
@@ -105,7 +103,6 @@ fn nobody_notices(network: &Network, case: &Case, write: &mut dyn FnMut(&[Value]
             .zip(&counts)
             .map(|(target, count)| scope.spawn(move || client.run(|| new_connections(target, is_over, count))))
             .collect();
-        let mut before = &case.states[0];
         for round in 1..=ROUNDS {
             let after = &case.states[round % 2];
             let mut open: Vec<(Connection, String)> = targets
@@ -116,7 +113,7 @@ fn nobody_notices(network: &Network, case: &Case, write: &mut dyn FnMut(&[Value]
                     (connection, backend)
                 })
                 .collect();
-            write(before, after);
+            write(after);
             let made: Vec<usize> = counts.iter().map(|count| count.load(Ordering::Relaxed)).collect();
             lab::wait::until("connect", || {
                 counts.iter().zip(&made).all(|(count, made)| count.load(Ordering::Relaxed) >= made + ENOUGH)
@@ -125,7 +122,6 @@ fn nobody_notices(network: &Network, case: &Case, write: &mut dyn FnMut(&[Value]
             for (connection, backend) in &mut open {
                 assert_eq!(connection.ask().map(|answer| answer.backend).as_ref(), Ok(&*backend), "{}", case.name);
             }
-            before = after;
         }
         drop(over);
         for load in loads {
@@ -151,39 +147,8 @@ fn changes_of_one_file_are_made_together() {
         let manifests = Manifests::new();
         manifests.write("node.yaml", &node()).write("objects.json", &file(&case.states[0]));
         let mut agent = serving(&manifests, &[CLUSTER_CIDR]);
-        nobody_notices(&network, &case, &mut |_, after| {
+        nobody_notices(&network, &case, &|after| {
             manifests.write("objects.json", &file(after));
-        });
-        agent.terminate();
-        assert!(agent.ends().success());
-    }
-}
-
-#[test]
-#[ignore = "needs a kernel with IPVS: cargo xtask test"]
-fn events_of_an_api_server_that_belong_together_are_gathered() {
-    let (network, pods, _servers) = network();
-    for case in cases(&pods) {
-        let (server, dir) = (ApiServer::new(), TempDir::new().unwrap());
-        let kubeconfig = dir.path().join("kubeconfig");
-        ApiServer::write_kubeconfig(&kubeconfig, server.listen_in_thread().unwrap());
-        for object in [node()].iter().chain(&case.states[0]) {
-            server.apply(object.clone());
-        }
-        let kubeconfig = format!("--kubeconfig={}", kubeconfig.display());
-        let flags = [kubeconfig.as_str(), "--ipvs-min-sync-period=0s", CLUSTER_CIDR];
-        let mut agent = Agent::start(&[&FLAGS[..], &flags].concat());
-        agent.says("audited");
-        nobody_notices(&network, &case, &mut |before, after| {
-            // The worse order: what is gone is said first.
-            let name = |object: &Value| (object["kind"].clone(), object["metadata"]["name"].clone());
-            for gone in before.iter().filter(|held| after.iter().all(|it| name(it) != name(held))) {
-                let text = |value: &Value| value.as_str().unwrap().to_owned();
-                server.delete(&text(&gone["kind"]), "default", &text(&gone["metadata"]["name"]));
-            }
-            for object in after.iter().filter(|object| !before.contains(object)) {
-                server.apply(object.clone());
-            }
         });
         agent.terminate();
         assert!(agent.ends().success());

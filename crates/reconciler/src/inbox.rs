@@ -97,17 +97,12 @@ impl Queue {
         let gathering = self.gathering.get_or_insert(Gathering { first: since, last: since, is_complete });
         gathering.last = gathering.last.max(since);
         gathering.is_complete |= is_complete;
-        match self.indices.get(&Subject::of(&change)) {
-            Some(index) => {
-                if let Some(Received { input: Input::Change(held, _), count }) = self.inputs.get_mut(*index) {
-                    *held = change;
-                    *count += 1;
-                }
-            }
-            None => {
-                self.indices.insert(Subject::of(&change), self.inputs.len());
-                self.inputs.push_back(Received { input: Input::Change(change, since), count: 1 });
-            }
+        let index = *self.indices.entry(Subject::of(&change)).or_insert(self.inputs.len());
+        if let Some(Received { input: Input::Change(held, _), count }) = self.inputs.get_mut(index) {
+            *held = change;
+            *count += 1;
+        } else {
+            self.inputs.push_back(Received { input: Input::Change(change, since), count: 1 });
         }
     }
 
