@@ -23,9 +23,10 @@ pub(crate) fn listen(source: Source) -> Listener {
             Message::Changes(changes) => changes.into_iter().map(Message::Change).collect(),
             other => vec![other],
         };
-        match messages.into_iter().try_for_each(|message| send.send(message)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(_) => ControlFlow::Break(()),
+        if messages.into_iter().all(|message| send.send(message).is_ok()) {
+            ControlFlow::Continue(())
+        } else {
+            ControlFlow::Break(())
         }
     }));
     Listener { messages, task, reports: Vec::new() }
