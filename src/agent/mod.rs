@@ -19,7 +19,6 @@ use std::time::{Instant, SystemTime};
 
 use anyhow::{Context, Result};
 use reconciler::inbox;
-use reconciler::policy::Families;
 use service_watch::{Change, Message};
 use tokio::sync::mpsc as channel;
 use tracing::info;

@@ -71,7 +71,12 @@ impl LinuxKernel {
 
     fn observe(&mut self, server: ipvs_netlink::VirtualServer) -> Result<Option<ObservedServer>, KernelError> {
         let Some(front_end) = FrontEnd::from_id(&server.id) else { return Ok(None) };
-        let real_servers = self.ipvs.real_servers(&server.id).map_err(|error| refused(error.to_string()))?;
+        let id = &server.id;
+        let real_servers = match self.ipvs.all_real_servers(id) {
+            Err(error) if error.kind() == ErrorKind::Interrupted => self.ipvs.real_servers(id),
+            listed => listed,
+        };
+        let real_servers = real_servers.map_err(|error| refused(error.to_string()))?;
         Ok(Some(ObservedServer {
             front_end,
             config: server.into(),
@@ -89,7 +94,13 @@ impl LinuxKernel {
                         .map_err(|error| refused(format!("cannot list the routes to {DEVICE}: {error}")))?;
                 }
                 observed.filter = self.filter()?;
-                for entry in self.ipvs.virtual_servers().map_err(|error| refused(error.to_string()))? {
+                // The kernel's list may lack servers that were there all the time, if others come and go meanwhile. If that does not
+                // end, an incomplete list is better than none: what it lacks is added, refused as existing, and read again.
+                let listed = match self.ipvs.all_virtual_servers() {
+                    Err(error) if error.kind() == ErrorKind::Interrupted => self.ipvs.virtual_servers(),
+                    listed => listed,
+                };
+                for entry in listed.map_err(|error| refused(error.to_string()))? {
                     let observed_server = match (scope, FrontEnd::from_id(&entry.server.id)) {
                         (Scope::WithoutRealServers, Some(front_end)) => Some(ObservedServer {
                             front_end,
