@@ -277,7 +277,11 @@ fn every_scheduler_can_be_chosen() {
     isolate().unwrap();
     let manifests = web();
     for scheduler in ["rr", "wrr", "lc", "wlc", "lblc", "lblcr", "dh", "sh", "sed", "nq", "fo", "ovf", "mh", "twos"] {
-        let flags = if scheduler == "mh" { " -b mh-port" } else { "" };
+        let flags = match scheduler {
+            "mh" => " -b mh-fallback,mh-port",
+            "sh" => " -b sh-fallback",
+            _ => "",
+        };
         let mut agent = manifests.agent(&[&format!("--ipvs-scheduler={scheduler}")]);
         agent.has(&[&format!("-A -t 10.96.0.10:80 -s {scheduler}{flags}"), WEB_1, WEB_2]);
     }

@@ -14,7 +14,7 @@ use lab::netns::isolate;
 use tempfile::TempDir;
 
 const WEB: &str = "-A -t 10.96.0.10:80 -s rr";
-const WEB_SH: &str = "-A -t 10.96.0.10:80 -s sh";
+const WEB_SH: &str = "-A -t 10.96.0.10:80 -s sh -b sh-fallback";
 const WEB_1: &str = "-a -t 10.96.0.10:80 -r 10.0.0.1:8080 -m -w 1";
 
 fn web() -> Manifests {

@@ -225,7 +225,7 @@ fn the_api_servers_addresses_stay_its_own_whatever_names_them() {
     request(&network, &mut agent, "a", 8080, &[API_SERVER, ENDPOINT]);
     request(&network, &mut agent, "b", port, &[API_SERVER, ENDPOINT]);
     // One line for all addresses of a Service.
-    agent.says("is the address of the API server").says("and so for 1 more of this Service");
+    agent.says("is the address of the API server").says(&format!("and so for {ENDPOINT}"));
     // The only API server stops in order, and so takes its endpoint away.
     network.cluster.apply(kubernetes(&[]));
     request(&network, &mut agent, "c", 8080, &[ENDPOINT]);
@@ -305,7 +305,7 @@ fn a_pods_address_stays_the_pods_and_is_refused_with_an_event() {
     agent.until("post an Event", |_| {
         network.cluster.server.events().iter().any(|event| event["reason"] == "AddressIsAPods")
     });
-    agent.says("is the address of a pod").says("and so for 2 more of this Service");
+    agent.says("is the address of a pod").says(&format!("and so for {OTHER_POD}, {BY_ENDPOINT}"));
     for pod in pods {
         assert!(!is_bound(pod) && endpoints(&format!("{pod}:443")).is_empty(), "{pod}");
     }

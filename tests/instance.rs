@@ -82,7 +82,7 @@ fn an_agent_that_executes_itself_is_the_only_one_all_the_while() {
     let mut agent = Agent::start(&flags.each_ref().map(String::as_str));
     agent.has(&[WEB]);
     let before = handle();
-    for scheduler in ["sh", "wrr"] {
+    for scheduler in ["lc", "wrr"] {
         configure(scheduler);
         agent.has(&[&format!("-A -t 10.96.0.10:80 -s {scheduler}")]);
         // The table has been there all the time, and the socket is no longer standard input.

@@ -70,19 +70,21 @@ impl SyncReport {
     /// however many there are.
     pub fn refused_claims(&self) -> Vec<RefusedClaim<'_>> {
         let mut claims: BTreeMap<(&ObjectName, Option<AddressOwner>), RefusedClaim<'_>> = BTreeMap::new();
-        let refused =
-            self.refused_vips.iter().map(|(service, vip, owner)| (service, Some(*owner), owner.refusal(*vip)));
-        let conflicts = self.conflicts.iter().map(|conflict| (&conflict.loser, None, conflict));
-        for (service, owner, text) in refused {
+        let mut add = |service, owner, name: &dyn fmt::Display, text: &dyn Fn() -> String| {
             let claim = claims.entry((service, owner));
-            claim.and_modify(|claim| claim.more += 1).or_insert(RefusedClaim { service, owner, text, more: 0 });
-        }
-        for (service, owner, conflict) in conflicts {
-            let claim = claims.entry((service, owner));
-            claim.and_modify(|claim| claim.more += 1).or_insert_with(|| {
-                let text = conflict.to_string();
-                RefusedClaim { service, owner, text, more: 0 }
+            claim.and_modify(|claim| claim.add(name)).or_insert_with(|| RefusedClaim {
+                service,
+                owner,
+                text: text(),
+                others: Vec::new(),
+                more: 0,
             });
+        };
+        for (service, vip, owner) in &self.refused_vips {
+            add(service, Some(*owner), vip, &|| owner.refusal(*vip));
+        }
+        for conflict in &self.conflicts {
+            add(&conflict.loser, None, &conflict.front_end, &|| conflict.to_string());
         }
         claims.into_values().collect()
     }
@@ -97,17 +99,36 @@ pub struct RefusedClaim<'a> {
     pub owner: Option<AddressOwner>,
     /// What is said of the first of them.
     pub text: String,
+    /// The next of them.
+    pub others: Vec<String>,
     /// How many more there are.
     pub more: usize,
+}
+
+impl RefusedClaim<'_> {
+    /// How many are named besides the first.
+    const OTHERS_MAX: usize = 8;
+
+    fn add(&mut self, name: &dyn fmt::Display) {
+        if self.others.len() < Self::OTHERS_MAX {
+            self.others.push(name.to_string());
+        } else {
+            self.more += 1;
+        }
+    }
 }
 
 /// For the log and for the Event on the Service.
 impl fmt::Display for RefusedClaim<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)?;
+        if self.others.is_empty() {
+            return Ok(());
+        }
+        write!(f, "; and so for {}", self.others.join(", "))?;
         match self.more {
             0 => Ok(()),
-            more => write!(f, "; and so for {more} more of this Service"),
+            more => write!(f, " and {more} more of this Service"),
         }
     }
 }
