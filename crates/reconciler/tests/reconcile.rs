@@ -537,6 +537,9 @@ fn a_stale_key_is_reread_and_planned_again_in_the_same_sync() {
     world.apply(Change::Slice(ready("web-1", "web", &["10.0.0.1", "10.0.0.3"])));
     let report = world.sync();
     assert_eq!(report.failures, []);
+    let drifted: Vec<String> = report.drifted_keys.iter().map(ToString::to_string).collect();
+    let expected = ["virtual server TCP 10.96.0.10:80", "virtual server TCP 10.96.0.11:80"];
+    assert_eq!(drifted, expected, "no audit will tell of it");
     world.settle();
     assert_eq!(world.weights("10.96.0.10", 80), weights(&[("10.0.0.1:8080", 1), ("10.0.0.3:8080", 1)]));
     assert_eq!(world.weights("10.96.0.11", 80), weights(&[]));
@@ -550,6 +553,7 @@ fn a_lost_device_comes_back_with_all_its_addresses() {
     let report = world.sync();
     assert_eq!((report.applied.device_added, report.applied.addresses_bound), (1, 2));
     assert_eq!(report.failures, []);
+    assert_eq!(report.drifted_keys.len(), 1, "no audit will tell of it");
 }
 
 #[test]

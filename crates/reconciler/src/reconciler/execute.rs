@@ -52,6 +52,8 @@ impl<K: Kernel> Reconciler<K> {
             if errors.stale.is_empty() || self.mirror.is_none() {
                 return;
             }
+            // Another program has changed it, and an audit finds it repaired.
+            report.drifted_keys.extend(errors.stale.keys().cloned());
             match self.reread_stale(errors) {
                 Ok(reread) => keys = self.defer_large(reread, reason),
                 Err((stale, error)) => {
