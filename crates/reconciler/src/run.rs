@@ -267,7 +267,7 @@ pub fn run<K: Kernel>(
         match &mut result {
             Ok(report) => {
                 report.duration = end - start;
-                reconciler.note_duration(report.duration);
+                reconciler.note_pace(report);
                 if !was_unfinished {
                     failures.clear();
                 }

@@ -34,6 +34,23 @@ fn operations_at_once(part: usize, real_servers: usize) -> usize {
     (part / (1 + real_servers / MANY_REAL_SERVERS)).max(MIN_OPERATIONS)
 }
 
+/// How many operations the next part has. After a slow part as many as would have been in time, since the next may be as slow; after a
+/// quick one twice as many. A quick change of a few operations that is all there was says nothing about many.
+fn next_part_operations(part: usize, applied: usize, left: usize, took: Duration) -> usize {
+    let is_slow = took > PART_DURATION_MAX;
+    let next = match (is_slow, applied < MIN_OPERATIONS) {
+        (false, true) if left == 0 => part,
+        (false, _) => part * 2,
+        // It may be what was read or computed that took so long.
+        (true, true) => part / 2,
+        (true, false) => {
+            let in_time = applied as u128 * PART_DURATION_MAX.as_nanos() / took.as_nanos();
+            usize::try_from(in_time).map_or(part, |in_time| in_time.min(part))
+        }
+    };
+    next.clamp(MIN_OPERATIONS, PART_OPERATIONS)
+}
+
 /// Cuts off the operations on a virtual server that are too many for one plan: those of the last phases. Returns whether there are
 /// any.
 pub(super) fn cut(
@@ -55,11 +72,11 @@ pub(super) fn cut(
 }
 
 impl<K: Kernel> Reconciler<K> {
-    /// Makes the next parts smaller if one took long, and larger again otherwise. What the kernel needs for an operation depends on
-    /// much: it goes through 50,000 recently deleted real servers before it adds one (`ip_vs_trash_get_dest`).
-    pub(crate) fn note_duration(&mut self, took: Duration) {
-        let next = if took > PART_DURATION_MAX { self.part_operations / 2 } else { self.part_operations * 2 };
-        self.part_operations = next.clamp(MIN_OPERATIONS, PART_OPERATIONS);
+    /// Fits the next parts to the pace of this one. What the kernel needs for an operation depends on much: it goes through 50,000
+    /// recently deleted real servers before it adds one (`ip_vs_trash_get_dest`).
+    pub(crate) fn note_pace(&mut self, report: &SyncReport) {
+        let applied = report.applied.total();
+        self.part_operations = next_part_operations(self.part_operations, applied, report.left, report.duration);
     }
 
     /// Takes the Services that are computed next: bootstrap Services, then the smallest.
@@ -226,5 +243,23 @@ impl<K: Kernel> Reconciler<K> {
     /// Whether a change of a Service is not in the kernel yet.
     pub(super) fn is_pending(&self, service: &ObjectName) -> bool {
         self.dirty_services.contains(service) || self.backlog.has_job(service)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_part_has_the_pace_of_the_last() {
+        let next = |part, applied, left, ms| next_part_operations(part, applied, left, Duration::from_millis(ms));
+        assert_eq!(next(4000, 4000, 9, 2000), 400, "a tenth of what took ten times as long");
+        assert_eq!(next(4000, 1045, 9, 18_000), MIN_OPERATIONS, "not half, which would take as long as all others may");
+        assert_eq!(next(64, 64, 9, 10_000), MIN_OPERATIONS);
+        assert_eq!(next(400, 400, 9, 20), 800, "a quick one is followed by a larger one");
+        assert_eq!(next(64, 10, 9, 20), 128, "it was a part of more, whatever came of it");
+        assert_eq!(next(4000, 4000, 9, 20), PART_OPERATIONS);
+        assert_eq!(next(64, 1, 0, 1), 64, "a small change says nothing about large ones");
+        assert_eq!(next(4000, 0, 9, 900), 2000, "reading took long");
     }
 }
