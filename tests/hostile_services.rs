@@ -48,7 +48,7 @@ impl Network {
         )
         .unwrap();
         let server = Server::new();
-        let address: IpAddr = API_SERVER.parse().unwrap();
+        let address = SocketAddr::new(API_SERVER.parse().unwrap(), 0);
         let api_server = control_plane.run(|| server.listen_in_thread_at(address)).unwrap().unwrap();
         let cluster = Cluster { server, dir: TempDir::new().unwrap(), is_impatient: false };
         Server::write_kubeconfig(&cluster.kubeconfig(), api_server);

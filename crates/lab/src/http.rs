@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::net::{TcpStream, ToSocketAddrs};
+use std::time::Duration;
 
 use serde_json::Value;
 
@@ -51,10 +52,21 @@ pub fn get(address: &str, path: &str) -> Result<Answer> {
     request("GET", address, path, "")
 }
 
+/// The same, with another limit for each wait than [`LIMIT`].
+pub fn get_within(address: &str, path: &str, limit: Duration) -> Result<Answer> {
+    request_within("GET", address, path, "", limit)
+}
+
 /// A request with a body. It is an error too if the connection ends without an answer.
 pub fn request(method: &str, address: &str, path: &str, body: &str) -> Result<Answer> {
-    let mut stream = TcpStream::connect(address).context("connect to", address)?;
-    stream.set_read_timeout(Some(LIMIT)).context("set a timeout for", address)?;
+    request_within(method, address, path, body, LIMIT)
+}
+
+fn request_within(method: &str, address: &str, path: &str, body: &str, limit: Duration) -> Result<Answer> {
+    let to = address.to_socket_addrs().context("resolve", address)?.next();
+    let to = to.ok_or_else(|| Error::Usage(format!("`{address}` has no address")))?;
+    let mut stream = TcpStream::connect_timeout(&to, limit).context("connect to", address)?;
+    stream.set_read_timeout(Some(limit)).context("set a timeout for", address)?;
     let length = body.len();
     let head = format!("{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}");
     stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes()).context("send a request to", address)?;

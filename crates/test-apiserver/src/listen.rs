@@ -1,7 +1,7 @@
 //! The server over HTTP.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, SocketAddr};
 
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -14,12 +14,12 @@ use crate::Server;
 impl Server {
     /// Listens on a free port of 127.0.0.1, on the runtime this is called on, until that ends.
     pub async fn listen(&self) -> io::Result<SocketAddr> {
-        self.listen_at(Ipv4Addr::LOCALHOST.into()).await
+        self.listen_at((Ipv4Addr::LOCALHOST, 0).into()).await
     }
 
-    /// Listens on a free port of an address, on the runtime this is called on, until that ends.
-    pub async fn listen_at(&self, address: IpAddr) -> io::Result<SocketAddr> {
-        let listener = TcpListener::bind((address, 0)).await?;
+    /// Listens at an address, where port 0 is a free one, on the runtime this is called on, until that ends.
+    pub async fn listen_at(&self, address: SocketAddr) -> io::Result<SocketAddr> {
+        let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
         tokio::spawn(self.clone().accept(listener));
         Ok(address)
@@ -28,11 +28,11 @@ impl Server {
     /// Listens on a free port of 127.0.0.1, on a thread of its own, until the process ends: for tests without a
     /// runtime.
     pub fn listen_in_thread(&self) -> io::Result<SocketAddr> {
-        self.listen_in_thread_at(Ipv4Addr::LOCALHOST.into())
+        self.listen_in_thread_at((Ipv4Addr::LOCALHOST, 0).into())
     }
 
-    /// The same at an address of the calling thread's network namespace.
-    pub fn listen_in_thread_at(&self, address: IpAddr) -> io::Result<SocketAddr> {
+    /// The same at an address, where port 0 is a free one, of the calling thread's network namespace.
+    pub fn listen_in_thread_at(&self, address: SocketAddr) -> io::Result<SocketAddr> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let address = runtime.block_on(self.listen_at(address))?;
         std::thread::spawn(move || runtime.block_on(std::future::pending::<()>()));

@@ -2,6 +2,7 @@
 //!
 //! One file per subcommand. The executable is also the first process of the lab's guest.
 
+mod attack;
 mod bench;
 mod cargo;
 mod conformance;
@@ -16,6 +17,7 @@ mod queue;
 mod reproduce;
 mod soak;
 mod test;
+mod workload;
 
 use std::process::ExitCode;
 
@@ -40,11 +42,16 @@ enum Command {
     Dataplane(dataplane::Args),
     Bench(bench::Args),
     Soak(soak::Args),
+    Attack(attack::Args),
     Lab(in_lab::Args),
     Kernels(kernels::Args),
     Image(image::Args),
     Cross(cross::Args),
     Reproduce(reproduce::Args),
+    #[command(hide = true)]
+    GuestAttack(attack::GuestArgs),
+    #[command(hide = true)]
+    GuestLocalUser(attack::local_user::Args),
     #[command(hide = true)]
     GuestBench(bench::GuestArgs),
     #[command(hide = true)]
@@ -67,6 +74,9 @@ fn main() -> ExitCode {
         _ if cli.kernel.is_some_and(|kernel| !kernels::is_chosen(kernel)) => kernels::start_again(cli.kernel),
         Command::Bench(args) => bench::run(&args),
         Command::Soak(args) => soak::run(&args),
+        Command::Attack(args) => attack::run(&args),
+        Command::GuestAttack(args) => attack::run_guest(&args),
+        Command::GuestLocalUser(args) => attack::local_user::run(&args),
         Command::GuestSoak(args) => soak::run_guest(&args),
         Command::GuestBench(args) => bench::run_guest(&args),
         Command::Lab(args) => in_lab::run(&args),

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context, Result, bail};
 use lab::agent::Usage;
 use rustix::process::Signal;
 
@@ -48,10 +48,33 @@ impl Agent {
 
     /// Starts a command that is the agent or runs it.
     pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
-        command.arg(format!("--hostname-override={NODE}"));
-        command.args(["--conntrack-max-per-core=0", "--cluster-cidr=10.128.0.0/9"]);
-        let process = lab::agent::Agent::spawn(command)?;
+        let process = lab::agent::Agent::spawn(as_of_node(command))?;
         Ok(Self { started: process.started(), process, next: 0 })
+    }
+
+    /// Lets it sync once, in the network namespace of this thread.
+    pub(crate) fn run_once(executable: &Path, flags: &[String]) -> Result<()> {
+        let mut command = Command::new(executable);
+        let output = as_of_node(command.args(flags).arg("--once")).output().context("cannot start the agent")?;
+        if !output.status.success() {
+            bail!("a fresh start fails: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(())
+    }
+
+    /// Whether it has ended by itself.
+    pub(crate) fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.process.exit_status()?.is_some())
+    }
+
+    /// All it has written so far.
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
+    }
+
+    /// The end of that, for messages.
+    pub(crate) fn last_lines(&self) -> String {
+        self.process.last_lines()
     }
 
     pub(crate) fn kill(&mut self) {
@@ -89,6 +112,12 @@ impl Agent {
     pub(crate) fn usage(&self) -> Result<Usage> {
         Ok(self.process.usage()?)
     }
+}
+
+/// The flags that every agent here has.
+fn as_of_node(command: &mut Command) -> &mut Command {
+    command.arg(format!("--hostname-override={NODE}"));
+    command.args(["--conntrack-max-per-core=0", "--cluster-cidr=10.128.0.0/9"])
 }
 
 fn field_of<'a>(line: &'a str, field: &str) -> Option<&'a str> {

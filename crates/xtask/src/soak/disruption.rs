@@ -8,8 +8,8 @@ use fastrand::Rng;
 use lab::netns::Namespace;
 use test_apiserver::Server;
 
-use super::cluster::{VICTIMS, victim_vip};
 use super::record::{Recorder, Repairs};
+use crate::workload::cluster::{VICTIMS, victim_vip};
 
 /// How long anything may take to be repaired: the sync period of the soak several times.
 const REPAIR_TIMEOUT: Duration = Duration::from_secs(90);
@@ -115,7 +115,7 @@ impl<'a> DriftInjector<'a> {
         let (kind, command) = DRIFTS[rng.usize(..DRIFTS.len())];
         // Where the agent was faster with something else there may be nothing to change.
         if self.node.exec(&command.replace("VIP", &victim_vip(victim))).is_ok() {
-            self.recorder.note(&format!("victim {victim}: {kind}"));
+            self.recorder.traffic.note(&format!("victim {victim}: {kind}"));
             self.recorder.lock().drifts.entry(kind.to_owned()).or_default().made += 1;
             self.drifted.push(Drifted { victim, kind, since: Instant::now() });
         }

@@ -1,9 +1,8 @@
 //! Inside the lab: everything at once, for as long as was ordered.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,18 +12,20 @@ use anyhow::{Context, Result, bail};
 use fastrand::Rng;
 use lab::Scratch;
 use lab::http::Metrics;
-use lab::netns::Namespace;
 use rustix::process::Signal;
 use rustix::time::{ClockId, Timespec, clock_settime};
 use test_apiserver::Server;
 
-use super::cluster::{self, CHANGING_ENDPOINTS, CHANGING_SERVICES, Cluster, STABLE_ENDPOINTS, VICTIMS};
 use super::disruption::{DriftInjector, inject_api_fault};
 use super::record::{Recorder, Sample};
-use super::traffic;
 use super::{SoakOptions, report};
 use crate::bench::agent::Agent;
-use crate::bench::load::{self, NODE, Size};
+use crate::bench::load::{self, Size};
+use crate::workload::cluster::{
+    self, CHANGING_ENDPOINTS, CHANGING_SERVICES, Cluster, STABLE_ENDPOINTS, TCP_TARGETS, VICTIMS,
+};
+use crate::workload::kernel_state::KernelState;
+use crate::workload::traffic;
 
 /// Short, so that drift is found often. Everything else is as in a cluster.
 const SYNC_PERIOD: &str = "--ipvs-sync-period=10s";
@@ -53,12 +54,12 @@ fn soak(options: &SoakOptions) -> Result<Vec<u8>> {
     let cluster = Cluster::new()?;
     let recorder = Recorder::new(options.seconds, options.seed);
     let setup = TestSetup::new(options, &cluster)?;
-    traffic::serve(&cluster.servers, cluster::all_servers())?;
+    traffic::serve_services(&cluster)?;
     let mut driver = AgentDriver { agent: setup.start()?, life: 1, found: 0.0, setup: &setup, recorder: &recorder };
     let is_ready =
         || Metrics::read().is_ok_and(|it| it.get("kube_ipvs_sync_duration_seconds_count{kind=\"audit\"}") > Some(0.0));
     while !is_ready() {
-        if recorder.start.elapsed() > CONVERGENCE_TIMEOUT {
+        if recorder.traffic.start.elapsed() > CONVERGENCE_TIMEOUT {
             bail!("the agent does not come up");
         }
         thread::sleep(Duration::from_millis(200));
@@ -67,7 +68,7 @@ fn soak(options: &SoakOptions) -> Result<Vec<u8>> {
     let (is_over, is_quiet) = (Arc::new(AtomicBool::new(false)), AtomicBool::new(false));
     let mut injector = DriftInjector::new(&cluster.node, &recorder)?;
     let played = thread::scope(|scope| {
-        traffic::start_clients(scope, &cluster, &recorder, &is_over);
+        traffic::start_clients(scope, &cluster, TCP_TARGETS, &recorder.traffic, &is_over);
         scope.spawn(|| churn(&setup, &recorder, &is_over, &is_quiet));
         let played = driver.play(&mut injector, &is_quiet);
         is_over.store(true, Ordering::Relaxed);
@@ -77,7 +78,7 @@ fn soak(options: &SoakOptions) -> Result<Vec<u8>> {
     let found = driver.found + Metrics::read()?.sum("kube_ipvs_drift_found_total");
     recorder.lock().drift_found = found;
     driver.agent.kill();
-    let record = serde_json::to_vec_pretty(&*recorder.lock())?;
+    let record = serde_json::to_vec_pretty(&recorder.result())?;
     Ok(record)
 }
 
@@ -136,50 +137,9 @@ impl<'a> TestSetup<'a> {
         let namespace = cluster::namespace_like_node()?;
         namespace.run(|| {
             let kubeconfig = self.listen("fresh")?;
-            let mut command = Command::new(&self.options.agent);
-            command.args(Self::flags(&kubeconfig)).arg("--once").arg(format!("--hostname-override={NODE}"));
-            command.args(["--conntrack-max-per-core=0", "--cluster-cidr=10.128.0.0/9"]);
-            let output = command.output().context("cannot start the agent")?;
-            if !output.status.success() {
-                bail!("a fresh start fails: {}", String::from_utf8_lossy(&output.stderr));
-            }
+            Agent::run_once(&self.options.agent, &Self::flags(&kubeconfig))?;
             KernelState::read(&namespace)
         })?
-    }
-}
-
-/// What there is of the agent's in a kernel.
-#[derive(Debug, PartialEq, Eq)]
-struct KernelState(BTreeSet<String>);
-
-impl KernelState {
-    fn read(namespace: &Namespace) -> Result<Self> {
-        let servers = namespace.exec("ipvsadm -Sn")?;
-        let addresses = namespace.exec("ip -br address show dev kube-ipvs0")?;
-        let mut all: BTreeSet<String> = servers.lines().map(str::to_owned).collect();
-        all.extend(addresses.split_whitespace().skip(2).map(|it| format!("address {it}")));
-        for family in ["ip", "ip6"] {
-            let table = namespace.exec(&format!("nft list table {family} kube-ipvs"))?;
-            // Sets list their elements in any options, several in a line.
-            let mut within = "";
-            for line in table.lines().map(str::trim) {
-                if line.starts_with("set ") || line.starts_with("map ") || line.starts_with("chain ") {
-                    within = line;
-                }
-                let words = line.trim_start_matches("elements = ").split([',', '{', '}']).map(str::trim);
-                all.extend(words.filter(|word| !word.is_empty()).map(|word| format!("{family} {within} {word}")));
-            }
-        }
-        Ok(Self(all))
-    }
-
-    /// What one has and the other has not, but for what is somebody else's, and real servers that drain: what connection
-    /// tracking of IPVS remembers of a connection that is over lasts two minutes.
-    fn differences(&self, right: &Self) -> Vec<String> {
-        let missing = right.0.difference(&self.0).map(|line| format!("missing: {line}"));
-        let surplus = self.0.difference(&right.0);
-        let surplus = surplus.filter(|line| !line.contains("172.16.0.1:80") && !line.ends_with(" -w 0"));
-        missing.chain(surplus.map(|line| format!("too much: {line}"))).collect()
     }
 }
 
@@ -249,7 +209,7 @@ impl AgentDriver<'_> {
         let length = Duration::from_secs(self.setup.options.seconds);
         let mut compared = Instant::now();
         let mut sampled = Instant::now();
-        while self.recorder.start.elapsed() < length {
+        while self.recorder.traffic.start.elapsed() < length {
             let until = Instant::now() + Duration::from_millis(rng.u64(500..3000));
             while Instant::now() < until {
                 if sampled.elapsed() > Duration::from_secs(5) {
@@ -259,7 +219,7 @@ impl AgentDriver<'_> {
                 injector.check_repairs();
                 thread::sleep(Duration::from_millis(250));
             }
-            let may_kill = self.recorder.start.elapsed() < length / 3;
+            let may_kill = self.recorder.traffic.start.elapsed() < length / 3;
             match rng.u8(..10) {
                 0..3 if may_kill => self.kill()?,
                 3 => self.stop(&mut rng)?,
@@ -281,7 +241,7 @@ impl AgentDriver<'_> {
         let pid = self.agent.id();
         let count = |what: &str| fs::read_dir(format!("/proc/{pid}/{what}")).map(Iterator::count);
         let sample = Sample {
-            at: self.recorder.start.elapsed().as_secs_f64(),
+            at: self.recorder.traffic.start.elapsed().as_secs_f64(),
             life: self.life,
             resident: self.agent.usage()?.resident,
             files: count("fd").context("the agent has ended by itself")?,
@@ -351,18 +311,14 @@ impl AgentDriver<'_> {
         if !node.exec("nft list tables")?.contains("table ip other") {
             self.recorder.differs("somebody else's table was touched");
         }
-        let (lost, answered) = {
-            let mut record = self.recorder.lock();
-            record.comparisons += 1;
-            (
-                record.traffic.values().map(|it| it.lost).sum::<u64>(),
-                record.traffic.values().map(|it| it.answered).sum::<u64>(),
-            )
-        };
+        self.recorder.lock().comparisons += 1;
+        let sum = self.recorder.traffic.lock().sum();
         let usage = self.agent.usage()?;
         println!(
-            "{:>5.0} s  {answered} answers, {lost} lost; life {}, {:.1} MiB",
-            self.recorder.start.elapsed().as_secs_f64(),
+            "{:>5.0} s  {} answers, {} lost; life {}, {:.1} MiB",
+            self.recorder.traffic.start.elapsed().as_secs_f64(),
+            sum.answered,
+            sum.lost,
             self.life,
             report::mib(usage.resident)
         );

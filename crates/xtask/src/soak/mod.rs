@@ -1,14 +1,12 @@
 //! `cargo xtask soak`: the agent for an hour, with changes, kills, faults and traffic all at once.
 //!
-//! This file and [`report`] run on this machine, [`guest`] runs in the lab: [`traffic`] has the clients, which must not notice
-//! anything; [`disruption`] has what happens to the agent; [`cluster`] has the node, its clients and pods, and the Services.
+//! This file and [`report`] run on this machine, [`guest`] runs in the lab; [`disruption`] has what happens to the agent. The node,
+//! its Services and the clients, which must not notice anything, are in [`workload`](crate::workload).
 
-mod cluster;
 mod disruption;
 mod guest;
 mod record;
 mod report;
-mod traffic;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,10 +1,11 @@
 //! The record of a soak: what is counted and measured, and which of it is a failure.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::collections::BTreeMap;
+use std::sync::{Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
+
+use crate::workload::record::{TrafficLog, TrafficRecord, lock};
 
 /// Everything that was counted in a soak.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -20,18 +21,15 @@ pub(crate) struct SoakRecord {
     pub(crate) drifts: BTreeMap<String, Repairs>,
     /// What the agent's own count of drift says, over all its lives.
     pub(crate) drift_found: f64,
-    /// What clients did, by who and what.
-    pub(crate) traffic: BTreeMap<String, Traffic>,
+    /// What clients did.
+    #[serde(flatten)]
+    pub(crate) clients: TrafficRecord,
     /// How often the kernel was compared with what a fresh start makes.
     pub(crate) comparisons: u64,
     /// Where it differed, and what of others was touched.
     pub(crate) differences: Vec<String>,
-    /// What clients lost, the first of it.
-    pub(crate) losses: Vec<String>,
     /// What the agent needed.
     pub(crate) samples: Vec<Sample>,
-    /// For each quarter of a minute: answers to clients, and losses.
-    pub(crate) answers: Vec<(u64, u64)>,
 }
 
 /// How drift of one kind was repaired.
@@ -40,19 +38,6 @@ pub(crate) struct Repairs {
     pub(crate) made: u64,
     pub(crate) repaired: u64,
     /// Seconds.
-    pub(crate) longest: f64,
-}
-
-/// What one kind of client did.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub(crate) struct Traffic {
-    /// Connections, or sockets of UDP.
-    pub(crate) opened: u64,
-    /// Questions that were answered.
-    pub(crate) answered: u64,
-    /// Connections that failed or broke, questions without an answer.
-    pub(crate) lost: u64,
-    /// Seconds until an answer.
     pub(crate) longest: f64,
 }
 
@@ -69,28 +54,18 @@ pub(crate) struct Sample {
     pub(crate) threads: usize,
 }
 
-/// At most this many losses are listed with their reasons.
-const MAX_LOSSES_LISTED: usize = 50;
-/// So much is remembered of what happened before a loss.
-const HISTORY_LENGTH: usize = 40;
 /// From this many seconds on growth can be told from chance.
 const MIN_SECONDS_FOR_GROWTH: u64 = 3600;
 /// Bytes an hour: a tenth of what the agent has.
 const MAX_GROWTH: f64 = 1_048_576.0;
 /// Connections come and go.
 const FILE_TOLERANCE: usize = 5;
-/// How long answers are counted together, in seconds.
-pub(crate) const INTERVAL: u64 = 15;
 
 impl SoakRecord {
     /// Everything that makes the soak fail.
     pub(crate) fn failures(&self) -> Vec<String> {
         let mut failures = self.differences.clone();
-        failures.extend(self.losses.iter().cloned());
-        let lost: u64 = self.traffic.values().map(|it| it.lost).sum();
-        if lost > 0 {
-            failures.push(format!("{lost} connections or answers were lost"));
-        }
+        failures.extend(self.clients.failures());
         if self.seconds >= MIN_SECONDS_FOR_GROWTH {
             failures.extend(
                 self.growth().filter(|it| *it > MAX_GROWTH).map(|it| format!("memory grows by {it:.0} bytes an hour")),
@@ -132,22 +107,22 @@ impl SoakRecord {
 /// A record that all threads write to.
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    pub(crate) start: Instant,
+    pub(crate) traffic: TrafficLog,
     record: Mutex<SoakRecord>,
-    history: Mutex<VecDeque<String>>,
 }
 
 impl Recorder {
     pub(crate) fn new(seconds: u64, seed: u64) -> Self {
-        Self {
-            start: Instant::now(),
-            record: Mutex::new(SoakRecord { seconds, seed, ..SoakRecord::default() }),
-            history: Mutex::default(),
-        }
+        Self { traffic: TrafficLog::new(), record: Mutex::new(SoakRecord { seconds, seed, ..SoakRecord::default() }) }
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, SoakRecord> {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.record)
+    }
+
+    /// All that was counted, with what clients did.
+    pub(crate) fn result(&self) -> SoakRecord {
+        SoakRecord { clients: self.traffic.lock().clone(), ..self.lock().clone() }
     }
 
     pub(crate) fn changed(&self, kind: &str) {
@@ -156,62 +131,20 @@ impl Recorder {
 
     pub(crate) fn disruption(&self, kind: &str) {
         *self.lock().disruptions.entry(kind.to_owned()).or_default() += 1;
-        self.note(kind);
-    }
-
-    /// Remembers what happened, for whom something is lost soon after.
-    pub(crate) fn note(&self, what: &str) {
-        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
-        if history.len() == HISTORY_LENGTH {
-            history.pop_front();
-        }
-        history.push_back(format!("{:.1} s: {what}", self.start.elapsed().as_secs_f64()));
-    }
-
-    pub(crate) fn opened(&self, who: &str) {
-        self.lock().traffic.entry(who.to_owned()).or_default().opened += 1;
-    }
-
-    pub(crate) fn answered(&self, who: &str, after: Duration) {
-        let mut record = self.lock();
-        let traffic = record.traffic.entry(who.to_owned()).or_default();
-        traffic.answered += 1;
-        traffic.longest = traffic.longest.max(after.as_secs_f64());
-        self.current_interval(&mut record).0 += 1;
-    }
-
-    pub(crate) fn lost(&self, who: &str, why: &str) {
-        let at = self.start.elapsed().as_secs_f64();
-        let mut record = self.lock();
-        record.traffic.entry(who.to_owned()).or_default().lost += 1;
-        self.current_interval(&mut record).1 += 1;
-        let line = format!("{at:.1} s: {who}: {why}");
-        eprintln!("LOST at {line}");
-        for it in self.history.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
-            eprintln!("  before that, {it}");
-        }
-        if record.losses.len() < MAX_LOSSES_LISTED {
-            record.losses.push(line);
-        }
+        self.traffic.note(kind);
     }
 
     pub(crate) fn differs(&self, what: &str) {
-        let line = format!("{:.1} s: {what}", self.start.elapsed().as_secs_f64());
+        let line = format!("{:.1} s: {what}", self.traffic.start.elapsed().as_secs_f64());
         eprintln!("DIFFERS at {line}");
         self.lock().differences.push(line);
-    }
-
-    fn current_interval<'a>(&self, record: &'a mut SoakRecord) -> &'a mut (u64, u64) {
-        let place = usize::try_from(self.start.elapsed().as_secs() / INTERVAL).unwrap_or(usize::MAX);
-        if record.answers.len() <= place {
-            record.answers.resize(place + 1, (0, 0));
-        }
-        &mut record.answers[place]
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use super::*;
 
     fn sample(at: f64, life: u64, resident: u64) -> Sample {
@@ -233,12 +166,10 @@ mod tests {
     #[test]
     fn whatever_is_lost_or_not_repaired_is_a_failure() {
         let recorder = Recorder::new(60, 1);
-        recorder.answered("client", Duration::from_millis(1));
-        assert!(recorder.lock().failures().is_empty());
-        recorder.lost("client", "refused");
-        assert_eq!(recorder.lock().failures().len(), 2);
+        assert!(recorder.result().failures().is_empty());
+        recorder.traffic.lost("client", Instant::now(), "refused");
+        assert_eq!(recorder.result().failures().len(), 2);
         recorder.lock().drifts.insert("weight".into(), Repairs { made: 2, repaired: 1, longest: 1.0 });
-        assert_eq!(recorder.lock().failures().len(), 3);
-        assert_eq!(recorder.lock().answers, [(1, 1)]);
+        assert_eq!(recorder.result().failures().len(), 3);
     }
 }

@@ -7,28 +7,30 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow};
 use plotters::prelude::*;
 
-use super::record::{INTERVAL, SoakRecord};
+use super::record::SoakRecord;
+use crate::workload::record::INTERVAL;
 
 const MIB: f64 = (1 << 20) as f64;
 
 /// In words and tables.
 pub(crate) fn text(record: &SoakRecord) -> String {
     let mut text = String::new();
-    let lost: u64 = record.traffic.values().map(|it| it.lost).sum();
-    let answered: u64 = record.traffic.values().map(|it| it.answered).sum();
-    let opened: u64 = record.traffic.values().map(|it| it.opened).sum();
+    let sum = record.clients.sum();
     let _ = writeln!(
         text,
-        "{} minutes: {opened} connections, {answered} answers, **{lost} lost**. Compared {} times with what a fresh start makes: \
+        "{} minutes: {} connections, {} answers, **{} lost**. Compared {} times with what a fresh start makes: \
          **{} differences**.\n",
         record.seconds / 60,
+        sum.opened,
+        sum.answered,
+        sum.lost,
         record.comparisons,
         record.differences.len()
     );
     table(
         &mut text,
         &["Clients", "Connections", "Answers", "Lost", "Longest"],
-        record.traffic.iter().map(|(who, it)| {
+        record.clients.traffic.iter().map(|(who, it)| {
             vec![
                 who.clone(),
                 it.opened.to_string(),
@@ -117,6 +119,7 @@ pub(crate) fn write(dir: &Path, record: &SoakRecord) -> Result<()> {
     let files: Vec<(f64, f64)> = record.samples.iter().map(|it| (it.at / 60.0, it.files as f64)).collect();
     #[expect(clippy::cast_precision_loss, reason = "nor answers")]
     let answers: Vec<(f64, f64)> = record
+        .clients
         .answers
         .iter()
         .enumerate()

@@ -1,6 +1,8 @@
-//! The node, a client outside the cluster, a pod that is a client, pods that answer, and the Services of the soak.
+//! The node, a client outside the cluster, a pod that is a client, pods that answer, and the honest Services.
 
-use anyhow::Result;
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
 use lab::link;
 use lab::netns::{End, Namespace, isolate};
 use lab::objects::{self, State, port, with};
@@ -12,7 +14,9 @@ use crate::bench::load::NODE;
 pub(crate) const STABLE_ENDPOINTS: [&str; 2] = ["10.244.1.1", "10.244.1.2"];
 /// Addresses of pods that answer too, and are endpoints now and then.
 pub(crate) const CHANGING_ENDPOINTS: [&str; 3] = ["10.244.1.3", "10.244.1.4", "10.244.1.5"];
-/// Every address that answers.
+/// The address of a pod that belongs to somebody else, and is an endpoint of no honest Service.
+pub(crate) const STRANGER: &str = "10.244.1.66";
+/// Every address that answers for honest Services.
 pub(crate) fn all_servers() -> impl Iterator<Item = &'static str> {
     STABLE_ENDPOINTS.into_iter().chain(CHANGING_ENDPOINTS)
 }
@@ -21,8 +25,25 @@ pub(crate) fn all_servers() -> impl Iterator<Item = &'static str> {
 /// way of two VIPs, the kernel keeps the second from being made, or finds the younger only: connection tracking has one entry for
 /// what comes back (`__nf_conntrack_confirm`), and so has IPVS (`ip_vs_conn_out_get`). That is so whatever an agent does, and it is
 /// no test of one.
-pub(crate) const PORTS: [(&str, u16); 6] =
-    [("tcp", 8080), ("affinity", 8081), ("udp", 8082), ("ways", 8083), ("local", 8084), ("still", 8085)];
+pub(crate) const PORTS: [(&str, u16); 8] = [
+    ("tcp", 8080),
+    ("affinity", 8081),
+    ("udp", 8082),
+    ("ways", 8083),
+    ("local", 8084),
+    ("still", 8085),
+    (DNS, 8086),
+    // Of no Service: for whoever asks a pod by its own address.
+    ("pod", POD_PORT),
+];
+/// The Service for DNS, which is in `kube-system`.
+const DNS: &str = "kube-dns";
+/// Where pods answer that are asked by their own address.
+const POD_PORT: u16 = 8087;
+/// Of honest Services: there are younger ones, and older ones.
+const CREATED: &str = "2025-06-01T00:00:00Z";
+/// The address of the control plane, beside the client's.
+pub(crate) const CONTROL_PLANE: &str = "192.168.1.3";
 
 fn target_port(service: &str) -> u16 {
     PORTS.iter().find(|(name, _)| *name == service).map_or(8080, |(_, port)| *port)
@@ -55,9 +76,9 @@ impl Cluster {
                 End { namespace: far, device: "eth0", addresses },
             )
         };
-        cable("eth0", "192.168.1.1/24", &cluster.client, &["192.168.1.2/24"])?;
+        cable("eth0", "192.168.1.1/24", &cluster.client, &["192.168.1.2/24", &format!("{CONTROL_PLANE}/24")])?;
         cluster.client.run(|| link::add_route_via("0.0.0.0/0", "192.168.1.1"))??;
-        let addresses: Vec<String> = all_servers().map(|it| format!("{it}/32")).collect();
+        let addresses: Vec<String> = all_servers().chain([STRANGER]).map(|it| format!("{it}/32")).collect();
         cable("servers", "10.244.0.1/32", &cluster.servers, &addresses.iter().map(String::as_str).collect::<Vec<_>>())?;
         cable("pod", "10.244.0.1/32", &cluster.pod, &["10.244.2.1/32"])?;
         cluster.node.run(|| {
@@ -94,6 +115,13 @@ pub(crate) struct Target {
     pub(crate) is_asked_by: [bool; 3],
 }
 
+impl Target {
+    /// Its address and port.
+    pub(crate) fn socket_address(&self) -> Result<SocketAddr> {
+        self.address.parse().with_context(|| format!("`{}` is no address with a port", self.address))
+    }
+}
+
 /// Where a connection is made again and again. Their endpoints come and go.
 pub(crate) const TCP_TARGETS: [Target; 5] = [
     Target { name: "ClusterIP", address: "10.97.0.1:80", is_asked_by: [true; 3] },
@@ -104,8 +132,11 @@ pub(crate) const TCP_TARGETS: [Target; 5] = [
 ];
 /// Where connections stay open: its endpoints stay.
 pub(crate) const LONG_LIVED: Target = Target { name: "open", address: "10.97.0.6:80", is_asked_by: [true; 3] };
-/// By UDP; its endpoints stay.
-pub(crate) const UDP_TARGET: Target = Target { name: "UDP", address: "10.97.0.3:80", is_asked_by: [true; 3] };
+/// By UDP; their endpoints stay.
+pub(crate) const UDP_TARGETS: [Target; 2] = [
+    Target { name: "UDP", address: "10.97.0.3:80", is_asked_by: [true; 3] },
+    Target { name: "DNS", address: "10.96.255.10:53", is_asked_by: [true; 3] },
+];
 
 /// The Services that have traffic.
 pub(crate) fn services() -> Vec<Value> {
@@ -121,21 +152,23 @@ pub(crate) fn services() -> Vec<Value> {
         ),
         service("local", "10.97.0.5", &json!({"type": "LoadBalancer", "externalTrafficPolicy": "Local"})),
         service("still", "10.97.0.6", &json!({})),
+        service(DNS, "10.96.255.10", &json!({"ports": [port("a", "UDP", 53)]})),
     ]
 }
 
 /// Which of them have endpoints that come and go.
 pub(crate) const CHANGING_SERVICES: [&str; 4] = ["tcp", "affinity", "ways", "local"];
 
-/// All are in one namespace.
-fn place(object: Value) -> Value {
-    with(object, json!({"metadata": {"namespace": "soak"}}))
+/// All but that for DNS are in one namespace.
+fn place(name: &str, object: Value) -> Value {
+    let namespace = if name == DNS { "kube-system" } else { "honest" };
+    with(object, json!({"metadata": {"namespace": namespace, "creationTimestamp": CREATED}}))
 }
 
-fn service(name: &str, vip: &str, spec: &Value) -> Value {
+pub(crate) fn service(name: &str, vip: &str, spec: &Value) -> Value {
     let service = with(objects::service(name, &[vip], &[port("a", "TCP", 80)]), json!({"spec": spec}));
     let status = (name == "local").then(|| objects::load_balancer(&["198.51.100.5"]));
-    place(with(service, json!({"status": status})))
+    place(name, with(service, json!({"status": status})))
 }
 
 /// The slice of such a Service: with endpoints that are ready, and some that terminate.
@@ -143,9 +176,9 @@ pub(crate) fn slice(name: &str, ready: &[&str], terminating: &[&str]) -> Value {
     let endpoint = |address, state| with(objects::endpoint(address, state), json!({"nodeName": NODE}));
     let ready = ready.iter().map(|it| endpoint(it, State::Ready));
     let endpoints = ready.chain(terminating.iter().map(|it| endpoint(it, State::Terminating)));
-    let protocol = if name == "udp" { "UDP" } else { "TCP" };
+    let protocol = if ["udp", DNS].contains(&name) { "UDP" } else { "TCP" };
     let ports = [port("a", protocol, target_port(name))];
-    place(objects::slice(&format!("{name}-1"), name, &ports, &endpoints.collect::<Vec<_>>()))
+    place(name, objects::slice(&format!("{name}-1"), name, &ports, &endpoints.collect::<Vec<_>>()))
 }
 
 /// The VIP of a Service that somebody changes in the kernel.
