@@ -350,7 +350,7 @@ impl<K: Kernel> Reconciler<K> {
                     let before = self.desired.contribution(name).map_or(0, |before| before.size);
                     let own = contribution.size.max(before);
                     let is_deferred =
-                        extent == Extent::Part && (size + own > PART_OPERATIONS || self.backlog.has_job(name));
+                        extent == Extent::Part && (size + own > self.part_operations || self.backlog.has_job(name));
                     size += if is_deferred { 0 } else { own };
                     self.contribute(name, service.as_deref(), contribution, is_deferred, report);
                 }

@@ -23,8 +23,8 @@ const PART_COMPUTED: usize = 100_000;
 /// else.
 const MANY_REAL_SERVERS: usize = 4000;
 
-/// At least this many operations on one virtual server are carried out at once.
-const MIN_OPERATIONS: usize = 64;
+/// At least this many operations on one virtual server are carried out at once. Each may take tens of milliseconds.
+const MIN_OPERATIONS: usize = 16;
 
 /// A part that took longer than this is followed by smaller ones.
 const PART_DURATION_MAX: Duration = Duration::from_millis(200);
@@ -255,7 +255,7 @@ mod tests {
         let next = |part, applied, left, ms| next_part_operations(part, applied, left, Duration::from_millis(ms));
         assert_eq!(next(4000, 4000, 9, 2000), 400, "a tenth of what took ten times as long");
         assert_eq!(next(4000, 1045, 9, 18_000), MIN_OPERATIONS, "not half, which would take as long as all others may");
-        assert_eq!(next(64, 64, 9, 10_000), MIN_OPERATIONS);
+        assert_eq!(next(64, 64, 9, 100_000), MIN_OPERATIONS);
         assert_eq!(next(400, 400, 9, 20), 800, "a quick one is followed by a larger one");
         assert_eq!(next(64, 10, 9, 20), 128, "it was a part of more, whatever came of it");
         assert_eq!(next(4000, 4000, 9, 20), PART_OPERATIONS);
