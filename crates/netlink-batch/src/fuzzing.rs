@@ -57,7 +57,7 @@ pub fn read(datagram: &[u8]) {
 
     let requests = || std::iter::repeat_with(|| Request::from(TestRequest)).take(3);
     let (mut outgoing, mut results) = (Outgoing::new(usize::MAX), Vec::new());
-    if let Some(pending) = outgoing.batch(&mut requests(), &mut results) {
+    if let Some(mut pending) = outgoing.batch(&mut requests(), &mut results) {
         let _ = pending.receive(&outgoing, datagram, &mut results).map_err(|error| error.to_string());
     }
     results.into_iter().filter_map(Result::err).for_each(|refusal| drop(refusal.to_string()));
