@@ -71,17 +71,11 @@ impl LinuxKernel {
 
     fn observe(&mut self, server: ipvs_netlink::VirtualServer) -> Result<Option<ObservedServer>, KernelError> {
         let Some(front_end) = FrontEnd::from_id(&server.id) else { return Ok(None) };
-        let id = &server.id;
-        let real_servers = match self.ipvs.all_real_servers(id) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => self.ipvs.real_servers(id),
-            listed => listed,
-        };
-        let real_servers = real_servers.map_err(|error| refused(error.to_string()))?;
-        Ok(Some(ObservedServer {
-            front_end,
-            config: server.into(),
-            real_servers: real_servers.into_iter().map(|entry| (entry.server, entry.is_idle())).collect(),
-        }))
+        // Other programs rarely add or delete real servers here, so one list is enough. If it lacks one nevertheless, that is added,
+        // refused as existing, and read again.
+        let real_servers = self.ipvs.real_servers(&server.id).map_err(|error| refused(error.to_string()))?;
+        let real_servers = real_servers.into_iter().map(|entry| (entry.server, entry.is_idle())).collect();
+        Ok(Some(ObservedServer { front_end, config: server.into(), real_servers }))
     }
 
     pub(super) fn read(&mut self, scope: Scope<'_>) -> Result<Observed, KernelError> {
@@ -102,11 +96,9 @@ impl LinuxKernel {
                 };
                 for entry in listed.map_err(|error| refused(error.to_string()))? {
                     let observed_server = match (scope, FrontEnd::from_id(&entry.server.id)) {
-                        (Scope::WithoutRealServers, Some(front_end)) => Some(ObservedServer {
-                            front_end,
-                            config: entry.server.into(),
-                            real_servers: RealServers::default(),
-                        }),
+                        (Scope::WithoutRealServers, Some(front_end)) => {
+                            Some(without_real_servers(front_end, entry.server))
+                        }
                         _ => self.observe(entry.server)?,
                     };
                     observed.servers.extend(observed_server);
@@ -117,11 +109,7 @@ impl LinuxKernel {
             Scope::ServerConfigs(front_ends) => {
                 for front_end in front_ends {
                     match self.ipvs.virtual_server(&front_end.id()) {
-                        Ok(entry) => observed.servers.push(ObservedServer {
-                            front_end: *front_end,
-                            config: entry.server.into(),
-                            real_servers: RealServers::default(),
-                        }),
+                        Ok(entry) => observed.servers.push(without_real_servers(*front_end, entry.server)),
                         Err(error) if error.kind() == ErrorKind::NotFound => {}
                         Err(error) => return Err(refused(error.to_string())),
                     }
@@ -139,6 +127,10 @@ impl LinuxKernel {
         }
         Ok(observed)
     }
+}
+
+fn without_real_servers(front_end: FrontEnd, server: ipvs_netlink::VirtualServer) -> ObservedServer {
+    ObservedServer { front_end, config: server.into(), real_servers: RealServers::default() }
 }
 
 /// The interface's own address: `IFA_LOCAL`, which differs from `IFA_ADDRESS` on point-to-point links, or else `IFA_ADDRESS`.
