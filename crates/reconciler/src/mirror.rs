@@ -131,6 +131,11 @@ impl Mirror {
         !self.servers.is_empty()
     }
 
+    /// How many virtual servers there are.
+    pub fn server_count(&self) -> usize {
+        self.servers.len()
+    }
+
     /// How many real servers there are.
     pub fn real_server_count(&self) -> usize {
         self.real_server_count

@@ -59,7 +59,9 @@ impl<K: Kernel> Reconciler<K> {
             self.recompute_changed(&mut report);
         }
         let changed = std::mem::take(&mut self.dirty_keys);
-        let (mut keys, drifted_keys) = self.keys_to_repair(self.all_keys(), &changed, now);
+        let deferred: HashSet<&Key> = self.backlog.keys().collect();
+        let is_planned = |key: &Key| changed.contains(key) || deferred.contains(key);
+        let (mut keys, drifted_keys) = self.keys_to_repair(self.all_keys(), is_planned, now);
         let first = if is_first_audit {
             let unowned = self.mirror.iter().flat_map(Mirror::unowned);
             report.foreign_servers = unowned.filter(|front_end| self.desired.owner(front_end).is_none()).count();
@@ -94,7 +96,7 @@ impl<K: Kernel> Reconciler<K> {
     /// Whether to read everything at once would keep changes waiting for too long.
     fn is_audit_large(&self) -> bool {
         let Some(mirror) = &self.mirror else { return false };
-        mirror.front_ends().count() + mirror.real_server_count() / 32 > READ_AT_ONCE
+        mirror.server_count() + mirror.real_server_count() / 32 > READ_AT_ONCE
     }
 
     /// Reads everything from the kernel except real servers. These are read in parts, between which changes are synced; until then
@@ -123,7 +125,7 @@ impl<K: Kernel> Reconciler<K> {
         }
         self.reread_servers(&front_ends)?;
         let keys = front_ends.into_iter().map(Key::VirtualServer);
-        let (keys, drifted_keys) = self.keys_to_repair(keys, &BTreeSet::new(), now);
+        let (keys, drifted_keys) = self.keys_to_repair(keys, |key| self.backlog.contains(key), now);
         let keys = self.defer_large(keys, PlanReason::Dump);
         self.execute(keys, PlanReason::Dump, now, report);
         self.note_drift(&drifted_keys);
@@ -151,12 +153,12 @@ impl<K: Kernel> Reconciler<K> {
         node_wide.chain(self.desired.keys()).chain(surplus).chain(draining)
     }
 
-    /// The keys that need operations or must be planned in any case; and those among them that need operations although neither a
-    /// change nor a retry explains it.
+    /// The keys that need operations or must be planned in any case, except those that are planned already; and those among them that
+    /// need operations although neither a change nor a retry explains it.
     fn keys_to_repair(
         &self,
         all: impl Iterator<Item = Key>,
-        changed: &BTreeSet<Key>,
+        is_planned: impl Fn(&Key) -> bool,
         now: Instant,
     ) -> (BTreeSet<Key>, Vec<Key>) {
         let (mut keys, mut drifted_keys) = (Vec::new(), BTreeSet::new());
@@ -168,9 +170,8 @@ impl<K: Kernel> Reconciler<K> {
         let mut operations = Vec::new();
         // If a table, the device or a range changes, what the other keys need is known only afterwards.
         let mut needs_all = false;
-        let deferred: HashSet<&Key> = self.backlog.keys().collect();
         for key in all {
-            if changed.contains(&key) || deferred.contains(&key) {
+            if is_planned(&key) {
                 continue;
             }
             let is_node_wide = key.is_node_wide();

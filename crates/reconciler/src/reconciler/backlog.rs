@@ -93,6 +93,17 @@ impl Backlog {
         self.jobs.values().flat_map(|job| job.keys.iter().map(|(_, key)| key))
     }
 
+    /// How many keys there are.
+    pub(super) fn len(&self) -> usize {
+        self.jobs.values().map(|job| job.keys.len()).sum()
+    }
+
+    /// Whether a key is in any job. There are few jobs, so this is quicker than to go through [`Backlog::keys`] for a few keys.
+    pub(super) fn contains(&self, key: &Key) -> bool {
+        let slots = [true, false].map(|is_wanted| (slot(key, is_wanted), key.clone()));
+        self.jobs.values().any(|job| slots.iter().any(|entry| job.keys.contains(entry)))
+    }
+
     /// Adds keys to a job, each with its cost in operations and whether it is wanted.
     pub(super) fn push(&mut self, name: JobName, is_urgent: bool, keys: impl IntoIterator<Item = (Key, usize, bool)>) {
         let held = self.ranks.remove(&name).and_then(|rank| Some((rank, self.jobs.remove(&rank)?)));
@@ -104,20 +115,13 @@ impl Backlog {
         rank.is_for_all &= !is_urgent;
         for (key, cost, is_wanted) in keys {
             rank.cost = rank.cost.saturating_add(cost);
-            let slot = match &key {
-                Key::VirtualServer(FrontEnd { address, .. }) | Key::Flows(FrontEnd { address, .. }) => {
-                    Slot::At(*address, Step::FrontEnds)
-                }
-                Key::Vip(address) => {
-                    if is_wanted {
-                        job.keys.insert((Slot::At(*address, Step::After), key.clone()));
-                    }
-                    Slot::At(*address, Step::Before)
-                }
-                _ if is_wanted => Slot::First,
-                _ => Slot::Last,
-            };
-            job.keys.insert((slot, key));
+            if let Key::Vip(address) = &key
+                && is_wanted
+            {
+                // Guarded before its front ends are written, and bound after them.
+                job.keys.insert((Slot::At(*address, Step::Before), key.clone()));
+            }
+            job.keys.insert((slot(&key, is_wanted), key));
         }
         if !job.keys.is_empty() {
             self.ranks.insert(name, rank);
@@ -150,6 +154,18 @@ impl Backlog {
             }
         }
         Some(part)
+    }
+}
+
+/// When a key is written within a job; of a VIP, when it is bound or unbound.
+fn slot(key: &Key, is_wanted: bool) -> Slot {
+    match key {
+        Key::VirtualServer(FrontEnd { address, .. }) | Key::Flows(FrontEnd { address, .. }) => {
+            Slot::At(*address, Step::FrontEnds)
+        }
+        Key::Vip(address) => Slot::At(*address, if is_wanted { Step::After } else { Step::Before }),
+        _ if is_wanted => Slot::First,
+        _ => Slot::Last,
     }
 }
 
@@ -190,6 +206,7 @@ mod tests {
         assert_eq!(take(&mut backlog, 1).0, [server(2, 1)]);
         assert_eq!(take(&mut backlog, 2).0, [server(1, 1), server(2, 2)], "small jobs share a part");
         assert!(backlog.has_job(&ObjectName::new("default", "large")));
+        assert!(backlog.contains(&server(1, 2)) && !backlog.contains(&server(1, 1)), "one was taken");
         assert_eq!(take(&mut backlog, 9).0, [server(1, 2), server(1, 3)]);
         assert!(backlog.is_empty() && backlog.take(1, |_| 1).is_none());
         assert!(!backlog.has_job(&ObjectName::new("default", "large")));
@@ -223,7 +240,7 @@ mod tests {
         for _ in 0..100 {
             backlog.push(name("web"), false, wanted([server(1, 1), server(1, 2)]));
         }
-        assert_eq!(backlog.keys().count(), 2);
+        assert_eq!((backlog.keys().count(), backlog.len()), (2, 2));
     }
 
     #[test]

@@ -237,7 +237,7 @@ impl<K: Kernel> Reconciler<K> {
 
     /// How many keys and Services are left.
     pub(super) fn left(&self) -> usize {
-        self.dirty_services.len() + self.backlog.keys().count()
+        self.dirty_services.len() + self.backlog.len()
     }
 
     /// Whether a change of a Service is not in the kernel yet.
