@@ -131,9 +131,8 @@ impl LinuxKernel {
     /// Reads the packet filter only.
     pub fn filter(&mut self) -> Result<ObservedFilter, KernelError> {
         if self.owns_tables && !self.has_adopted_tables {
-            filter::client::adopt(&mut self.netfilter, self.families)
+            self.has_adopted_tables = filter::client::adopt(&mut self.netfilter, self.families)
                 .map_err(|error| refused(format!("cannot own the tables of the packet filter: {error}")))?;
-            self.has_adopted_tables = true;
         }
         filter::client::observe(&mut self.netfilter, self.families, self.owns_tables)
     }

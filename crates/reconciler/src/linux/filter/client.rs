@@ -58,18 +58,21 @@ pub(crate) fn supports_ownership(socket: &mut Socket) -> Result<bool, Error> {
     Ok(send(socket, transaction)?.is_ok())
 }
 
-/// Takes possession of the tables that an agent left when it ended. A table that belongs to another socket stays as it is.
-pub(crate) fn adopt(socket: &mut Socket, families: Families) -> Result<(), Error> {
+/// Takes possession of the tables that an agent left when it ended. Returns whether no table is left that belongs to nobody. One that
+/// belongs to another socket stays as it is.
+pub(crate) fn adopt(socket: &mut Socket, families: Families) -> Result<bool, Error> {
+    let mut is_complete = true;
     for (family, flags) in read::tables(socket, families.iter())? {
         if flags & OWNED.bits() == PERSIST.bits() {
             let mut transaction = Transaction::new(true);
             transaction.own_table(family, TABLE);
             if let Err(refusal) = send(socket, transaction)? {
                 tracing::debug!(%family, "cannot own the table {TABLE}: {refusal}");
+                is_complete = false;
             }
         }
     }
-    Ok(())
+    Ok(is_complete)
 }
 
 /// Deletes the tables of these families. Returns whether there was one.
