@@ -93,15 +93,9 @@ impl NetlinkDeserializable for Notification {
 fn address_of(payload: &[u8]) -> Option<IpAddr> {
     let mut found = None;
     for attribute in NlasIterator::new(payload.get(IFADDRMSG_BYTES..)?).flatten() {
-        let value = attribute.value();
-        let address = || match value.len() {
-            4 => Some(IpAddr::from(<[u8; 4]>::try_from(value).ok()?)),
-            16 => Some(IpAddr::from(<[u8; 16]>::try_from(value).ok()?)),
-            _ => None,
-        };
         match attribute.kind() {
-            IFA_LOCAL => return address(),
-            IFA_ADDRESS => found = address(),
+            IFA_LOCAL => return routes::address(attribute.value()),
+            IFA_ADDRESS => found = routes::address(attribute.value()),
             _ => {}
         }
     }

@@ -119,7 +119,7 @@ pub(crate) fn own_range(payload: &[u8]) -> Result<Option<IpNet>, DecodeError> {
 impl Route {
     fn decode(payload: &[u8]) -> Result<Self, DecodeError> {
         let mut route = Self::default();
-        let Some(&[family, prefix, _, _, table, protocol, _, kind, ..]) = payload.get(..RTMSG_BYTES) else {
+        let Some(&[_, prefix, _, _, table, protocol, _, kind, ..]) = payload.get(..RTMSG_BYTES) else {
             return Err("a route is short".into());
         };
         if ![PROTOCOL, RTPROT_KERNEL].contains(&protocol) || kind != RTN_LOCAL {
@@ -130,7 +130,7 @@ impl Route {
             let attribute = attribute?;
             let value = attribute.value();
             match attribute.kind() {
-                RTA_DST => route.range = destination(family, prefix, value),
+                RTA_DST => route.range = address(value).and_then(|network| IpNet::new(network, prefix).ok()),
                 RTA_OIF => route.device = parse_u32(value)?,
                 RTA_PRIORITY => metric = parse_u32(value)?,
                 RTA_TABLE => table = parse_u32(value)?,
@@ -144,12 +144,13 @@ impl Route {
     }
 }
 
-fn destination(family: u8, prefix: u8, value: &[u8]) -> Option<IpNet> {
-    let address = match family {
-        4.. if value.len() == 16 => IpAddr::from(<[u8; 16]>::try_from(value).ok()?),
-        _ => IpAddr::from(<[u8; 4]>::try_from(value).ok()?),
-    };
-    IpNet::new(address, prefix).ok()
+/// The address in an attribute: its length tells its family.
+pub(crate) fn address(value: &[u8]) -> Option<IpAddr> {
+    match value.len() {
+        4 => Some(<[u8; 4]>::try_from(value).ok()?.into()),
+        16 => Some(<[u8; 16]>::try_from(value).ok()?.into()),
+        _ => None,
+    }
 }
 
 /// Opens the socket that reads routes.
