@@ -158,7 +158,7 @@ pub(crate) const ALL: &[Metric] = metrics! {
     BYTES MetricKind::Counter, [], "Bytes sent to the kernel";
     CHANGE MetricKind::Histogram(short_duration_buckets), [], "From receiving a change until the kernel had it, including the gathering of 20 to 40 ms and --ipvs-min-sync-period";
     CLASHES MetricKind::Counter, [], "Front ends that a second Service began to claim";
-    REFUSED MetricKind::Counter, [], "VIPs that began to be refused because a Node or the API server has the address";
+    REFUSED MetricKind::Counter, [], "VIPs that began to be refused because a Node, a pod or the API server has the address";
     WATCH_RESTARTS MetricKind::Counter, [], "Watches that had to list all objects again";
     WATCH_ERRORS MetricKind::Counter, [], "Requests to the API server that failed, and files that could not be read";
     PROBLEMS MetricKind::Counter, [], "Objects and fields that could not be used, counted each time one was read";

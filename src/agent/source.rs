@@ -107,11 +107,12 @@ pub(super) fn record_change(
     families: Families,
     needs: &Mutex<ServiceNeeds>,
 ) {
-    let mut needs = needs.lock().unwrap_or_else(PoisonError::into_inner);
-    needs.apply(change);
-    metrics::set_services_with_external_ips(needs.with_external_ips());
-    drop(needs);
     match change {
+        Change::Service(_) | Change::ServiceDeleted(_) => {
+            let mut needs = needs.lock().unwrap_or_else(PoisonError::into_inner);
+            needs.apply(change);
+            metrics::set_services_with_external_ips(needs.with_external_ips());
+        }
         Change::Node(node) => health.set_node_eligible(!node.is_being_removed),
         Change::NodeDeleted => health.set_node_eligible(false),
         _ => {}

@@ -20,7 +20,6 @@ const WINDOWS: Instead = Nothing("it is for Windows");
 /// Flags of kube-proxy before 1.36.
 const RETIRED: &[(&str, Instead)] = &[
     ("add-dir-header", LOGGING),
-    ("all", Nothing("it is not a flag of kube-proxy")),
     ("alsologtostderr", LOGGING),
     ("azure-container-registry-config", Nothing("no image is pulled")),
     (

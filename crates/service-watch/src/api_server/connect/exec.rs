@@ -18,7 +18,7 @@ use super::kubeconfig::{Cluster, Exec};
 use super::tls::ClientCertificate;
 
 /// How long a request waits for the program. It goes on, and a later request takes what it returns.
-const PATIENCE: Duration = Duration::from_secs(10);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 /// How much of the standard error of a program that failed is in the message, in characters.
 const MAX_ERROR_CHARS: usize = 400;
 const VERSIONS: [&str; 2] = ["client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1"];
@@ -86,11 +86,11 @@ impl Program {
             }
             state.run.get_or_insert_with(|| self.start()).clone()
         };
-        let Ok(result) = timeout(PATIENCE, run.clone()).await else {
+        let Ok(result) = timeout(ANSWER_TIMEOUT, run.clone()).await else {
             return Err(format!(
                 "the program {}, which the kubeconfig names for credentials, has not answered for {} s: find out what it waits for",
                 self.exec.command.display(),
-                PATIENCE.as_secs()
+                ANSWER_TIMEOUT.as_secs()
             ));
         };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
